@@ -1,0 +1,236 @@
+"""The parts of a Visual Attention Network as Keras layers, channels last.
+
+Each class stands for the class of the official PyTorch code that its docstring names
+(Visual-Attention-Network/VAN-Classification, `models/van.py`), and each sublayer carries PyTorch's attribute
+name, so `block1.0/attn/proj_1/kernel` here is `block1.0.attn.proj_1.weight` there.
+
+Every composite layer builds its sublayers in `build`, by name and in the order in which they run; Keras then
+gives the variables these paths.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras import layers
+
+# PyTorch's BatchNorm2d: eps 1e-5, and momentum 0.1 there is the share of the new value, here that of the old.
+BATCH_NORM_EPSILON = 1e-5
+BATCH_NORM_MOMENTUM = 0.9
+LAYER_SCALE_INIT = 1e-2
+
+Shape = tuple[int | None, ...]
+
+_register = keras.saving.register_keras_serializable(package="van_tf")
+
+
+def _conv_initializer() -> keras.initializers.Initializer:
+    """Normal with std sqrt(2 / (kernel height * kernel width * out_channels / groups)), as in the official code.
+
+    Keras counts a depthwise kernel's fan-out as height * width, which is that formula with groups = channels.
+    """
+    return keras.initializers.VarianceScaling(2.0, "fan_out", "untruncated_normal")
+
+
+class _Composite(layers.Layer):
+    """A layer that is made of named sublayers and runs them with its own dtype policy."""
+
+    def conv(self, name: str, filters: int, kernel_size: int = 1, strides: int = 1) -> layers.Conv2D:
+        return layers.Conv2D(
+            filters,
+            kernel_size,
+            strides,
+            padding="valid",
+            data_format="channels_last",
+            kernel_initializer=_conv_initializer(),
+            dtype=self.dtype_policy,
+            name=name,
+        )
+
+    def depthwise(self, name: str, kernel_size: int, dilation: int = 1) -> layers.DepthwiseConv2D:
+        # With stride 1 and an odd reach, "same" pads both sides alike, as PyTorch's padding= does.
+        return layers.DepthwiseConv2D(
+            kernel_size,
+            padding="same",
+            data_format="channels_last",
+            dilation_rate=dilation,
+            depthwise_initializer=_conv_initializer(),
+            dtype=self.dtype_policy,
+            name=name,
+        )
+
+    def batch_norm(self, name: str) -> layers.BatchNormalization:
+        return layers.BatchNormalization(
+            axis=-1, momentum=BATCH_NORM_MOMENTUM, epsilon=BATCH_NORM_EPSILON, dtype=self.dtype_policy, name=name
+        )
+
+    def gelu(self, name: str) -> layers.Activation:
+        # keras.activations.gelu is the exact one, through erf, unless asked to approximate.
+        return layers.Activation("gelu", dtype=self.dtype_policy, name=name)
+
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
+        return input_shape
+
+
+@_register
+class OverlapPatchEmbed(_Composite):
+    """Strided convolution with overlapping windows, then BatchNorm; `OverlapPatchEmbed` in PyTorch.
+
+    `(N, H, W, C)` to `(N, ceil(H / strides), ceil(W / strides), dim)`.
+    """
+
+    def __init__(self, dim: int, kernel_size: int, strides: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.dim = dim
+        self.kernel_size = kernel_size
+        self.strides = strides
+
+    def build(self, input_shape: Shape) -> None:
+        # PyTorch pads both sides alike; "same" would pad a strided convolution on the right and bottom first.
+        self.pad = layers.ZeroPadding2D(
+            self.kernel_size // 2, data_format="channels_last", dtype=self.dtype_policy, name="pad"
+        )
+        self.proj = self.conv("proj", self.dim, self.kernel_size, self.strides)
+        self.norm = self.batch_norm("norm")
+        self.pad.build(input_shape)
+        self.proj.build(input_shape)
+        self.norm.build(self.compute_output_shape(input_shape))
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        return self.norm(self.proj(self.pad(inputs)), training=training)
+
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
+        height, width = (None if n is None else -(-n // self.strides) for n in input_shape[1:3])
+        return (input_shape[0], height, width, self.dim)
+
+    def get_config(self) -> dict[str, Any]:
+        own = {"dim": self.dim, "kernel_size": self.kernel_size, "strides": self.strides}
+        return {**super().get_config(), **own}
+
+
+@_register
+class LKA(_Composite):
+    """Large kernel attention (paper, section 3.1); `AttentionModule` in PyTorch. Shape-preserving.
+
+    A 21x21 kernel as 5x5 depthwise, 7x7 depthwise with dilation 3 and 1x1; the result gates the input.
+    """
+
+    def build(self, input_shape: Shape) -> None:
+        self.conv0 = self.depthwise("conv0", 5)
+        self.conv_spatial = self.depthwise("conv_spatial", 7, dilation=3)
+        self.conv1 = self.conv("conv1", _channels(input_shape))
+        for layer in (self.conv0, self.conv_spatial, self.conv1):
+            layer.build(input_shape)
+
+    def call(self, inputs: Any) -> Any:
+        return inputs * self.conv1(self.conv_spatial(self.conv0(inputs)))
+
+
+@_register
+class Attention(_Composite):
+    """1x1, GELU, LKA, 1x1, with a shortcut around all four; `SpatialAttention` in PyTorch. Shape-preserving."""
+
+    def build(self, input_shape: Shape) -> None:
+        dim = _channels(input_shape)
+        self.proj_1 = self.conv("proj_1", dim)
+        self.activation = self.gelu("activation")
+        self.spatial_gating_unit = LKA(dtype=self.dtype_policy, name="spatial_gating_unit")
+        self.proj_2 = self.conv("proj_2", dim)
+        for layer in (self.proj_1, self.activation, self.spatial_gating_unit, self.proj_2):
+            layer.build(input_shape)
+
+    def call(self, inputs: Any) -> Any:
+        x = self.spatial_gating_unit(self.activation(self.proj_1(inputs)))
+        return self.proj_2(x) + inputs
+
+
+@_register
+class DWConv(_Composite):
+    """3x3 depthwise convolution in a module of its own; `DWConv` in PyTorch. Shape-preserving."""
+
+    def build(self, input_shape: Shape) -> None:
+        self.dwconv = self.depthwise("dwconv", 3)
+        self.dwconv.build(input_shape)
+
+    def call(self, inputs: Any) -> Any:
+        return self.dwconv(inputs)
+
+
+@_register
+class Mlp(_Composite):
+    """1x1 to `hidden_dim`, depthwise 3x3, GELU, 1x1 back; `Mlp` in PyTorch. Shape-preserving."""
+
+    def __init__(self, hidden_dim: int, drop_rate: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.hidden_dim = hidden_dim
+        self.drop_rate = drop_rate
+
+    def build(self, input_shape: Shape) -> None:
+        hidden_shape = (*input_shape[:-1], self.hidden_dim)
+        self.fc1 = self.conv("fc1", self.hidden_dim)
+        self.dwconv = DWConv(dtype=self.dtype_policy, name="dwconv")
+        self.act = self.gelu("act")
+        self.fc2 = self.conv("fc2", _channels(input_shape))
+        self.drop = layers.Dropout(self.drop_rate, dtype=self.dtype_policy, name="drop")
+        self.fc1.build(input_shape)
+        for layer in (self.dwconv, self.act, self.fc2, self.drop):
+            layer.build(hidden_shape)
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        x = self.act(self.dwconv(self.fc1(inputs)))
+        x = self.fc2(self.drop(x, training=training))
+        return self.drop(x, training=training)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "hidden_dim": self.hidden_dim, "drop_rate": self.drop_rate}
+
+
+@_register
+class Block(_Composite):
+    """Attention and MLP, each behind a BatchNorm, scaled per channel and added; `Block` in PyTorch.
+
+    Shape-preserving. `drop_path_rate` is the chance that a sample loses a whole branch in training.
+    """
+
+    def __init__(self, mlp_ratio: int, drop_rate: float = 0.0, drop_path_rate: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.mlp_ratio = mlp_ratio
+        self.drop_rate = drop_rate
+        self.drop_path_rate = drop_path_rate
+
+    def build(self, input_shape: Shape) -> None:
+        dim = _channels(input_shape)
+        self.norm1 = self.batch_norm("norm1")
+        self.attn = Attention(dtype=self.dtype_policy, name="attn")
+        # One mask value a sample, the same for every position and channel: stochastic depth.
+        self.drop_path = layers.Dropout(
+            self.drop_path_rate, noise_shape=(None, 1, 1, 1), dtype=self.dtype_policy, name="drop_path"
+        )
+        self.norm2 = self.batch_norm("norm2")
+        self.mlp = Mlp(dim * self.mlp_ratio, self.drop_rate, dtype=self.dtype_policy, name="mlp")
+        for layer in (self.norm1, self.attn, self.drop_path, self.norm2, self.mlp):
+            layer.build(input_shape)
+        self.layer_scale_1 = self._layer_scale("layer_scale_1", dim)
+        self.layer_scale_2 = self._layer_scale("layer_scale_2", dim)
+
+    def _layer_scale(self, name: str, dim: int) -> keras.Variable:
+        initializer = keras.initializers.Constant(LAYER_SCALE_INIT)
+        return self.add_weight(shape=(dim,), initializer=initializer, name=name)
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        branch = self.layer_scale_1 * self.attn(self.norm1(inputs, training=training))
+        x = inputs + self.drop_path(branch, training=training)
+        branch = self.layer_scale_2 * self.mlp(self.norm2(x, training=training), training=training)
+        return x + self.drop_path(branch, training=training)
+
+    def get_config(self) -> dict[str, Any]:
+        own = {"mlp_ratio": self.mlp_ratio, "drop_rate": self.drop_rate, "drop_path_rate": self.drop_path_rate}
+        return {**super().get_config(), **own}
+
+
+def _channels(shape: Shape) -> int:
+    channels = shape[-1]
+    if channels is None:
+        raise ValueError(f"the number of channels must be known, and is not in the input shape {shape}")
+    return channels
