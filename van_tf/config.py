@@ -1,4 +1,4 @@
-"""The table of variants. Nothing is imported here, so it can be read without Keras."""
+"""The table of variants."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""The command `van-port`: parse, call one function, print, exit code."""

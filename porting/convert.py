@@ -1,0 +1,145 @@
+"""From a state_dict to named Keras weights. Pure: nothing is read, written or assigned here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from rapidfuzz import process
+
+from porting.errors import CheckpointError, KeyMapError
+from porting.key_map import KeyMap
+from porting.layout import Array
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """A tensor that is there and cannot be used as it is; shapes in PyTorch's order."""
+
+    source: str
+    expected: str
+    found: str
+
+
+@dataclass(frozen=True)
+class KeyDiff:
+    """Every difference between the tensors that a model needs and those that a checkpoint has.
+
+    `missing_keys` and `unexpected_keys` are names in the state_dict. `unwritten` are Keras variables that no row
+    of the key map writes and `unknown` are targets that the Keras model lacks: both are faults of the family.
+    """
+
+    missing_keys: tuple[str, ...] = ()
+    unexpected_keys: tuple[str, ...] = ()
+    mismatched: tuple[Mismatch, ...] = ()
+    unwritten: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return any((self.missing_keys, self.unexpected_keys, self.mismatched, self.unwritten, self.unknown))
+
+    def describe(self) -> str:
+        """All differences as titled, sorted lists, with the nearest unused name beside each missing one."""
+        sections = [
+            ("missing from the checkpoint", _with_nearest(self.missing_keys, self.unexpected_keys)),
+            ("in the checkpoint, but not part of the model", _with_nearest(self.unexpected_keys, self.missing_keys)),
+            (
+                "of another shape or type",
+                [f"{m.source}: expected {m.expected}, found {m.found}" for m in self.mismatched],
+            ),
+            ("Keras variables that no rule of the key map writes", list(self.unwritten)),
+            ("rules of the key map whose Keras variable does not exist", list(self.unknown)),
+        ]
+        lines: list[str] = []
+        for title, rows in sections:
+            if rows:
+                lines += [f"{len(rows)} {title}:", *(f"  {row}" for row in sorted(rows))]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Keras weights by path, float32 in Keras's axis order, and the names that were dropped on purpose."""
+
+    weights: dict[str, Array]
+    dropped: tuple[str, ...]
+
+
+def diff_keys(state_dict: Mapping[str, Array], key_map: KeyMap, target_shapes: Mapping[str, Shape]) -> KeyDiff:
+    """Compares what `key_map` asks for with what there is on both sides; never raises."""
+    used = {entry.source for entry in key_map.entries}
+    targets = {entry.target for entry in key_map.entries}
+    mismatched = []
+    for entry in key_map.entries:
+        if entry.source not in state_dict or entry.target not in target_shapes:
+            continue
+        array = state_dict[entry.source]
+        expected = entry.layout.source_shape(target_shapes[entry.target])
+        if array.shape != expected:
+            mismatched.append(Mismatch(entry.source, str(expected), str(array.shape)))
+        elif not is_float(array):
+            mismatched.append(Mismatch(entry.source, "a floating-point type", str(array.dtype)))
+    return KeyDiff(
+        missing_keys=tuple(sorted(used - state_dict.keys())),
+        unexpected_keys=tuple(sorted(state_dict.keys() - used - key_map.drops)),
+        mismatched=tuple(mismatched),
+        unwritten=tuple(sorted(target_shapes.keys() - targets)),
+        unknown=tuple(sorted(targets - target_shapes.keys())),
+    )
+
+
+def convert(
+    state_dict: Mapping[str, Array], key_map: KeyMap, target_shapes: Mapping[str, Shape], *, hint: str = ""
+) -> Conversion:
+    """Brings every tensor into Keras's name, axis order and float32.
+
+    float16 and bfloat16 become float32 exactly; float64 is rounded to the nearest float32. Every source tensor is
+    used once or dropped by name and every Keras variable is written once.
+
+    Raises KeyMapError, with every difference and `hint`, when that cannot be done, and CheckpointError when a
+    tensor holds NaN or infinity.
+    """
+    diff = diff_keys(state_dict, key_map, target_shapes)
+    if diff:
+        raise KeyMapError(f"the checkpoint's tensors are not those of the model\n{diff.describe()}", hint=hint)
+    weights = {}
+    for entry in key_map.entries:
+        weights[entry.target] = entry.layout.apply(to_float32(state_dict[entry.source]))
+    refuse_non_finite({entry.source: weights[entry.target] for entry in key_map.entries})
+    return Conversion(weights, tuple(sorted(key_map.drops & state_dict.keys())))
+
+
+def is_float(array: Array) -> bool:
+    """Whether the type is a floating-point one; bfloat16 is, although NumPy itself does not know it."""
+    return np.issubdtype(array.dtype, np.floating) or array.dtype.name == "bfloat16"
+
+
+def to_float32(array: Array) -> Array:
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite and is refused by name
+        return array.astype(np.float32, copy=False)
+
+
+def refuse_non_finite(tensors: Mapping[str, Array]) -> None:
+    """Raises CheckpointError that names each tensor with NaN or infinity in it, and how many."""
+    rows = []
+    for name, array in tensors.items():
+        if not np.isfinite(array).all():
+            nans = int(np.isnan(array).sum())
+            infinities = int(np.isinf(array).sum())
+            rows.append(f"  {name}: {nans} NaN, {infinities} infinite of {array.size}")
+    if rows:
+        raise CheckpointError(
+            f"{len(rows)} tensors hold values that are not finite:\n" + "\n".join(rows),
+            hint="A model with such weights computes nothing; use a checkpoint from before training diverged.",
+        )
+
+
+def _with_nearest(names: Iterable[str], others: tuple[str, ...]) -> list[str]:
+    rows = []
+    for name in names:
+        match = process.extractOne(name, others, score_cutoff=75.0) if others else None
+        rows.append(f"{name} (nearest: {match[0]})" if match else name)
+    return rows

@@ -1,0 +1,53 @@
+"""The errors a user can cause. Each has a message, a hint on what to do next and an exit code of its own."""
+
+from __future__ import annotations
+
+
+class PortingError(Exception):
+    """Base of all errors that are the input's or the user's, not the program's.
+
+    `message` says what is wrong, where, and what was expected; `hint` says what to do next.
+    """
+
+    exit_code = 70
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(f"{message}\n{hint}" if hint else message)
+        self.message = message
+        self.hint = hint
+
+
+class ParityError(PortingError):
+    """The ported model does not compute what the original computes."""
+
+    exit_code = 1
+
+
+class CheckpointError(PortingError):
+    """A checkpoint file cannot be read, or holds something other than weights."""
+
+    exit_code = 3
+
+
+class KeyMapError(PortingError):
+    """The tensors of a checkpoint are not those of the model."""
+
+    exit_code = 4
+
+
+class SourceError(PortingError):
+    """A checkpoint cannot be found or fetched."""
+
+    exit_code = 5
+
+
+class OutputError(PortingError):
+    """A result cannot be written."""
+
+    exit_code = 6
+
+
+class WeightsFileError(PortingError):
+    """A file of Keras weights cannot be read."""
+
+    exit_code = 7

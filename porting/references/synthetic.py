@@ -1,0 +1,52 @@
+"""Weights with something in every tensor, for checks where no trained checkpoint is at hand.
+
+Untouched random initialisation hides mistakes: layer scales of 1e-2 damp a block a hundredfold, biases are zero
+and BatchNorm statistics are the identity.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+_CALIBRATION_SHAPE = (4, 3, 64, 64)
+
+
+def fill_with_synthetic_weights(model: nn.Module, seed: int = 0) -> None:
+    """Gives every parameter and statistic of an image model, in place, a value that an error would show in.
+
+    Kernels keep their random initial values, redrawn from `seed`; biases, norms' scales and single parameters
+    become random numbers well away from 0 and 1; BatchNorm statistics are then measured on random images, so that
+    activations keep their scale however deep the model is.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(parameter: torch.Tensor, low: float, high: float) -> None:
+        parameter.data.uniform_(low, high, generator=generator)
+
+    with torch.no_grad():
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm)):
+                    draw(parameter, *((0.6, 1.4) if name == "weight" else (-0.3, 0.3)))
+                elif name == "bias":
+                    draw(parameter, -0.2, 0.2)
+                elif parameter.ndim == 1:  # a single parameter, such as a layer scale
+                    draw(parameter, 0.1, 0.5)
+                else:
+                    fan_in = parameter[0].numel()
+                    parameter.normal_(0.0, fan_in**-0.5, generator=generator)
+        _measure_batch_norms(model, torch.randn(_CALIBRATION_SHAPE, generator=generator))
+
+
+def _measure_batch_norms(model: nn.Module, images: torch.Tensor) -> None:
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    was_training = model.training
+    for norm in norms:
+        norm.momentum = 1.0  # the statistics of this very batch, not a blend with the initial ones
+    model.train()
+    model(images)
+    model.train(was_training)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum

@@ -1,0 +1,175 @@
+"""Files of Keras weights: `.h5`, `.weights.h5` and `.keras`, with the provenance of the weights inside.
+
+The `.h5` layout is the one that `load_weights` takes in order and by name; its datasets are named by the
+variables' paths, so `file["block1.0/attn/proj_1/kernel"]` is that kernel. Groups inside `.weights.h5` are named by
+class and counter, which is Keras's affair: that file and `.keras` are written and read by Keras alone.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import h5py
+import numpy as np
+
+from porting.errors import OutputError, WeightsFileError
+from porting.layout import Array
+
+if TYPE_CHECKING:
+    import keras
+
+SUFFIXES = (".weights.h5", ".h5", ".keras")
+PROVENANCE = "provenance"
+_HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+# An HDF5 attribute holds less than 64 KiB; Keras splits a longer list of names over numbered attributes.
+_ATTRIBUTE_LIMIT = 64_000
+
+
+def suffix_of(path: Path) -> str:
+    """The one of `SUFFIXES` that says how `path` is written; raises OutputError for any other name."""
+    for suffix in SUFFIXES:
+        if path.name.endswith(suffix) and path.name != suffix:
+            return suffix
+    raise OutputError(
+        f"{path}: the name does not say which format to write", hint=f"End it in one of {', '.join(SUFFIXES)}."
+    )
+
+
+def variable_shapes(model: keras.Model) -> dict[str, tuple[int, ...]]:
+    """Shape of every weight by path; state of random generators is no weight."""
+    return {variable.path: tuple(variable.shape) for variable in model.weights}
+
+
+def write_weights(path: Path, build: Callable[[], keras.Model], weights: Mapping[str, Array]) -> None:
+    """Writes `weights`, by variable path and covering all of `build()`, in the format that the suffix names."""
+    model = build()
+    suffix = suffix_of(path)
+    if suffix == ".h5":
+        _write_h5(path, model, weights)
+        return
+    for variable in model.weights:
+        variable.assign(weights[variable.path])
+    if suffix == ".keras":
+        model.save(path)
+    else:
+        model.save_weights(path)
+
+
+def load_model(path: Path, build: Callable[[], keras.Model]) -> keras.Model:
+    """The model with the weights of `path`, read the way its user will read them: by Keras's own functions."""
+    import keras
+
+    if suffix_of(path) == ".keras":
+        build()  # so that the classes in the file are registered
+        return keras.models.load_model(path, compile=False)
+    model = build()
+    model.load_weights(path)
+    return model
+
+
+def _write_h5(path: Path, model: keras.Model, weights: Mapping[str, Array]) -> None:
+    import keras
+
+    with h5py.File(path, "w") as file:
+        layers = [layer for layer in model.layers if layer.weights]
+        _write_names(file, "layer_names", [layer.name for layer in layers])
+        file.attrs["backend"] = keras.backend.backend().encode()
+        file.attrs["keras_version"] = keras.__version__.encode()
+        for layer in layers:
+            group = file.create_group(layer.name)
+            # The order in which load_weights expects them, which is not that of layer.weights.
+            variables = [*layer.trainable_weights, *layer.non_trainable_weights]
+            names = [variable.path.removeprefix(f"{layer.path}/") for variable in variables]
+            _write_names(group, "weight_names", names)
+            for name, variable in zip(names, variables, strict=True):
+                group.create_dataset(name, data=weights[variable.path])
+
+
+def _write_names(group: h5py.Group, attribute: str, names: list[str]) -> None:
+    encoded = [name.encode() for name in names]
+    width = max(map(len, encoded), default=1)
+    rows = max(_ATTRIBUTE_LIMIT // width, 1)
+    if len(encoded) <= rows:
+        group.attrs[attribute] = np.array(encoded, dtype=f"S{width}")
+        return
+    for index in range(0, len(encoded), rows):
+        group.attrs[f"{attribute}{index // rows}"] = np.array(encoded[index : index + rows], dtype=f"S{width}")
+
+
+def write_provenance(path: Path, provenance: Mapping[str, Any]) -> None:
+    """Adds the provenance, as JSON, to a file that `write_weights` has made; the weights stay as they are."""
+    text = json.dumps(provenance, indent=1)
+    if suffix_of(path) == ".keras":
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr(f"{PROVENANCE}.json", text)
+        return
+    with h5py.File(path, "r+") as file:
+        file.attrs[PROVENANCE] = text
+
+
+def read_provenance(path: Path) -> dict[str, Any] | None:
+    """The provenance inside a weights file, or None where there is none; raises WeightsFileError."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if f"{PROVENANCE}.json" not in archive.namelist():
+                    return None
+                text: Any = archive.read(f"{PROVENANCE}.json")
+        else:
+            with h5py.File(path, "r") as file:
+                text = file.attrs.get(PROVENANCE)
+        provenance = None if text is None else json.loads(text)
+    except (OSError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
+        raise _unreadable(path, error) from None
+    if provenance is not None and not isinstance(provenance, dict):
+        raise WeightsFileError(f"{path}: its provenance is not a JSON object", hint="The file is damaged.")
+    return provenance
+
+
+def is_weights_file(path: Path) -> bool:
+    """Whether the content, not the name, is HDF5 or a `.keras` archive."""
+    with path.open("rb") as file:
+        if file.read(len(_HDF5_SIGNATURE)) == _HDF5_SIGNATURE:
+            return True
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return "model.weights.h5" in archive.namelist()
+
+
+def list_tensors(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
+    """Name, shape and type of every dataset in an HDF5 or `.keras` file; raises WeightsFileError."""
+    try:
+        if zipfile.is_zipfile(path):
+            with (
+                zipfile.ZipFile(path) as archive,
+                archive.open("model.weights.h5") as member,
+                h5py.File(member, "r") as file,
+            ):
+                return _datasets(file)
+        with h5py.File(path, "r") as file:
+            return _datasets(file)
+    except (OSError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
+        raise _unreadable(path, error) from None
+
+
+def _datasets(file: h5py.File) -> list[tuple[str, tuple[int, ...], str]]:
+    rows: list[tuple[str, tuple[int, ...], str]] = []
+
+    def visit(name: str, item: h5py.Dataset | h5py.Group) -> None:
+        if isinstance(item, h5py.Dataset):
+            rows.append((name, tuple(item.shape or ()), str(item.dtype)))
+
+    file.visititems(visit)
+    return rows
+
+
+def _unreadable(path: Path, error: Exception) -> WeightsFileError:
+    return WeightsFileError(
+        f"{path}: not a whole HDF5 or .keras file: {str(error).splitlines()[0] if str(error) else error!r}",
+        hint="The file is cut off or damaged; port it again.",
+    )
