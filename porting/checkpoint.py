@@ -14,6 +14,7 @@ import pathlib
 import re
 import struct
 import types
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ def read_checkpoint(path: Path, *, ema: bool = False) -> Checkpoint:
             file.seek(0)
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             file.seek(0)
-            contents = _load_safetensors(path, file) if kind == "safetensors" else _load_pickle(path, file)
+            contents = _load_safetensors(path, file) if kind == "safetensors" else _load_pickle(path, file, kind)
     except FileNotFoundError:
         raise SourceError(
             f"{path}: no such file", hint="Check the path, or leave out --checkpoint to use the official weights."
@@ -125,38 +126,54 @@ def _recognise(path: Path, file: BinaryIO) -> str:
     raise CheckpointError(f"{path}: not a checkpoint: {what}", hint=hint)
 
 
-def _load_pickle(path: Path, file: BinaryIO) -> Any:
+def _load_pickle(path: Path, file: BinaryIO, kind: str) -> Any:
     import torch
 
     try:
+        if kind == "torch zip":
+            _verify_checksums(path, file)
         with torch.serialization.safe_globals(inert_globals()):
             return torch.load(file, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except MemoryError:
         raise CheckpointError(f"{path}: declares more data than fits into memory") from None
     except Exception as error:  # torch.load fails in dozens of ways on a broken file; none is a bug here
         raise _pickle_error(path, error) from None
 
 
+def _verify_checksums(path: Path, file: BinaryIO) -> None:
+    """torch.load does not look at the archive's checksums, so a flipped bit in a weight would pass unseen."""
+    with zipfile.ZipFile(file) as archive:
+        damaged = archive.testzip()
+    file.seek(0)
+    if damaged is not None:
+        raise CheckpointError(
+            f"{path}: the file is damaged: {damaged} does not have the checksum that the file says it has",
+            hint="Fetch it again; if it was saved with checksums turned off in torch, save it again with them on.",
+        )
+
+
 def _pickle_error(path: Path, error: Exception) -> CheckpointError:
-    """Says in one sentence what torch.load says in ten."""
+    """Says in one sentence what torch.load says in ten, and without its advice to run the file's code."""
     text = str(error)
-    found = re.search(r"GLOBAL (\S+)|Unsupported (?:global|class|operand)[^\n]*?([\w.]+\.[\w.]+)", text)
-    if found:
+    if found := re.search(r"GLOBAL (\S+)|Unsupported class (\S+)", text):
         name = found.group(1) or found.group(2)
         return CheckpointError(
             f"{path}: refused: the file asks to run or build {name}, and a checkpoint may hold only tensors and "
             "plain values; nothing in it was run",
             hint="Where you trust its origin, load it there and save only `model.state_dict()`.",
         )
-    if "central directory" in text or "unexpected EOF" in text or isinstance(error, EOFError):
+    if "central directory" in text or isinstance(error, zipfile.BadZipFile) or "seek" in text or isinstance(error, EOFError):
         return CheckpointError(
             f"{path}: the file is cut off or damaged: its end is missing",
             hint="Fetch it again and compare its size with the source's.",
         )
-    first_line = next((line for line in text.splitlines() if line.strip()), type(error).__name__)
+    reason = text.partition("WeightsUnpickler error:")[2] or text
+    first_line = next((line.strip() for line in reason.splitlines() if line.strip()), type(error).__name__)
     return CheckpointError(
         f"{path}: not a readable checkpoint: {first_line[:200]}",
-        hint="The file may be damaged, or made by something other than torch.save.",
+        hint="The file is damaged, or made by something other than torch.save(state_dict, FILE).",
     )
 
 

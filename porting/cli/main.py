@@ -83,7 +83,8 @@ def cli(
         return
     if variant is None:
         raise click.UsageError(f"--variant is needed: one of {', '.join(variants_of(FAMILY))}")
-    from porting.cli.terminal import make_console, progress_bar, start_tensorflow
+    from porting.cli.terminal import make_console, progress_bar
+    from porting.frameworks import start_tensorflow
     from porting.parity import DEFAULT_MAX_RATIO
     from porting.port import FailedParityError, port
     from porting.report import print_report

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -40,27 +38,3 @@ def progress_bar() -> Iterator[Progress]:
             bar.update(task, description=description, completed=done, total=total or None)
 
         yield show
-
-
-def start_tensorflow() -> None:
-    """Imports TensorFlow without the lines that it writes to standard error on every start.
-
-    Its C++ part writes there before any log level can be set, so the descriptor itself is turned away while it
-    loads; what was written is shown when the import fails.
-    """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-    sys.stderr.flush()
-    saved = os.dup(2)
-    with tempfile.TemporaryFile() as held_back:
-        os.dup2(held_back.fileno(), 2)
-        try:
-            import keras  # noqa: F401
-            import tensorflow  # noqa: F401
-        except BaseException:
-            held_back.seek(0)
-            os.write(saved, held_back.read())
-            raise
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)

@@ -166,7 +166,8 @@ class VAN(nn.Module):
         self.depths = tuple(depths)
         self.feature_info: list[dict[str, object]] = []
         # The rate grows linearly over all blocks of all stages, from 0 to drop_path_rate.
-        rates = torch.linspace(0, drop_path_rate, sum(depths), dtype=torch.float64).tolist()
+        blocks_in_all = sum(depths)
+        rates = [drop_path_rate * index / max(blocks_in_all - 1, 1) for index in range(blocks_in_all)]
         previous = in_chans
         for stage, (dim, depth, ratio) in enumerate(zip(embed_dims, depths, mlp_ratios, strict=True), start=1):
             kernel_size, stride = (7, 4) if stage == 1 else (3, 2)

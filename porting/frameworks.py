@@ -1,0 +1,45 @@
+"""Starting PyTorch and TensorFlow in one process, which takes some care."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+import tempfile
+
+
+def load_triton() -> None:
+    """Loads Triton, where it is installed, and must be called before anything imports TensorFlow.
+
+    TensorFlow's wheels make their own copy of LLVM visible to the whole process (tensorflow issue 124205). Triton,
+    which comes with PyTorch's CUDA builds and is imported by torch._dynamo, timm and transformers, then ends the
+    process when it loads; loaded first, it keeps to its own copy and both work.
+    """
+    if "triton" not in sys.modules and importlib.util.find_spec("triton") is not None:
+        importlib.import_module("triton._C.libtriton")
+
+
+def start_tensorflow() -> None:
+    """Imports TensorFlow after Triton and without the lines that it writes to standard error on every start.
+
+    Its C++ part writes there before any log level can be set, so the descriptor itself is turned away while it
+    loads; what was written is shown when the import fails.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+    load_triton()
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as held_back:
+        os.dup2(held_back.fileno(), 2)
+        try:
+            import keras  # noqa: F401
+            import tensorflow  # noqa: F401
+        except BaseException:
+            held_back.seek(0)
+            os.write(saved, held_back.read())
+            raise
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)

@@ -1,0 +1,66 @@
+"""Shared by all tests: a synthetic nano checkpoint, its parts, and a way to run the command line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+
+from porting.frameworks import load_triton
+
+load_triton()
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from porting.families.van import VanFamily
+from porting.references.synthetic import fill_with_synthetic_weights
+from porting.references.van import VAN, build_van
+
+CLASSES = 10
+
+
+@pytest.fixture(scope="session")
+def family() -> VanFamily:
+    return VanFamily()
+
+
+@pytest.fixture(scope="session")
+def reference() -> VAN:
+    """A nano with something in every tensor; tests must not change it."""
+    model = build_van("nano", CLASSES)
+    fill_with_synthetic_weights(model, seed=1)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def state_dict(reference: VAN) -> dict[str, np.ndarray]:
+    return {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
+
+
+@pytest.fixture(scope="session")
+def checkpoint(reference: VAN, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint") / "nano.pth.tar"
+    torch.save({"state_dict": reference.state_dict()}, path)
+    return path
+
+
+@pytest.fixture
+def run_cli(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Runs `van-port` in this process. The result's `output` has both streams, as on a terminal."""
+    from porting import frameworks
+    from porting.cli import main
+
+    # It moves file descriptor 2, which belongs to pytest here; TensorFlow is imported by now anyway.
+    monkeypatch.setattr(frameworks, "start_tensorflow", lambda: None)
+
+    def run(*args: Any) -> Result:
+        return CliRunner().invoke(main.cli, [str(arg) for arg in args])
+
+    return run
