@@ -21,6 +21,7 @@ import numpy as np
 
 from porting.activations import record_layers, record_modules
 from porting.layout import Array
+from porting.progress import SILENT, Progress
 
 if TYPE_CHECKING:
     import keras
@@ -32,13 +33,6 @@ OUTPUT = "output"
 # Half the distance between 1 and the next float32: what one rounding can do, relative to the value.
 FLOAT32_ROUNDOFF = 2.0**-24
 DEFAULT_MAX_RATIO = 8.0
-
-Progress = Callable[[str, int, int], None]
-
-
-def no_progress(description: str, done: int, total: int) -> None:
-    """Reports nothing."""
-
 
 @dataclass(frozen=True)
 class Distance:
@@ -198,7 +192,7 @@ def check_parity(
     pairs: Mapping[str, str] | None = None,
     max_ratio: float = DEFAULT_MAX_RATIO,
     batch_size: int = 1,
-    progress: Progress = no_progress,
+    progress: Progress = SILENT,
 ) -> ParityReport:
     """Runs both models on the same images and compares every layer that both have.
 

@@ -21,7 +21,8 @@ from porting.family import Family
 from porting.files import check_writable, move_into_place, output_errors, temporary_file, write_text
 from porting.images import find_images, load_images
 from porting.layout import Array
-from porting.parity import DEFAULT_MAX_RATIO, ParityReport, Progress, check_parity, no_progress
+from porting.parity import DEFAULT_MAX_RATIO, ParityReport, check_parity
+from porting.progress import SILENT, Progress
 from porting.sources import Source, fetch, find_source
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def port(
     samples: int | None = None,
     max_ratio: float = DEFAULT_MAX_RATIO,
     keep_failed: Path | None = None,
-    progress: Progress = no_progress,
+    progress: Progress = SILENT,
 ) -> PortResult:
     """Ports one checkpoint to the file `out`, whose suffix names the format.
 
@@ -86,14 +87,19 @@ def port(
     if keep_failed is not None:
         check_writable(keep_failed)
     source = find_source(family.name, variant)
-    progress("reading the checkpoint", 0, 0)
-    loaded = read_checkpoint(fetch(source) if checkpoint is None else checkpoint, ema=ema)
+    if checkpoint is None:
+        with progress.paused():  # the hub's client draws a bar of its own
+            path = fetch(source)
+    else:
+        path = checkpoint
+    progress("reading the checkpoint")
+    loaded = read_checkpoint(path, ema=ema)
     num_classes = family.num_classes(variant, loaded.state_dict)
 
     def build() -> keras.Model:
         return family.build_candidate(variant, num_classes)
 
-    progress("converting", 0, 0)
+    progress("converting")
     conversion = convert(
         loaded.state_dict,
         family.key_map(variant),
@@ -103,11 +109,11 @@ def port(
     provenance = _provenance(family, variant, num_classes, source if checkpoint is None else None, loaded, conversion)
     report = None
     with temporary_file(out, suffix) as temporary:
-        progress("writing", 0, 0)
+        progress("writing")
         with output_errors(out):
             weights_file.write_weights(temporary, build, conversion.weights)
         if check:
-            progress("reading back", 0, 0)
+            progress("reading back")
             candidate = weights_file.load_model(temporary, build)
             _refuse_other_weights(candidate, conversion.weights)
             reference = load_reference(family, variant, num_classes, loaded.state_dict)

@@ -83,7 +83,7 @@ def cli(
         return
     if variant is None:
         raise click.UsageError(f"--variant is needed: one of {', '.join(variants_of(FAMILY))}")
-    from porting.cli.terminal import make_console, progress_bar
+    from porting.cli.terminal import ProgressBar, make_console
     from porting.frameworks import start_tensorflow
     from porting.parity import DEFAULT_MAX_RATIO
     from porting.port import FailedParityError, port
@@ -91,8 +91,8 @@ def cli(
 
     console = make_console()
     try:
-        with progress_bar() as progress:
-            progress("starting TensorFlow", 0, 0)
+        with ProgressBar() as progress:
+            progress("starting TensorFlow")
             start_tensorflow()
             result = port(
                 get_family(family),

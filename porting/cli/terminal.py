@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
-from porting.parity import Progress
+from porting.progress import Progress
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,18 +23,30 @@ def make_console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, width=None if stream.isatty() else _PIPE_WIDTH, highlight=False)
 
 
-@contextlib.contextmanager
-def progress_bar() -> Iterator[Progress]:
+class ProgressBar(Progress):
     """A bar with the present step on a terminal's standard error; nothing at all in a pipe."""
-    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
 
-    console = make_console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn())
-    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("starting", total=None)
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bar
 
-        def show(description: str, done: int, total: int) -> None:
-            bar.update(task, description=description, completed=done, total=total or None)
+        console = make_console(stderr=True)
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn())
+        self._bar = Bar(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._bar.add_task("starting", total=None)
 
-        yield show
+    def __call__(self, description: str, done: int = 0, total: int = 0) -> None:
+        self._bar.update(self._task, description=description, completed=done, total=total or None)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        self._bar.stop()
+        yield
+        self._bar.start()
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
