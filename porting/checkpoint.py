@@ -164,7 +164,12 @@ def _pickle_error(path: Path, error: Exception) -> CheckpointError:
             "plain values; nothing in it was run",
             hint="Where you trust its origin, load it there and save only `model.state_dict()`.",
         )
-    if "central directory" in text or isinstance(error, zipfile.BadZipFile) or "seek" in text or isinstance(error, EOFError):
+    if (
+        "central directory" in text
+        or isinstance(error, zipfile.BadZipFile)
+        or "seek" in text
+        or isinstance(error, EOFError)
+    ):
         return CheckpointError(
             f"{path}: the file is cut off or damaged: its end is missing",
             hint="Fetch it again and compare its size with the source's.",

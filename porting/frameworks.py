@@ -26,6 +26,8 @@ def start_tensorflow() -> None:
     Its C++ part writes there before any log level can be set, so the descriptor itself is turned away while it
     loads; what was written is shown when the import fails.
     """
+    if "tensorflow" in sys.modules:
+        return
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("KERAS_BACKEND", "tensorflow")
     load_triton()

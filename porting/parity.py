@@ -34,6 +34,7 @@ OUTPUT = "output"
 FLOAT32_ROUNDOFF = 2.0**-24
 DEFAULT_MAX_RATIO = 8.0
 
+
 @dataclass(frozen=True)
 class Distance:
     """How far two results are apart, over all elements: greatest absolute and root mean square difference."""

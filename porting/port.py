@@ -19,6 +19,7 @@ from porting.data import weights_folder
 from porting.errors import ParityError
 from porting.family import Family
 from porting.files import check_writable, move_into_place, output_errors, temporary_file, write_text
+from porting.frameworks import start_tensorflow
 from porting.images import find_images, load_images
 from porting.layout import Array
 from porting.parity import DEFAULT_MAX_RATIO, ParityReport, check_parity
@@ -95,6 +96,8 @@ def port(
     progress("reading the checkpoint")
     loaded = read_checkpoint(path, ema=ema)
     num_classes = family.num_classes(variant, loaded.state_dict)
+    progress("starting TensorFlow")
+    start_tensorflow()
 
     def build() -> keras.Model:
         return family.build_candidate(variant, num_classes)

@@ -13,7 +13,6 @@ from pathlib import Path
 from porting.data import weights_folder
 from porting.errors import SourceError
 
-
 _REACH_TIMEOUT = 10.0  # seconds
 
 
@@ -82,7 +81,7 @@ def _fetch_from_hub(source: Source) -> Path:
     cached = huggingface_hub.try_to_load_from_cache(source.repo, source.file)
     if isinstance(cached, str):
         return Path(cached)
-    logging.set_verbosity_error()  # what it would warn of is said below, once
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # what it would warn of is said below, once
     reason = _why_unreachable(huggingface_hub.constants.ENDPOINT)
     if not reason:
         try:

@@ -52,15 +52,11 @@ def checkpoint(reference: VAN, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture
-def run_cli(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+def run_cli() -> Callable[..., Result]:
     """Runs `van-port` in this process. The result's `output` has both streams, as on a terminal."""
-    from porting import frameworks
-    from porting.cli import main
-
-    # It moves file descriptor 2, which belongs to pytest here; TensorFlow is imported by now anyway.
-    monkeypatch.setattr(frameworks, "start_tensorflow", lambda: None)
+    from porting.cli.main import cli
 
     def run(*args: Any) -> Result:
-        return CliRunner().invoke(main.cli, [str(arg) for arg in args])
+        return CliRunner().invoke(cli, [str(arg) for arg in args])
 
     return run

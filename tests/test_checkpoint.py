@@ -173,7 +173,10 @@ BROKEN = {
         lambda path: path.write_bytes(struct.pack("<Q", 20) + b'{"w":{"dtype":"F32"}' + bytes(20)),
         "not a whole safetensors file",
     ),
-    "newer pickle": (lambda path: path.write_bytes(pickle.dumps({"w": 1}, protocol=4)), "readable checkpoint: Unsupported operand 149"),
+    "newer pickle": (
+        lambda path: path.write_bytes(pickle.dumps({"w": 1}, protocol=4)),
+        "readable checkpoint: Unsupported operand 149",
+    ),
     "a list": (lambda path: torch.save([1, 2], path), "holds a list, not a state_dict"),
     "no tensors": (lambda path: torch.save({"epoch": 3}, path), "these entries are no tensors: epoch"),
     "mixed": (lambda path: torch.save({"model": {"w": torch.ones(1), "n": 3}}, path), "no tensors: n"),

@@ -44,9 +44,7 @@ def test_the_name_of_the_file_has_a_default(
 
 def test_not_at_parity_is_exit_code_1(run_cli: RunCli, checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.h5"
-    result = run_cli(
-        "--variant", "nano", "--checkpoint", checkpoint, "--out", out, "--samples", 1, "--max-ratio", 1e-3
-    )
+    result = run_cli("--variant", "nano", "--checkpoint", checkpoint, "--out", out, "--samples", 1, "--max-ratio", 1e-3)
     assert result.exit_code == 1
     assert "NOT AT PARITY from patch_embed1.proj on" in result.output
     assert "Error: " in result.output
@@ -156,7 +154,7 @@ def test_van_tf_leaves_pytorch_alone() -> None:
 def test_a_pipe_gets_the_result_and_no_noise(checkpoint: Path, tmp_path: Path) -> None:
     """The real command in a process of its own: TensorFlow's start is quiet, and no progress is drawn."""
     environment = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
-    command = [sys.executable, "-m", "porting.cli.main", "--variant", "nano", "--checkpoint", checkpoint]
+    command = [sys.executable, "-m", "porting.cli.main", "--variant", "nano", "--checkpoint", str(checkpoint)]
     done = subprocess.run(
         [*command, "--out", "nano.h5", "--samples", "1"],
         capture_output=True,

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ SHAPES = {
 }
 
 
-def make_state_dict(dtype: object = np.float32) -> dict[str, np.ndarray]:
+def make_state_dict(dtype: Any = np.float32) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     shapes = {entry.source: entry.layout.source_shape(SHAPES[entry.target]) for entry in KEY_MAP.entries}
     tensors = {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}

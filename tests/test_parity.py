@@ -151,12 +151,13 @@ def test_a_softmax_after_the_last_layer_is_seen(reference: VAN, candidate: keras
 
 
 def test_modules_without_a_layer_are_listed() -> None:
-    reference = nn.Sequential(nn.Flatten(), nn.Linear(12, 3), nn.ReLU())
+    linear = nn.Linear(12, 3)
+    reference = nn.Sequential(nn.Flatten(), linear, nn.ReLU())
     inputs = keras.Input((2, 2, 3))
     # Keras flattens channels last, PyTorch channels first.
     flat = keras.layers.Flatten(name="0")(keras.layers.Permute((3, 1, 2), name="order")(inputs))
     candidate = keras.Model(inputs, keras.ops.relu(keras.layers.Dense(3, name="dense")(flat)))
-    candidate.get_layer("dense").set_weights([reference[1].weight.detach().numpy().T, reference[1].bias.detach().numpy()])
+    candidate.get_layer("dense").set_weights([linear.weight.detach().numpy().T, linear.bias.detach().numpy()])
     images = np.random.default_rng(0).normal(size=(2, 2, 2, 3)).astype(np.float32)
     report = check_parity(reference, candidate, images)
     assert report.passed

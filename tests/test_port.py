@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import van_tf
-from porting import port as port_module
+from porting import weights_file
 from porting.errors import CheckpointError, KeyMapError, OutputError, ParityError, SourceError
 from porting.families.van import VanFamily
 from porting.port import FailedParityError, port, report_path_of
@@ -61,9 +61,7 @@ def test_a_port_is_checked_named_and_documented(family: VanFamily, checkpoint: P
     assert len(report["layers"]) == len(result.report.comparisons)
 
 
-def test_the_file_gives_pytorchs_logits(
-    family: VanFamily, checkpoint: Path, reference: VAN, tmp_path: Path
-) -> None:
+def test_the_file_gives_pytorchs_logits(family: VanFamily, checkpoint: Path, reference: VAN, tmp_path: Path) -> None:
     port(family, "nano", tmp_path / "nano.h5", checkpoint=checkpoint, samples=1)
     model = van_tf.van_nano()
     model.load_weights(tmp_path / "nano.h5")
@@ -134,12 +132,12 @@ def test_without_a_check_the_provenance_says_so(checkpoint: Path, family: VanFam
 def test_what_keras_reads_must_be_what_was_written(
     family: VanFamily, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = port_module.weights_file.write_weights
+    write = weights_file.write_weights
 
     def write_wrongly(path: Path, build: Any, weights: dict[str, np.ndarray]) -> None:
         write(path, build, {**weights, "head/bias": weights["head/bias"] + np.float32(1e-6)})
 
-    monkeypatch.setattr(port_module.weights_file, "write_weights", write_wrongly)
+    monkeypatch.setattr(weights_file, "write_weights", write_wrongly)
     with pytest.raises(ParityError, match="1 weights read back from the file differ from those written, first head/b"):
         port(family, "nano", tmp_path / "x.h5", checkpoint=checkpoint)
     assert names_in(tmp_path) == []

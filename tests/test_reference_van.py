@@ -128,13 +128,14 @@ def test_drop_path_rate_grows_linearly_over_all_blocks() -> None:
 def test_initial_values_have_the_official_spread() -> None:
     torch.manual_seed(0)
     model = build_van("b1")
-    block = model.get_submodule("block3.0")
     # sqrt(2 / (kernel area * output channels / groups))
-    assert block.get_submodule("mlp.fc1").weight.std().item() == pytest.approx((2 / 1280) ** 0.5, rel=0.02)
-    assert block.get_submodule("mlp.dwconv.dwconv").weight.std().item() == pytest.approx((2 / 9) ** 0.5, rel=0.02)
-    assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.02)
-    assert all(not m.bias.any() for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
-    assert torch.all(block.get_parameter("layer_scale_1") == 1e-2)
+    assert model.get_parameter("block3.0.mlp.fc1.weight").std().item() == pytest.approx((2 / 1280) ** 0.5, rel=0.02)
+    assert model.get_parameter("block3.0.mlp.dwconv.dwconv.weight").std().item() == pytest.approx(
+        (2 / 9) ** 0.5, rel=0.02
+    )
+    assert model.get_parameter("head.weight").std().item() == pytest.approx(0.02, rel=0.02)
+    assert all(not m.bias.any() for m in model.modules() if isinstance(m, nn.Conv2d) and m.bias is not None)
+    assert torch.all(model.get_parameter("block3.0.layer_scale_1") == 1e-2)
 
 
 @pytest.mark.filterwarnings("ignore")  # timm's own, at import

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from van_tf import VARIANTS, VanConfig
@@ -23,6 +25,6 @@ def test_to_dict_has_all_that_builds_it_again() -> None:
     ],
     ids=["uneven", "none", "zero"],
 )
-def test_stages_that_do_not_fit_are_refused(arguments: tuple[tuple[int, ...], ...], message: str) -> None:
+def test_stages_that_do_not_fit_are_refused(arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         VanConfig("mine", *arguments)

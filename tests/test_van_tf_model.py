@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -189,9 +190,7 @@ def test_jit_compile(model: keras.Model, reference: VAN) -> None:
     compiled.set_weights(model.get_weights())
     compiled.compile(jit_compile=True)
     images = random_images(2, 64, 64, 3)
-    np.testing.assert_allclose(
-        compiled.predict(images, verbose=0), torch_logits(reference, images), atol=2e-5, rtol=0
-    )
+    np.testing.assert_allclose(compiled.predict(images, verbose=0), torch_logits(reference, images), atol=2e-5, rtol=0)
 
 
 def test_without_top_gives_the_last_stage() -> None:
@@ -218,7 +217,7 @@ def test_fixed_input_shape_and_other_channels() -> None:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_arguments_out_of_range(arguments: dict[str, object], message: str) -> None:
+def test_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         van_tf.van_nano(**arguments)
 

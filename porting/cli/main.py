@@ -84,7 +84,6 @@ def cli(
     if variant is None:
         raise click.UsageError(f"--variant is needed: one of {', '.join(variants_of(FAMILY))}")
     from porting.cli.terminal import ProgressBar, make_console
-    from porting.frameworks import start_tensorflow
     from porting.parity import DEFAULT_MAX_RATIO
     from porting.port import FailedParityError, port
     from porting.report import print_report
@@ -92,8 +91,6 @@ def cli(
     console = make_console()
     try:
         with ProgressBar() as progress:
-            progress("starting TensorFlow")
-            start_tensorflow()
             result = port(
                 get_family(family),
                 variant,

@@ -39,9 +39,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> VAN:
-    model: VAN = build_model_with_cfg(
-        VAN, f"van_{variant}", pretrained, **{**VARIANTS[variant]._asdict(), **kwargs}
-    )
+    model: VAN = build_model_with_cfg(VAN, f"van_{variant}", pretrained, **{**VARIANTS[variant]._asdict(), **kwargs})
     return model
 
 
