@@ -1,47 +1,89 @@
-"""Intermediate results by layer name, from either framework, always channels last.
+"""Watching the calls inside a model, in either framework, and steering them.
 
-Both recorders call back with `(name, array)` as soon as a layer has run and keep nothing themselves. A layer that
-runs more than once is told apart as `name`, `name#1`, `name#2`.
+An `Observer` is told of every call of a submodule or layer: before it runs, with its inputs, and after, with its
+outputs, always as lists of torch tensors. It may put others in their place: that is how a layer is given the
+reference's own input, and how its error is kept from those behind it.
+
+A module or layer that runs more than once is told apart as `name`, `name#1`, `name#2`.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
-from porting.layout import Array
+import numpy as np
 
 if TYPE_CHECKING:
     import keras
     from torch import Tensor, nn
 
-Callback = Callable[[str, Array], None]
+Replacement = Sequence["Tensor | None"] | None
+
+
+class Observer(Protocol):
+    """What to do at a call. A replacement has one entry a tensor, None where the tensor stays; None changes nothing.
+
+    An observer that does not watch inputs is told of them as an empty list, which saves bringing them over.
+    """
+
+    watches_inputs: bool
+
+    def before(self, name: str, inputs: list[Tensor]) -> Replacement:
+        """Called with the inputs of a call."""
+        ...
+
+    def after(self, name: str, outputs: list[Tensor]) -> Replacement:
+        """Called with the outputs of the same call."""
+        ...
+
+
+class _Calls:
+    """Numbers the calls of each name, and knows which one is ending."""
+
+    def __init__(self) -> None:
+        self._seen: Counter[str] = Counter()
+        self._open: list[str] = []
+
+    def begin(self, name: str) -> str:
+        self._seen[name] += 1
+        numbered = name if self._seen[name] == 1 else f"{name}#{self._seen[name] - 1}"
+        self._open.append(numbered)
+        return numbered
+
+    def end(self) -> str:
+        return self._open.pop()
 
 
 @contextlib.contextmanager
-def record_modules(model: nn.Module, callback: Callback) -> Iterator[None]:
-    """Calls back with the output of every submodule of `model`, in the order in which they finish.
+def observe_modules(model: nn.Module, observer: Observer) -> Iterator[None]:
+    """Shows the observer every call of a submodule of `model`, by its name in `named_modules()`."""
+    calls = _Calls()
 
-    Names are those of `named_modules()`. Outputs that are not single tensors are left out.
-    """
-    import torch
+    def hooks_for(name: str) -> tuple[Any, Any]:
+        def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
+            found: list[Tensor] = []
+            if observer.watches_inputs:
+                _collect((args, kwargs), found)
+            replaced = observer.before(calls.begin(name), found)
+            return None if replaced is None else _replace((args, kwargs), iter(replaced))
 
-    calls: Counter[str] = Counter()
+        def after(_: nn.Module, args: Any, output: Any) -> Any:
+            found: list[Tensor] = []
+            _collect(output, found)
+            replaced = observer.after(calls.end(), found)
+            return None if replaced is None else _replace(output, iter(replaced))
 
-    def hook_for(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, _: Any, output: Any) -> None:
-            if isinstance(output, torch.Tensor):
-                callback(_numbered(calls, name), _channels_last(module, output))
+        return before, after
 
-        return hook
-
-    handles = [
-        module.register_forward_hook(hook_for(name), always_call=False)
-        for name, module in model.named_modules()
-        if name
-    ]
+    handles = []
+    for name, module in model.named_modules():
+        if name:
+            before, after = hooks_for(name)
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(module.register_forward_hook(after))
     try:
         yield
     finally:
@@ -49,43 +91,103 @@ def record_modules(model: nn.Module, callback: Callback) -> Iterator[None]:
             handle.remove()
 
 
-def _channels_last(module: nn.Module, output: Tensor) -> Array:
-    from torch import nn
+def _collect(value: Any, found: list[Tensor]) -> None:
+    """All tensors inside nested tuples, lists and dicts, in order."""
+    import torch
 
-    # A LayerNorm over one axis works on the last one, so its caller has put the channels there already.
-    if output.ndim == 4 and not isinstance(module, nn.LayerNorm):
-        output = output.permute(0, 2, 3, 1)
-    array: Array = output.detach().contiguous().numpy()
-    return array
+    if isinstance(value, torch.Tensor):
+        found.append(value)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            _collect(item, found)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _collect(item, found)
+
+
+def _replace(value: Any, replacements: Iterator[Tensor | None]) -> Any:
+    """The same structure with each tensor replaced where there is something to replace it with."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        replacement = next(replacements)
+        return value if replacement is None else replacement
+    if isinstance(value, Mapping):
+        return type(value)((key, _replace(item, replacements)) for key, item in value.items())  # type: ignore[call-arg]
+    if isinstance(value, (list, tuple)):
+        items = [_replace(item, replacements) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in a module's result, in order."""
+    found: list[Tensor] = []
+    _collect(value, found)
+    return found
 
 
 @contextlib.contextmanager
-def record_layers(model: keras.Model, callback: Callback) -> Iterator[None]:
-    """Calls back with the output of every layer inside `model`, at any depth, in the order in which they finish.
+def observe_layers(model: keras.Model, observer: Observer) -> Iterator[None]:
+    """Shows the observer every eager call of a layer inside `model`, at any depth, by its path.
 
-    Names are the layers' paths. Holds only for eager calls, and for the whole process while the context is open:
-    Keras has no hooks of its own, so the one method that every layer's call goes through is wrapped.
+    Keras has no hooks of its own, so the one method that every layer's call goes through is wrapped, for the whole
+    process, while the context is open.
     """
     import keras
 
     layer_class = keras.layers.Layer
     original = layer_class.__call__
-    calls: Counter[str] = Counter()
+    calls = _Calls()
 
-    def recording_call(self: keras.layers.Layer, *args: Any, **kwargs: Any) -> Any:
+    def observed_call(self: keras.layers.Layer, *args: Any, **kwargs: Any) -> Any:
+        if self is model:
+            return original(self, *args, **kwargs)
+        # A layer that needs no build has no path; at the top level its name would be the same.
+        name = calls.begin(self.path or self.name)
+        if observer.watches_inputs:
+            args, kwargs = _steer((args, kwargs), lambda found: observer.before(name, found))
+        else:
+            observer.before(name, [])
         output = original(self, *args, **kwargs)
-        if self is not model and hasattr(output, "numpy"):
-            # A layer that needs no build has no path; at the top level its name would be the same.
-            callback(_numbered(calls, self.path or self.name), output.numpy())
-        return output
+        calls.end()
+        return _steer(output, lambda found: observer.after(name, found))
 
-    layer_class.__call__ = recording_call
+    layer_class.__call__ = observed_call
     try:
         yield
     finally:
         layer_class.__call__ = original
 
 
-def _numbered(calls: Counter[str], name: str) -> str:
-    calls[name] += 1
-    return name if calls[name] == 1 else f"{name}#{calls[name] - 1}"
+def _steer(value: Any, ask: Any) -> Any:
+    """Asks about the Keras tensors in a structure and puts the answers in their place, in their own types."""
+    import keras
+
+    leaves = keras.tree.flatten(value)
+    positions = [index for index, leaf in enumerate(leaves) if keras.ops.is_tensor(leaf)]
+    replaced = ask([to_torch(leaves[index]) for index in positions])
+    if replaced is None:
+        return value
+    for index, replacement in zip(positions, replaced, strict=True):
+        if replacement is not None:
+            array = replacement.contiguous().numpy()
+            leaves[index] = keras.ops.convert_to_tensor(array, dtype=leaves[index].dtype)
+    return keras.tree.pack_sequence_as(value, leaves)
+
+
+def keras_tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in a Keras model's result, in order, as torch tensors."""
+    import keras
+
+    return [to_torch(leaf) for leaf in keras.tree.flatten(value) if keras.ops.is_tensor(leaf)]
+
+
+def to_torch(value: Any) -> Tensor:
+    """A Keras tensor as a torch tensor of its own, half precision as float32."""
+    import torch
+
+    array = np.asarray(value.numpy() if hasattr(value, "numpy") else value)
+    if array.dtype.name in {"bfloat16", "float16"}:
+        array = array.astype(np.float32)
+    return torch.from_numpy(array if array.flags.writeable else array.copy())

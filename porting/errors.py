@@ -51,3 +51,9 @@ class WeightsFileError(PortingError):
     """A file of Keras weights cannot be read."""
 
     exit_code = 7
+
+
+class ReportError(PortingError):
+    """A parity report cannot be read."""
+
+    exit_code = 8

@@ -50,6 +50,14 @@ class Family(abc.ABC):
     def preprocessing(self, variant: str) -> Preprocessing:
         """How images were prepared when the published weights were trained."""
 
+    def shrinkable(self, parameter: str) -> bool:
+        """Whether a stress run makes this parameter of the reference small, so that what follows has small variances.
+
+        Chosen well, it is what gives a residual stream its size: the first scales and those of the branches. By
+        default nothing is, and that stress run is left out.
+        """
+        return False
+
     @abc.abstractmethod
     def guess_variant(self, state_dict: Mapping[str, Array]) -> str | None:
         """The variant whose shapes a state_dict has, or None."""

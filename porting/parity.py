@@ -1,178 +1,63 @@
-"""Does the Keras model compute what the PyTorch model computes? The judge is PyTorch itself, in float64.
+"""What parity means: the results of a comparison and the verdict on them. `porting.comparison` makes them.
+
+Does the Keras model compute what the PyTorch model computes? The judge is PyTorch itself, in float64.
 
 A fixed tolerance is a guess: two correct float32 programs differ by what their orders of summation make of
-rounding, and that grows with depth, width and scale. So the reference runs twice, in float32 and in float64. The
-float64 run is the truth; PyTorch's own float32 distance to it is the noise that nobody can be blamed for. A layer
-is at parity when Keras's distance to the truth is at most `max_ratio` times that noise.
+rounding, and that grows with depth, width and scale. So the reference runs in float32 and in float64. The float64
+run is the truth; PyTorch's own float32 distance to it is the noise that nobody can be blamed for. A layer is at parity
+when Keras's distance to the truth is at most `max_ratio` times that noise, in each of three views:
 
-This is the accumulated view: both models run from the same input, so the figures are what a user gets.
+accumulated  both models run from the same input; what the user gets.
+isolated     every Keras layer is fed the reference's own input to that layer and hands on the reference's own
+             output, so a mistake shows in its layer and nowhere else.
+input        in that same run, what a layer was about to be fed, against what the reference fed to it; a mistake
+             between two layers shows here.
 """
 
 from __future__ import annotations
 
-import copy
-import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
+from porting.audit import Audit
+from porting.diagnosis import Diagnosis
+from porting.statistics import Difference, Distance
 
-from porting.activations import record_layers, record_modules
-from porting.layout import Array
-from porting.progress import SILENT, Progress
-
-if TYPE_CHECKING:
-    import keras
-    from torch import nn
-
-SCHEMA_VERSION = 1
 # The name under which the models' own results are compared, after all layers.
 OUTPUT = "output"
 # Half the distance between 1 and the next float32: what one rounding can do, relative to the value.
 FLOAT32_ROUNDOFF = 2.0**-24
 DEFAULT_MAX_RATIO = 8.0
+ACCUMULATED, ISOLATED, INPUT = "accumulated", "isolated", "input"
+VIEWS = (ACCUMULATED, ISOLATED, INPUT)
 
 
 @dataclass(frozen=True)
-class Distance:
-    """How far two results are apart, over all elements: greatest absolute and root mean square difference."""
+class View:
+    """One comparison of a layer against the float64 truth.
 
-    max: float = 0.0
-    rms: float = 0.0
-
-
-@dataclass(frozen=True)
-class TensorComparison:
-    """One layer's output on both sides, against the float64 truth.
-
-    `expected` is PyTorch in float32 and `actual` is Keras. `scale` is the size of the truth itself. `ratio` is
-    Keras's distance to the truth in units of `noise`: PyTorch's distance or one rounding of the scale, whichever
-    is greater; taken for the greatest and for the RMS difference, the worse of the two. `problem` says why a
-    comparison failed where a ratio cannot.
+    `scale` is the size of the truth; `expected_error` and `actual_error` are PyTorch's and Keras's float32
+    distances to it. `problem` says why there is no number.
     """
 
-    source: str
-    target: str
-    shape: tuple[int, ...]
     scale: Distance
     expected_error: Distance
     actual_error: Distance
-    difference: Distance
-    ratio: float
-    passed: bool
     problem: str = ""
 
-
-@dataclass(frozen=True)
-class LogitsComparison:
-    """What the user sees of the last layer: `top1_agreement` of `samples` images have the same best class."""
-
-    samples: int
-    top1_agreement: int
-    max_probability_change: float
-
-
-@dataclass(frozen=True)
-class ParityReport:
-    """All comparisons in data flow, and what could not be paired; layers that run twice count twice."""
-
-    comparisons: tuple[TensorComparison, ...]
-    unpaired_source: tuple[str, ...]
-    unpaired_target: tuple[str, ...]
-    logits: LogitsComparison
-    max_ratio: float
-    input_shape: tuple[int, ...]
-    context: dict[str, Any] = field(default_factory=dict)
-
     @property
-    def passed(self) -> bool:
-        """True only when something was compared and every comparison passed."""
-        return bool(self.comparisons) and all(comparison.passed for comparison in self.comparisons)
+    def ratio(self) -> float:
+        """Keras's distance in units of the noise, the worse of greatest and RMS difference; infinite for a problem.
 
-    @property
-    def first_divergence(self) -> TensorComparison | None:
-        """The first layer in data flow that is not at parity."""
-        return next((comparison for comparison in self.comparisons if not comparison.passed), None)
-
-    @property
-    def worst(self) -> TensorComparison:
-        return max(self.comparisons, key=lambda comparison: comparison.ratio)
-
-    def to_json(self) -> str:
-        """The report as strict JSON; numbers that are not finite are null."""
-        contents = {
-            "schema_version": SCHEMA_VERSION,
-            "passed": self.passed,
-            "first_divergence": self.first_divergence.source if self.first_divergence else None,
-            "max_ratio": self.max_ratio,
-            "input_shape": self.input_shape,
-            **self.context,
-            "logits": vars(self.logits),
-            "unpaired_source": self.unpaired_source,
-            "unpaired_target": self.unpaired_target,
-            "layers": [_comparison_to_dict(comparison) for comparison in self.comparisons],
-        }
-        return json.dumps(_finite(contents), indent=1, allow_nan=False) + "\n"
-
-
-def _comparison_to_dict(comparison: TensorComparison) -> dict[str, Any]:
-    return {name: vars(value) if isinstance(value, Distance) else value for name, value in vars(comparison).items()}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class _DistanceSum:
-    """A Distance over batches that come one after another."""
-
-    def __init__(self) -> None:
-        self.max = 0.0
-        self.sum_of_squares = 0.0
-        self.count = 0
-
-    def add(self, difference: Array) -> None:
-        if difference.size:
-            flat = difference.reshape(-1)
-            # A NaN must stay one: max() of Python would lose it when it comes second.
-            self.max = float(np.maximum(self.max, np.abs(flat).max()))
-            self.sum_of_squares += float(np.dot(flat, flat))
-            self.count += flat.size
-
-    def total(self) -> Distance:
-        return Distance(self.max, math.sqrt(self.sum_of_squares / self.count) if self.count else 0.0)
-
-
-class _LayerSums:
-    """Everything that is summed up for one layer."""
-
-    def __init__(self, target: str, shape: tuple[int, ...]) -> None:
-        self.target = target
-        self.shape = shape
-        self.scale, self.expected_error = _DistanceSum(), _DistanceSum()
-        self.actual_error, self.difference = _DistanceSum(), _DistanceSum()
-        self.problem = ""
-
-    def compare(self, source: str, max_ratio: float) -> TensorComparison:
-        scale, expected, actual = self.scale.total(), self.expected_error.total(), self.actual_error.total()
-        ratio = max(
-            _ratio(actual.max, expected.max, scale.max),
-            _ratio(actual.rms, expected.rms, scale.rms),
-        )
-        problem = self.problem
-        if problem:
-            ratio = math.inf
-        elif not math.isfinite(ratio):
-            problem = "values that are not finite"
-        passed = ratio <= max_ratio
-        return TensorComparison(
-            source, self.target, self.shape, scale, expected, actual, self.difference.total(), ratio, passed, problem
+        The noise is PyTorch's distance, or one rounding of the scale where that is greater.
+        """
+        if self.problem:
+            return math.inf
+        return max(
+            _ratio(self.actual_error.max, self.expected_error.max, self.scale.max),
+            _ratio(self.actual_error.rms, self.expected_error.rms, self.scale.rms),
         )
 
 
@@ -185,118 +70,144 @@ def _ratio(actual_error: float, expected_error: float, scale: float) -> float:
     return actual_error / noise if noise else math.inf
 
 
-def check_parity(
-    reference: nn.Module,
-    candidate: keras.Model,
-    images: Array,
-    *,
-    pairs: Mapping[str, str] | None = None,
-    max_ratio: float = DEFAULT_MAX_RATIO,
-    batch_size: int = 1,
-    progress: Progress = SILENT,
-) -> ParityReport:
-    """Runs both models on the same images and compares every layer that both have.
+@dataclass(frozen=True)
+class LayerComparison:
+    """One call of a layer on both sides.
 
-    `reference` takes `(N, C, H, W)` and gives `(N, classes)`; `images` is `(N, H, W, C)` float32 and goes to
-    `candidate` as it is. Modules and layers pair by name, with `/` read as `.`; `pairs` gives Keras paths for
-    modules where the two differ by more. Only one batch of activations is in memory at a time, and each pair is
-    let go as soon as it is compared.
-
-    Raises ValueError when there are no images.
+    `kind` is the PyTorch class; `shape` the output's, in Keras's axis order, over all samples. `difference` is
+    Keras against PyTorch, both float32, in the accumulated view.
     """
-    import torch
 
-    if not len(images):
-        raise ValueError("at least one image is needed for a parity check")
-    reference = reference.eval()
-    truth_model = copy.deepcopy(reference).double()
-    target_of = dict(pairs or {})
-    sums: dict[str, _LayerSums] = {}
-    unmatched: dict[str, None] = {}
-    lone_targets: dict[str, None] = {}
-    logits: dict[str, list[Array]] = {"expected": [], "actual": []}
-    starts = range(0, len(images), batch_size)
-    for step, start in enumerate(starts):
-        batch = images[start : start + batch_size]
-        tensor = torch.from_numpy(np.ascontiguousarray(batch.transpose(0, 3, 1, 2)))
-        truth: dict[str, Array] = {}
-        expected: dict[str, Array] = {}
+    source: str
+    target: str
+    kind: str
+    shape: tuple[int, ...]
+    expected_dtype: str
+    actual_dtype: str
+    views: dict[str, View]
+    difference: Difference
 
-        progress("PyTorch, float64", 3 * step, 3 * len(starts))
-        with torch.inference_mode(), record_modules(truth_model, truth.__setitem__):
-            truth[OUTPUT] = truth_model(tensor.double()).numpy()
-        progress("PyTorch, float32", 3 * step + 1, 3 * len(starts))
-        with torch.inference_mode(), record_modules(reference, expected.__setitem__):
-            expected[OUTPUT] = reference(tensor).numpy()
-        logits["expected"].append(expected[OUTPUT])
-
-        for name, values in expected.items():
-            target = target_of.get(name, name.replace(".", "/"))
-            layer = sums.setdefault(name, _LayerSums(target, (len(images), *values.shape[1:])))
-            layer.scale.add(truth[name])
-            layer.expected_error.add(values - truth[name])
-        compare = _comparing(sums, expected, truth, lone_targets)
-
-        progress("Keras", 3 * step + 2, 3 * len(starts))
-        with record_layers(candidate, compare):
-            output = np.asarray(candidate(batch, training=False))
-        compare(OUTPUT, output)
-        logits["actual"].append(output)
-        unmatched.update(dict.fromkeys(expected))
-    progress("done", 3 * len(starts), 3 * len(starts))
-    return ParityReport(
-        comparisons=tuple(layer.compare(name, max_ratio) for name, layer in sums.items() if name not in unmatched),
-        unpaired_source=tuple(unmatched),
-        unpaired_target=tuple(lone_targets),
-        logits=_compare_logits({side: np.concatenate(parts) for side, parts in logits.items()}),
-        max_ratio=max_ratio,
-        input_shape=tuple(images.shape),
-    )
+    @property
+    def ratio(self) -> float:
+        return max((view.ratio for view in self.views.values()), default=math.inf)
 
 
-def _comparing(
-    sums: Mapping[str, _LayerSums], expected: dict[str, Array], truth: dict[str, Array], lone_targets: dict[str, None]
-) -> Callable[[str, Array], None]:
-    """Compares a Keras layer's result as soon as it is there, and lets go of PyTorch's."""
-    source_of = {_dotted(sums[name].target): name for name in expected}
+@dataclass(frozen=True)
+class LogitsComparison:
+    """What the user sees of the last layer, over `samples` rows of logits."""
 
-    def compare(path: str, actual: Array) -> None:
-        name = source_of.get(_dotted(path))
-        if name is None or name not in expected:
-            lone_targets[path] = None
-            return
-        sums[name].target = path
-        _compare_actual(sums[name], actual, expected.pop(name), truth.pop(name))
-
-    return compare
+    samples: int
+    top1_agreement: int
+    top5_agreement: int
+    max_probability_change: float
 
 
-def _dotted(path: str) -> str:
-    """Paths differ between the frameworks in their separator, and Keras also has dots inside a layer's name."""
-    return path.replace("/", ".")
+@dataclass(frozen=True)
+class Limits:
+    """What parity allows. The ratio follows from float64; `atol` and `rtol` are added where a user wants them.
+
+    `atol` bounds the greatest difference between Keras and PyTorch, `rtol` that difference over the layer's
+    greatest value. `per_layer` gives layers a `max_ratio` of their own, by PyTorch's name.
+    """
+
+    max_ratio: float = DEFAULT_MAX_RATIO
+    atol: float | None = None
+    rtol: float | None = None
+    per_layer: Mapping[str, float] = field(default_factory=dict)
+
+    def of(self, source: str) -> float:
+        """The `max_ratio` of one layer, whichever of its calls."""
+        return self.per_layer.get(source, self.per_layer.get(source.partition("#")[0], self.max_ratio))
+
+    def objection(self, layer: LayerComparison, view_name: str) -> str:
+        """Why a layer is not at parity in one view, "" where it is."""
+        view, difference = layer.views[view_name], layer.difference
+        limit = self.of(layer.source)
+        if view.problem:
+            return view.problem
+        if not view.ratio <= limit:
+            if not math.isfinite(view.ratio):
+                return "values that are not finite"
+            return f"{view.ratio:.3g} times PyTorch's own rounding, {limit:g} allowed"
+        if view_name == ACCUMULATED:
+            if self.atol is not None and not difference.max <= self.atol:
+                return f"differs by {difference.max:.3g}, {self.atol:g} allowed (atol)"
+            if self.rtol is not None and not difference.max <= self.rtol * view.scale.max:
+                relative = difference.max / view.scale.max if view.scale.max else math.inf
+                return f"differs by {relative:.3g} of its greatest value, {self.rtol:g} allowed (rtol)"
+        return ""
 
 
-def _compare_actual(layer: _LayerSums, actual: Array, expected: Array, truth: Array) -> None:
-    if actual.shape != truth.shape:
-        layer.problem = f"shape {actual.shape} instead of {truth.shape}"
-        return
-    layer.actual_error.add(actual - truth)
-    layer.difference.add(actual.astype(np.float64) - expected)
+@dataclass(frozen=True)
+class Divergence:
+    """Where and how two models part. `layer` is PyTorch's name; `view` the one that shows it; `reason` by how much."""
+
+    layer: str
+    view: str
+    reason: str
+
+    @property
+    def culprit(self) -> str:
+        """Whose mistake it is: the layer's own, or of the one that feeds it; "" is the model as a whole."""
+        return self.layer.rpartition(".")[0] if self.view == INPUT else self.layer
+
+    def __str__(self) -> str:
+        if self.view == INPUT:
+            return f"{self.culprit or 'the model'} feeds {self.layer} wrongly: {self.reason}"
+        return f"{self.layer}: {self.reason}"
 
 
-def _compare_logits(logits: Mapping[str, Array]) -> LogitsComparison:
-    expected, actual = logits["expected"], logits["actual"]
-    if expected.ndim != 2 or expected.shape != actual.shape:
-        return LogitsComparison(len(expected), 0, math.nan)
-    change = np.abs(_softmax(expected) - _softmax(actual))
-    return LogitsComparison(
-        samples=len(expected),
-        top1_agreement=int((expected.argmax(1) == actual.argmax(1)).sum()),
-        max_probability_change=float(change.max()),
-    )
+@dataclass(frozen=True)
+class ParityReport:
+    """All comparisons in data flow, what could not be paired, and the verdict that follows from the limits.
 
+    `audit` compares the settings that numbers do not show. `stress` holds the reports of the same models on other
+    weights and inputs, each under its `name`. `diagnosis` says what the first divergence looks like.
+    """
 
-def _softmax(logits: Array) -> Array:
-    exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    probabilities: Array = exponentials / exponentials.sum(axis=1, keepdims=True)
-    return probabilities
+    layers: tuple[LayerComparison, ...]
+    unpaired_source: tuple[str, ...]
+    unpaired_target: tuple[str, ...]
+    logits: LogitsComparison | None
+    input_shapes: tuple[tuple[int, ...], ...]
+    limits: Limits = field(default_factory=Limits)
+    name: str = "as ported"
+    audit: Audit | None = None
+    diagnosis: Diagnosis | None = None
+    stress: tuple[ParityReport, ...] = ()
+    context: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """True only when something was compared, no layer diverges in any view, no setting differs, and under
+        stress too.
+        """
+        settings_agree = self.audit is None or not self.audit.differences
+        return bool(self.layers) and not self.divergences and settings_agree and all(r.passed for r in self.stress)
+
+    @property
+    def divergences(self) -> tuple[Divergence, ...]:
+        """Every layer and view that is not at parity, in data flow."""
+        found = []
+        for layer in self.layers:
+            for view in layer.views:
+                if reason := self.limits.objection(layer, view):
+                    found.append(Divergence(layer.source, view, reason))
+        return tuple(found)
+
+    @property
+    def first_divergence(self) -> Divergence | None:
+        """The culprit: the first layer that is wrong by itself, or is fed wrongly; else the first that is off.
+
+        In the isolated and input views an error stays where it is made, so they are asked first.
+        """
+        found = self.divergences
+        local = next((divergence for divergence in found if divergence.view != ACCUMULATED), None)
+        return local or next(iter(found), None)
+
+    def failed(self, layer: LayerComparison) -> bool:
+        return any(self.limits.objection(layer, view) for view in layer.views)
+
+    @property
+    def worst(self) -> LayerComparison:
+        return max(self.layers, key=lambda layer: layer.ratio)

@@ -17,11 +17,11 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
+from porting.check import load_reference
 from porting.checkpoint import read_checkpoint
 from porting.families import get_family
 from porting.frameworks import start_tensorflow
 from porting.images import load_images
-from porting.port import load_reference
 from porting.sources import fetch, find_source
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

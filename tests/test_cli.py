@@ -7,11 +7,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import h5py
+import keras
+import numpy as np
 import pytest
 import torch
 from click.testing import Result
 
+import van_tf
 from porting import port as port_module
+from porting import weights_file
 from porting.references.van import build_van
 
 RunCli = Callable[..., Result]
@@ -46,9 +51,87 @@ def test_not_at_parity_is_exit_code_1(run_cli: RunCli, checkpoint: Path, tmp_pat
     out = tmp_path / "x.h5"
     result = run_cli("--variant", "nano", "--checkpoint", checkpoint, "--out", out, "--samples", 1, "--max-ratio", 1e-3)
     assert result.exit_code == 1
-    assert "NOT AT PARITY from patch_embed1.proj on" in result.output
+    assert "First divergence: patch_embed1.proj" in result.output
     assert "Error: " in result.output
     assert not out.exists()
+
+
+def test_every_report_is_written_even_when_the_check_fails(run_cli: RunCli, checkpoint: Path, tmp_path: Path) -> None:
+    reports = [tmp_path / name for name in ("r.html", "r.md", "r.xml", "r.json")]
+    result = run_cli(
+        *("--variant", "nano", "--checkpoint", checkpoint, "--out", tmp_path / "x.h5", "--samples", 1),
+        *("--max-ratio", 1e-3),
+        *(argument for path in reports for argument in ("--report", path)),
+    )
+    assert result.exit_code == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.html", "r.json", "r.md", "r.xml"]
+
+
+def test_a_report_of_no_known_format_is_found_before_the_work(run_cli: RunCli, tmp_path: Path) -> None:
+    result = run_cli("--variant", "nano", "--report", tmp_path / "r.pdf", "--checkpoint", tmp_path / "is never opened")
+    assert result.exit_code == 6
+    assert "End it in .json, .html, .md, .xml" in result.output
+
+
+@pytest.fixture
+def ported(run_cli: RunCli, checkpoint: Path, tmp_path: Path) -> Path:
+    out = tmp_path / "nano.h5"
+    result = run_cli("--variant", "nano", "--checkpoint", checkpoint, "--out", out, "--samples", 1, "--no-isolated")
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_check_of_a_file(run_cli: RunCli, checkpoint: Path, ported: Path, tmp_path: Path) -> None:
+    arguments = ("check", "--variant", "nano", "--weights", ported, "--checkpoint", checkpoint, "--samples", 1)
+    assert run_cli(*arguments).exit_code == 0
+    with h5py.File(ported, "r+") as file:
+        file["block2.0/mlp/fc2/bias"][0] += 0.01
+    result = run_cli(*arguments, "--report", tmp_path / "r.json")
+    assert result.exit_code == 1
+    assert "Error: block2.0.mlp.fc2: " in result.output
+    # Judged again from the report alone, by other limits.
+    assert run_cli("check", "--from", tmp_path / "r.json").exit_code == 1
+    assert run_cli("check", "--from", tmp_path / "r.json", "--max-ratio", 1e9).exit_code == 0
+    assert run_cli("check", "--from", tmp_path / "r.json", "--limit", "block2.0.mlp.fc2:1e9").exit_code == 1
+    # And against the report of the port.
+    baseline = run_cli(
+        *("check", "--from", tmp_path / "r.json", "--max-ratio", 1e9),
+        *("--baseline", f"{ported}.parity.json"),
+    )
+    assert baseline.exit_code == 1
+    assert "Worse than the baseline: block2.0.mlp.fc2 (accumulated)" in baseline.output
+
+
+def test_check_of_what_does_not_fit(run_cli: RunCli, checkpoint: Path, ported: Path, tmp_path: Path) -> None:
+    missing = run_cli("check", "--variant", "nano", "--weights", tmp_path / "no.h5", "--checkpoint", checkpoint)
+    assert missing.exit_code == 5
+    other = tmp_path / "other.h5"
+    van_tf.van_nano(classes=3).save(tmp_path / "other.keras")
+    weights_file.write_weights(other, lambda: van_tf.van_nano(classes=3), zeros_of(van_tf.van_nano(classes=3)))
+    result = run_cli("check", "--variant", "nano", "--weights", other, "--checkpoint", checkpoint)
+    assert result.exit_code == 7
+    assert "Keras cannot load it into van nano with 10 classes" in result.output
+    assert run_cli("check", "--variant", "nano").exit_code == 2
+    assert run_cli("check", "--from", "x.json", "--variant", "nano").exit_code == 2
+    assert run_cli("check", "--from", tmp_path / "no.json").exit_code == 8
+    assert run_cli("check", "--from", "x.json", "--limit", "head").exit_code == 2
+
+
+def zeros_of(model: keras.Model) -> dict[str, np.ndarray]:
+    return {path: np.zeros(shape, np.float32) for path, shape in weights_file.variable_shapes(model).items()}
+
+
+def test_report_again(run_cli: RunCli, ported: Path, tmp_path: Path) -> None:
+    source = f"{ported}.parity.json"
+    assert "AT PARITY" in run_cli("report", source).output
+    assert run_cli("report", source, "--format", "markdown").output.startswith("## ✅ Parity of van nano")
+    assert run_cli("report", source, "--format", "junit").output.startswith("<?xml")
+    written = run_cli("report", source, "--format", "html", "--out", tmp_path / "r.html")
+    assert written.exit_code == 0
+    assert (tmp_path / "r.html").read_text().startswith("<!DOCTYPE html>")
+    assert run_cli("report", source, "--format", "json").output == Path(source).read_text()
+    (tmp_path / "x.json").write_text("{}")
+    assert run_cli("report", tmp_path / "x.json").exit_code == 8
 
 
 def write_html(path: Path) -> None:
@@ -108,7 +191,7 @@ def test_usage(run_cli: RunCli) -> None:
     assert "--variant is needed" in run_cli("--out", "x.h5").output
     mixed = run_cli("--variant", "nano", "inspect", "x.h5")
     assert mixed.exit_code == 2
-    assert "do not go with inspect" in mixed.output
+    assert "options of a port go after inspect" in mixed.output
 
 
 def test_inspect(run_cli: RunCli, checkpoint: Path, tmp_path: Path) -> None:
@@ -140,7 +223,8 @@ def test_help_imports_nothing_heavy() -> None:
         "from porting.cli.main import cli\n"
         "try: cli(['--help'])\n"
         "except SystemExit: pass\n"
-        "heavy = {'torch', 'timm', 'keras', 'tensorflow', 'h5py', 'rich', 'huggingface_hub', 'PIL'}\n"
+        "heavy = {'torch', 'timm', 'keras', 'tensorflow', 'h5py', 'rich', 'huggingface_hub', 'PIL', 'matplotlib',"
+        " 'jinja2', 'junitparser'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     assert run_python(code).endswith("[]")

@@ -13,12 +13,16 @@ import torch
 
 import van_tf
 from porting import weights_file
+from porting.check import CheckOptions
 from porting.errors import CheckpointError, KeyMapError, OutputError, ParityError, SourceError
 from porting.families.van import VanFamily
 from porting.port import FailedParityError, port, report_path_of
 from porting.references.synthetic import fill_with_synthetic_weights
 from porting.references.van import VAN, build_van
+from porting.reports.document import read_report
 from porting.weights_file import read_provenance
+
+FAST = CheckOptions(samples=1)
 
 
 def names_in(folder: Path) -> list[str]:
@@ -37,12 +41,12 @@ class FaultyFamily(VanFamily):
 @pytest.mark.parametrize("name", ["nano.h5", "nano.weights.h5", "nano.keras"])
 def test_a_port_is_checked_named_and_documented(family: VanFamily, checkpoint: Path, tmp_path: Path, name: str) -> None:
     out = tmp_path / name
-    result = port(family, "nano", out, checkpoint=checkpoint, samples=3)
+    result = port(family, "nano", out, checkpoint=checkpoint, options=CheckOptions(samples=3))
     assert names_in(tmp_path) == [name, f"{name}.parity.json"]
     assert result.path == out
     assert result.report is not None
     assert result.report.passed
-    assert result.report.input_shape == (3, 64, 64, 3)
+    assert result.report.input_shapes == ((3, 64, 64, 3),)
 
     provenance = read_provenance(out)
     assert provenance is not None
@@ -57,12 +61,12 @@ def test_a_port_is_checked_named_and_documented(family: VanFamily, checkpoint: P
 
     report = json.loads(report_path_of(out).read_text())
     assert report["passed"] is True
-    assert report["variant"] == "nano"
-    assert len(report["layers"]) == len(result.report.comparisons)
+    assert report["context"]["variant"] == "nano"
+    assert read_report(report_path_of(out)) == result.report
 
 
 def test_the_file_gives_pytorchs_logits(family: VanFamily, checkpoint: Path, reference: VAN, tmp_path: Path) -> None:
-    port(family, "nano", tmp_path / "nano.h5", checkpoint=checkpoint, samples=1)
+    port(family, "nano", tmp_path / "nano.h5", checkpoint=checkpoint, options=FAST)
     model = van_tf.van_nano()
     model.load_weights(tmp_path / "nano.h5")
     images = np.random.default_rng(5).normal(size=(2, 80, 64, 3)).astype(np.float32)
@@ -75,10 +79,10 @@ def test_another_number_of_classes_is_read_from_the_checkpoint(family: VanFamily
     model = build_van("nano", 7)
     fill_with_synthetic_weights(model)
     torch.save(model.state_dict(), tmp_path / "x.pth")
-    result = port(family, "nano", tmp_path / "x.h5", checkpoint=tmp_path / "x.pth", samples=1)
+    result = port(family, "nano", tmp_path / "x.h5", checkpoint=tmp_path / "x.pth", options=FAST)
     assert result.provenance["num_classes"] == 7
     assert result.report is not None
-    assert result.report.comparisons[-1].shape == (1, 7)
+    assert result.report.layers[-1].shape == (1, 7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
@@ -88,7 +92,7 @@ def test_other_floating_types(family: VanFamily, reference: VAN, tmp_path: Path,
         for name, tensor in reference.state_dict().items()
     }
     torch.save(tensors, tmp_path / "x.pth")
-    result = port(family, "nano", tmp_path / "x.h5", checkpoint=tmp_path / "x.pth", samples=1)
+    result = port(family, "nano", tmp_path / "x.h5", checkpoint=tmp_path / "x.pth", options=FAST)
     assert result.report is not None
     assert result.report.passed
     bias = result.conversion.weights["head/bias"]
@@ -99,9 +103,11 @@ def test_a_failed_check_leaves_nothing_and_keeps_the_old_file(checkpoint: Path, 
     out = tmp_path / "nano.h5"
     out.write_text("old")
     with pytest.raises(FailedParityError) as caught:
-        port(FaultyFamily(), "nano", out, checkpoint=checkpoint, samples=1)
-    assert "nano.h5 was not written: not at parity from norm3 on" in caught.value.message
+        port(FaultyFamily(), "nano", out, checkpoint=checkpoint, options=FAST)
+    assert "nano.h5 was not written: not at parity; first divergence: norm3: " in caught.value.message
     assert "times PyTorch's own rounding, 8 allowed" in caught.value.message
+    assert caught.value.report.diagnosis is not None
+    assert caught.value.report.diagnosis.cause == "an epsilon of 0.001 instead of 1e-06"
     assert not caught.value.report.passed
     assert names_in(tmp_path) == ["nano.h5"]
     assert out.read_text() == "old"
@@ -110,7 +116,7 @@ def test_a_failed_check_leaves_nothing_and_keeps_the_old_file(checkpoint: Path, 
 def test_a_failed_file_can_be_kept_under_another_name(checkpoint: Path, tmp_path: Path) -> None:
     kept = tmp_path / "failed.h5"
     with pytest.raises(FailedParityError, match="The refused file is .*failed.h5"):
-        port(FaultyFamily(), "nano", tmp_path / "x.h5", checkpoint=checkpoint, samples=1, keep_failed=kept)
+        port(FaultyFamily(), "nano", tmp_path / "x.h5", checkpoint=checkpoint, options=FAST, keep_failed=kept)
     assert names_in(tmp_path) == ["failed.h5"]
     provenance = read_provenance(kept)
     assert provenance is not None
@@ -119,7 +125,7 @@ def test_a_failed_file_can_be_kept_under_another_name(checkpoint: Path, tmp_path
 
 def test_without_a_check_the_provenance_says_so(checkpoint: Path, family: VanFamily, tmp_path: Path) -> None:
     out = tmp_path / "x.h5"
-    port(family, "nano", out, checkpoint=checkpoint, samples=1)
+    port(family, "nano", out, checkpoint=checkpoint, options=FAST)
     result = port(family, "nano", out, checkpoint=checkpoint, check=False)
     assert result.report is None
     # The report of the first port must not vouch for the second file.
@@ -194,7 +200,7 @@ def test_a_checkpoint_with_nan(family: VanFamily, reference: VAN, tmp_path: Path
 
 def test_images_of_the_users_own(family: VanFamily, checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="holds no images"):
-        port(family, "nano", tmp_path / "x.h5", checkpoint=checkpoint, images=tmp_path)
+        port(family, "nano", tmp_path / "x.h5", checkpoint=checkpoint, options=CheckOptions(images=tmp_path))
 
 
 @pytest.mark.slow
@@ -203,7 +209,7 @@ def test_large_variants(family: VanFamily, tmp_path: Path, variant: str) -> None
     model = build_van(variant)
     fill_with_synthetic_weights(model, seed=2)
     torch.save({"state_dict": model.state_dict()}, tmp_path / "x.pth.tar")
-    result = port(family, variant, tmp_path / "x.h5", checkpoint=tmp_path / "x.pth.tar", samples=1)
+    result = port(family, variant, tmp_path / "x.h5", checkpoint=tmp_path / "x.pth.tar", options=FAST)
     assert result.report is not None
     assert result.report.worst.ratio < 4
     keras_model = getattr(van_tf, f"van_{variant}")()

@@ -47,7 +47,10 @@ def torch_logits(reference: VAN, images: np.ndarray) -> np.ndarray:
         return reference(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
 
 
-@pytest.mark.parametrize("variant", SIZES)
+LARGE = [pytest.param(variant, marks=pytest.mark.slow) for variant in ("b4", "b5", "b6")]
+
+
+@pytest.mark.parametrize("variant", ["b0", "b1", "b2", "b3", *LARGE])
 def test_parameters_and_variables(variant: str) -> None:
     model = getattr(van_tf, f"van_{variant}")()
     assert (model.count_params(), len(model.weights)) == SIZES[variant]
@@ -124,7 +127,8 @@ def test_drop_path_drops_whole_samples_and_rescales_the_others() -> None:
 
 
 def test_training_moves_weights_and_statistics() -> None:
-    model = van_tf.van_nano(drop_path_rate=0.1, drop_rate=0.1)
+    config = van_tf.VanConfig("tiny", (8, 8, 8, 8), (1, 1, 1, 2), (2, 2, 2, 2))
+    model = van_tf.van(config, classes=10, drop_path_rate=0.1, drop_rate=0.1)
     model.compile("adamw", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     before = {variable.path: np.array(variable) for variable in model.weights}
     model.fit(random_images(8, 32, 32, 3), np.arange(8), batch_size=4, epochs=1, verbose=0)

@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 
 import van_tf
+from porting.check import load_reference
 from porting.checkpoint import read_checkpoint
 from porting.data import weights_folder
 from porting.families.van import VanFamily
 from porting.images import find_images, load_images
-from porting.port import load_reference, port
+from porting.port import port
 from porting.sources import fetch, find_source
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -46,6 +47,7 @@ def test_the_images_are_four_of_each_class(images: list[Path]) -> None:
 def test_ported_and_right_about_most_images(family: VanFamily, images: list[Path], tmp_path: Path) -> None:
     result = port(family, "nano", tmp_path / "van_nano.h5")
     assert result.report is not None
+    assert result.report.logits is not None
     assert result.report.logits.samples == result.report.logits.top1_agreement == 40
     assert result.provenance["source"]["license"] == "Apache-2.0"
 

@@ -7,21 +7,41 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
+from porting.cli.options import (
+    CHECK,
+    FILE,
+    LIMITS,
+    REPORT,
+    check_report_files,
+    make_check_options,
+    make_limits,
+    write_reports,
+)
 from porting.errors import PortingError
 from porting.families import family_names, get_family
 from porting.sources import variants_of
 
 FAMILY = "van"
-_FILE = click.Path(path_type=Path)
+FAMILY_OPTION = click.option(
+    "--family", type=click.Choice(family_names()), default=FAMILY, show_default=True, help="Model family."
+)
+CHECKPOINT_OPTION = click.option(
+    "--checkpoint", type=FILE, help="PyTorch checkpoint.  [default: the variant's official file]"
+)
+EMA_OPTION = click.option(
+    "--ema/--no-ema", default=False, show_default=True, help="Take moving averages where there are both."
+)
 
 EPILOG = """\b
 Exit codes: 0 done and at parity; 1 not at parity; 2 wrong usage; 3 bad checkpoint;
-4 tensors do not fit the model; 5 checkpoint not found; 6 cannot write; 7 bad weights file.
+4 tensors do not fit the model; 5 file not found; 6 cannot write; 7 bad weights file;
+8 bad report; 130 interrupted.
 """
 
 
@@ -43,17 +63,16 @@ class PortGroup(click.Group):
 
 @click.group(cls=PortGroup, invoke_without_command=True, no_args_is_help=True, epilog=EPILOG)
 @click.version_option(package_name="van-port", prog_name="van-port")
-@click.option("--family", type=click.Choice(family_names()), default=FAMILY, show_default=True, help="Model family.")
+@FAMILY_OPTION
 @click.option("--variant", type=click.Choice(variants_of(FAMILY)), help="Which model; nano's weights are embedded.")
-@click.option("--out", type=_FILE, help="File to write: .h5, .weights.h5 or .keras.  [default: FAMILY_VARIANT.h5]")
-@click.option("--checkpoint", type=_FILE, help="PyTorch checkpoint.  [default: the variant's official file]")
-@click.option("--ema/--no-ema", default=False, show_default=True, help="Take moving averages where there are both.")
+@click.option("--out", type=FILE, help="File to write: .h5, .weights.h5 or .keras.  [default: FAMILY_VARIANT.h5]")
+@CHECKPOINT_OPTION
+@EMA_OPTION
 @click.option("--check/--no-check", default=True, show_default=True, help="Prove parity before the file gets its name.")
-@click.option("--images", type=_FILE, help="Folder of images for the check.  [default: embedded ones]")
-@click.option("--samples", type=click.IntRange(min=1), help="Images to use.  [default: 4; all up to 64 pixels]")
-@click.option("--max-ratio", type=click.FloatRange(min=0, min_open=True), help="Limit of parity.  [default: 8]")
-@click.option("--keep-failed", type=_FILE, help="Where to keep a file that fails the check.  [default: nowhere]")
-@click.option("--all-layers", is_flag=True, help="Print every layer, not only the top level and failures.")
+@CHECK
+@LIMITS
+@REPORT
+@click.option("--keep-failed", type=FILE, help="Where to keep a file that fails the check.  [default: nowhere]")
 @click.pass_context
 def cli(
     ctx: click.Context,
@@ -65,9 +84,15 @@ def cli(
     check: bool,
     images: Path | None,
     samples: int | None,
+    isolated: bool,
+    stress: bool,
     max_ratio: float | None,
-    keep_failed: Path | None,
+    atol: float | None,
+    rtol: float | None,
+    layer_limits: tuple[tuple[str, float], ...],
     all_layers: bool,
+    report_files: tuple[Path, ...],
+    keep_failed: Path | None,
 ) -> None:
     """Port trained weights from PyTorch to Keras, and prove that nothing was lost.
 
@@ -75,20 +100,22 @@ def cli(
       van-port --variant nano                              # the embedded checkpoint
       van-port --variant b1 --out van_b1.h5                # official weights, from the hub
       van-port --variant b1 --checkpoint my.pth.tar        # your own
+      van-port check --variant b1 --weights van_b1.h5      # a file made earlier or elsewhere
       van-port inspect van_b1.h5                           # where a file comes from
     """
     if ctx.invoked_subcommand is not None:
         if variant is not None:
-            raise click.UsageError(f"--variant and the other options of a port do not go with {ctx.invoked_subcommand}")
+            raise click.UsageError(f"the options of a port go after {ctx.invoked_subcommand}, where it has them")
         return
     if variant is None:
         raise click.UsageError(f"--variant is needed: one of {', '.join(variants_of(FAMILY))}")
     from porting.cli.terminal import ProgressBar, make_console
-    from porting.parity import DEFAULT_MAX_RATIO
     from porting.port import FailedParityError, port
-    from porting.report import print_report
+    from porting.reports.terminal import print_report
 
     console = make_console()
+    check_report_files(report_files)
+    options = make_check_options(make_limits(max_ratio, atol, rtol, layer_limits), images, samples, isolated, stress)
     try:
         with ProgressBar() as progress:
             result = port(
@@ -98,19 +125,19 @@ def cli(
                 checkpoint=checkpoint,
                 ema=ema,
                 check=check,
-                images=images,
-                samples=samples,
-                max_ratio=DEFAULT_MAX_RATIO if max_ratio is None else max_ratio,
+                options=options,
                 keep_failed=keep_failed,
                 progress=progress,
             )
     except FailedParityError as error:
         print_report(error.report, console, all_layers=all_layers)
+        write_reports(error.report, report_files)
         raise
     if result.checkpoint.has_ema and not result.checkpoint.is_ema:
         console.print("The checkpoint also has moving averages of its weights; --ema takes them.")
     if result.report is not None:
         print_report(result.report, console, all_layers=all_layers)
+        write_reports(result.report, report_files)
     else:
         console.print("Not checked, as asked; the file's provenance says so.", style="yellow")
     tensors, dropped = len(result.conversion.weights), len(result.conversion.dropped)
@@ -120,7 +147,118 @@ def cli(
 
 
 @cli.command()
-@click.argument("file", type=_FILE)
+@FAMILY_OPTION
+@click.option("--variant", type=click.Choice(variants_of(FAMILY)), help="Which model the file is of.")
+@click.option("--weights", type=FILE, help="File of Keras weights: .h5, .weights.h5 or .keras.")
+@CHECKPOINT_OPTION
+@EMA_OPTION
+@click.option("--from", "from_report", type=FILE, help="Judge this JSON report again; no model is run.")
+@click.option("--baseline", type=FILE, help="Earlier JSON report: fail where a layer has got worse.")
+@click.option("--factor", default=2.0, show_default=True, help="By how much an error may grow over the baseline's.")
+@CHECK
+@LIMITS
+@REPORT
+def check(
+    family: str,
+    variant: str | None,
+    weights: Path | None,
+    checkpoint: Path | None,
+    ema: bool,
+    from_report: Path | None,
+    baseline: Path | None,
+    factor: float,
+    images: Path | None,
+    samples: int | None,
+    isolated: bool,
+    stress: bool,
+    max_ratio: float | None,
+    atol: float | None,
+    rtol: float | None,
+    layer_limits: tuple[tuple[str, float], ...],
+    all_layers: bool,
+    report_files: tuple[Path, ...],
+) -> None:
+    """Compare a file of Keras weights with the checkpoint it should hold: exit code 0 at parity, 1 if not.
+
+    \b
+      van-port check --variant b1 --weights van_b1.h5 --checkpoint van_small_811.pth.tar --report parity.html
+      van-port check --from van_b1.h5.parity.json --max-ratio 4
+    """
+    from porting.baseline import regressions
+    from porting.cli.terminal import ProgressBar, make_console
+    from porting.errors import ParityError
+    from porting.reports.document import read_report
+    from porting.reports.terminal import print_report, verdict
+
+    check_report_files(report_files)
+    limits = make_limits(max_ratio, atol, rtol, layer_limits)
+    earlier = None if baseline is None else read_report(baseline)
+    if from_report is not None:
+        if weights is not None or variant is not None:
+            raise click.UsageError("--from judges a report that there is; it goes with no --variant and no --weights")
+        report = read_report(from_report)
+        report = replace(report, limits=limits, stress=tuple(replace(run, limits=limits) for run in report.stress))
+    else:
+        if weights is None or variant is None:
+            raise click.UsageError("--variant and --weights are needed, or --from with a JSON report")
+        from porting.check import check_file
+
+        with ProgressBar() as progress:
+            report = check_file(
+                get_family(family),
+                variant,
+                weights,
+                checkpoint=checkpoint,
+                ema=ema,
+                options=make_check_options(limits, images, samples, isolated, stress),
+                progress=progress,
+            )
+    print_report(report, make_console(), all_layers=all_layers)
+    write_reports(report, report_files)
+    worse = [] if earlier is None else regressions(report, earlier, factor)
+    for line in worse:
+        click.echo(f"Worse than the baseline: {line}")
+    if not report.passed:
+        first = report.first_divergence
+        raise ParityError(str(first) if first else verdict(report), hint="--report parity.html shows every layer.")
+    if worse:
+        raise ParityError(f"{len(worse)} comparisons are worse than {baseline} by more than {factor:g} times")
+
+
+@cli.command()
+@click.argument("file", type=FILE)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["terminal", "html", "markdown", "junit", "json"]),
+    default="terminal",
+    show_default=True,
+)
+@click.option("--out", type=FILE, help="File to write.  [default: standard output]")
+@click.option("--all-layers", is_flag=True, help="On the terminal, print every layer.")
+def report(file: Path, form: str, out: Path | None, all_layers: bool) -> None:
+    """Render the JSON report FILE again, in any format. The exit code says only whether that worked."""
+    from porting.cli.terminal import make_console
+    from porting.files import check_writable, write_text
+    from porting.reports import render
+    from porting.reports.document import read_report
+    from porting.reports.terminal import print_report
+
+    parity = read_report(file)
+    if form == "terminal":
+        print_report(parity, make_console(), all_layers=all_layers)
+        return
+    text = render(parity, form)
+    if out is None:
+        click.echo(text, nl=False)
+        return
+    check_writable(out)
+    write_text(out, text)
+    click.echo(f"Wrote {out}")
+
+
+@cli.command()
+@click.argument("file", type=FILE)
 @click.option("--ema/--no-ema", default=False, show_default=True, help="Of a checkpoint that has both, the averages.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(file: Path, ema: bool, as_json: bool) -> None:

@@ -75,6 +75,10 @@ class VanFamily(Family):
         # The official evaluation: crop fraction 0.9 of 248, mean and std 0.5, for all weights trained on 1K.
         return Preprocessing(input_size=224, resize_size=248)
 
+    def shrinkable(self, parameter: str) -> bool:
+        from_patches = parameter.startswith("patch_embed") and ".norm." in parameter
+        return from_patches or parameter.rpartition(".")[2] in {"layer_scale_1", "layer_scale_2"}
+
     def guess_variant(self, state_dict: Mapping[str, Array]) -> str | None:
         from porting.references.van import VARIANTS
 

@@ -36,17 +36,19 @@ def fill_with_synthetic_weights(model: nn.Module, seed: int = 0) -> None:
                 else:
                     fan_in = parameter[0].numel()
                     parameter.normal_(0.0, fan_in**-0.5, generator=generator)
-        _measure_batch_norms(model, torch.randn(_CALIBRATION_SHAPE, generator=generator))
+        measure_batch_norms(model, torch.randn(_CALIBRATION_SHAPE, generator=generator))
 
 
-def _measure_batch_norms(model: nn.Module, images: torch.Tensor) -> None:
+def measure_batch_norms(model: nn.Module, images: torch.Tensor) -> None:
+    """Sets every BatchNorm's running statistics, in place, to those of one batch `(N, C, H, W)`."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     was_training = model.training
     for norm in norms:
         norm.momentum = 1.0  # the statistics of this very batch, not a blend with the initial ones
     model.train()
-    model(images)
+    with torch.no_grad():
+        model(images)
     model.train(was_training)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -1,0 +1,105 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from porting.check import CheckOptions
+    from porting.parity import Limits, ParityReport
+
+FILE = click.Path(path_type=Path)
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class LayerLimit(click.ParamType):  # type: ignore[type-arg]
+    """`name:ratio`."""
+
+    name = "NAME:RATIO"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
+        if isinstance(value, tuple):
+            return value
+        layer, _, ratio = str(value).rpartition(":")
+        try:
+            limit = float(ratio)
+        except ValueError:
+            limit = -1.0
+        if not layer or not limit > 0:
+            self.fail(f"{value!r} is not a layer's name, a colon and a positive number, such as head:20", param, ctx)
+        return layer, limit
+
+
+def _all(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+LIMITS = _all(
+    click.option("--max-ratio", type=click.FloatRange(min=0, min_open=True), help="Limit of parity.  [default: 8]"),
+    click.option("--atol", type=click.FloatRange(min=0), help="Also bound the greatest difference."),
+    click.option("--rtol", type=click.FloatRange(min=0), help="Also bound it relative to the layer's greatest value."),
+    click.option("--limit", "layer_limits", type=LayerLimit(), multiple=True, help="A layer's own --max-ratio."),
+)
+
+CHECK = _all(
+    click.option("--images", type=FILE, help="Folder of images for the check.  [default: embedded ones]"),
+    click.option("--samples", type=click.IntRange(min=1), help="Images to use.  [default: 4; all up to 64 pixels]"),
+    click.option(
+        "--isolated/--no-isolated", default=True, show_default=True, help="Also feed each layer PyTorch's own input."
+    ),
+    click.option("--stress", is_flag=True, help="Check on other weights and shapes too, on which mistakes are loud."),
+)
+
+REPORT = _all(
+    click.option("--all-layers", is_flag=True, help="Print every layer, not only the top level and failures."),
+    click.option(
+        "--report",
+        "report_files",
+        type=FILE,
+        multiple=True,
+        help="Also write the report: .html, .md, .xml (JUnit) or .json. Written when the check fails, too.",
+    ),
+)
+
+
+def make_limits(
+    max_ratio: float | None, atol: float | None, rtol: float | None, layer_limits: tuple[tuple[str, float], ...]
+) -> Limits:
+    from porting.parity import DEFAULT_MAX_RATIO, Limits
+
+    return Limits(DEFAULT_MAX_RATIO if max_ratio is None else max_ratio, atol, rtol, dict(layer_limits))
+
+
+def make_check_options(
+    limits: Limits, images: Path | None, samples: int | None, isolated: bool, stress: bool
+) -> CheckOptions:
+    from porting.check import CheckOptions
+
+    return CheckOptions(limits, images, samples, isolated, stress)
+
+
+def check_report_files(paths: tuple[Path, ...]) -> None:
+    """Raises OutputError for a report that could not be written, before the work."""
+    from porting.files import check_writable
+    from porting.reports import format_of
+
+    for path in paths:
+        format_of(path)
+        check_writable(path)
+
+
+def write_reports(report: ParityReport, paths: tuple[Path, ...]) -> None:
+    from porting.files import write_text
+    from porting.reports import format_of, render
+
+    for path in paths:
+        write_text(path, render(report, format_of(path)))

@@ -1,0 +1,39 @@
+"""A parity report in five forms: JSON, which is the report, and terminal, HTML, Markdown and JUnit, made from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from porting.errors import OutputError
+from porting.parity import ParityReport
+
+FORMATS = ("terminal", "json", "html", "markdown", "junit")
+
+
+def render(report: ParityReport, form: str) -> str:
+    """The report as text in one of `FORMATS` but terminal; raises OutputError for another."""
+    if form == "json":
+        from porting.reports.document import to_json
+
+        return to_json(report)
+    if form == "html":
+        from porting.reports.html import to_html
+
+        return to_html(report)
+    if form == "markdown":
+        from porting.reports.markdown import to_markdown
+
+        return to_markdown(report)
+    if form == "junit":
+        from porting.reports.junit import to_junit
+
+        return to_junit(report)
+    raise OutputError(f"no format {form!r}", hint=f"The formats are {', '.join(FORMATS)}.")
+
+
+def format_of(path: Path) -> str:
+    """The format that a file's suffix names; raises OutputError for one that names none."""
+    forms = {".json": "json", ".html": "html", ".md": "markdown", ".xml": "junit"}
+    if path.suffix not in forms:
+        raise OutputError(f"{path}: the name does not say which report to write", hint=f"End it in {', '.join(forms)}.")
+    return forms[path.suffix]

@@ -1,0 +1,40 @@
+"""The report as JUnit XML, one case a layer, for CI servers that list tests."""
+
+from __future__ import annotations
+
+from porting.parity import ParityReport
+from porting.reports.terminal import verdict
+
+
+def to_junit(report: ParityReport) -> str:
+    """A suite for the port itself, with a case for each layer and for the settings, and a suite for each stress run."""
+    from junitparser import JUnitXml
+
+    xml = JUnitXml("parity")
+    for run in (report, *report.stress):
+        xml.add_testsuite(_suite(run))
+    xml.update_statistics()
+    text: bytes = xml.tostring()
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{text.decode("utf-8")}\n'
+
+
+def _suite(report: ParityReport) -> object:
+    from junitparser import Failure, TestCase, TestSuite
+
+    suite = TestSuite(f"parity, {report.name}")
+    for layer in report.layers:
+        case = TestCase(layer.source, classname=f"parity.{layer.kind}", time=0)
+        reasons = [f"{view}: {reason}" for view in layer.views if (reason := report.limits.objection(layer, view))]
+        if reasons:
+            case.result = [Failure("; ".join(reasons), "not at parity")]
+        suite.add_testcase(case)
+    if report.audit is not None:
+        case = TestCase("settings", classname="parity.audit", time=0)
+        if report.audit.differences:
+            case.result = [Failure("; ".join(map(str, report.audit.differences)), "settings differ")]
+        suite.add_testcase(case)
+    if not report.layers:
+        case = TestCase("layers", classname="parity", time=0)
+        case.result = [Failure(verdict(report), "nothing compared")]
+        suite.add_testcase(case)
+    return suite

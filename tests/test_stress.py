@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+import torch
+
+from porting.check import CheckOptions, check_models
+from porting.convert import convert
+from porting.families.van import VanFamily
+from porting.parity import ParityReport
+from porting.references.van import VAN
+from porting.stress import stress_cases, with_small_variances
+from porting.weights_file import variable_shapes
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
+
+
+def test_small_variances_come_near_the_epsilons(family: VanFamily, reference: VAN, images: np.ndarray) -> None:
+    before = {name: tensor.clone() for name, tensor in reference.state_dict().items()}
+    small = with_small_variances(reference, images, family.shrinkable)
+    variances = [
+        float(tensor.median())
+        for name, tensor in small.state_dict().items()
+        if name.startswith("block") and name.endswith("norm2.running_var")
+    ]
+    assert max(variances) < 1e-4
+    assert all(torch.equal(before[name], tensor) for name, tensor in reference.state_dict().items())
+
+
+def test_cases_cover_weights_and_shapes(family: VanFamily, reference: VAN, images: np.ndarray) -> None:
+    cases = list(stress_cases(reference, images, family.shrinkable))
+    names = ["small variances", "loud weights, seed 0", "1 of 81x66", "3 of 33x33"]
+    assert [case.name for case in cases] == names
+    assert [case.images.shape[0] for case in cases] == [2, 2, 1, 3]
+    assert [case.has_new_weights for case in cases] == [True, True, False, False]
+    assert [case.name for case in stress_cases(reference, images, lambda _: False)] == names[1:]
+
+
+class WrongEpsilons(VanFamily):
+    """A LayerNorm epsilon from other published code, which ordinary weights hide."""
+
+    def build_candidate(self, variant: str, num_classes: int) -> keras.Model:
+        model = super().build_candidate(variant, num_classes)
+        for layer in model.layers:
+            if isinstance(layer, keras.layers.LayerNormalization):
+                layer.epsilon = 1e-5
+        return model
+
+
+def run(family: VanFamily, state_dict: dict[str, np.ndarray]) -> ParityReport:
+    candidate = family.build_candidate("nano", 10)
+    weights = convert(state_dict, family.key_map("nano"), variable_shapes(candidate)).weights
+    for variable in candidate.weights:
+        variable.assign(weights[variable.path])
+    return check_models(family, "nano", 10, state_dict, candidate, CheckOptions(samples=2, stress=True))
+
+
+def test_a_faithful_port_stands_the_stress(family: VanFamily, state_dict: dict[str, np.ndarray]) -> None:
+    report = run(family, state_dict)
+    assert report.passed, [(each.name, str(each.first_divergence)) for each in report.stress]
+    assert len(report.stress) == 4
+
+
+def test_an_epsilon_that_ordinary_weights_hide_is_loud(state_dict: dict[str, np.ndarray]) -> None:
+    report = run(WrongEpsilons(), state_dict)
+    small = report.stress[0]
+    assert small.first_divergence is not None
+    assert small.first_divergence.culprit == "norm1"
+    assert small.diagnosis is not None
+    assert small.diagnosis.cause == "an epsilon of 1e-05 instead of 1e-06"
+
+    def loudness(each: ParityReport) -> float:
+        return max(layer.views["isolated"].ratio for layer in each.layers if layer.kind == "LayerNorm")
+
+    assert loudness(small) > 100 * loudness(report)
