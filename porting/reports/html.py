@@ -92,7 +92,7 @@ def _plot(report: ParityReport) -> str:
     axes.grid(visible=True, color=grey, alpha=0.2)
     for spine in axes.spines.values():
         spine.set_color(grey)
-    axes.legend(frameon=False, labelcolor=grey, fontsize=8, ncols=3)
+    figure.legend(frameon=False, labelcolor=grey, fontsize=9, ncols=5, loc="outside upper center")
     stream = io.StringIO()
     figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = stream.getvalue()
