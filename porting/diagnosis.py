@@ -44,6 +44,9 @@ class Diagnosis:
         return "certain" if self.unexplained <= REPRODUCED else "likely"
 
 
+# Every ordered pair of so many tensors is tried; a whole deep model has hundreds of one shape.
+_MOST_PAIRED = 20
+
 Hypothesis = tuple[str, Callable[[], "Tensor | None"]]
 
 
@@ -298,6 +301,8 @@ def _wiring_hypotheses(exact: Tensor, others: Mapping[str, Tensor]) -> Iterator[
     for name, tensor in same.items():
         yield f"{name} is not added", partial(_combined, exact, minus=tensor)
         yield f"{name} is added once too often", partial(_combined, exact, plus=tensor)
+    if len(same) > _MOST_PAIRED:
+        return
     for (right, one), (wrong, other) in itertools.permutations(same.items(), 2):
         yield f"{wrong} is added where {right} belongs", partial(_combined, exact, minus=one, plus=other)
 
