@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from porting import weights_file
-from porting.checkpoint import read_checkpoint
+from porting.checkpoint import Checkpoint, read_checkpoint
 from porting.comparison import check_parity
 from porting.convert import convert, to_float32
 from porting.data import weights_folder
@@ -22,7 +22,7 @@ from porting.layout import Array
 from porting.parity import Limits, ParityReport
 from porting.progress import SILENT, Progress
 from porting.provenance import describe_source, versions
-from porting.sources import fetch, find_source
+from porting.sources import Source, fetch, find_source
 from porting.stress import stress_cases
 
 if TYPE_CHECKING:
@@ -87,8 +87,7 @@ def check_models(
             keras_model = family.build_candidate(variant, num_classes)
             tensors = {name: tensor.numpy() for name, tensor in case.reference.state_dict().items()}
             weights = convert(tensors, key_map, weights_file.variable_shapes(keras_model)).weights
-            for variable in keras_model.weights:
-                variable.assign(weights[variable.path])
+            weights_file.assign_weights(keras_model, weights)
         stressed.append(run(case.name, case.reference, keras_model, case.images))
     return replace(report, stress=tuple(stressed))
 
@@ -111,13 +110,7 @@ def check_file(
     if not weights.is_file():
         raise SourceError(f"{weights}: no such file", hint="--weights takes a file that van-port or Keras has written.")
     weights_file.suffix_of(weights)
-    source = find_source(family.name, variant) if checkpoint is None else None
-    if source is not None:
-        with progress.paused():
-            checkpoint = fetch(source)
-    assert checkpoint is not None  # given, or fetched just now
-    progress("reading the checkpoint")
-    loaded = read_checkpoint(checkpoint, ema=ema)
+    source, loaded = open_checkpoint(family, variant, checkpoint, ema=ema, progress=progress)
     num_classes = family.num_classes(variant, loaded.state_dict)
     progress("starting TensorFlow")
     start_tensorflow()
@@ -147,6 +140,19 @@ def check_file(
         "versions": versions(),
     }
     return replace(report, context=context)
+
+
+def open_checkpoint(
+    family: Family, variant: str, path: Path | None, *, ema: bool, progress: Progress
+) -> tuple[Source | None, Checkpoint]:
+    """The checkpoint at `path`, or the variant's official one with its row in the table of sources."""
+    source = None
+    if path is None:
+        source = find_source(family.name, variant)
+        with progress.paused():  # the hub's client draws a bar of its own
+            path = fetch(source)
+    progress("reading the checkpoint")
+    return source, read_checkpoint(path, ema=ema)
 
 
 def load_reference(family: Family, variant: str, num_classes: int, state_dict: Mapping[str, Array]) -> nn.Module:

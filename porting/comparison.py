@@ -303,7 +303,7 @@ def check_parity(
     reference = reference.eval()
     truth_model = copy.deepcopy(reference).double()
     target_of = {module: module for module, _ in reference.named_modules() if module} | dict(pairs or {})
-    source_of = {_dotted(target): source for source, target in target_of.items()}
+    source_of = {_dotted(target): source for source, target in target_of.items()} | {OUTPUT: OUTPUT}
     kinds = {path: type(module).__name__ for path, module in reference.named_modules()}
     sums: dict[str, _LayerSum] = {}
     order: list[str] = []
@@ -339,7 +339,6 @@ def check_parity(
                 step("Keras, layer by layer" if forced else "Keras")
                 keep = isolated and not forced
                 observer = _CandidateObserver(calls, sums, source_of, limits, start, forced=forced, keep=keep)
-                observer.source_of = {**source_of, OUTPUT: OUTPUT}
                 expected_output = calls[OUTPUT].outputs
                 with observe_layers(candidate, observer):
                     result = candidate(batch[0] if len(batch) == 1 else batch, training=False)
@@ -408,8 +407,7 @@ def _diagnose(
             call.input_errors = [torch.zeros_like(tensor) for tensor in call.inputs]
             call.output_errors = [torch.zeros_like(tensor) for tensor in call.outputs]
         kept = {name: (call.inputs, call.outputs) for name, call in calls.items()}
-        names = {**source_of, OUTPUT: OUTPUT}
-        catcher = _Catcher(first.layer, calls, sums, names, Limits(), 0, forced=True, keep=True)
+        catcher = _Catcher(first.layer, calls, sums, source_of, Limits(), 0, forced=True, keep=True)
         with observe_layers(candidate, catcher):
             result = candidate(inputs[0] if len(inputs) == 1 else inputs, training=False)
         catcher.after(OUTPUT, keras_tensors_in(result))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,7 @@ class Inspection:
 
     @property
     def parameters(self) -> int:
-        total = 0
-        for _, shape, _ in self.tensors:
-            count = 1
-            for side in shape:
-                count *= side
-            total += count
-        return total
+        return sum(math.prod(shape) for _, shape, _ in self.tensors)
 
 
 def inspect_file(path: Path, *, ema: bool = False) -> Inspection:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from porting import weights_file
-from porting.check import CheckOptions, check_models
-from porting.checkpoint import Checkpoint, read_checkpoint
+from porting.check import CheckOptions, check_models, open_checkpoint
+from porting.checkpoint import Checkpoint
 from porting.convert import Conversion, convert
 from porting.errors import ParityError
 from porting.family import Family
@@ -24,7 +24,6 @@ from porting.parity import ParityReport
 from porting.progress import SILENT, Progress
 from porting.provenance import describe_source, versions
 from porting.reports.document import to_json
-from porting.sources import fetch, find_source
 
 if TYPE_CHECKING:
     import keras
@@ -79,13 +78,7 @@ def port(
     check_writable(out)
     if keep_failed is not None:
         check_writable(keep_failed)
-    source = find_source(family.name, variant) if checkpoint is None else None
-    if source is not None:
-        with progress.paused():  # the hub's client draws a bar of its own
-            checkpoint = fetch(source)
-    assert checkpoint is not None  # given, or fetched just now
-    progress("reading the checkpoint")
-    loaded = read_checkpoint(checkpoint, ema=ema)
+    source, loaded = open_checkpoint(family, variant, checkpoint, ema=ema, progress=progress)
     num_classes = family.num_classes(variant, loaded.state_dict)
     progress("starting TensorFlow")
     start_tensorflow()

@@ -44,6 +44,12 @@ def variable_shapes(model: keras.Model) -> dict[str, tuple[int, ...]]:
     return {variable.path: tuple(variable.shape) for variable in model.weights}
 
 
+def assign_weights(model: keras.Model, weights: Mapping[str, Array]) -> None:
+    """Gives every weight of the model its value by variable path; raises KeyError where one is missing."""
+    for variable in model.weights:
+        variable.assign(weights[variable.path])
+
+
 def write_weights(path: Path, build: Callable[[], keras.Model], weights: Mapping[str, Array]) -> None:
     """Writes `weights`, by variable path and covering all of `build()`, in the format that the suffix names."""
     model = build()
@@ -51,8 +57,7 @@ def write_weights(path: Path, build: Callable[[], keras.Model], weights: Mapping
     if suffix == ".h5":
         _write_h5(path, model, weights)
         return
-    for variable in model.weights:
-        variable.assign(weights[variable.path])
+    assign_weights(model, weights)
     if suffix == ".keras":
         model.save(path)
     else:

@@ -32,7 +32,7 @@ from porting.parity import ParityReport
 from porting.references.synthetic import fill_with_synthetic_weights
 from porting.references.van import VAN, build_van
 from porting.stress import with_small_variances
-from porting.weights_file import variable_shapes
+from porting.weights_file import assign_weights, variable_shapes
 
 CLASSES = 10
 Plant = Callable[[Any], Any]
@@ -374,8 +374,7 @@ def make_candidate(family: VanFamily, variant: str, reference: VAN) -> Any:
     candidate = family.build_candidate(variant, reference.num_classes)
     tensors = {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
     weights = convert(tensors, family.key_map(variant), variable_shapes(candidate)).weights
-    for variable in candidate.weights:
-        variable.assign(weights[variable.path])
+    assign_weights(candidate, weights)
     return candidate
 
 

@@ -40,7 +40,7 @@ SCHEMA_VERSION = 2
 
 def to_json(report: ParityReport) -> str:
     """The whole report; `from_json` gives it back."""
-    return json.dumps(_encoded(to_document(report)), indent=1, allow_nan=False) + "\n"
+    return json.dumps(encoded(to_document(report)), indent=1, allow_nan=False) + "\n"
 
 
 def to_document(report: ParityReport) -> dict[str, Any]:
@@ -59,23 +59,25 @@ def to_document(report: ParityReport) -> dict[str, Any]:
         "unpaired_source": report.unpaired_source,
         "unpaired_target": report.unpaired_target,
         "context": report.context,
-        "layers": [_layer_document(layer) for layer in report.layers],
+        "layers": [layer_document(layer) for layer in report.layers],
         "stress": [to_document(each) for each in report.stress],
     }
 
 
-def _layer_document(layer: LayerComparison) -> dict[str, Any]:
+def layer_document(layer: LayerComparison) -> dict[str, Any]:
+    """One entry of `layers`, infinities and all."""
     document = asdict(layer)
     for name, view in layer.views.items():
         document["views"][name]["ratio"] = view.ratio
     return document
 
 
-def _encoded(value: Any) -> Any:
+def encoded(value: Any) -> Any:
+    """The same values with those that are not finite as strings."""
     if isinstance(value, Mapping):
-        return {key: _encoded(item) for key, item in value.items()}
+        return {key: encoded(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_encoded(item) for item in value]
+        return [encoded(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
     return value

@@ -9,8 +9,8 @@ from importlib import resources
 from typing import Any
 
 from porting.parity import ACCUMULATED, FLOAT32_ROUNDOFF, INPUT, ISOLATED, VIEWS, LayerComparison, ParityReport
-from porting.reports.document import _encoded, _layer_document
-from porting.reports.terminal import findings, verdict
+from porting.reports.document import encoded, layer_document
+from porting.reports.terminal import findings, title, verdict
 
 
 def to_html(report: ParityReport) -> str:
@@ -19,10 +19,10 @@ def to_html(report: ParityReport) -> str:
 
     template = resources.files("porting.reports").joinpath("report.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    layers = [_encoded(_layer_document(layer)) for layer in report.layers]
+    layers = [encoded(layer_document(layer)) for layer in report.layers]
     return environment.from_string(template).render(
         report=report,
-        title=_title(report),
+        title=title(report),
         verdict=verdict(report),
         findings=findings(report),
         runs=[(run.name, run.passed, verdict(run)) for run in report.stress],
@@ -32,11 +32,6 @@ def to_html(report: ParityReport) -> str:
         # A layer's name could hold "</script>", and would end the element.
         data=json.dumps(layers).replace("<", "\\u003c"),
     )
-
-
-def _title(report: ParityReport) -> str:
-    model = " ".join(str(report.context[key]) for key in ("family", "variant") if key in report.context)
-    return f"Parity of {model}" if model else "Parity"
 
 
 def _row(report: ParityReport, layer: LayerComparison) -> dict[str, Any]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from porting.parity import VIEWS, LayerComparison, ParityReport
-from porting.reports.terminal import findings, verdict
+from porting.reports.terminal import findings, title, verdict
 
 WORST = 10
 
 
 def to_markdown(report: ParityReport) -> str:
     """A heading with the verdict, what is wrong, and a table of the worst layers."""
-    lines = [f"## {'✅' if report.passed else '❌'} {_title(report)}", "", verdict(report), ""]
+    lines = [f"## {'✅' if report.passed else '❌'} {title(report)}", "", verdict(report), ""]
     lines += [f"- {_escaped(line)}" for line in findings(report)]
     if report.stress:
         lines += ["", "| stress | verdict |", "|---|---|"]
@@ -27,15 +27,10 @@ def to_markdown(report: ParityReport) -> str:
         ratios = " | ".join(_ratio(layer, view) for view in VIEWS)
         shape = "x".join(map(str, layer.shape))
         lines.append(f"| `{layer.source}` | {shape} | {ratios} | {'**no**' if report.failed(layer) else 'yes'} |")
-    for title, names in (("PyTorch only", report.unpaired_source), ("Keras only", report.unpaired_target)):
+    for side, names in (("PyTorch only", report.unpaired_source), ("Keras only", report.unpaired_target)):
         if names:
-            lines += ["", f"{title}, not compared: {', '.join(f'`{name}`' for name in names)}"]
+            lines += ["", f"{side}, not compared: {', '.join(f'`{name}`' for name in names)}"]
     return "\n".join(lines) + "\n"
-
-
-def _title(report: ParityReport) -> str:
-    model = " ".join(str(report.context[key]) for key in ("family", "variant") if key in report.context)
-    return f"Parity of {model}" if model else "Parity"
 
 
 def _ratio(layer: LayerComparison, name: str) -> str:

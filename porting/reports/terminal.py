@@ -24,15 +24,21 @@ def print_report(report: ParityReport, console: Console, *, all_layers: bool = F
     left_out = len(report.layers) - len(rows)
     if left_out:
         console.print(f"{left_out} more layers are not shown; --all-layers shows them.", style="dim")
-    for title, names in (("PyTorch only", report.unpaired_source), ("Keras only", report.unpaired_target)):
+    for side, names in (("PyTorch only", report.unpaired_source), ("Keras only", report.unpaired_target)):
         if names:
-            console.print(f"{title}, not compared: {', '.join(names)}", style="dim", markup=False)
+            console.print(f"{side}, not compared: {', '.join(names)}", style="dim", markup=False)
     for line in findings(report):
         console.print(line, style="red", markup=False)
     for run in report.stress:
         style = None if run.passed else "red"
         console.print(f"stress, {run.name}: {verdict(run)}", style=style, markup=False)
     console.print(verdict(report), style="bold green" if report.passed else "bold red", markup=False)
+
+
+def title(report: ParityReport) -> str:
+    """What the report is about: the family and variant where its context has them."""
+    model = " ".join(str(report.context[key]) for key in ("family", "variant") if key in report.context)
+    return f"Parity of {model}" if model else "Parity"
 
 
 def findings(report: ParityReport) -> list[str]:
