@@ -10,8 +10,9 @@ A module or layer that runs more than once is told apart as `name`, `name#1`, `n
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -139,6 +140,7 @@ def observe_layers(model: keras.Model, observer: Observer) -> Iterator[None]:
     layer_class = keras.layers.Layer
     original = layer_class.__call__
     calls = _Calls()
+    bridge = _Bridge()
 
     def observed_call(self: keras.layers.Layer, *args: Any, **kwargs: Any) -> Any:
         if self is model:
@@ -146,12 +148,12 @@ def observe_layers(model: keras.Model, observer: Observer) -> Iterator[None]:
         # A layer that needs no build has no path; at the top level its name would be the same.
         name = calls.begin(self.path or self.name)
         if observer.watches_inputs:
-            args, kwargs = _steer((args, kwargs), lambda found: observer.before(name, found))
+            args, kwargs = bridge.steer((args, kwargs), lambda found: observer.before(name, found))
         else:
             observer.before(name, [])
         output = original(self, *args, **kwargs)
         calls.end()
-        return _steer(output, lambda found: observer.after(name, found))
+        return bridge.steer(output, lambda found: observer.after(name, found))
 
     layer_class.__call__ = observed_call
     try:
@@ -160,20 +162,46 @@ def observe_layers(model: keras.Model, observer: Observer) -> Iterator[None]:
         layer_class.__call__ = original
 
 
-def _steer(value: Any, ask: Any) -> Any:
-    """Asks about the Keras tensors in a structure and puts the answers in their place, in their own types."""
-    import keras
+class _Bridge:
+    """Brings Keras tensors over to PyTorch and back; the same Keras tensor is the same torch tensor each time."""
 
-    leaves = keras.tree.flatten(value)
-    positions = [index for index, leaf in enumerate(leaves) if keras.ops.is_tensor(leaf)]
-    replaced = ask([to_torch(leaves[index]) for index in positions])
-    if replaced is None:
-        return value
-    for index, replacement in zip(positions, replaced, strict=True):
-        if replacement is not None:
-            array = replacement.contiguous().numpy()
-            leaves[index] = keras.ops.convert_to_tensor(array, dtype=leaves[index].dtype)
-    return keras.tree.pack_sequence_as(value, leaves)
+    def __init__(self) -> None:
+        # By the Keras tensor's identity, until it is freed: it cannot be hashed.
+        self._known: dict[int, tuple[weakref.ref[Any], Tensor]] = {}
+
+    def steer(self, value: Any, ask: Callable[[list[Tensor]], Replacement]) -> Any:
+        """Asks about the Keras tensors in a structure and puts the answers in their place, in their own types."""
+        import keras
+
+        leaves = keras.tree.flatten(value)
+        positions = [index for index, leaf in enumerate(leaves) if keras.ops.is_tensor(leaf)]
+        replaced = ask([self._to_torch(leaves[index]) for index in positions])
+        if replaced is None or all(replacement is None for replacement in replaced):
+            return value
+        for index, replacement in zip(positions, replaced, strict=True):
+            if replacement is not None:
+                array = replacement.contiguous().numpy()
+                leaves[index] = keras.ops.convert_to_tensor(array, dtype=leaves[index].dtype)
+                self._remember(leaves[index], replacement)
+        return keras.tree.pack_sequence_as(value, leaves)
+
+    def _to_torch(self, leaf: Any) -> Tensor:
+        known = self._known.get(id(leaf))
+        if known is not None and known[0]() is leaf:
+            return known[1]
+        tensor = to_torch(leaf)
+        self._remember(leaf, tensor)
+        return tensor
+
+    def _remember(self, leaf: Any, tensor: Tensor) -> None:
+        identity, known = id(leaf), self._known
+
+        def forget(gone: weakref.ref[Any]) -> None:
+            # By then the identity may be another tensor's.
+            if known.get(identity, (None,))[0] is gone:
+                del known[identity]
+
+        known[identity] = weakref.ref(leaf, forget), tensor
 
 
 def keras_tensors_in(value: Any) -> list[Tensor]:

@@ -12,7 +12,7 @@ import numpy as np
 from porting import weights_file
 from porting.checkpoint import Checkpoint, read_checkpoint
 from porting.comparison import check_parity
-from porting.convert import convert, to_float32
+from porting.convert import convert, refuse_non_finite, refuse_other_keys, to_float32
 from porting.data import weights_folder
 from porting.errors import SourceError, WeightsFileError
 from porting.family import Family
@@ -127,7 +127,11 @@ def check_file(
             f"{str(error).partition(chr(10))[0][:300]}",
             hint="Check --variant and --checkpoint; `van-port inspect` shows what the file holds.",
         ) from None
-    convert(loaded.state_dict, family.key_map(variant), weights_file.variable_shapes(build()))
+    key_map = family.key_map(variant)
+    # A .keras file brings a model of its own, so the shapes to expect come from a fresh one.
+    expected = weights_file.variable_shapes(build() if weights.suffix == ".keras" else candidate)
+    refuse_other_keys(loaded.state_dict, key_map, expected)
+    refuse_non_finite({entry.source: loaded.state_dict[entry.source] for entry in key_map.entries})
     report = check_models(
         family, variant, num_classes, loaded.state_dict, candidate, options or CheckOptions(), progress
     )
@@ -156,12 +160,16 @@ def open_checkpoint(
 
 
 def load_reference(family: Family, variant: str, num_classes: int, state_dict: Mapping[str, Array]) -> nn.Module:
-    """The PyTorch model with the checkpoint's weights, loaded by PyTorch itself and not from the conversion."""
+    """The PyTorch model with the checkpoint's weights, loaded by PyTorch itself and not from the conversion.
+
+    It shares memory with the state_dict where that is float32 already: nothing here trains it.
+    """
     import torch
 
     reference = family.build_reference(variant, num_classes)
-    tensors = {name: torch.from_numpy(np.array(_float32_or_integer(array))) for name, array in state_dict.items()}
-    reference.load_state_dict(tensors, strict=True)
+    arrays = {name: _float32_or_integer(array) for name, array in state_dict.items()}
+    tensors = {name: torch.from_numpy(np.require(array, requirements=["C", "W"])) for name, array in arrays.items()}
+    reference.load_state_dict(tensors, strict=True, assign=True)
     return reference.eval()
 
 

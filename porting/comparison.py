@@ -9,7 +9,8 @@ kept: the recording, and its distance to the truth.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ from porting.parity import (
     View,
 )
 from porting.progress import SILENT, Progress
-from porting.statistics import DifferenceSum, DistanceSum
+from porting.statistics import DifferenceSum, DistanceSum, measure_candidate, measure_truth
 
 if TYPE_CHECKING:
     import keras
@@ -78,25 +79,65 @@ class _LayerSum:
 
 
 @dataclass
+class _Measured:
+    """How far a recorded tensor is from the truth; `error` is None where it is the truth."""
+
+    error: Tensor | None
+    size: DistanceSum
+    scale: DistanceSum
+
+
+@dataclass
+class _Recorded:
+    """A tensor of the float32 run: one, however many calls take it and give it.
+
+    What other runs have in its place is remembered by identity, without keeping it, for a tensor that only passes
+    through a layer need not be measured again.
+    """
+
+    tensor: Tensor
+    # The present float64 run's tensor in its place, what that showed, and whether the tensor is now steered.
+    truth: weakref.ref[Tensor] | None = None
+    measured: _Measured | None = None
+    steered_truth: weakref.ref[Tensor] | None = None
+    # The same for Keras.
+    actual: weakref.ref[Tensor] | None = None
+    compared: tuple[DifferenceSum, DistanceSum, float] | None = None
+    steered_actual: weakref.ref[Tensor] | None = None
+
+    def is_truth(self, other: Tensor) -> bool:
+        return self.truth is not None and self.truth() is other
+
+    def is_steered_truth(self, other: Tensor) -> bool:
+        return self.steered_truth is not None and self.steered_truth() is other
+
+    def is_actual(self, other: Tensor) -> bool:
+        return self.actual is not None and self.actual() is other
+
+    def is_steered_actual(self, other: Tensor) -> bool:
+        return self.steered_actual is not None and self.steered_actual() is other
+
+
+@dataclass
 class _Call:
     """What one call of a module took and gave in float32, and how far that is from the truth."""
 
-    inputs: list[Tensor]
-    outputs: list[Tensor] = field(default_factory=list)
-    input_errors: list[Tensor] = field(default_factory=list)
-    output_errors: list[Tensor] = field(default_factory=list)
+    inputs: list[_Recorded]
+    outputs: list[_Recorded] = field(default_factory=list)
+    input_truths: list[_Measured] = field(default_factory=list)
+    output_truths: list[_Measured] = field(default_factory=list)
 
 
 class _Recorder:
-    """Keeps what every module takes and gives."""
+    """Keeps what every module gives, and what it takes if `watches_inputs`."""
 
-    watches_inputs = True
-
-    def __init__(self, *, copies: bool) -> None:
+    def __init__(self, *, watches_inputs: bool, copies: bool) -> None:
+        self.watches_inputs = watches_inputs
         self.calls: dict[str, _Call] = {}
         self.order: list[str] = []
         self._copies = copies
-        self._versions: list[tuple[Tensor, int]] = []
+        # By identity and version; the tensors are kept with them, so that no identity comes twice.
+        self._kept: dict[tuple[int, int], tuple[Tensor, _Recorded]] = {}
 
     def before(self, name: str, inputs: list[Tensor]) -> Replacement:
         self.calls[name] = _Call(self._keep(inputs))
@@ -107,53 +148,94 @@ class _Recorder:
         self.order.append(name)
         return None
 
-    def _keep(self, tensors: list[Tensor]) -> list[Tensor]:
-        if self._copies:
-            return [tensor.detach().clone() for tensor in tensors]
-        self._versions += [(tensor, tensor._version) for tensor in tensors]
-        return [tensor.detach() for tensor in tensors]
+    def _keep(self, tensors: list[Tensor]) -> list[_Recorded]:
+        found = []
+        for tensor in tensors:
+            key = id(tensor), tensor._version
+            if key not in self._kept:
+                copy = tensor.detach().clone() if self._copies else tensor.detach()
+                self._kept[key] = tensor, _Recorded(copy)
+            found.append(self._kept[key][1])
+        return found
 
-    @property
-    def overwritten(self) -> bool:
-        """Whether something kept was changed in place afterwards, as `x += y` or an in-place ReLU does."""
-        return any(tensor._version != version for tensor, version in self._versions)
+    def finish(self) -> bool:
+        """Lets go of what only the recording needs; whether it holds, nothing kept having been changed in place since.
+
+        `x += y` and an in-place ReLU make such changes.
+        """
+        kept, self._kept = self._kept, {}
+        return self._copies or all(tensor._version == version for (_, version), (tensor, _) in kept.items())
 
 
 class _TruthObserver:
     """Runs beside the recorded float32 calls in float64 and notes their errors; `forced` steers it along them."""
 
-    def __init__(self, calls: Mapping[str, _Call], sums: Mapping[str, _LayerSum], *, forced: bool) -> None:
-        self.calls, self.sums, self.forced = calls, sums, forced
+    def __init__(
+        self, calls: Mapping[str, _Call], sums: Mapping[str, _LayerSum], own: frozenset[int], *, forced: bool
+    ) -> None:
+        self.calls, self.sums, self.own, self.forced = calls, sums, own, forced
         self.watches_inputs = forced
+        self._taken: dict[str, set[int]] = {}
 
     def before(self, name: str, inputs: list[Tensor]) -> Replacement:
         if not self.forced or name not in self.calls:
             return None
         call = self.calls[name]
-        call.input_errors = self._errors(name, INPUT, call.inputs, inputs)
-        return [_as_truth(tensor) for tensor in call.inputs]
+        call.input_truths = self._measure(name, INPUT, call.inputs, inputs)
+        self._taken[name] = {_memory(tensor) for tensor in inputs}
+        return [self._steer(*pair, in_place=False) for pair in zip(call.inputs, inputs, strict=True)]
 
     def after(self, name: str, outputs: list[Tensor]) -> Replacement:
         if name not in self.calls:
             return None
         call = self.calls[name]
         view = ISOLATED if self.forced else ACCUMULATED
-        call.output_errors = self._errors(name, view, call.outputs, outputs)
-        return [_as_truth(tensor) for tensor in call.outputs] if self.forced else None
+        call.output_truths = self._measure(name, view, call.outputs, outputs)
+        if not self.forced:
+            return None
+        kept = self._taken.pop(name, set()) | self.own
+        return [
+            self._steer(recorded, truth, in_place=_fills_its_memory(truth) and _memory(truth) not in kept)
+            for recorded, truth in zip(call.outputs, outputs, strict=True)
+        ]
 
-    def _errors(self, name: str, view: str, expected: list[Tensor], truth: list[Tensor]) -> list[Tensor]:
-        errors = []
-        for index, (one, other) in enumerate(zip(expected, truth, strict=True)):
-            error = (one.double() - other).float() if one.is_floating_point() else (one != other).float()
+    def _measure(self, name: str, view: str, expected: list[_Recorded], truths: list[Tensor]) -> list[_Measured]:
+        found = []
+        for index, (recorded, truth) in enumerate(zip(expected, truths, strict=True)):
+            measured = recorded.measured
+            if measured is not None and recorded.is_steered_truth(truth):
+                measured = _Measured(None, DistanceSum.zeros(truth.numel()), measured.scale)
+            elif measured is None or not recorded.is_truth(truth):
+                measured = _Measured(*measure_truth(recorded.tensor, truth))
+                recorded.measured, recorded.truth = measured, weakref.ref(truth)
             sums = self.sums[name].view(view, index)
-            sums.scale.add(other)
-            sums.expected_error.add(error)
-            errors.append(error)
-        return errors
+            sums.scale.include(measured.scale)
+            sums.expected_error.include(measured.size)
+            found.append(measured)
+        return found
+
+    def _steer(self, recorded: _Recorded, truth: Tensor, *, in_place: bool) -> Tensor | None:
+        """The recorded values for the run to go on with; None where it has them already, or has now been given them.
+
+        A result is overwritten where nobody else has its memory, because fresh memory costs more than the copy into it.
+        """
+        if not truth.is_floating_point() or recorded.is_steered_truth(truth):
+            return None
+        if in_place:
+            truth.copy_(recorded.tensor)
+            recorded.steered_truth = weakref.ref(truth)
+            return None
+        replacement = recorded.tensor.double()
+        recorded.steered_truth = weakref.ref(replacement)
+        return replacement
 
 
-def _as_truth(tensor: Tensor) -> Tensor | None:
-    return tensor.double() if tensor.is_floating_point() else None
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _fills_its_memory(tensor: Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
 
 
 class _CandidateObserver:
@@ -175,6 +257,7 @@ class _CandidateObserver:
         self.watches_inputs = forced
         self.lone: dict[str, None] = {}
         self.seen: set[str] = set()
+        self._scratch: dict[str, Tensor] = {}
 
     def source(self, path: str) -> str | None:
         base, _, number = path.partition("#")
@@ -189,20 +272,21 @@ class _CandidateObserver:
         if source is None or not self.forced:
             return None
         call, layer = self.calls[source], self.sums[source]
-        moves = [_alignment(*both) for both in zip(call.inputs, inputs, strict=False)]
-        comparable = len(call.inputs) == len(inputs) and all(tensor.is_floating_point() for tensor in call.inputs)
-        if not comparable or None in moves:
+        pairs = list(zip(call.inputs, inputs, strict=False))
+        orders = [_axes_of(recorded.tensor, actual) for recorded, actual in pairs]
+        floats = all(recorded.tensor.is_floating_point() for recorded in call.inputs)
+        if len(call.inputs) != len(inputs) or not floats or None in orders:
             # The two take their tensors in other ways: one side pads in a layer of its own, say. What the parent
             # gives is then as good, for it too comes from the reference's tensors.
             layer.views.pop(INPUT, None)
             return None
-        replacements: list[Tensor | None] = []
-        for index, (actual, expected, move) in enumerate(zip(inputs, call.inputs, moves, strict=True)):
-            assert move is not None  # ruled out above
-            aligned = move(expected)
-            layer.view(INPUT, index).actual_error.add(actual - aligned + move(call.input_errors[index]))
-            replacements.append(aligned)
-        call.inputs, call.input_errors = [], []
+        replacements = []
+        for index, ((recorded, actual), axes) in enumerate(zip(pairs, orders, strict=True)):
+            assert axes is not None  # ruled out above
+            size, replacement = self._steer(recorded, actual, axes, call.input_truths[index])
+            layer.view(INPUT, index).actual_error.include(size)
+            replacements.append(replacement)
+        call.inputs, call.input_truths = [], []
         return replacements
 
     def after(self, name: str, outputs: list[Tensor]) -> Replacement:
@@ -219,47 +303,92 @@ class _CandidateObserver:
         if len(outputs) != len(call.outputs):
             layer.view(view_name, 0).problem = f"{len(outputs)} tensors instead of {len(call.outputs)}"
             return None
-        for index, (actual, expected) in enumerate(zip(outputs, call.outputs, strict=True)):
+        for index, (actual, recorded) in enumerate(zip(outputs, call.outputs, strict=True)):
             view = layer.view(view_name, index)
-            move = _alignment(expected, actual)
-            if move is None:
+            expected = recorded.tensor
+            axes = _axes_of(recorded.tensor, actual)
+            if axes is None:
                 view.problem = f"shape {tuple(actual.shape)} instead of {tuple(_channels_last(expected).shape)}"
                 return None
-            aligned = move(expected).contiguous()
-            error = actual - aligned + move(call.output_errors[index])
-            view.actual_error.add(error)
-            if not self.forced:
-                limit = self.limits.of(source) * max(view.expected_error.max, FLOAT32_ROUNDOFF * view.scale.max)
-                layer.difference.add(actual, aligned.to(actual.dtype), error, limit, self.samples_before)
-                layer.shape = (self.samples_before + actual.shape[0], *actual.shape[1:]) if actual.ndim else ()
-                layer.dtypes = (str(expected.dtype).removeprefix("torch."), str(actual.dtype).removeprefix("torch."))
-            replacements.append(aligned)
+            truth = call.output_truths[index]
+            if self.forced:
+                size, replacement = self._steer(recorded, actual, axes, truth)
+                view.actual_error.include(size)
+                replacements.append(replacement)
+                continue
+            limit = self.limits.of(source) * max(view.expected_error.max, FLOAT32_ROUNDOFF * view.scale.max)
+            difference, size = self._compare(recorded, actual, axes, truth, limit)
+            view.actual_error.include(size)
+            layer.difference.include(difference)
+            layer.shape = (self.samples_before + actual.shape[0], *actual.shape[1:]) if actual.ndim else ()
+            layer.dtypes = (str(expected.dtype).removeprefix("torch."), str(actual.dtype).removeprefix("torch."))
+        # Its errors have served, whether or not the tensors stay for a steered run.
+        for recorded in call.outputs:
+            recorded.measured = None
+        call.output_truths = []
         if not self.keep:
-            call.outputs, call.output_errors = [], []
+            call.outputs = []
         return replacements if self.forced else None
 
+    def _compare(
+        self, recorded: _Recorded, actual: Tensor, axes: tuple[int, ...], truth: _Measured, limit: float
+    ) -> tuple[DifferenceSum, DistanceSum]:
+        """The difference of Keras's tensor to the recorded one, and its distance to the truth."""
+        known = recorded.compared
+        if known is not None and recorded.is_actual(actual) and known[2] == limit:
+            return known[:2]
+        expected = self._in_order("expected", recorded.tensor, axes)
+        difference = DifferenceSum(self.samples_before)
+        size = difference.add(actual, expected, self._error_in_order(truth, axes), limit)
+        recorded.actual, recorded.compared = weakref.ref(actual), (difference, size, limit)
+        return difference, size
 
-Move = Callable[["Tensor"], "Tensor"]
+    def _steer(
+        self, recorded: _Recorded, actual: Tensor, axes: tuple[int, ...], truth: _Measured
+    ) -> tuple[DistanceSum, Tensor | None]:
+        """How far Keras's tensor is from the truth, and the recorded one in its order; None where it is that one."""
+        if recorded.is_steered_actual(actual):
+            return truth.size, None
+        replacement = recorded.tensor.permute(axes).contiguous()
+        recorded.steered_actual = weakref.ref(replacement)
+        return measure_candidate(actual, replacement, self._error_in_order(truth, axes)), replacement
+
+    def _error_in_order(self, truth: _Measured, axes: tuple[int, ...]) -> Tensor | None:
+        return None if truth.error is None else self._in_order("error", truth.error, axes)
+
+    def _in_order(self, role: str, tensor: Tensor, axes: tuple[int, ...]) -> Tensor:
+        """The tensor in Keras's order of axes, in memory that the next tensor of the same role is given again."""
+        moved = tensor.permute(axes)
+        if moved.is_contiguous():
+            return moved
+        scratch = self._scratch.get(role)
+        if scratch is None or scratch.numel() < moved.numel() or scratch.dtype != moved.dtype:
+            scratch = self._scratch[role] = moved.new_empty(moved.numel())
+        return scratch[: moved.numel()].view(moved.shape).copy_(moved)
 
 
 def _channels_last(tensor: Tensor) -> Tensor:
     return tensor.movedim(1, -1) if tensor.ndim > 2 else tensor
 
 
-def _channels_first(tensor: Tensor) -> Tensor:
-    return tensor.movedim(-1, 1) if tensor.ndim > 2 else tensor
+def _axes_of(expected: Tensor, actual: Tensor) -> tuple[int, ...] | None:
+    """The order in which PyTorch's axes come in Keras's tensor; None where none fits.
 
-
-def _alignment(expected: Tensor, actual: Tensor) -> Move | None:
-    """How to bring PyTorch's tensor into Keras's axis order; None where no order of axes fits.
-
-    Where several fit, all sides being equal, the order is the one in which the two tensors agree best.
+    Where several fit, all sides being equal, it is the one in which the two tensors agree best.
     """
-    moves: tuple[Move, ...] = (_channels_last, _channels_first, lambda tensor: tensor)
-    fitting = [move for move in moves if move(expected).shape == actual.shape]
-    if len(fitting) <= 1 or expected.ndim < 3 or _channels_last(expected).shape != expected.shape:
+    same = tuple(range(expected.ndim))
+    last, first = (0, *same[2:], 1), (0, *same[-1:], *same[1:-1])
+    orders = (last, first, same) if expected.ndim > 2 else (same,)
+    if expected.ndim != actual.ndim:
+        return None
+    fitting = [axes for axes in orders if tuple(expected.shape[axis] for axis in axes) == tuple(actual.shape)]
+    if len(set(fitting)) <= 1:
         return fitting[0] if fitting else None
-    return min(fitting, key=lambda move: float((actual - move(expected)).abs().nan_to_num().sum()))
+    return min(fitting, key=lambda axes: float((actual - expected.permute(axes)).abs().nan_to_num().sum()))
+
+
+def _inverse(axes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(axes.index(axis) for axis in range(len(axes)))
 
 
 def _dotted(path: str) -> str:
@@ -301,7 +430,8 @@ def check_parity(
         raise ValueError("at least one input is needed for a parity check")
     theirs = list(reference_inputs) if reference_inputs is not None else [_to_channels_first(a) for a in arrays]
     reference = reference.eval()
-    truth_model = copy.deepcopy(reference).double()
+    truth_model = in_float64(reference)
+    own_memory = frozenset(_memory(tensor) for tensor in (*truth_model.parameters(), *truth_model.buffers()))
     target_of = {module: module for module, _ in reference.named_modules() if module} | dict(pairs or {})
     source_of = {_dotted(target): source for source, target in target_of.items()} | {OUTPUT: OUTPUT}
     kinds = {path: type(module).__name__ for path, module in reference.named_modules()}
@@ -324,7 +454,7 @@ def check_parity(
         exact = [tensor.double() if tensor.is_floating_point() else tensor for tensor in tensors]
         with torch.no_grad():
             step("PyTorch, float32")
-            recorder = _record(reference, tensors)
+            recorder = _record(reference, tensors, watches_inputs=isolated)
             calls = recorder.calls
             for call in recorder.order:
                 if call not in sums:
@@ -333,13 +463,13 @@ def check_parity(
 
             for forced in (False, True) if isolated else (False,):
                 step("PyTorch, float64, layer by layer" if forced else "PyTorch, float64")
-                truth = _TruthObserver(calls, sums, forced=forced)
+                truth = _TruthObserver(calls, sums, own_memory, forced=forced)
                 with observe_modules(truth_model, truth):
                     truth.after(OUTPUT, tensors_in(truth_model(*exact)))
                 step("Keras, layer by layer" if forced else "Keras")
                 keep = isolated and not forced
                 observer = _CandidateObserver(calls, sums, source_of, limits, start, forced=forced, keep=keep)
-                expected_output = calls[OUTPUT].outputs
+                expected_output = _tensors(calls[OUTPUT].outputs)
                 with observe_layers(candidate, observer):
                     result = candidate(batch[0] if len(batch) == 1 else batch, training=False)
                 outputs = keras_tensors_in(result)
@@ -366,6 +496,20 @@ def check_parity(
     progress("looking for the cause")
     cause = _diagnose(reference, candidate, [a[:size] for a in arrays], [a[:size] for a in theirs], source_of, first)
     return replace(report, diagnosis=cause)
+
+
+def in_float64(model: nn.Module) -> nn.Module:
+    """A copy of the model in double precision, without one in its own precision on the way."""
+    from torch import nn
+
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        exact = parameter.detach().double() if parameter.is_floating_point() else parameter.detach().clone()
+        memo[id(parameter)] = nn.Parameter(exact, requires_grad=False)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.double() if buffer.is_floating_point() else buffer.clone()
+    # Tensors that are neither, as a model may hold them, are copied as they are and then brought along.
+    return copy.deepcopy(model, memo).double()
 
 
 class _Catcher(_CandidateObserver):
@@ -401,12 +545,12 @@ def _diagnose(
 
     tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in reference_inputs]
     with torch.no_grad():
-        calls = _record(reference, tensors).calls
+        calls = _record(reference, tensors, watches_inputs=True).calls
         sums = {name: _LayerSum("") for name in calls}
         for call in calls.values():
-            call.input_errors = [torch.zeros_like(tensor) for tensor in call.inputs]
-            call.output_errors = [torch.zeros_like(tensor) for tensor in call.outputs]
-        kept = {name: (call.inputs, call.outputs) for name, call in calls.items()}
+            call.input_truths = [_Measured(None, DistanceSum(), DistanceSum()) for _ in call.inputs]
+            call.output_truths = [_Measured(None, DistanceSum(), DistanceSum()) for _ in call.outputs]
+        kept = {name: (_tensors(call.inputs), _tensors(call.outputs)) for name, call in calls.items()}
         catcher = _Catcher(first.layer, calls, sums, source_of, Limits(), 0, forced=True, keep=True)
         with observe_layers(candidate, catcher):
             result = candidate(inputs[0] if len(inputs) == 1 else inputs, training=False)
@@ -416,9 +560,10 @@ def _diagnose(
     actual = catcher.taken if first.view == INPUT else catcher.given
     if not expected or not actual:
         return None
-    found = _in_order_of(expected[0], actual[0])
-    if found is None:
+    axes = _axes_of(expected[0], actual[0])
+    if axes is None:
         return None
+    found = actual[0].permute(_inverse(axes))
     parent = first.layer.rpartition(".")[0]
     scope = f"{parent}." if parent else ""
     near = {name: tensors for name, tensors in kept.items() if name.startswith(scope) and name != first.layer}
@@ -430,32 +575,25 @@ def _diagnose(
     return diagnose(first.layer, module, taken if module is not None else [], expected[0], found, others)
 
 
-def _in_order_of(expected: Tensor, actual: Tensor) -> Tensor | None:
-    """Keras's tensor in PyTorch's axis order; None where no order of axes fits."""
-    move = _alignment(expected, actual)
-    if move is _channels_last:
-        return _channels_first(actual)
-    if move is _channels_first:
-        return _channels_last(actual)
-    return None if move is None else actual
+def _tensors(recordings: list[_Recorded]) -> list[Tensor]:
+    return [recorded.tensor for recorded in recordings]
 
 
 def _to_channels_first(array: Array) -> Array:
     return np.moveaxis(array, -1, 1) if array.ndim > 2 else array
 
 
-def _record(reference: nn.Module, tensors: list[Tensor]) -> _Recorder:
+def _record(reference: nn.Module, tensors: list[Tensor], *, watches_inputs: bool) -> _Recorder:
     """Runs the reference; a second time with copies where it overwrites what was kept."""
-    recorder = _Recorder(copies=False)
     for copies in (False, True):
-        recorder = _Recorder(copies=copies)
+        recorder = _Recorder(watches_inputs=watches_inputs, copies=copies)
         given = [tensor.clone() for tensor in tensors] if copies else tensors
         with observe_modules(reference, recorder):
             outputs = tensors_in(reference(*given))
-        if not recorder.overwritten:
+        recorder.before(OUTPUT, [])
+        recorder.after(OUTPUT, outputs)
+        if recorder.finish():
             break
-    recorder.before(OUTPUT, [])
-    recorder.after(OUTPUT, outputs)
     return recorder
 
 

@@ -102,14 +102,20 @@ def convert(
     Raises KeyMapError, with every difference and `hint`, when that cannot be done, and CheckpointError when a
     tensor holds NaN or infinity.
     """
-    diff = diff_keys(state_dict, key_map, target_shapes)
-    if diff:
-        raise KeyMapError(f"the checkpoint's tensors are not those of the model\n{diff.describe()}", hint=hint)
+    refuse_other_keys(state_dict, key_map, target_shapes, hint=hint)
     weights = {}
     for entry in key_map.entries:
         weights[entry.target] = entry.layout.apply(to_float32(state_dict[entry.source]))
     refuse_non_finite({entry.source: weights[entry.target] for entry in key_map.entries})
     return Conversion(weights, tuple(sorted(key_map.drops & state_dict.keys())))
+
+
+def refuse_other_keys(
+    state_dict: Mapping[str, Array], key_map: KeyMap, target_shapes: Mapping[str, Shape], *, hint: str = ""
+) -> None:
+    """Raises KeyMapError, with every difference and `hint`, where the two sides do not have the same tensors."""
+    if diff := diff_keys(state_dict, key_map, target_shapes):
+        raise KeyMapError(f"the checkpoint's tensors are not those of the model\n{diff.describe()}", hint=hint)
 
 
 def is_float(array: Array) -> bool:

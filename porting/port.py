@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -87,10 +88,11 @@ def port(
         return family.build_candidate(variant, num_classes)
 
     progress("converting")
+    model: keras.Model | None = build()
     conversion = convert(
         loaded.state_dict,
         family.key_map(variant),
-        weights_file.variable_shapes(build()),
+        weights_file.variable_shapes(model),
         hint=_variant_hint(family, variant, loaded),
     )
     provenance: dict[str, Any] = {
@@ -106,7 +108,9 @@ def port(
     with temporary_file(out, suffix) as temporary:
         progress("writing")
         with output_errors(out):
-            weights_file.write_weights(temporary, build, conversion.weights)
+            weights_file.write_weights(temporary, model, conversion.weights)
+        model = None
+        gc.collect()  # its layers refer to each other in circles, and a large model counts
         if check:
             progress("reading back")
             candidate = weights_file.load_model(temporary, build)

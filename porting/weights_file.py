@@ -50,9 +50,11 @@ def assign_weights(model: keras.Model, weights: Mapping[str, Array]) -> None:
         variable.assign(weights[variable.path])
 
 
-def write_weights(path: Path, build: Callable[[], keras.Model], weights: Mapping[str, Array]) -> None:
-    """Writes `weights`, by variable path and covering all of `build()`, in the format that the suffix names."""
-    model = build()
+def write_weights(path: Path, model: keras.Model, weights: Mapping[str, Array]) -> None:
+    """Writes `weights`, by variable path and covering all of the model's, in the format that the suffix names.
+
+    The model gets the weights itself where Keras is to write them.
+    """
     suffix = suffix_of(path)
     if suffix == ".h5":
         _write_h5(path, model, weights)

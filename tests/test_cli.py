@@ -107,7 +107,7 @@ def test_check_of_what_does_not_fit(run_cli: RunCli, checkpoint: Path, ported: P
     assert missing.exit_code == 5
     other = tmp_path / "other.h5"
     van_tf.van_nano(classes=3).save(tmp_path / "other.keras")
-    weights_file.write_weights(other, lambda: van_tf.van_nano(classes=3), zeros_of(van_tf.van_nano(classes=3)))
+    weights_file.write_weights(other, van_tf.van_nano(classes=3), zeros_of(van_tf.van_nano(classes=3)))
     result = run_cli("check", "--variant", "nano", "--weights", other, "--checkpoint", checkpoint)
     assert result.exit_code == 7
     assert "Keras cannot load it into van nano with 10 classes" in result.output

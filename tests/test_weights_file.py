@@ -44,7 +44,7 @@ def assert_same_weights(model: keras.Model, weights: dict[str, np.ndarray]) -> N
 @pytest.mark.parametrize("name", NAMES)
 def test_written_and_read_back_bit_for_bit(tmp_path: Path, weights: dict[str, np.ndarray], name: str) -> None:
     path = tmp_path / name
-    write_weights(path, van_tf.van_nano, weights)
+    write_weights(path, van_tf.van_nano(), weights)
     write_provenance(path, {"variant": "nano", "parity": {"status": "passed"}})
     assert read_provenance(path) == {"variant": "nano", "parity": {"status": "passed"}}
     assert is_weights_file(path)
@@ -53,7 +53,7 @@ def test_written_and_read_back_bit_for_bit(tmp_path: Path, weights: dict[str, np
 
 def test_h5_loads_in_order_and_by_name(tmp_path: Path, weights: dict[str, np.ndarray]) -> None:
     path = tmp_path / "x.h5"
-    write_weights(path, van_tf.van_nano, weights)
+    write_weights(path, van_tf.van_nano(), weights)
     for by_name in (False, True):
         model = van_tf.van_nano()
         model.load_weights(path, by_name=by_name)
@@ -61,7 +61,7 @@ def test_h5_loads_in_order_and_by_name(tmp_path: Path, weights: dict[str, np.nda
 
 
 def test_h5_by_name_into_another_number_of_classes(tmp_path: Path, weights: dict[str, np.ndarray]) -> None:
-    write_weights(tmp_path / "x.h5", van_tf.van_nano, weights)
+    write_weights(tmp_path / "x.h5", van_tf.van_nano(), weights)
     backbone = van_tf.van_nano(include_top=False)
     backbone.load_weights(tmp_path / "x.h5", by_name=True)
     for variable in backbone.weights:
@@ -69,7 +69,7 @@ def test_h5_by_name_into_another_number_of_classes(tmp_path: Path, weights: dict
 
 
 def test_h5_datasets_are_named_by_variable_path(tmp_path: Path, weights: dict[str, np.ndarray]) -> None:
-    write_weights(tmp_path / "x.h5", van_tf.van_nano, weights)
+    write_weights(tmp_path / "x.h5", van_tf.van_nano(), weights)
     assert {name for name, _, _ in list_tensors(tmp_path / "x.h5")} == weights.keys()
     with h5py.File(tmp_path / "x.h5") as file:
         np.testing.assert_array_equal(file["block1.0/attn/proj_1/kernel"], weights["block1.0/attn/proj_1/kernel"])
@@ -83,7 +83,7 @@ def test_names_too_long_for_one_attribute_are_split_as_keras_does(tmp_path: Path
         return keras.Model(inputs, x)
 
     weights = {path: np.full(shape, 0.5, np.float32) for path, shape in variable_shapes(build()).items()}
-    write_weights(tmp_path / "x.h5", build, weights)
+    write_weights(tmp_path / "x.h5", build(), weights)
     with h5py.File(tmp_path / "x.h5") as file:
         assert "layer_names0" in file.attrs
         assert "layer_names" not in file.attrs
@@ -104,14 +104,14 @@ def test_other_suffixes_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_provenance(tmp_path: Path, weights: dict[str, np.ndarray], name: str) -> None:
-    write_weights(tmp_path / name, van_tf.van_nano, weights)
+    write_weights(tmp_path / name, van_tf.van_nano(), weights)
     assert read_provenance(tmp_path / name) is None
 
 
 @pytest.mark.parametrize("name", ["x.h5", "x.keras"])
 def test_damaged_files_end_in_one_message(tmp_path: Path, weights: dict[str, np.ndarray], name: str) -> None:
     path = tmp_path / name
-    write_weights(path, van_tf.van_nano, weights)
+    write_weights(path, van_tf.van_nano(), weights)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     for read in (read_provenance, list_tensors):
         with pytest.raises(WeightsFileError, match="not a whole HDF5 or .keras file"):

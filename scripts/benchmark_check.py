@@ -1,0 +1,130 @@
+"""Measures what the parity check costs against the bare forward passes that it contains.
+
+    python scripts/benchmark_check.py b0 b1
+
+The passes are PyTorch in float32, PyTorch in float64 and Keras, once each on one image. They and the check, accumulated
+alone and with the isolated view, take turns in one process; the table gives medians and ratios. The peak of memory is
+that of a whole `van-port` process on the same variant, its check with all views on one image included.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+ROUNDS = 5
+
+
+def time_of(run: Callable[[], Any]) -> float:
+    gc.collect()
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def measure_times(variant: str, rounds: int) -> dict[str, float]:
+    """Median seconds of each pass and of the check; to be called in a process of its own."""
+    from porting.frameworks import start_tensorflow
+
+    start_tensorflow()
+    import numpy as np
+    import torch
+
+    from porting.comparison import check_parity
+    from porting.convert import convert
+    from porting.families.van import VanFamily
+    from porting.references.synthetic import fill_with_synthetic_weights
+    from porting.references.van import build_van
+    from porting.weights_file import assign_weights, variable_shapes
+
+    family = VanFamily()
+    torch.manual_seed(0)
+    reference = build_van(variant, 1000)
+    fill_with_synthetic_weights(reference, 0)
+    reference.eval()
+    exact = copy.deepcopy(reference).double()
+    candidate = family.build_candidate(variant, 1000)
+    state_dict = {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
+    assign_weights(candidate, convert(state_dict, family.key_map(variant), variable_shapes(candidate)).weights)
+    image = np.random.default_rng(0).normal(size=(1, 224, 224, 3)).astype(np.float32)
+    tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(0, 3, 1, 2)))
+
+    def in_pytorch(model: torch.nn.Module, given: torch.Tensor) -> None:
+        with torch.no_grad():
+            model(given)
+
+    runs: dict[str, Callable[[], Any]] = {
+        "float32": lambda: in_pytorch(reference, tensor),
+        "float64": lambda: in_pytorch(exact, tensor.double()),
+        "keras": lambda: candidate(image, training=False),
+        "accumulated": lambda: check_parity(reference, candidate, image, isolated=False),
+        "isolated": lambda: check_parity(reference, candidate, image),
+    }
+    for run in runs.values():
+        run()
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            taken[name].append(time_of(run))
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def measure_memory(variant: str, folder: Path) -> float:
+    """GiB of memory at the peak of a whole port with its check."""
+    make = Path(__file__).with_name("make_checkpoint.py")
+    checkpoint = folder / f"{variant}.pth.tar"
+    subprocess.run([sys.executable, str(make), variant, str(checkpoint)], check=True, stdout=subprocess.DEVNULL)
+    program = "import sys; from porting.cli.main import main; sys.argv[0] = 'van-port'; main()"
+    arguments = ["--variant", variant, "--checkpoint", str(checkpoint), "--out", str(folder / f"{variant}.h5")]
+    with subprocess.Popen(
+        [sys.executable, "-c", program, *arguments, "--samples", "1"], stdout=subprocess.DEVNULL
+    ) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise click.ClickException(f"van-port of {variant} exited {process.returncode}")
+    checkpoint.unlink()
+    return usage.ru_maxrss / 2**20  # Linux gives it in KiB
+
+
+@click.command(help=__doc__)
+@click.argument("variants", nargs=-1, required=True)
+@click.option("--rounds", default=ROUNDS, show_default=True, help="Measurements of each, of which the median counts.")
+@click.option("--times-of", is_flag=True, hidden=True, help="Print the times of one variant as JSON.")
+def main(variants: tuple[str, ...], rounds: int, times_of: bool) -> None:
+    if times_of:
+        click.echo(json.dumps(measure_times(variants[0], rounds)))
+        return
+    table = Table("variant", "three passes", "accumulated", "ratio", "with isolated", "ratio", "peak memory")
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    with tempfile.TemporaryDirectory() as folder, console.status("") as status:
+        for variant in variants:
+            status.update(f"{variant}: times")
+            child = [sys.executable, __file__, variant, "--times-of", "--rounds", str(rounds)]
+            times = json.loads(subprocess.run(child, check=True, capture_output=True, text=True).stdout)
+            status.update(f"{variant}: memory")
+            memory = measure_memory(variant, Path(folder))
+            bare = times["float32"] + times["float64"] + times["keras"]
+            row = [variant, f"{bare:.2f} s"]
+            for name in ("accumulated", "isolated"):
+                row += [f"{times[name]:.2f} s", f"{times[name] / bare:.2f}"]
+            table.add_row(*row, f"{memory:.1f} GiB")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
