@@ -9,8 +9,11 @@ kept: the recording, and its distance to the truth.
 from __future__ import annotations
 
 import copy
+import math
+import statistics
 import weakref
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +25,7 @@ from porting.diagnosis import Diagnosis, diagnose
 from porting.layout import Array
 from porting.parity import (
     ACCUMULATED,
+    FEW_ELEMENTS,
     FLOAT32_ROUNDOFF,
     INPUT,
     ISOLATED,
@@ -40,6 +44,10 @@ from porting.statistics import DifferenceSum, DistanceSum, measure_candidate, me
 if TYPE_CHECKING:
     import keras
     from torch import Tensor, nn
+
+
+# So many of them tell a small tensor what rounding has come to.
+_LAYERS_BEFORE = 16
 
 
 class _ViewSum:
@@ -433,7 +441,9 @@ def check_parity(
     truth_model = in_float64(reference)
     own_memory = frozenset(_memory(tensor) for tensor in (*truth_model.parameters(), *truth_model.buffers()))
     target_of = {module: module for module, _ in reference.named_modules() if module} | dict(pairs or {})
-    source_of = {_dotted(target): source for source, target in target_of.items()} | {OUTPUT: OUTPUT}
+    # A Sequential or subclassed model puts its own name before its layers'; a functional one does not.
+    source_of = {_dotted(f"{candidate.name}/{target}"): source for source, target in target_of.items()}
+    source_of |= {_dotted(target): source for source, target in target_of.items()} | {OUTPUT: OUTPUT}
     kinds = {path: type(module).__name__ for path, module in reference.named_modules()}
     sums: dict[str, _LayerSum] = {}
     order: list[str] = []
@@ -481,7 +491,7 @@ def check_parity(
     progress("done", passes * len(starts), passes * len(starts))
     targets = {source: layer.target for source, layer in sums.items() if source in seen and source in kinds}
     report = ParityReport(
-        layers=tuple(sums[call].total(call) for call in order if call in seen),
+        layers=tuple(_with_usual_rounding([sums[call].total(call) for call in order if call in seen], reference)),
         unpaired_source=tuple(call for call in order if call not in seen),
         unpaired_target=tuple(lone),
         logits=_compare_logits(logits),
@@ -595,6 +605,30 @@ def _record(reference: nn.Module, tensors: list[Tensor], *, watches_inputs: bool
         if recorder.finish():
             break
     return recorder
+
+
+def _with_usual_rounding(layers: list[LayerComparison], reference: nn.Module) -> Iterator[LayerComparison]:
+    """Tells small tensors what rounding does as a rule.
+
+    In isolation that is what a plain sum makes, over as many terms as the layer's largest product has: n float32
+    additions of independent terms have an RMS error of about sqrt(n) / 4 roundings of the sum. Accumulated, it is the
+    median of the layers just before, if that is more.
+    """
+    modules = dict(reference.named_modules())
+    before: deque[float] = deque(maxlen=_LAYERS_BEFORE)
+    for layer in layers:
+        view = layer.views.get(ACCUMULATED)
+        if math.prod(layer.shape) >= FEW_ELEMENTS:
+            if view is not None and math.isfinite(view.relative_rounding):
+                before.append(view.relative_rounding)
+            yield layer
+            continue
+        module = modules.get(layer.source.partition("#")[0], reference)  # the models' own result is no module's
+        summed = max((weight[0].numel() for weight in module.parameters() if weight.ndim > 1), default=1)
+        own = math.sqrt(summed) / 4 * FLOAT32_ROUNDOFF
+        usual = {ISOLATED: own, ACCUMULATED: max(own, statistics.median(before) if before else 0.0)}
+        views = {name: replace(each, usual_rounding=usual.get(name, 0.0)) for name, each in layer.views.items()}
+        yield replace(layer, views=views)
 
 
 def _compare_logits(pairs: list[tuple[Array, Array]]) -> LogitsComparison | None:

@@ -30,6 +30,8 @@ OUTPUT = "output"
 # Half the distance between 1 and the next float32: what one rounding can do, relative to the value.
 FLOAT32_ROUNDOFF = 2.0**-24
 DEFAULT_MAX_RATIO = 8.0
+# A tensor with fewer elements does not tell how large PyTorch's rounding is: by luck it may be next to nothing.
+FEW_ELEMENTS = 1024
 ACCUMULATED, ISOLATED, INPUT = "accumulated", "isolated", "input"
 VIEWS = (ACCUMULATED, ISOLATED, INPUT)
 
@@ -39,34 +41,42 @@ class View:
     """One comparison of a layer against the float64 truth.
 
     `scale` is the size of the truth; `expected_error` and `actual_error` are PyTorch's and Keras's float32
-    distances to it. `problem` says why there is no number.
+    distances to it. `problem` says why there is no number. `usual_rounding` is what rounding does here as a rule,
+    relative to the scale; it is known for tensors of fewer than `FEW_ELEMENTS` elements, and 0 for all others.
     """
 
     scale: Distance
     expected_error: Distance
     actual_error: Distance
     problem: str = ""
+    usual_rounding: float = 0.0
 
     @property
     def ratio(self) -> float:
         """Keras's distance in units of the noise, the worse of greatest and RMS difference; infinite for a problem.
 
-        The noise is PyTorch's distance, or one rounding of the scale where that is greater.
+        The noise is PyTorch's distance, or the usual rounding or one rounding of the scale where that is greater.
         """
         if self.problem:
             return math.inf
+        rounding = max(self.usual_rounding, FLOAT32_ROUNDOFF)
         return max(
-            _ratio(self.actual_error.max, self.expected_error.max, self.scale.max),
-            _ratio(self.actual_error.rms, self.expected_error.rms, self.scale.rms),
+            _ratio(self.actual_error.max, self.expected_error.max, rounding * self.scale.max),
+            _ratio(self.actual_error.rms, self.expected_error.rms, rounding * self.scale.rms),
         )
 
+    @property
+    def relative_rounding(self) -> float:
+        """PyTorch's RMS distance to the truth over the truth's RMS; 0 where that is 0."""
+        return self.expected_error.rms / self.scale.rms if self.scale.rms else 0.0
 
-def _ratio(actual_error: float, expected_error: float, scale: float) -> float:
-    if not all(map(math.isfinite, (actual_error, expected_error, scale))):
+
+def _ratio(actual_error: float, expected_error: float, rounding: float) -> float:
+    if not all(map(math.isfinite, (actual_error, expected_error, rounding))):
         return math.inf
     if actual_error == 0.0:
         return 0.0
-    noise = max(expected_error, FLOAT32_ROUNDOFF * scale)
+    noise = max(expected_error, rounding)
     return actual_error / noise if noise else math.inf
 
 

@@ -12,7 +12,8 @@ audit            {layers, settings, differences: [{layer, setting, expected, act
 unpaired_source  PyTorch modules that ran and have no Keras layer; unpaired_target the other way round
 layers           in data flow: {source, target, kind, shape, expected_dtype, actual_dtype, views, difference}
   views          accumulated, isolated, input: {scale, expected_error, actual_error, problem, ratio}, each of the
-                 first three as {max, rms}; ratio is derived, and read by nobody
+                 first three as {max, rms}; ratio is derived, and read by nobody; usual_rounding is absent in
+                 reports of versions before 0.2 and then 0
   difference     Keras against PyTorch in float32, accumulated: see porting.statistics.Difference
 stress           reports of the same form
 context          provenance: family, variant, source, versions, time
@@ -148,7 +149,7 @@ def _layer(document: dict[str, Any]) -> LayerComparison:
     views = {}
     for name, view in document["views"].items():
         scale, expected, actual = (Distance(**view[key]) for key in ("scale", "expected_error", "actual_error"))
-        views[name] = View(scale, expected, actual, view["problem"])
+        views[name] = View(scale, expected, actual, view["problem"], view.get("usual_rounding", 0.0))
     difference = {**document["difference"], "worst_index": tuple(document["difference"]["worst_index"])}
     difference["ulp_histogram"] = tuple(difference["ulp_histogram"])
     return LayerComparison(
