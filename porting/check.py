@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +12,16 @@ import numpy as np
 
 from porting import weights_file
 from porting.checkpoint import Checkpoint, read_checkpoint
+from porting.checkpoint_layout import CheckpointLayout, recognise_layout
 from porting.comparison import check_parity
 from porting.convert import convert, refuse_non_finite, refuse_other_keys, to_float32
 from porting.data import weights_folder
 from porting.errors import SourceError, WeightsFileError
-from porting.family import Family
+from porting.family import Family, by_path
 from porting.frameworks import start_tensorflow
 from porting.images import find_images, load_images
-from porting.layout import Array
+from porting.key_map import KeyMap
+from porting.layout import Array, Shape
 from porting.parity import Limits, ParityReport
 from porting.progress import SILENT, Progress
 from porting.provenance import describe_source, versions
@@ -49,20 +52,72 @@ class CheckOptions:
     stress: bool = False
 
 
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint that has been read, and what it is taken for.
+
+    `source` is its row in the table of sources, None for a file that was given by path.
+    """
+
+    family: Family
+    variant: str
+    source: Source | None
+    checkpoint: Checkpoint
+    layout: CheckpointLayout
+    num_classes: int
+
+    @property
+    def key_map(self) -> KeyMap:
+        return self.family.key_map(self.variant, self.layout)
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Of the Keras model's variables, by path."""
+        return by_path(self.family.weight_shapes(self.variant, self.num_classes))
+
+    def build_candidate(self) -> keras.Model:
+        return self.family.build_candidate(self.variant, self.num_classes, self.layout)
+
+    def load_reference(self) -> nn.Module:
+        """The PyTorch model with the checkpoint's weights."""
+        own = {entry.target: entry.source for entry in self._reference_map().entries}
+        state_dict = {own[entry.target]: self.checkpoint.state_dict[entry.source] for entry in self.key_map.entries}
+        return load_reference(self.family, self.variant, self.num_classes, state_dict, self.layout)
+
+    def reference_pairs(self) -> dict[str, str]:
+        """The Keras layer of every module of the reference."""
+        return {pair.source: pair.target for pair in self._reference_map().layers}
+
+    def convert_reference(self, reference: nn.Module) -> dict[str, Array]:
+        """Keras's weights, by path, for a reference with other weights than the checkpoint's."""
+        tensors = {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
+        return convert(tensors, self._reference_map(), self.shapes).weights
+
+    def _reference_map(self) -> KeyMap:
+        first = self.family.layouts[0]
+        return self.family.key_map(self.variant, first if self.num_classes else first.without_head())
+
+    def describe(self) -> dict[str, Any]:
+        """For provenance and reports."""
+        return {
+            "family": self.family.name,
+            "variant": self.variant,
+            "num_classes": self.num_classes,
+            "layout": self.layout.name,
+            "settings": dict(self.layout.settings),
+            "build": self.family.how_to_build(self.variant, self.num_classes, self.layout),
+            "source": describe_source(self.source, self.checkpoint),
+            "versions": versions(),
+        }
+
+
 def check_models(
-    family: Family,
-    variant: str,
-    num_classes: int,
-    state_dict: Mapping[str, Array],
-    candidate: keras.Model,
-    options: CheckOptions,
-    progress: Progress = SILENT,
+    subject: Subject, candidate: keras.Model, options: CheckOptions, progress: Progress = SILENT
 ) -> ParityReport:
-    """Compares a Keras model with the PyTorch model of `state_dict`, layer by layer, and under stress if asked."""
-    reference = load_reference(family, variant, num_classes, state_dict)
-    images = parity_images(family, variant, options)
-    key_map = family.key_map(variant)
-    pairs = {pair.source: pair.target for pair in key_map.layers}
+    """Compares a Keras model with the PyTorch model of a checkpoint, layer by layer, and under stress if asked."""
+    reference = subject.load_reference()
+    images = parity_images(subject.family, subject.variant, options, subject.layout)
+    pairs = subject.reference_pairs()
 
     def run(name: str, model: nn.Module, keras_model: keras.Model, batch: Array) -> ParityReport:
         return check_parity(
@@ -81,13 +136,11 @@ def check_models(
     if not options.stress:
         return report
     stressed = []
-    for case in stress_cases(reference, images, family.shrinkable):
+    for case in stress_cases(reference, images, subject.family.shrinkable):
         keras_model = candidate
         if case.has_new_weights:
-            keras_model = family.build_candidate(variant, num_classes)
-            tensors = {name: tensor.numpy() for name, tensor in case.reference.state_dict().items()}
-            weights = convert(tensors, key_map, weights_file.variable_shapes(keras_model)).weights
-            weights_file.assign_weights(keras_model, weights)
+            keras_model = subject.build_candidate()
+            weights_file.assign_weights(keras_model, subject.convert_reference(case.reference))
         stressed.append(run(case.name, case.reference, keras_model, case.images))
     return replace(report, stress=tuple(stressed))
 
@@ -98,75 +151,68 @@ def check_file(
     weights: Path,
     *,
     checkpoint: Path | None = None,
+    layout: str | None = None,
     ema: bool = False,
     options: CheckOptions | None = None,
     progress: Progress = SILENT,
 ) -> ParityReport:
     """Compares a file of Keras weights, wherever it comes from, with the checkpoint it should hold.
 
-    The checkpoint is the variant's official one where none is given. Raises SourceError, CheckpointError,
-    KeyMapError, or WeightsFileError when the file does not fit the model.
+    The checkpoint is the variant's official one where none is given; its layout is recognised by its names, or is the
+    one called `layout`. Raises SourceError, CheckpointError, KeyMapError, or WeightsFileError when the file does not
+    fit the model.
     """
     if not weights.is_file():
         raise SourceError(f"{weights}: no such file", hint="--weights takes a file that van-port or Keras has written.")
     weights_file.suffix_of(weights)
-    source, loaded = open_checkpoint(family, variant, checkpoint, ema=ema, progress=progress)
-    num_classes = family.num_classes(variant, loaded.state_dict)
+    subject = open_checkpoint(family, variant, checkpoint, layout=layout, ema=ema, progress=progress)
+    state_dict, key_map = subject.checkpoint.state_dict, subject.key_map
+    refuse_other_keys(state_dict, key_map, subject.shapes)
+    refuse_non_finite({entry.source: state_dict[entry.source] for entry in key_map.entries})
     progress("starting TensorFlow")
     start_tensorflow()
-
-    def build() -> keras.Model:
-        return family.build_candidate(variant, num_classes)
-
     progress("reading the weights")
     try:
-        candidate = weights_file.load_model(weights, build)
+        candidate = weights_file.load_model(weights, subject.build_candidate)
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise WeightsFileError(
-            f"{weights}: Keras cannot load it into {family.name} {variant} with {num_classes} classes: "
+            f"{weights}: Keras cannot load it into {subject.describe()['build']}: "
             f"{str(error).partition(chr(10))[0][:300]}",
             hint="Check --variant and --checkpoint; `van-port inspect` shows what the file holds.",
         ) from None
-    key_map = family.key_map(variant)
-    # A .keras file brings a model of its own, so the shapes to expect come from a fresh one.
-    expected = weights_file.variable_shapes(build() if weights.suffix == ".keras" else candidate)
-    refuse_other_keys(loaded.state_dict, key_map, expected)
-    refuse_non_finite({entry.source: loaded.state_dict[entry.source] for entry in key_map.entries})
-    report = check_models(
-        family, variant, num_classes, loaded.state_dict, candidate, options or CheckOptions(), progress
-    )
-    context: dict[str, Any] = {
-        "family": family.name,
-        "variant": variant,
-        "num_classes": num_classes,
-        "weights": weights.name,
-        "source": describe_source(source, loaded),
-        "versions": versions(),
-    }
-    return replace(report, context=context)
+    report = check_models(subject, candidate, options or CheckOptions(), progress)
+    return replace(report, context={**subject.describe(), "weights": weights.name})
 
 
 def open_checkpoint(
-    family: Family, variant: str, path: Path | None, *, ema: bool, progress: Progress
-) -> tuple[Source | None, Checkpoint]:
-    """The checkpoint at `path`, or the variant's official one with its row in the table of sources."""
+    family: Family, variant: str, path: Path | None, *, layout: str | None, ema: bool, progress: Progress
+) -> Subject:
+    """The checkpoint at `path`, or the variant's official one, and the layout it has or is said to have."""
     source = None
     if path is None:
         source = find_source(family.name, variant)
         with progress.paused():  # the hub's client draws a bar of its own
             path = fetch(source)
     progress("reading the checkpoint")
-    return source, read_checkpoint(path, ema=ema)
+    loaded = read_checkpoint(path, ema=ema)
+    found = recognise_layout(family.layouts, partial(family.key_map, variant), loaded.state_dict, forced=layout)
+    return Subject(family, variant, source, loaded, found, family.num_classes(variant, loaded.state_dict, found))
 
 
-def load_reference(family: Family, variant: str, num_classes: int, state_dict: Mapping[str, Array]) -> nn.Module:
-    """The PyTorch model with the checkpoint's weights, loaded by PyTorch itself and not from the conversion.
+def load_reference(
+    family: Family,
+    variant: str,
+    num_classes: int,
+    state_dict: Mapping[str, Array],
+    layout: CheckpointLayout | None = None,
+) -> nn.Module:
+    """The PyTorch model with a checkpoint's weights, loaded by PyTorch itself and not from the conversion.
 
-    It shares memory with the state_dict where that is float32 already: nothing here trains it.
+    The state_dict has the reference's own names; the two share memory where it is float32 already.
     """
     import torch
 
-    reference = family.build_reference(variant, num_classes)
+    reference = family.build_reference(variant, num_classes, layout)
     arrays = {name: _float32_or_integer(array) for name, array in state_dict.items()}
     tensors = {name: torch.from_numpy(np.require(array, requirements=["C", "W"])) for name, array in arrays.items()}
     reference.load_state_dict(tensors, strict=True, assign=True)
@@ -177,9 +223,9 @@ def _float32_or_integer(array: Array) -> Array:
     return array if np.issubdtype(array.dtype, np.integer) else to_float32(array)
 
 
-def parity_images(family: Family, variant: str, options: CheckOptions) -> Array:
+def parity_images(family: Family, variant: str, options: CheckOptions, layout: CheckpointLayout | None = None) -> Array:
     """The images of a check, `(N, H, W, 3)`, prepared as the variant's authors did; raises SourceError."""
-    preprocessing = family.preprocessing(variant)
+    preprocessing = family.preprocessing(variant, layout)
     paths = find_images(options.images if options.images is not None else weights_folder() / "parity_images")
     samples = options.samples
     if samples is None:

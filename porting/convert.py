@@ -10,9 +10,7 @@ from rapidfuzz import process
 
 from porting.errors import CheckpointError, KeyMapError
 from porting.key_map import KeyMap
-from porting.layout import Array
-
-Shape = tuple[int, ...]
+from porting.layout import Array, Shape
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def diff_keys(state_dict: Mapping[str, Array], key_map: KeyMap, target_shapes: M
             mismatched.append(Mismatch(entry.source, "a floating-point type", str(array.dtype)))
     return KeyDiff(
         missing_keys=tuple(sorted(used - state_dict.keys())),
-        unexpected_keys=tuple(sorted(state_dict.keys() - used - key_map.drops)),
+        unexpected_keys=tuple(sorted(state_dict.keys() - used - set(key_map.dropped(state_dict)))),
         mismatched=tuple(mismatched),
         unwritten=tuple(sorted(target_shapes.keys() - targets)),
         unknown=tuple(sorted(targets - target_shapes.keys())),
@@ -107,7 +105,7 @@ def convert(
     for entry in key_map.entries:
         weights[entry.target] = entry.layout.apply(to_float32(state_dict[entry.source]))
     refuse_non_finite({entry.source: weights[entry.target] for entry in key_map.entries})
-    return Conversion(weights, tuple(sorted(key_map.drops & state_dict.keys())))
+    return Conversion(weights, key_map.dropped(state_dict))
 
 
 def refuse_other_keys(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
+from porting.checkpoint_layout import CheckpointLayout, recognise_layout
+from porting.convert import diff_keys
 from porting.images import Preprocessing
 from porting.key_map import KeyMap
-from porting.layout import Array
+from porting.layout import Array, Shape
 from porting.sources import variants_of
 
 if TYPE_CHECKING:
@@ -20,10 +23,13 @@ class Family(abc.ABC):
     """A family of models that share their code and differ by variant.
 
     The engine calls nothing else, and imports torch and keras only through these methods. Every `variant` is one
-    of `variants`; a state_dict has the names of the reference's own.
+    of `variants`. `layout` is what `recognise_layout` made of one of `layouts`, by default the first of them: its names
+    for a state_dict's tensors, and its settings for the models. `num_classes` 0 is a model without a head.
     """
 
     name: str
+    # What its checkpoints may look like; the first has the reference's own names.
+    layouts: tuple[CheckpointLayout, ...]
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -31,23 +37,34 @@ class Family(abc.ABC):
         return variants_of(self.name)
 
     @abc.abstractmethod
-    def key_map(self, variant: str) -> KeyMap:
-        """Every tensor of the reference's state_dict and the Keras variable that takes it."""
+    def key_map(self, variant: str, layout: CheckpointLayout | None = None) -> KeyMap:
+        """Every tensor of a state_dict and the Keras variable that takes it, in one order for all layouts."""
 
     @abc.abstractmethod
-    def build_reference(self, variant: str, num_classes: int) -> nn.Module:
-        """The PyTorch model, fresh; it takes `(N, 3, H, W)` and gives `(N, num_classes)` logits."""
+    def build_reference(self, variant: str, num_classes: int, layout: CheckpointLayout | None = None) -> nn.Module:
+        """The PyTorch model, fresh; it takes `(N, 3, H, W)` and gives `(N, num_classes)` logits, or its features."""
 
     @abc.abstractmethod
-    def build_candidate(self, variant: str, num_classes: int) -> keras.Model:
-        """The Keras model, fresh; it takes `(N, H, W, 3)` and gives `(N, num_classes)` logits."""
+    def build_candidate(self, variant: str, num_classes: int, layout: CheckpointLayout | None = None) -> keras.Model:
+        """The Keras model, fresh; it takes `(N, H, W, 3)` and gives `(N, num_classes)` logits, or its features."""
 
     @abc.abstractmethod
-    def num_classes(self, variant: str, state_dict: Mapping[str, Array]) -> int:
-        """The number of classes that the checkpoint's head has, or the variant's own where it has no head."""
+    def how_to_build(self, variant: str, num_classes: int, layout: CheckpointLayout | None = None) -> str:
+        """The call that gives the user the Keras model for these weights."""
 
     @abc.abstractmethod
-    def preprocessing(self, variant: str) -> Preprocessing:
+    def weight_shapes(self, variant: str, num_classes: int) -> dict[str, dict[str, Shape]]:
+        """What `build_candidate` would have, without Keras: by top-level layer, each variable's name and shape.
+
+        Variables come in the order in which Keras reads them: those that are trained before those that are not.
+        """
+
+    @abc.abstractmethod
+    def num_classes(self, variant: str, state_dict: Mapping[str, Array], layout: CheckpointLayout | None = None) -> int:
+        """The number of classes that the checkpoint's head has; the variant's own where that cannot be told."""
+
+    @abc.abstractmethod
+    def preprocessing(self, variant: str, layout: CheckpointLayout | None = None) -> Preprocessing:
         """How images were prepared when the published weights were trained."""
 
     def shrinkable(self, parameter: str) -> bool:
@@ -58,6 +75,16 @@ class Family(abc.ABC):
         """
         return False
 
-    @abc.abstractmethod
     def guess_variant(self, state_dict: Mapping[str, Array]) -> str | None:
-        """The variant whose shapes a state_dict has, or None."""
+        """The variant whose tensors a state_dict has, in any layout, or None."""
+        for variant in self.variants:
+            layout = recognise_layout(self.layouts, partial(self.key_map, variant), state_dict)
+            shapes = self.weight_shapes(variant, self.num_classes(variant, state_dict, layout))
+            if not diff_keys(state_dict, self.key_map(variant, layout), by_path(shapes)):
+                return variant
+        return None
+
+
+def by_path(layers: Mapping[str, Mapping[str, Shape]]) -> dict[str, Shape]:
+    """What `weight_shapes` gives, by variable path."""
+    return {f"{layer}/{name}": shape for layer, shapes in layers.items() for name, shape in shapes.items()}

@@ -59,7 +59,8 @@ _DROPPED_LEAVES: dict[Kind, tuple[str, ...]] = {Kind.BATCH_NORM: ("num_batches_t
 class KeyRule:
     """One row: PyTorch name, Keras path and kind. `bias=False` is a convolution or dense layer without one.
 
-    Both names may hold placeholders like `{s}`; each row is expanded over the indices that have just those.
+    Both names may hold placeholders like `{s}`, or `{s-1}` where one side counts from another number; each row is
+    expanded over the indices that have just those.
     """
 
     source: str
@@ -69,8 +70,7 @@ class KeyRule:
 
     @property
     def placeholders(self) -> frozenset[str]:
-        fields = (field for _, field, _, _ in string.Formatter().parse(self.source))
-        return frozenset(field for field in fields if field)
+        return frozenset(name for name, _ in _fields(self.source))
 
 
 @dataclass(frozen=True)
@@ -93,15 +93,29 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class KeyMap:
-    """The expanded table. `drops` are the names that a checkpoint may hold and that are left out on purpose."""
+    """The expanded table.
+
+    `drops` are the names that a checkpoint may hold and that are left out on purpose; `foreign` are the beginnings of
+    names that belong to other parts of a larger model, a segmentor's decoder, say.
+    """
 
     layers: tuple[LayerPair, ...]
     entries: tuple[TensorEntry, ...]
     drops: frozenset[str]
+    foreign: tuple[str, ...] = ()
+
+    def dropped(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Those of the names that are left out on purpose, sorted."""
+        return tuple(sorted(name for name in names if name in self.drops or name.startswith(self.foreign)))
 
     @classmethod
     def expand(
-        cls, rules: Sequence[KeyRule], indices: Iterable[Mapping[str, int]], *, drops: Iterable[str] = ()
+        cls,
+        rules: Sequence[KeyRule],
+        indices: Iterable[Mapping[str, int]],
+        *,
+        drops: Iterable[str] = (),
+        foreign: tuple[str, ...] = (),
     ) -> KeyMap:
         """Writes out every rule for every set of indices that has the rule's placeholders.
 
@@ -118,7 +132,7 @@ class KeyMap:
             if not fitting:
                 raise KeyMapError(f"rule {rule.source!r}: no indices were given for {sorted(rule.placeholders)}")
             for index in fitting:
-                pair = LayerPair(rule.source.format(**index), rule.target.format(**index), rule.kind)
+                pair = LayerPair(_fill(rule.source, index), _fill(rule.target, index), rule.kind)
                 layers.append(pair)
                 for leaf in _LEAVES[rule.kind]:
                     if leaf is not _BIAS or rule.bias:
@@ -127,7 +141,22 @@ class KeyMap:
                 dropped.update(_join(pair.source, ".", leaf) for leaf in _DROPPED_LEAVES.get(rule.kind, ()))
         for side in ("source", "target"):
             _refuse_duplicates([getattr(entry, side) for entry in entries], side)
-        return cls(tuple(layers), tuple(entries), frozenset(dropped))
+        return cls(tuple(layers), tuple(entries), frozenset(dropped), foreign)
+
+
+def _fields(template: str) -> list[tuple[str, int]]:
+    """The placeholders of a name, each with what is taken off its index."""
+    found = []
+    for _, field, _, _ in string.Formatter().parse(template):
+        if field:
+            name, _, less = field.partition("-")
+            found.append((name, int(less or 0)))
+    return found
+
+
+def _fill(template: str, index: Mapping[str, int]) -> str:
+    values = {f"{name}-{less}" if less else name: index[name] - less for name, less in _fields(template)}
+    return template.format_map(values)
 
 
 def _join(name: str, separator: str, leaf: str) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+Shape = tuple[int, ...]
 
 
 class Layout(Enum):
@@ -33,11 +34,11 @@ class Layout(Enum):
         return self.axes is None or len(self.axes) == rank
 
     def apply(self, array: Array) -> Array:
-        """PyTorch's order to Keras's, as a contiguous array; raises ValueError for another number of axes."""
+        """PyTorch's order to Keras's, as a view; raises ValueError for another number of axes."""
         return _permute(array, self.axes, self)
 
     def invert(self, array: Array) -> Array:
-        """Keras's order back to PyTorch's, as a contiguous array; raises ValueError for another number of axes."""
+        """Keras's order back to PyTorch's, as a view; raises ValueError for another number of axes."""
         axes = None if self.axes is None else tuple(int(i) for i in np.argsort(self.axes))
         return _permute(array, axes, self)
 
@@ -58,7 +59,7 @@ _AXES: dict[Layout, tuple[int, ...] | None] = {
 
 def _permute(array: Array, axes: tuple[int, ...] | None, layout: Layout) -> Array:
     if axes is None:
-        return np.ascontiguousarray(array) if array.ndim else array
+        return array
     if array.ndim != len(axes):
         raise ValueError(f"layout {layout.value} needs {len(axes)} axes, the array has shape {array.shape}")
-    return np.ascontiguousarray(array.transpose(axes))
+    return array.transpose(axes)

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from porting import weights_file
-from porting.check import CheckOptions, check_models, open_checkpoint
-from porting.checkpoint import Checkpoint
+from porting.check import CheckOptions, Subject, check_models, open_checkpoint
 from porting.convert import Conversion, convert
 from porting.errors import ParityError
 from porting.family import Family
@@ -23,7 +22,6 @@ from porting.frameworks import start_tensorflow
 from porting.layout import Array
 from porting.parity import ParityReport
 from porting.progress import SILENT, Progress
-from porting.provenance import describe_source, versions
 from porting.reports.document import to_json
 
 if TYPE_CHECKING:
@@ -44,7 +42,7 @@ class PortResult:
 
     path: Path
     provenance: dict[str, Any]
-    checkpoint: Checkpoint
+    subject: Subject
     conversion: Conversion
     report: ParityReport | None = None
     report_path: Path | None = None
@@ -60,6 +58,7 @@ def port(
     out: Path,
     *,
     checkpoint: Path | None = None,
+    layout: str | None = None,
     ema: bool = False,
     check: bool = True,
     options: CheckOptions | None = None,
@@ -68,7 +67,8 @@ def port(
 ) -> PortResult:
     """Ports one checkpoint to the file `out`, whose suffix names the format.
 
-    Without `checkpoint`, the variant's official one is fetched. With `check`, the file is written under a
+    Without `checkpoint`, the variant's official one is fetched; its layout is recognised by its names, or is the one
+    called `layout`. With `check`, the file is written under a
     temporary name, read back through Keras and compared with PyTorch as `options` say; it gets its name only at
     parity, with the report beside it as `OUT.parity.json`.
 
@@ -79,45 +79,25 @@ def port(
     check_writable(out)
     if keep_failed is not None:
         check_writable(keep_failed)
-    source, loaded = open_checkpoint(family, variant, checkpoint, ema=ema, progress=progress)
-    num_classes = family.num_classes(variant, loaded.state_dict)
-    progress("starting TensorFlow")
-    start_tensorflow()
-
-    def build() -> keras.Model:
-        return family.build_candidate(variant, num_classes)
-
+    subject = open_checkpoint(family, variant, checkpoint, layout=layout, ema=ema, progress=progress)
     progress("converting")
-    model: keras.Model | None = build()
-    conversion = convert(
-        loaded.state_dict,
-        family.key_map(variant),
-        weights_file.variable_shapes(model),
-        hint=_variant_hint(family, variant, loaded),
-    )
+    conversion = convert(subject.checkpoint.state_dict, subject.key_map, subject.shapes, hint=_variant_hint(subject))
     provenance: dict[str, Any] = {
-        "family": family.name,
-        "variant": variant,
-        "num_classes": num_classes,
-        "source": {**describe_source(source, loaded), "dropped": len(conversion.dropped)},
+        **subject.describe(),
         "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
         "parity": {"status": "not checked"},
     }
+    provenance["source"]["dropped"] = len(conversion.dropped)
     report = None
     with temporary_file(out, suffix) as temporary:
-        progress("writing")
-        with output_errors(out):
-            weights_file.write_weights(temporary, model, conversion.weights)
-        model = None
-        gc.collect()  # its layers refer to each other in circles, and a large model counts
+        _write(temporary, out, subject, conversion, progress)
         if check:
+            progress("starting TensorFlow")
+            start_tensorflow()
             progress("reading back")
-            candidate = weights_file.load_model(temporary, build)
+            candidate = weights_file.load_model(temporary, subject.build_candidate)
             _refuse_other_weights(candidate, conversion.weights)
-            report = check_models(
-                family, variant, num_classes, loaded.state_dict, candidate, options or CheckOptions(), progress
-            )
+            report = check_models(subject, candidate, options or CheckOptions(), progress)
             provenance["parity"] = _verdict(report)
             report = replace(report, context=provenance)
         with output_errors(out):
@@ -130,16 +110,37 @@ def port(
     if report is None:
         # A report of an earlier port must not vouch for this file.
         report_path_of(out).unlink(missing_ok=True)
-        return PortResult(out, provenance, loaded, conversion)
+        return PortResult(out, provenance, subject, conversion)
     write_text(report_path_of(out), to_json(report))
-    return PortResult(out, provenance, loaded, conversion, report, report_path_of(out))
+    return PortResult(out, provenance, subject, conversion, report, report_path_of(out))
 
 
-def _variant_hint(family: Family, variant: str, loaded: Checkpoint) -> str:
-    guess = family.guess_variant(loaded.state_dict)
+def _variant_hint(subject: Subject) -> str:
+    family, variant = subject.family, subject.variant
+    guess = family.guess_variant(subject.checkpoint.state_dict)
     if guess is not None and guess != variant:
         return f"These tensors are those of {family.name} {guess}: use --variant {guess}."
-    return f"Expected the weights of {family.name} {variant} under the official names; see `van-port inspect`."
+    layouts = ", ".join(layout.name for layout in family.layouts)
+    return (
+        f"Expected the weights of {family.name} {variant}, taken to have {subject.layout.name} names; --layout takes "
+        f"others ({layouts}), and `van-port inspect` shows what the file holds."
+    )
+
+
+def _write(temporary: Path, out: Path, subject: Subject, conversion: Conversion, progress: Progress) -> None:
+    """Writes the weights; Keras is needed only for the formats that are its own affair."""
+    if weights_file.suffix_of(out) == ".h5":
+        progress("writing")
+        with output_errors(out):
+            layers = subject.family.weight_shapes(subject.variant, subject.num_classes)
+            weights_file.write_h5(temporary, layers, conversion.weights)
+        return
+    progress("starting TensorFlow")
+    start_tensorflow()
+    progress("writing")
+    with output_errors(out):
+        weights_file.write_weights(temporary, subject.build_candidate(), conversion.weights)
+    gc.collect()  # a model's layers refer to each other in circles, and a large one counts
 
 
 def _refuse_other_weights(candidate: keras.Model, weights: Mapping[str, Array]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ import h5py
 import numpy as np
 
 from porting.errors import OutputError, WeightsFileError
-from porting.layout import Array
+from porting.layout import Array, Shape
 
 if TYPE_CHECKING:
     import keras
@@ -57,13 +58,27 @@ def write_weights(path: Path, model: keras.Model, weights: Mapping[str, Array]) 
     """
     suffix = suffix_of(path)
     if suffix == ".h5":
-        _write_h5(path, model, weights)
+        write_h5(path, weight_shapes(model), weights)
         return
     assign_weights(model, weights)
     if suffix == ".keras":
         model.save(path)
     else:
         model.save_weights(path)
+
+
+def weight_shapes(model: keras.Model) -> dict[str, dict[str, Shape]]:
+    """By top-level layer, each variable's name below it and its shape, in the order in which load_weights reads them.
+
+    That is not the order of `layer.weights`.
+    """
+    layers: dict[str, dict[str, Shape]] = {}
+    for layer in model.layers:
+        variables = [*layer.trainable_weights, *layer.non_trainable_weights]
+        if variables:
+            shapes = {variable.path.removeprefix(f"{layer.path}/"): tuple(variable.shape) for variable in variables}
+            layers[layer.name] = shapes
+    return layers
 
 
 def load_model(path: Path, build: Callable[[], keras.Model]) -> keras.Model:
@@ -78,22 +93,17 @@ def load_model(path: Path, build: Callable[[], keras.Model]) -> keras.Model:
     return model
 
 
-def _write_h5(path: Path, model: keras.Model, weights: Mapping[str, Array]) -> None:
-    import keras
-
+def write_h5(path: Path, layers: Mapping[str, Mapping[str, Shape]], weights: Mapping[str, Array]) -> None:
+    """Writes the layout of `.h5` files without Keras; `layers` are what `weight_shapes` gives."""
     with h5py.File(path, "w") as file:
-        layers = [layer for layer in model.layers if layer.weights]
-        _write_names(file, "layer_names", [layer.name for layer in layers])
-        file.attrs["backend"] = keras.backend.backend().encode()
-        file.attrs["keras_version"] = keras.__version__.encode()
-        for layer in layers:
-            group = file.create_group(layer.name)
-            # The order in which load_weights expects them, which is not that of layer.weights.
-            variables = [*layer.trainable_weights, *layer.non_trainable_weights]
-            names = [variable.path.removeprefix(f"{layer.path}/") for variable in variables]
-            _write_names(group, "weight_names", names)
-            for name, variable in zip(names, variables, strict=True):
-                group.create_dataset(name, data=weights[variable.path])
+        _write_names(file, "layer_names", list(layers))
+        file.attrs["backend"] = b"tensorflow"
+        file.attrs["keras_version"] = metadata.version("keras").encode()
+        for layer, shapes in layers.items():
+            group = file.create_group(layer)
+            _write_names(group, "weight_names", list(shapes))
+            for name in shapes:
+                group.create_dataset(name, data=weights[f"{layer}/{name}"])
 
 
 def _write_names(group: h5py.Group, attribute: str, names: list[str]) -> None:

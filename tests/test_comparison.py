@@ -379,15 +379,16 @@ def test_no_images(reference: VAN, candidate: keras.Model) -> None:
 
 def test_few_numbers_do_not_tell_how_large_rounding_is() -> None:
     """PyTorch's own error of a few results may be next to nothing by luck; that is no fault of Keras."""
-    reference = nn.Sequential(nn.Linear(768, 2))
+    linear = nn.Linear(768, 2)
+    reference = nn.Sequential(linear)
     candidate = keras.Sequential([keras.Input((768,)), keras.layers.Dense(2, name="0")])
     rng = np.random.default_rng(0)
     ratios = []
     for _ in range(100):
         kernel, bias = rng.normal(size=(768, 2)).astype(np.float32), rng.normal(size=2).astype(np.float32)
         with torch.no_grad():
-            reference[0].weight.copy_(torch.from_numpy(kernel.T))
-            reference[0].bias.copy_(torch.from_numpy(bias))
+            linear.weight.copy_(torch.from_numpy(kernel.T))
+            linear.bias.copy_(torch.from_numpy(bias))
         candidate.layers[-1].set_weights([kernel, bias])
         inputs = rng.normal(size=(1, 768)).astype(np.float32)
         report = check_parity(reference, candidate, inputs)

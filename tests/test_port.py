@@ -14,6 +14,7 @@ import torch
 import van_tf
 from porting import weights_file
 from porting.check import CheckOptions
+from porting.checkpoint_layout import CheckpointLayout
 from porting.errors import CheckpointError, KeyMapError, OutputError, ParityError, SourceError
 from porting.families.van import VanFamily
 from porting.port import FailedParityError, port, report_path_of
@@ -32,8 +33,8 @@ def names_in(folder: Path) -> list[str]:
 class FaultyFamily(VanFamily):
     """A family whose Keras model has the wrong epsilon in one layer: its ports must fail."""
 
-    def build_candidate(self, variant: str, num_classes: int) -> keras.Model:
-        model = super().build_candidate(variant, num_classes)
+    def build_candidate(self, variant: str, num_classes: int, layout: CheckpointLayout | None = None) -> keras.Model:
+        model = super().build_candidate(variant, num_classes, layout)
         model.get_layer("norm3").epsilon = 1e-3
         return model
 
@@ -52,7 +53,7 @@ def test_a_port_is_checked_named_and_documented(family: VanFamily, checkpoint: P
     assert provenance is not None
     assert provenance["variant"] == "nano"
     assert provenance["source"]["name"] == checkpoint.name
-    assert provenance["source"]["sha256"] == result.checkpoint.sha256
+    assert provenance["source"]["sha256"] == result.subject.checkpoint.sha256
     assert provenance["source"]["license"] == "unknown: the checkpoint was given by path"
     assert provenance["source"]["dropped"] == 18
     assert provenance["parity"]["status"] == "passed"
@@ -138,12 +139,12 @@ def test_without_a_check_the_provenance_says_so(checkpoint: Path, family: VanFam
 def test_what_keras_reads_must_be_what_was_written(
     family: VanFamily, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = weights_file.write_weights
+    write = weights_file.write_h5
 
-    def write_wrongly(path: Path, build: Any, weights: dict[str, np.ndarray]) -> None:
-        write(path, build, {**weights, "head/bias": weights["head/bias"] + np.float32(1e-6)})
+    def write_wrongly(path: Path, layers: Any, weights: dict[str, np.ndarray]) -> None:
+        write(path, layers, {**weights, "head/bias": weights["head/bias"] + np.float32(1e-6)})
 
-    monkeypatch.setattr(weights_file, "write_weights", write_wrongly)
+    monkeypatch.setattr(weights_file, "write_h5", write_wrongly)
     with pytest.raises(ParityError, match="1 weights read back from the file differ from those written, first head/b"):
         port(family, "nano", tmp_path / "x.h5", checkpoint=checkpoint)
     assert names_in(tmp_path) == []

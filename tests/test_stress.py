@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import keras
 import numpy as np
 import pytest
 import torch
 
-from porting.check import CheckOptions, check_models
+from porting.check import CheckOptions, check_models, open_checkpoint
+from porting.checkpoint_layout import CheckpointLayout
 from porting.convert import convert
 from porting.families.van import VanFamily
 from porting.parity import ParityReport
+from porting.progress import SILENT
 from porting.references.van import VAN
 from porting.stress import stress_cases, with_small_variances
-from porting.weights_file import variable_shapes
+from porting.weights_file import assign_weights
 
 
 @pytest.fixture(scope="module")
@@ -43,30 +47,29 @@ def test_cases_cover_weights_and_shapes(family: VanFamily, reference: VAN, image
 class WrongEpsilons(VanFamily):
     """A LayerNorm epsilon from other published code, which ordinary weights hide."""
 
-    def build_candidate(self, variant: str, num_classes: int) -> keras.Model:
-        model = super().build_candidate(variant, num_classes)
+    def build_candidate(self, variant: str, num_classes: int, layout: CheckpointLayout | None = None) -> keras.Model:
+        model = super().build_candidate(variant, num_classes, layout)
         for layer in model.layers:
             if isinstance(layer, keras.layers.LayerNormalization):
                 layer.epsilon = 1e-5
         return model
 
 
-def run(family: VanFamily, state_dict: dict[str, np.ndarray]) -> ParityReport:
-    candidate = family.build_candidate("nano", 10)
-    weights = convert(state_dict, family.key_map("nano"), variable_shapes(candidate)).weights
-    for variable in candidate.weights:
-        variable.assign(weights[variable.path])
-    return check_models(family, "nano", 10, state_dict, candidate, CheckOptions(samples=2, stress=True))
+def run(family: VanFamily, checkpoint: Path) -> ParityReport:
+    subject = open_checkpoint(family, "nano", checkpoint, layout=None, ema=False, progress=SILENT)
+    candidate = subject.build_candidate()
+    assign_weights(candidate, convert(subject.checkpoint.state_dict, subject.key_map, subject.shapes).weights)
+    return check_models(subject, candidate, CheckOptions(samples=2, stress=True))
 
 
-def test_a_faithful_port_stands_the_stress(family: VanFamily, state_dict: dict[str, np.ndarray]) -> None:
-    report = run(family, state_dict)
+def test_a_faithful_port_stands_the_stress(family: VanFamily, checkpoint: Path) -> None:
+    report = run(family, checkpoint)
     assert report.passed, [(each.name, str(each.first_divergence)) for each in report.stress]
     assert len(report.stress) == 4
 
 
-def test_an_epsilon_that_ordinary_weights_hide_is_loud(state_dict: dict[str, np.ndarray]) -> None:
-    report = run(WrongEpsilons(), state_dict)
+def test_an_epsilon_that_ordinary_weights_hide_is_loud(checkpoint: Path) -> None:
+    report = run(WrongEpsilons(), checkpoint)
     small = report.stress[0]
     assert small.first_divergence is not None
     assert small.first_divergence.culprit == "norm1"

@@ -56,7 +56,7 @@ def test_ported_and_right_about_most_images(family: VanFamily, images: list[Path
     model = van_tf.van_nano()
     model.load_weights(tmp_path / "van_nano.h5")
     predicted = model.predict(batch, verbose=0).argmax(1)
-    reference = load_reference(family, "nano", 10, result.checkpoint.state_dict)
+    reference = load_reference(family, "nano", 10, result.subject.checkpoint.state_dict)
     with torch.inference_mode():
         expected = reference(torch.from_numpy(batch.transpose(0, 3, 1, 2).copy())).numpy().argmax(1)
     np.testing.assert_array_equal(predicted, expected)

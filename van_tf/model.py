@@ -26,6 +26,7 @@ def van(
     classes: int = 1000,
     drop_rate: float = 0.0,
     drop_path_rate: float = 0.0,
+    layer_norm_epsilon: float | None = None,
     dtype: Any = None,
     name: str | None = None,
 ) -> keras.Model:
@@ -36,11 +37,13 @@ def van(
     or with `include_top=False` the last stage's `(N, ceil(H / 32), ceil(W / 32), embed_dims[-1])`.
 
     `drop_rate` is the dropout rate in the MLPs. `drop_path_rate` is the last block's rate of stochastic depth;
-    it grows linearly over all blocks, from 0. `dtype` is a Keras dtype or policy, by default the global one.
+    it grows linearly over all blocks, from 0. `layer_norm_epsilon` is by default the config's, 1e-6; weights from
+    OpenMMLab and VAN-Segmentation were trained with 1e-5. `dtype` is a Keras dtype or policy, by default the global.
 
     Raises ValueError for an input size below 32, a number of classes below 1 or a rate outside [0, 1).
     """
     _check_arguments(input_shape, classes, drop_rate, drop_path_rate)
+    norm_epsilon = config.layer_norm_epsilon if layer_norm_epsilon is None else layer_norm_epsilon
     inputs = keras.Input(input_shape, name="images")
     x = inputs
     blocks_in_all = sum(config.depths)
@@ -54,7 +57,7 @@ def van(
             rate = drop_path_rate * block_index / max(blocks_in_all - 1, 1)
             x = Block(ratio, drop_rate, rate, dtype=dtype, name=f"block{stage}.{j}")(x)
             block_index += 1
-        x = layers.LayerNormalization(epsilon=config.layer_norm_epsilon, dtype=dtype, name=f"norm{stage}")(x)
+        x = layers.LayerNormalization(epsilon=norm_epsilon, dtype=dtype, name=f"norm{stage}")(x)
     if include_top:
         x = layers.GlobalAveragePooling2D(data_format="channels_last", dtype=dtype, name="pool")(x)
         # The official code truncates this normal at a hundred standard deviations, which is not at all;

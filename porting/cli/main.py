@@ -34,6 +34,11 @@ FAMILY_OPTION = click.option(
 CHECKPOINT_OPTION = click.option(
     "--checkpoint", type=FILE, help="PyTorch checkpoint.  [default: the variant's official file]"
 )
+LAYOUT_OPTION = click.option(
+    "--layout",
+    type=click.Choice([layout.name for layout in get_family(FAMILY).layouts]),
+    help="Whose names the checkpoint has.  [default: recognised]",
+)
 EMA_OPTION = click.option(
     "--ema/--no-ema", default=False, show_default=True, help="Take moving averages where there are both."
 )
@@ -67,6 +72,7 @@ class PortGroup(click.Group):
 @click.option("--variant", type=click.Choice(variants_of(FAMILY)), help="Which model; nano's weights are embedded.")
 @click.option("--out", type=FILE, help="File to write: .h5, .weights.h5 or .keras.  [default: FAMILY_VARIANT.h5]")
 @CHECKPOINT_OPTION
+@LAYOUT_OPTION
 @EMA_OPTION
 @click.option("--check/--no-check", default=True, show_default=True, help="Prove parity before the file gets its name.")
 @CHECK
@@ -80,6 +86,7 @@ def cli(
     variant: str | None,
     out: Path | None,
     checkpoint: Path | None,
+    layout: str | None,
     ema: bool,
     check: bool,
     images: Path | None,
@@ -123,6 +130,7 @@ def cli(
                 variant,
                 out if out is not None else Path(f"{family}_{variant}.h5"),
                 checkpoint=checkpoint,
+                layout=layout,
                 ema=ema,
                 check=check,
                 options=options,
@@ -133,7 +141,9 @@ def cli(
         print_report(error.report, console, all_layers=all_layers)
         write_reports(error.report, report_files)
         raise
-    if result.checkpoint.has_ema and not result.checkpoint.is_ema:
+    subject = result.subject
+    console.print(f"The checkpoint has {subject.layout.described()}.")
+    if subject.checkpoint.has_ema and not subject.checkpoint.is_ema:
         console.print("The checkpoint also has moving averages of its weights; --ema takes them.")
     if result.report is not None:
         print_report(result.report, console, all_layers=all_layers)
@@ -144,6 +154,7 @@ def cli(
     console.print(f"{tensors} tensors ported, {dropped} dropped by name, none left over.")
     written = [result.path] if result.report_path is None else [result.path, result.report_path]
     console.print("Wrote " + " and ".join(map(str, written)), soft_wrap=True)
+    console.print(f"Load it into {result.provenance['build']}", soft_wrap=True, markup=False)
 
 
 @cli.command()
@@ -151,6 +162,7 @@ def cli(
 @click.option("--variant", type=click.Choice(variants_of(FAMILY)), help="Which model the file is of.")
 @click.option("--weights", type=FILE, help="File of Keras weights: .h5, .weights.h5 or .keras.")
 @CHECKPOINT_OPTION
+@LAYOUT_OPTION
 @EMA_OPTION
 @click.option("--from", "from_report", type=FILE, help="Judge this JSON report again; no model is run.")
 @click.option("--baseline", type=FILE, help="Earlier JSON report: fail where a layer has got worse.")
@@ -163,6 +175,7 @@ def check(
     variant: str | None,
     weights: Path | None,
     checkpoint: Path | None,
+    layout: str | None,
     ema: bool,
     from_report: Path | None,
     baseline: Path | None,
@@ -209,6 +222,7 @@ def check(
                 variant,
                 weights,
                 checkpoint=checkpoint,
+                layout=layout,
                 ema=ema,
                 options=make_check_options(limits, images, samples, isolated, stress),
                 progress=progress,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -225,6 +225,21 @@ def _initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
+class VANBackbone(VAN):
+    """The network without its head: `(N, 3, H, W)` to the last stage's `(N, dim, H / 32, W / 32)`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        del self.head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_features(x)
+
+
 def build_van(variant: str, num_classes: int = 1000, *, layer_norm_eps: float = 1e-6) -> VAN:
-    """Builds the reference of one row of `VARIANTS` with fresh weights; raises KeyError for an unknown row."""
-    return VAN(**VARIANTS[variant]._asdict(), num_classes=num_classes, layer_norm_eps=layer_norm_eps)
+    """Builds the reference of one row of `VARIANTS` with fresh weights, for 0 classes a `VANBackbone`.
+
+    Raises KeyError for an unknown row.
+    """
+    made = VAN if num_classes > 0 else VANBackbone
+    return made(**VARIANTS[variant]._asdict(), num_classes=num_classes, layer_norm_eps=layer_norm_eps)
