@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -172,16 +172,20 @@ def check_file(
     progress("starting TensorFlow")
     start_tensorflow()
     progress("reading the weights")
-    try:
-        candidate = weights_file.load_model(weights, subject.build_candidate)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise WeightsFileError(
-            f"{weights}: Keras cannot load it into {subject.describe()['build']}: "
-            f"{str(error).partition(chr(10))[0][:300]}",
-            hint="Check --variant and --checkpoint; `van-port inspect` shows what the file holds.",
-        ) from None
+    candidate = load_candidate(weights, subject.build_candidate, subject.describe()["build"])
     report = check_models(subject, candidate, options or CheckOptions(), progress)
     return replace(report, context={**subject.describe(), "weights": weights.name})
+
+
+def load_candidate(weights: Path, build: Callable[[], keras.Model], how_to_build: str) -> keras.Model:
+    """The Keras model with the weights of a file; raises WeightsFileError where they do not fit what is built."""
+    try:
+        return weights_file.load_model(weights, build)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise WeightsFileError(
+            f"{weights}: Keras cannot load it into {how_to_build}: {str(error).partition(chr(10))[0][:300]}",
+            hint="Check --variant and the number of classes; `van-port inspect` shows what the file holds.",
+        ) from None
 
 
 def open_checkpoint(

@@ -49,6 +49,14 @@ class CheckpointLayout:
         return ", ".join([f"{self.name} names", *facts, "with a head" if self.head else "without a head"])
 
 
+def layout_named(layouts: Sequence[CheckpointLayout], name: str) -> CheckpointLayout:
+    """The layout of that name; raises KeyMapError where there is none."""
+    for layout in layouts:
+        if layout.name == name:
+            return layout
+    raise KeyMapError(f"there is no layout {name!r}", hint=f"There are {', '.join(layout.name for layout in layouts)}.")
+
+
 def recognise_layout(
     layouts: Sequence[CheckpointLayout],
     key_map: Callable[[CheckpointLayout], KeyMap],
@@ -63,9 +71,7 @@ def recognise_layout(
     none of that name.
     """
     if forced is not None:
-        layouts = [layout for layout in layouts if layout.name == forced]
-        if not layouts:
-            raise KeyMapError(f"there is no layout {forced!r}")
+        layouts = [layout_named(layouts, forced)]
     best, most = layouts[0], 0.0
     for layout in layouts:
         for form in (layout, layout.without_prefix()) if layout.prefix else (layout,):

@@ -108,6 +108,11 @@ def convert(
     return Conversion(weights, key_map.dropped(state_dict))
 
 
+def invert(weights: Mapping[str, Array], key_map: KeyMap) -> dict[str, Array]:
+    """The state_dict that `convert` would make these weights of, without what it drops; raises KeyError for a lack."""
+    return {entry.source: entry.layout.invert(weights[entry.target]) for entry in key_map.entries}
+
+
 def refuse_other_keys(
     state_dict: Mapping[str, Array], key_map: KeyMap, target_shapes: Mapping[str, Shape], *, hint: str = ""
 ) -> None:

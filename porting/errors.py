@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from porting.parity import ParityReport
+
 
 class PortingError(Exception):
     """Base of all errors that are the input's or the user's, not the program's.
@@ -21,6 +26,14 @@ class ParityError(PortingError):
     """The ported model does not compute what the original computes."""
 
     exit_code = 1
+
+
+class FailedParityError(ParityError):
+    """A result that was refused its name, with the report that says why."""
+
+    def __init__(self, message: str, report: ParityReport, *, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.report = report
 
 
 class CheckpointError(PortingError):

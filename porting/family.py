@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from porting.checkpoint_layout import CheckpointLayout, recognise_layout
 from porting.convert import diff_keys
@@ -66,6 +68,18 @@ class Family(abc.ABC):
     @abc.abstractmethod
     def preprocessing(self, variant: str, layout: CheckpointLayout | None = None) -> Preprocessing:
         """How images were prepared when the published weights were trained."""
+
+    def unused_tensors(self, variant: str, layout: CheckpointLayout | None = None) -> dict[str, Array]:
+        """What `layout`'s class has beside the tensors of the key map, with the values that it starts with.
+
+        By default BatchNorm's counters of training steps, which Keras does not keep, at zero.
+        """
+        drops = self.key_map(variant, layout).drops
+        return {name: np.zeros((), np.int64) for name in sorted(drops) if name.endswith(".num_batches_tracked")}
+
+    def classes_in(self, variant: str, shapes: Iterable[Shape]) -> int | None:
+        """The number of classes that a file with arrays of these shapes has, 0 for no head; None: cannot be told."""
+        return None
 
     def shrinkable(self, parameter: str) -> bool:
         """Whether a stress run makes this parameter of the reference small, so that what follows has small variances.

@@ -21,6 +21,11 @@ def check_writable(path: Path) -> None:
         temporary.touch(exist_ok=False)
 
 
+def report_path_of(out: Path) -> Path:
+    """Where the JSON report of the check of `out` lies."""
+    return out.with_name(f"{out.name}.parity.json")
+
+
 @contextlib.contextmanager
 def temporary_file(path: Path, suffix: str = ".tmp") -> Iterator[Path]:
     """A free name in the folder of `path`, hidden and ending in `suffix`; removed at the end if still there."""

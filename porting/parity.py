@@ -221,3 +221,16 @@ class ParityReport:
     @property
     def worst(self) -> LayerComparison:
         return max(self.layers, key=lambda layer: layer.ratio)
+
+
+def refusal(report: ParityReport) -> str:
+    """Why a report is not one of parity, in one line."""
+    first = report.first_divergence
+    under_stress = next((run for run in report.stress if not run.passed), None)
+    if first is not None:
+        return f"not at parity; first divergence: {first}"
+    if report.audit is not None and report.audit.differences:
+        return f"a setting differs: {report.audit.differences[0]}"
+    if under_stress is not None:
+        return f"not at parity under stress, {under_stress.name}: {under_stress.first_divergence}"
+    return "nothing could be compared"

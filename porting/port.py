@@ -15,25 +15,17 @@ import numpy as np
 from porting import weights_file
 from porting.check import CheckOptions, Subject, check_models, open_checkpoint
 from porting.convert import Conversion, convert
-from porting.errors import ParityError
+from porting.errors import FailedParityError, ParityError
 from porting.family import Family
-from porting.files import check_writable, move_into_place, output_errors, temporary_file, write_text
+from porting.files import check_writable, move_into_place, output_errors, report_path_of, temporary_file, write_text
 from porting.frameworks import start_tensorflow
 from porting.layout import Array
-from porting.parity import ParityReport
+from porting.parity import ParityReport, refusal
 from porting.progress import SILENT, Progress
 from porting.reports.document import to_json
 
 if TYPE_CHECKING:
     import keras
-
-
-class FailedParityError(ParityError):
-    """A port that was refused its name, with the report that says why."""
-
-    def __init__(self, message: str, report: ParityReport, *, hint: str) -> None:
-        super().__init__(message, hint=hint)
-        self.report = report
 
 
 @dataclass(frozen=True)
@@ -46,10 +38,6 @@ class PortResult:
     conversion: Conversion
     report: ParityReport | None = None
     report_path: Path | None = None
-
-
-def report_path_of(out: Path) -> Path:
-    return out.with_name(f"{out.name}.parity.json")
 
 
 def port(
@@ -168,15 +156,5 @@ def _verdict(report: ParityReport) -> dict[str, Any]:
 
 
 def _refusal(out: Path, report: ParityReport, kept: Path | None) -> FailedParityError:
-    first = report.first_divergence
-    under_stress = next((run for run in report.stress if not run.passed), None)
-    if first is not None:
-        reason = f"not at parity; first divergence: {first}"
-    elif report.audit is not None and report.audit.differences:
-        reason = f"a setting differs: {report.audit.differences[0]}"
-    elif under_stress is not None:
-        reason = f"not at parity under stress, {under_stress.name}: {under_stress.first_divergence}"
-    else:
-        reason = "nothing could be compared"
     hint = f"The refused file is {kept}." if kept else "Keep the refused file with --keep-failed FILE."
-    return FailedParityError(f"{out} was not written: {reason}", report, hint=hint)
+    return FailedParityError(f"{out} was not written: {refusal(report)}", report, hint=hint)

@@ -15,9 +15,10 @@ import van_tf
 from porting import weights_file
 from porting.check import CheckOptions
 from porting.checkpoint_layout import CheckpointLayout
-from porting.errors import CheckpointError, KeyMapError, OutputError, ParityError, SourceError
+from porting.errors import CheckpointError, FailedParityError, KeyMapError, OutputError, ParityError, SourceError
 from porting.families.van import VanFamily
-from porting.port import FailedParityError, port, report_path_of
+from porting.files import report_path_of
+from porting.port import port
 from porting.references.synthetic import fill_with_synthetic_weights
 from porting.references.van import VAN, build_van
 from porting.reports.document import read_report

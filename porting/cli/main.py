@@ -117,7 +117,8 @@ def cli(
     if variant is None:
         raise click.UsageError(f"--variant is needed: one of {', '.join(variants_of(FAMILY))}")
     from porting.cli.terminal import ProgressBar, make_console
-    from porting.port import FailedParityError, port
+    from porting.errors import FailedParityError
+    from porting.port import port
     from porting.reports.terminal import print_report
 
     console = make_console()
@@ -269,6 +270,86 @@ def report(file: Path, form: str, out: Path | None, all_layers: bool) -> None:
     check_writable(out)
     write_text(out, text)
     click.echo(f"Wrote {out}")
+
+
+@cli.command()
+@FAMILY_OPTION
+@click.option("--variant", type=click.Choice(variants_of(FAMILY)), required=True, help="Which model the file is of.")
+@click.option("--weights", type=FILE, required=True, help="File of Keras weights: .h5, .weights.h5 or .keras.")
+@click.option("--out", type=FILE, required=True, help="File to write: .pth, .pth.tar, .pt, .bin or .safetensors.")
+@click.option(
+    "--layout",
+    type=click.Choice([layout.name for layout in get_family(FAMILY).layouts]),
+    help="Whose names to write.  [default: those the file was ported from, else official]",
+)
+@click.option("--classes", type=click.IntRange(min=0), help="Of the head; 0 for none.  [default: as the file shows]")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True, help="Type."
+)
+@click.option("--check/--no-check", default=True, show_default=True, help="Prove parity before the file gets its name.")
+@CHECK
+@LIMITS
+@REPORT
+def revert(
+    family: str,
+    variant: str,
+    weights: Path,
+    out: Path,
+    layout: str | None,
+    classes: int | None,
+    dtype: str,
+    check: bool,
+    images: Path | None,
+    samples: int | None,
+    isolated: bool,
+    stress: bool,
+    max_ratio: float | None,
+    atol: float | None,
+    rtol: float | None,
+    layer_limits: tuple[tuple[str, float], ...],
+    all_layers: bool,
+    report_files: tuple[Path, ...],
+) -> None:
+    """Port a file of Keras weights back to PyTorch, fine-tuned or not, and prove that nothing was lost.
+
+    \b
+      van-port revert --variant b1 --weights van_b1.h5 --out van_b1.pth
+      van-port revert --variant b1 --weights tuned.keras --out model.safetensors --layout transformers
+    """
+    from porting.cli.terminal import ProgressBar, make_console
+    from porting.errors import FailedParityError
+    from porting.reports.terminal import print_report
+    from porting.revert import revert as go_back
+
+    console = make_console()
+    check_report_files(report_files)
+    options = make_check_options(make_limits(max_ratio, atol, rtol, layer_limits), images, samples, isolated, stress)
+    try:
+        with ProgressBar() as progress:
+            result = go_back(
+                get_family(family),
+                variant,
+                weights,
+                out,
+                layout=layout,
+                num_classes=classes,
+                dtype=dtype,
+                check=check,
+                options=options,
+                progress=progress,
+            )
+    except FailedParityError as error:
+        print_report(error.report, console, all_layers=all_layers)
+        write_reports(error.report, report_files)
+        raise
+    if result.report is not None:
+        print_report(result.report, console, all_layers=all_layers)
+        write_reports(result.report, report_files)
+    else:
+        console.print("Not checked, as asked.", style="yellow")
+    console.print(f"{len(result.state_dict)} tensors in {dtype}: {result.layout.described()}.")
+    written = [result.path] if result.report_path is None else [result.path, result.report_path]
+    console.print("Wrote " + " and ".join(map(str, written)), soft_wrap=True)
 
 
 @cli.command()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from porting.checkpoint_layout import CheckpointLayout
 from porting.family import Family
@@ -178,6 +180,19 @@ class VanFamily(Family):
         if head is not None and head.ndim == 2 and head.shape[0]:
             return int(head.shape[0])
         return _usual_classes(variant)
+
+    def unused_tensors(self, variant: str, layout: CheckpointLayout | None = None) -> dict[str, Array]:
+        tensors = super().unused_tensors(variant, layout)
+        for name in (layout or OFFICIAL).drops:
+            # The LayerNorm that transformers' class never uses, as it starts out.
+            value = 1.0 if name.endswith(".weight") else 0.0
+            tensors[name] = np.full(_shape(variant).embed_dims[-1], value, np.float32)
+        return tensors
+
+    def classes_in(self, variant: str, shapes: Iterable[Shape]) -> int | None:
+        # Nothing but the head's kernel has two axes.
+        heads = {shape[1] for shape in shapes if len(shape) == 2 and shape[0] == _shape(variant).embed_dims[-1]}
+        return max(heads, default=0) if len(heads) < 2 else None
 
     def preprocessing(self, variant: str, layout: CheckpointLayout | None = None) -> Preprocessing:
         if variant == "nano":
