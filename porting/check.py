@@ -16,6 +16,7 @@ from porting.checkpoint_layout import CheckpointLayout, recognise_layout
 from porting.comparison import check_parity
 from porting.convert import convert, refuse_non_finite, refuse_other_keys, to_float32
 from porting.data import weights_folder
+from porting.download import check_sha256
 from porting.errors import SourceError, WeightsFileError
 from porting.family import Family, by_path
 from porting.frameworks import start_tensorflow
@@ -25,7 +26,7 @@ from porting.layout import Array, Shape
 from porting.parity import Limits, ParityReport
 from porting.progress import SILENT, Progress
 from porting.provenance import describe_source, versions
-from porting.sources import Source, fetch, find_source
+from porting.sources import Source, fetch, find_source, parse_location
 from porting.stress import stress_cases
 
 if TYPE_CHECKING:
@@ -150,9 +151,10 @@ def check_file(
     variant: str,
     weights: Path,
     *,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     layout: str | None = None,
     ema: bool = False,
+    sha256: str | None = None,
     options: CheckOptions | None = None,
     progress: Progress = SILENT,
 ) -> ParityReport:
@@ -165,7 +167,7 @@ def check_file(
     if not weights.is_file():
         raise SourceError(f"{weights}: no such file", hint="--weights takes a file that van-port or Keras has written.")
     weights_file.suffix_of(weights)
-    subject = open_checkpoint(family, variant, checkpoint, layout=layout, ema=ema, progress=progress)
+    subject = open_checkpoint(family, variant, checkpoint, layout=layout, ema=ema, sha256=sha256, progress=progress)
     state_dict, key_map = subject.checkpoint.state_dict, subject.key_map
     refuse_other_keys(state_dict, key_map, subject.shapes)
     refuse_non_finite({entry.source: state_dict[entry.source] for entry in key_map.entries})
@@ -189,18 +191,25 @@ def load_candidate(weights: Path, build: Callable[[], keras.Model], how_to_build
 
 
 def open_checkpoint(
-    family: Family, variant: str, path: Path | None, *, layout: str | None, ema: bool, progress: Progress
+    family: Family,
+    variant: str,
+    location: str | Path | None,
+    *,
+    layout: str | None,
+    ema: bool,
+    sha256: str | None = None,
+    progress: Progress,
 ) -> Subject:
-    """The checkpoint at `path`, or the variant's official one, and the layout it has or is said to have."""
-    source = None
-    if path is None:
-        source = find_source(family.name, variant)
-        with progress.paused():  # the hub's client draws a bar of its own
-            path = fetch(source)
+    """The checkpoint at `location`, or the variant's official one, and the layout it has or is said to have."""
+    found = find_source(family.name, variant) if location is None else parse_location(family.name, variant, location)
+    source = found if isinstance(found, Source) else None
+    path = fetch(found, sha256=sha256, progress=progress) if isinstance(found, Source) else found
+    if source is None and path.is_file():
+        check_sha256(str(path), path, sha256)
     progress("reading the checkpoint")
     loaded = read_checkpoint(path, ema=ema)
-    found = recognise_layout(family.layouts, partial(family.key_map, variant), loaded.state_dict, forced=layout)
-    return Subject(family, variant, source, loaded, found, family.num_classes(variant, loaded.state_dict, found))
+    own = recognise_layout(family.layouts, partial(family.key_map, variant), loaded.state_dict, forced=layout)
+    return Subject(family, variant, source, loaded, own, family.num_classes(variant, loaded.state_dict, own))
 
 
 def load_reference(

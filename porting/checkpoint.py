@@ -87,7 +87,7 @@ def read_checkpoint(path: Path, *, ema: bool = False) -> Checkpoint:
             file.seek(0)
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             file.seek(0)
-            contents = _load_safetensors(path, file) if kind == "safetensors" else _load_pickle(path, file, kind)
+            contents = _load_safetensors(path) if kind == "safetensors" else _load_pickle(path, file, kind)
     except FileNotFoundError:
         raise SourceError(
             f"{path}: no such file", hint="Check the path, or leave out --checkpoint to use the official weights."
@@ -98,6 +98,20 @@ def read_checkpoint(path: Path, *, ema: bool = False) -> Checkpoint:
     tensors, prefixes = _strip_prefixes(tensors)
     state_dict = {name: _to_numpy(path, name, tensor) for name, tensor in tensors.items()}
     return Checkpoint(path, sha256, kind, state_dict, wrapper, prefixes, is_ema, has_ema)
+
+
+def verify_container(path: Path) -> None:
+    """Raises CheckpointError where a file is not a checkpoint, or not a whole one, as far as that shows unread."""
+    with path.open("rb") as file:
+        kind = _recognise(path, file)
+        file.seek(0)
+        if kind == "torch zip":
+            try:
+                _verify_checksums(path, file)
+            except (zipfile.BadZipFile, EOFError, OSError) as error:
+                raise _pickle_error(path, error) from None
+    if kind == "safetensors":
+        _load_safetensors(path)
 
 
 def _recognise(path: Path, file: BinaryIO) -> str:
@@ -133,6 +147,9 @@ def _load_pickle(path: Path, file: BinaryIO, kind: str) -> Any:
         if kind == "torch zip":
             _verify_checksums(path, file)
         with torch.serialization.safe_globals(inert_globals()):
+            if kind == "torch zip":
+                # Mapped, not read: a tensor comes into memory when it is used, and a large checkpoint never as a whole.
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             return torch.load(file, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
@@ -182,12 +199,12 @@ def _pickle_error(path: Path, error: Exception) -> CheckpointError:
     )
 
 
-def _load_safetensors(path: Path, file: BinaryIO) -> dict[str, Any]:
+def _load_safetensors(path: Path) -> dict[str, Any]:
     import safetensors
     import safetensors.torch
 
     try:
-        return dict(safetensors.torch.load(file.read()))
+        return dict(safetensors.torch.load_file(path))
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path}: not a whole safetensors file: {error}", hint="Fetch it again and compare its size."

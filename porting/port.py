@@ -45,9 +45,10 @@ def port(
     variant: str,
     out: Path,
     *,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     layout: str | None = None,
     ema: bool = False,
+    sha256: str | None = None,
     check: bool = True,
     options: CheckOptions | None = None,
     keep_failed: Path | None = None,
@@ -55,9 +56,9 @@ def port(
 ) -> PortResult:
     """Ports one checkpoint to the file `out`, whose suffix names the format.
 
-    Without `checkpoint`, the variant's official one is fetched; its layout is recognised by its names, or is the one
-    called `layout`. With `check`, the file is written under a
-    temporary name, read back through Keras and compared with PyTorch as `options` say; it gets its name only at
+    `checkpoint` is a path or an address, by default the variant's official file, and has the hash `sha256` if that is
+    given; its layout is recognised by its names, or is the one called `layout`. With `check`, the file is written under
+    a temporary name, read back through Keras and compared with PyTorch as `options` say; it gets its name only at
     parity, with the report beside it as `OUT.parity.json`.
 
     Raises SourceError, CheckpointError, KeyMapError, OutputError, or FailedParityError; then `out` is untouched,
@@ -67,7 +68,7 @@ def port(
     check_writable(out)
     if keep_failed is not None:
         check_writable(keep_failed)
-    subject = open_checkpoint(family, variant, checkpoint, layout=layout, ema=ema, progress=progress)
+    subject = open_checkpoint(family, variant, checkpoint, layout=layout, ema=ema, sha256=sha256, progress=progress)
     progress("converting")
     conversion = convert(subject.checkpoint.state_dict, subject.key_map, subject.shapes, hint=_variant_hint(subject))
     provenance: dict[str, Any] = {

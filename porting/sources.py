@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from porting.checkpoint import verify_container
 from porting.data import weights_folder
+from porting.download import check_sha256, download, shown
 from porting.errors import SourceError
+from porting.progress import SILENT, Progress
 
 _REACH_TIMEOUT = 10.0  # seconds
 
@@ -29,11 +32,38 @@ class Source:
     trained_on: str = ""
     top1: float = 0.0
     note: str = ""
+    revision: str = ""
 
     @property
     def label(self) -> str:
         """What to call the file where provenance is shown."""
-        return f"hf://{self.repo}/{self.file}" if self.kind == "huggingface" else self.file
+        if self.kind == "huggingface":
+            return f"hf://{self.repo}/{self.file}" + (f"@{self.revision}" if self.revision else "")
+        return shown(self.file) if self.kind == "url" else self.file
+
+
+def parse_location(family: str, variant: str, location: str | Path) -> Source | Path:
+    """What a user gave for a checkpoint: a path, `https://...`, or `hf://owner/repo/file[@revision]`.
+
+    Raises SourceError for an address of another form.
+    """
+    text = str(location)
+    if isinstance(location, Path) or "://" not in text:
+        return Path(location)
+    scheme, _, rest = text.partition("://")
+    unknown = "unknown: the checkpoint was given by address"
+    if scheme in {"https", "http"}:
+        return Source(family, variant, "url", text, license=unknown)
+    if scheme == "hf":
+        address, _, revision = rest.partition("@")
+        parts = address.split("/", 2)
+        if len(parts) == 3 and all(parts):
+            repo = "/".join(parts[:2])
+            return Source(family, variant, "huggingface", parts[2], repo, license=unknown, revision=revision)
+        raise SourceError(f"{text}: not an address on the hub", hint="Its form is hf://owner/repo/file[@revision].")
+    raise SourceError(
+        f"{text}: no way to fetch {scheme}://", hint="A checkpoint is a path, https://... or hf://owner/repo/file."
+    )
 
 
 @cache
@@ -57,11 +87,21 @@ def find_source(family: str, variant: str) -> Source:
     )
 
 
-def fetch(source: Source) -> Path:
-    """The checkpoint as a local file: embedded, from the hub's cache, or downloaded there with progress.
+def fetch(source: Source, *, sha256: str | None = None, progress: Progress = SILENT) -> Path:
+    """The checkpoint as a local file: embedded, from a cache, or downloaded there with progress.
 
-    Raises SourceError, with what was wanted and how to give it by hand, when that is not possible.
+    Raises SourceError, with what was wanted and how to give it by hand, when that is not possible, or the file has
+    another hash than `sha256`.
     """
+    if source.kind == "url":
+        return download(source.file, sha256=sha256, verify=verify_container, progress=progress)
+    with progress.paused():  # the hub's client draws a bar of its own
+        path = _fetch_without_progress(source)
+    check_sha256(source.label, path, sha256)
+    return path
+
+
+def _fetch_without_progress(source: Source) -> Path:
     if source.kind == "embedded":
         return weights_folder() / source.file
     if source.kind == "huggingface":
@@ -75,17 +115,25 @@ def fetch(source: Source) -> Path:
 
 def _fetch_from_hub(source: Source) -> Path:
     import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
     from huggingface_hub.utils import logging
 
-    cached = huggingface_hub.try_to_load_from_cache(source.repo, source.file)
+    revision = source.revision or None
+    cached = huggingface_hub.try_to_load_from_cache(source.repo, source.file, revision=revision)
     if isinstance(cached, str):
         return Path(cached)
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # what it would warn of is said below, once
     reason = _why_unreachable(huggingface_hub.constants.ENDPOINT)
     if not reason:
         try:
-            return Path(huggingface_hub.hf_hub_download(source.repo, source.file))
+            return Path(huggingface_hub.hf_hub_download(source.repo, source.file, revision=revision))
+        except RevisionNotFoundError:
+            reason = f"the repository has no revision {source.revision!r}"
         except RepositoryNotFoundError:
             reason = "the hub has no such repository, or asks for a login"
         except LocalEntryNotFoundError:

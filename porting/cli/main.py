@@ -18,6 +18,7 @@ from porting.cli.options import (
     FILE,
     LIMITS,
     REPORT,
+    Sha256,
     check_report_files,
     make_check_options,
     make_limits,
@@ -32,8 +33,12 @@ FAMILY_OPTION = click.option(
     "--family", type=click.Choice(family_names()), default=FAMILY, show_default=True, help="Model family."
 )
 CHECKPOINT_OPTION = click.option(
-    "--checkpoint", type=FILE, help="PyTorch checkpoint.  [default: the variant's official file]"
+    "--checkpoint",
+    metavar="FILE|URL",
+    help="PyTorch checkpoint: a path, https://... or hf://owner/repo/file[@revision].  "
+    "[default: the variant's official file]",
 )
+SHA256_OPTION = click.option("--sha256", type=Sha256(), help="What the checkpoint's hash must be.")
 LAYOUT_OPTION = click.option(
     "--layout",
     type=click.Choice([layout.name for layout in get_family(FAMILY).layouts]),
@@ -72,6 +77,7 @@ class PortGroup(click.Group):
 @click.option("--variant", type=click.Choice(variants_of(FAMILY)), help="Which model; nano's weights are embedded.")
 @click.option("--out", type=FILE, help="File to write: .h5, .weights.h5 or .keras.  [default: FAMILY_VARIANT.h5]")
 @CHECKPOINT_OPTION
+@SHA256_OPTION
 @LAYOUT_OPTION
 @EMA_OPTION
 @click.option("--check/--no-check", default=True, show_default=True, help="Prove parity before the file gets its name.")
@@ -85,7 +91,8 @@ def cli(
     family: str,
     variant: str | None,
     out: Path | None,
-    checkpoint: Path | None,
+    checkpoint: str | None,
+    sha256: str | None,
     layout: str | None,
     ema: bool,
     check: bool,
@@ -131,6 +138,7 @@ def cli(
                 variant,
                 out if out is not None else Path(f"{family}_{variant}.h5"),
                 checkpoint=checkpoint,
+                sha256=sha256,
                 layout=layout,
                 ema=ema,
                 check=check,
@@ -163,6 +171,7 @@ def cli(
 @click.option("--variant", type=click.Choice(variants_of(FAMILY)), help="Which model the file is of.")
 @click.option("--weights", type=FILE, help="File of Keras weights: .h5, .weights.h5 or .keras.")
 @CHECKPOINT_OPTION
+@SHA256_OPTION
 @LAYOUT_OPTION
 @EMA_OPTION
 @click.option("--from", "from_report", type=FILE, help="Judge this JSON report again; no model is run.")
@@ -175,7 +184,8 @@ def check(
     family: str,
     variant: str | None,
     weights: Path | None,
-    checkpoint: Path | None,
+    checkpoint: str | None,
+    sha256: str | None,
     layout: str | None,
     ema: bool,
     from_report: Path | None,
@@ -223,6 +233,7 @@ def check(
                 variant,
                 weights,
                 checkpoint=checkpoint,
+                sha256=sha256,
                 layout=layout,
                 ema=ema,
                 options=make_check_options(limits, images, samples, isolated, stress),

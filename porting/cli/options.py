@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,6 +33,17 @@ class LayerLimit(click.ParamType):  # type: ignore[type-arg]
         if not layer or not limit > 0:
             self.fail(f"{value!r} is not a layer's name, a colon and a positive number, such as head:20", param, ctx)
         return layer, limit
+
+
+class Sha256(click.ParamType):  # type: ignore[type-arg]
+    """64 hexadecimal digits."""
+
+    name = "HEX"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not re.fullmatch(r"[0-9a-fA-F]{64}", str(value)):
+            self.fail(f"{value!r} is not a sha256: 64 hexadecimal digits", param, ctx)
+        return str(value).lower()
 
 
 def _all(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:

@@ -1,0 +1,205 @@
+"""Fetching a file by URL into a cache: resumed where it broke off, whole or absent, once for all processes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+from porting.errors import SourceError
+from porting.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    import httpx
+
+CACHE_VARIABLE = "VAN_PORT_CACHE"
+_ATTEMPTS = 5  # in a row, without a byte of progress
+_CONNECT_TIMEOUT = 10.0  # seconds
+_STALL_TIMEOUT = 30.0  # seconds without a byte
+_LONGEST_WAIT = 60.0  # seconds, whatever a server asks for
+_GONE = {401: "asks for a login", 403: "refuses access", 404: "has no such file", 410: "has the file no longer"}
+
+
+class _TryAgainError(Exception):
+    """A failure that may pass; `wait` is in seconds, None for the usual."""
+
+    def __init__(self, reason: str, wait: float | None = None) -> None:
+        super().__init__(reason)
+        self.wait = wait
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: `VAN_PORT_CACHE`, or the user's cache folder."""
+    import platformdirs
+
+    return Path(os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_path("van-port", appauthor=False))
+
+
+def shown(url: str) -> str:
+    """The URL without what may be secret in it: name and password, query and fragment."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    return urlunsplit((parts.scheme, f"{host}:{parts.port}" if parts.port else host, parts.path, "", ""))
+
+
+def download(
+    url: str,
+    *,
+    sha256: str | None = None,
+    verify: Callable[[Path], None] = lambda _: None,
+    stall_timeout: float = _STALL_TIMEOUT,
+    progress: Progress = SILENT,
+) -> Path:
+    """The file at `url`, from the cache where it is there already, without asking the server then.
+
+    A download that breaks off goes on where it stopped, in this run or the next, if the server can. `verify` raises
+    a PortingError for contents that are not what was wanted; they are not kept, and neither are those of another
+    hash than `sha256`. Several processes at once fetch the file once.
+
+    Raises SourceError with the reason and what to do.
+    """
+    import filelock
+
+    folder = cache_folder() / hashlib.sha256(url.encode()).hexdigest()[:20]
+    target = folder / (Path(unquote(urlsplit(url).path)).name or "download")
+    with _cache_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        progress("waiting for another download of the same file")
+        with filelock.FileLock(folder / "lock"):
+            if not target.is_file():
+                part = folder / "part"
+                _fetch(url, part, stall_timeout, progress)
+                try:
+                    check_sha256(shown(url), part, sha256)
+                    verify(part)
+                except BaseException:
+                    _forget(part)
+                    raise
+                part.replace(target)
+                _etag_of(part).unlink(missing_ok=True)
+            else:
+                check_sha256(shown(url), target, sha256)
+    return target
+
+
+@contextmanager
+def _cache_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SourceError(
+            f"the cache {folder} cannot be used: {error.strerror or error}",
+            hint=f"Set {CACHE_VARIABLE} to a folder with room that you may write to.",
+        ) from None
+
+
+def _fetch(url: str, part: Path, stall_timeout: float, progress: Progress) -> None:
+    """Brings `part` to its whole length, over as many requests as that takes."""
+    import httpx
+
+    failures = 0
+    timeout = httpx.Timeout(stall_timeout, connect=_CONNECT_TIMEOUT)
+    with httpx.Client(follow_redirects=True, timeout=timeout) as client:
+        while True:
+            before = _size(part)
+            try:
+                return _request(client, url, part, progress)
+            except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+                raise SourceError(f"{shown(url)}: not a URL to fetch from: {error}") from None
+            except (_TryAgainError, httpx.TransportError, httpx.DecodingError) as error:
+                failures = 0 if _size(part) > before else failures + 1
+                reason = str(error) or type(error).__name__
+                if failures >= _ATTEMPTS or (failures and isinstance(error, httpx.ConnectError)):
+                    kept = f"; the {_size(part):,} bytes that came are kept" if _size(part) else ""
+                    raise SourceError(
+                        f"cannot fetch {shown(url)}: {reason}{kept}",
+                        hint="Try again later, or fetch the file by other means and give it with --checkpoint FILE.",
+                    ) from None
+                wait = getattr(error, "wait", None)
+                time.sleep(min(2.0**failures / 2 if wait is None else wait, _LONGEST_WAIT))
+            except httpx.HTTPError as error:
+                raise SourceError(f"cannot fetch {shown(url)}: {error}") from None
+
+
+def _request(client: httpx.Client, url: str, part: Path, progress: Progress) -> None:
+    """One request for what is still missing of `part`; returns when that is whole."""
+    begin, etag = _size(part), _etag_of(part)
+    headers = {"Accept-Encoding": "identity"}
+    if begin and etag.is_file():
+        headers |= {"Range": f"bytes={begin}-", "If-Range": etag.read_text(encoding="utf-8")}
+    else:
+        begin = 0
+    with client.stream("GET", url, headers=headers) as response:
+        status = response.status_code
+        if status in _GONE:
+            raise SourceError(
+                f"cannot fetch {shown(url)}: the server {_GONE[status]} (HTTP {status})",
+                hint="Check the address, or give a file that you have with --checkpoint FILE.",
+            )
+        if status == 416:  # what there is does not fit the file any more
+            _forget(part)
+            raise _TryAgainError("the file has changed on the server")
+        if status == 429 or status >= 500:
+            raise _TryAgainError(f"the server answers HTTP {status}", _retry_after(response))
+        if status not in {200, 206}:
+            raise SourceError(f"cannot fetch {shown(url)}: the server answers HTTP {status}")
+        if response.headers.get("Content-Type", "").startswith("text/html"):
+            raise SourceError(
+                f"{shown(url)} is a web page, not a file",
+                hint="Perhaps it asks for a login, or shows the file with a link to it; use that link.",
+            )
+        if status == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {begin}-"):
+            _forget(part)
+            raise _TryAgainError("the server sent another part of the file than was asked for")
+        if status == 200:
+            begin = 0
+            etag.unlink(missing_ok=True)
+            # Only a strong validator says that two answers are the same bytes.
+            if (tag := response.headers.get("ETag", "")) and not tag.startswith("W/"):
+                etag.write_text(tag, encoding="utf-8")
+        length = response.headers.get("Content-Length")
+        total = begin + int(length) if length is not None and length.isdigit() else 0
+        done = begin
+        with part.open("ab" if begin else "wb") as file:
+            for chunk in response.iter_raw():
+                file.write(chunk)
+                done += len(chunk)
+                progress(f"fetching {done / 2**20:,.0f} MiB", done, total)
+    if total and done != total:
+        raise _TryAgainError(f"{done:,} of {total:,} bytes came")
+
+
+def _retry_after(response: httpx.Response) -> float | None:
+    value = response.headers.get("Retry-After", "")
+    return float(value) if value.isdigit() else None
+
+
+def check_sha256(name: str, path: Path, sha256: str | None) -> None:
+    """Raises SourceError where a file is another one than expected; None expects nothing."""
+    if sha256 is None:
+        return
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256.lower():
+        raise SourceError(
+            f"{name} has the sha256 {found}, and {sha256.lower()} was expected",
+            hint="The file is another one than you want, or was changed on the way. Do not use it.",
+        )
+
+
+def _etag_of(part: Path) -> Path:
+    return part.with_name("etag")
+
+
+def _size(part: Path) -> int:
+    return part.stat().st_size if part.is_file() else 0
+
+
+def _forget(part: Path) -> None:
+    part.unlink(missing_ok=True)
+    _etag_of(part).unlink(missing_ok=True)
