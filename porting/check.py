@@ -204,10 +204,10 @@ def open_checkpoint(
     found = find_source(family.name, variant) if location is None else parse_location(family.name, variant, location)
     source = found if isinstance(found, Source) else None
     path = fetch(found, sha256=sha256, progress=progress) if isinstance(found, Source) else found
-    if source is None and path.is_file():
-        check_sha256(str(path), path, sha256)
     progress("reading the checkpoint")
     loaded = read_checkpoint(path, ema=ema)
+    if source is None:
+        check_sha256(str(path), loaded.sha256, sha256)
     own = recognise_layout(family.layouts, partial(family.key_map, variant), loaded.state_dict, forced=layout)
     return Subject(family, variant, source, loaded, own, family.num_classes(variant, loaded.state_dict, own))
 

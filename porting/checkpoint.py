@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import json
 import os
 import pathlib
 import re
@@ -31,6 +32,13 @@ EMA_WRAPPERS = ("state_dict_ema", "model_ema")
 # Left by DataParallel, torch.compile and detection frameworks; taken off when every tensor has it.
 PREFIXES = ("module.", "_orig_mod.", "backbone.")
 
+_INDEX_SUFFIX = ".index.json"
+_NAMES_IN_FOLDER = (
+    "model.safetensors",
+    f"model.safetensors{_INDEX_SUFFIX}",
+    "pytorch_model.bin",
+    f"pytorch_model.bin{_INDEX_SUFFIX}",
+)
 _SAFETENSORS_MAX_HEADER = 100_000_000  # the format's own limit, in bytes
 
 
@@ -75,12 +83,19 @@ def inert_globals() -> list[Any]:
 def read_checkpoint(path: Path, *, ema: bool = False) -> Checkpoint:
     """Reads a `.pth`, `.pth.tar`, `.pt`, `.bin` or `.safetensors` file; its content, not its name, says which.
 
+    An index of shards (`model.safetensors.index.json`, `pytorch_model.bin.index.json`) stands for all of them, and a
+    folder for the index or file in it that has one of the names that transformers gives.
+
     `ema` takes the moving averages where a file has them beside the plain weights; by default the plain ones are
     taken, or the averages where there is nothing else.
 
     Raises SourceError when there is no such file, and CheckpointError when it is not a whole checkpoint, holds
     anything that would run code, or has no state_dict.
     """
+    if path.is_dir():
+        path = _file_in(path)
+    if path.name.endswith(_INDEX_SUFFIX):
+        return _read_shards(path)
     try:
         with path.open("rb") as file:
             kind = _recognise(path, file)
@@ -98,6 +113,53 @@ def read_checkpoint(path: Path, *, ema: bool = False) -> Checkpoint:
     tensors, prefixes = _strip_prefixes(tensors)
     state_dict = {name: _to_numpy(path, name, tensor) for name, tensor in tensors.items()}
     return Checkpoint(path, sha256, kind, state_dict, wrapper, prefixes, is_ema, has_ema)
+
+
+def _file_in(folder: Path) -> Path:
+    for name in _NAMES_IN_FOLDER:
+        if (folder / name).is_file():
+            return folder / name
+    raise SourceError(
+        f"{folder}: a folder without a checkpoint in it",
+        hint=f"Give the file itself; in a folder, one of {', '.join(_NAMES_IN_FOLDER)} is looked for.",
+    )
+
+
+def _read_shards(index: Path) -> Checkpoint:
+    """All shards that an index names, as one checkpoint; its hash is that of the index and the shards' hashes."""
+    try:
+        text = index.read_bytes()
+        names = {str(name): str(shard) for name, shard in json.loads(text)["weight_map"].items()}
+    except FileNotFoundError:
+        raise SourceError(f"{index}: no such file", hint="Check the path.") from None
+    except OSError as error:
+        raise CheckpointError(f"{index}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise CheckpointError(
+            f"{index}: not an index of shards: a JSON object with `weight_map` was expected", hint="Fetch it again."
+        ) from None
+    digest = hashlib.sha256(text)
+    state_dict: dict[str, Array] = {}
+    kinds = set()
+    for shard in sorted(set(names.values())):
+        # A name with a folder in it could lead anywhere.
+        if Path(shard).name != shard or shard in {"", ".", ".."} or shard.endswith(_INDEX_SUFFIX):
+            raise CheckpointError(f"{index}: {shard!r} is not the name of a file beside it")
+        loaded = read_checkpoint(index.with_name(shard))
+        # Prefixes are taken off the whole, not off a part of it.
+        held = {"".join(loaded.prefixes) + name: array for name, array in loaded.state_dict.items()}
+        if differing := sorted(held.keys() ^ {name for name, place in names.items() if place == shard}):
+            raise CheckpointError(
+                f"{index}: {shard} does not hold what the index says: {', '.join(differing[:5])}",
+                hint="Index and shards are of different checkpoints; fetch all of them again.",
+            )
+        state_dict |= held
+        digest.update(loaded.sha256.encode())
+        kinds.add(loaded.format)
+    if not state_dict:
+        raise CheckpointError(f"{index}: names no tensors")
+    tensors, prefixes = _strip_prefixes(state_dict)
+    return Checkpoint(index, digest.hexdigest(), f"shards of {', '.join(sorted(kinds))}", tensors, "", prefixes)
 
 
 def verify_container(path: Path) -> None:

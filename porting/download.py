@@ -179,12 +179,13 @@ def _retry_after(response: httpx.Response) -> float | None:
     return float(value) if value.isdigit() else None
 
 
-def check_sha256(name: str, path: Path, sha256: str | None) -> None:
-    """Raises SourceError where a file is another one than expected; None expects nothing."""
+def check_sha256(name: str, found: str | Path, sha256: str | None) -> None:
+    """Raises SourceError where a file, or the hash that it has, is not what was expected; None expects nothing."""
     if sha256 is None:
         return
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if isinstance(found, Path):
+        with found.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256.lower():
         raise SourceError(
             f"{name} has the sha256 {found}, and {sha256.lower()} was expected",

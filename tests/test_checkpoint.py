@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import pickle
+import re
 import struct
 import types
 from pathlib import Path
@@ -201,6 +203,60 @@ def test_no_such_file(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "x.pth")
 
 
-def test_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="cannot be read: Is a directory"):
+def write_shards(folder: Path, tensors: dict[str, torch.Tensor], kind: str) -> Path:
+    """Two shards and their index, as `save_pretrained(max_shard_size=...)` leaves them."""
+    stem = "model.safetensors" if kind == "safetensors" else "pytorch_model.bin"
+    names = list(tensors)
+    weight_map: dict[str, str] = {}
+    for number, part in enumerate((names[::2], names[1::2]), start=1):
+        base, _, suffix = stem.partition(".")
+        shard = f"{base}-{number:05}-of-00002.{suffix}"
+        held = {name: tensors[name] for name in part}
+        if kind == "safetensors":
+            safetensors.torch.save_file(held, folder / shard)
+        else:
+            torch.save(held, folder / shard)
+        weight_map |= dict.fromkeys(part, shard)
+    index = folder / f"{stem}.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    return index
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_shards_are_read_as_one(tmp_path: Path, kind: str) -> None:
+    tensors = {f"backbone.{name}": torch.rand(3, 2) for name in "abcde"}
+    index = write_shards(tmp_path, tensors, kind)
+    for path in (index, tmp_path):
+        loaded = read_checkpoint(path)
+        assert loaded.format == f"shards of {'safetensors' if kind == 'safetensors' else 'torch zip'}"
+        assert loaded.prefixes == ("backbone.",)
+        assert loaded.state_dict.keys() == set("abcde")
+        for name in "abcde":
+            np.testing.assert_array_equal(loaded.state_dict[name], tensors[f"backbone.{name}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not an index of shards"),
+        ("[1]", "not an index of shards"),
+        ('{"weight_map": {}}', "names no tensors"),
+        ('{"weight_map": {"a": "../x.bin"}}', "'../x.bin' is not the name of a file beside it"),
+        ('{"weight_map": {"a": "model.index.json"}}', "is not the name of a file beside it"),
+        ('{"weight_map": {"a": "x.bin", "z": "x.bin"}}', "x.bin does not hold what the index says: b, z"),
+    ],
+)
+def test_bad_indices(tmp_path: Path, text: str, message: str) -> None:
+    torch.save({"a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "x.bin")
+    index = tmp_path / "model.index.json"
+    index.write_text(text)
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        read_checkpoint(index)
+
+
+def test_a_missing_shard_and_an_empty_folder(tmp_path: Path) -> None:
+    (tmp_path / "x.index.json").write_text('{"weight_map": {"a": "gone.bin"}}')
+    with pytest.raises(SourceError, match="gone.bin: no such file"):
+        read_checkpoint(tmp_path / "x.index.json")
+    with pytest.raises(SourceError, match="a folder without a checkpoint in it"):
         read_checkpoint(tmp_path)
