@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +21,41 @@ def check_writable(path: Path) -> None:
         raise OutputError(f"{path}: the folder {path.parent} does not exist", hint=f"mkdir -p {path.parent}")
     with temporary_file(path) as temporary, output_errors(path):
         temporary.touch(exist_ok=False)
+
+
+def reserve(path: Path, size: int) -> None:
+    """Raises OSError where there is no room for so many bytes beside `path`.
+
+    For writers of other libraries that answer a full disk with anything but an OSError, up to the end of the process.
+    """
+    reserved = path.with_name(f"{path.name}.room")
+    try:
+        with reserved.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    finally:
+        reserved.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def interrupt_later() -> Iterator[None]:
+    """Puts off Ctrl-C until the end: for code of other libraries that an exception in its midst would bring down."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
+        yield
+        return
+    came = []
+    usual = signal.signal(signal.SIGINT, lambda *_: came.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+        if came:
+            raise KeyboardInterrupt
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and those above it where they are missing; raises OutputError."""
+    with output_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def report_path_of(out: Path) -> Path:

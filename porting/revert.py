@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,15 @@ from porting.checkpoint_layout import CheckpointLayout, layout_named
 from porting.convert import invert, refuse_non_finite
 from porting.errors import FailedParityError, OutputError, ParityError, SourceError
 from porting.family import Family
-from porting.files import check_writable, move_into_place, output_errors, report_path_of, temporary_file, write_text
+from porting.files import (
+    check_writable,
+    move_into_place,
+    output_errors,
+    report_path_of,
+    reserve,
+    temporary_file,
+    write_text,
+)
 from porting.frameworks import start_tensorflow
 from porting.layout import Array
 from porting.parity import ParityReport, refusal
@@ -147,14 +156,18 @@ def _cast(name: str, array: Array, dtype: str) -> Array:
 
 def _save(path: Path, state_dict: Mapping[str, Array]) -> None:
     import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
 
     tensors = {name: _tensor(array) for name, array in state_dict.items()}
-    if path.name.endswith(SAFETENSORS):
-        from safetensors.torch import save_file
-
-        save_file(tensors, path, metadata={"format": "pt"})
-    else:
-        torch.save(tensors, path)
+    reserve(path, sum(array.nbytes for array in state_dict.values()))
+    try:
+        if path.name.endswith(SAFETENSORS):
+            save_file(tensors, path, metadata={"format": "pt"})
+        else:
+            torch.save(tensors, path)
+    except (RuntimeError, SafetensorError) as error:  # what both make of an OSError
+        raise OSError(errno.EIO, str(error).partition("\n")[0]) from None
 
 
 def _tensor(array: Array) -> Any:

@@ -7,17 +7,20 @@ class and counter, which is Keras's affair: that file and `.keras` are written a
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import h5py
 import numpy as np
 
 from porting.errors import OutputError, WeightsFileError
+from porting.files import interrupt_later, reserve
 from porting.layout import Array, Shape
 
 if TYPE_CHECKING:
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".weights.h5", ".h5", ".keras")
 PROVENANCE = "provenance"
+# What a file holds beside the weights' bytes: names, groups, the description of the model.
+_ROOM_BESIDE_WEIGHTS = 4 << 20
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 # An HDF5 attribute holds less than 64 KiB; Keras splits a longer list of names over numbered attributes.
 _ATTRIBUTE_LIMIT = 64_000
@@ -61,6 +66,7 @@ def write_weights(path: Path, model: keras.Model, weights: Mapping[str, Array]) 
         write_h5(path, weight_shapes(model), weights)
         return
     assign_weights(model, weights)
+    reserve(path, sum(array.nbytes for array in weights.values()) + _ROOM_BESIDE_WEIGHTS)
     if suffix == ".keras":
         model.save(path)
     else:
@@ -95,7 +101,7 @@ def load_model(path: Path, build: Callable[[], keras.Model]) -> keras.Model:
 
 def write_h5(path: Path, layers: Mapping[str, Mapping[str, Shape]], weights: Mapping[str, Array]) -> None:
     """Writes the layout of `.h5` files without Keras; `layers` are what `weight_shapes` gives."""
-    with h5py.File(path, "w") as file:
+    with _hdf5(path, "w") as file:
         _write_names(file, "layer_names", list(layers))
         file.attrs["backend"] = b"tensorflow"
         file.attrs["keras_version"] = metadata.version("keras").encode()
@@ -104,6 +110,69 @@ def write_h5(path: Path, layers: Mapping[str, Mapping[str, Shape]], weights: Map
             _write_names(group, "weight_names", list(shapes))
             for name in shapes:
                 group.create_dataset(name, data=weights[f"{layer}/{name}"])
+
+
+class _Disk(io.RawIOBase):
+    """A file that HDF5 can write to without ever failing; `error` is what went wrong.
+
+    HDF5 ends the process when a disk fills up while it closes a file. So it is told that all went well, and the error
+    is raised behind it.
+    """
+
+    def __init__(self, file: io.FileIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        done = 0
+        while done < len(view) and self.error is None:
+            try:
+                done += self._file.write(view[done:]) or 0
+            except OSError as error:
+                self.error = error
+        return len(view)
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        found = self._file.read(len(view)) or b""
+        view[:] = found.ljust(len(view), b"\0")  # what could not be written is missing
+        return len(view)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return self._file.truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return size or 0
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+
+@contextlib.contextmanager
+def _hdf5(path: Path, mode: Literal["w", "r+"]) -> Iterator[h5py.File]:
+    """An HDF5 file to write to; raises OSError when that fails at any moment."""
+    with interrupt_later(), io.FileIO(path, "w+" if mode == "w" else "r+") as raw:
+        disk = _Disk(raw)
+        try:
+            with h5py.File(disk, mode) as file:
+                yield file
+        finally:
+            if disk.error is not None:
+                raise disk.error
 
 
 def _write_names(group: h5py.Group, attribute: str, names: list[str]) -> None:
@@ -124,7 +193,7 @@ def write_provenance(path: Path, provenance: Mapping[str, Any]) -> None:
         with zipfile.ZipFile(path, "a") as archive:
             archive.writestr(f"{PROVENANCE}.json", text)
         return
-    with h5py.File(path, "r+") as file:
+    with _hdf5(path, "r+") as file:
         file.attrs[PROVENANCE] = text
 
 

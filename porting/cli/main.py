@@ -19,6 +19,7 @@ from porting.cli.options import (
     LIMITS,
     REPORT,
     Sha256,
+    VariantCheckpoint,
     check_report_files,
     make_check_options,
     make_limits,
@@ -281,6 +282,92 @@ def report(file: Path, form: str, out: Path | None, all_layers: bool) -> None:
     check_writable(out)
     write_text(out, text)
     click.echo(f"Wrote {out}")
+
+
+@cli.command("port-all")
+@FAMILY_OPTION
+@click.option("--out-dir", type=FILE, required=True, help="Folder for the files, named FAMILY_VARIANT.")
+@click.option(
+    "--variant",
+    "variants",
+    type=click.Choice(variants_of(FAMILY)),
+    multiple=True,
+    help="A variant to port.  [default: all with an official file or a --checkpoint]",
+)
+@click.option(
+    "--checkpoint",
+    "checkpoints",
+    type=VariantCheckpoint(variants_of(FAMILY)),
+    multiple=True,
+    help="A variant's checkpoint: a path, https://... or hf://...  [default: its official file]",
+)
+@click.option(
+    "--suffix", type=click.Choice([".h5", ".weights.h5", ".keras"]), default=".h5", show_default=True, help="Format."
+)
+@click.option("--check/--no-check", default=True, show_default=True, help="Prove parity before a file gets its name.")
+@CHECK
+@LIMITS
+def port_all(
+    family: str,
+    out_dir: Path,
+    variants: tuple[str, ...],
+    checkpoints: tuple[tuple[str, str], ...],
+    suffix: str,
+    check: bool,
+    images: Path | None,
+    samples: int | None,
+    isolated: bool,
+    stress: bool,
+    max_ratio: float | None,
+    atol: float | None,
+    rtol: float | None,
+    layer_limits: tuple[tuple[str, float], ...],
+) -> None:
+    """Port several variants, on past one that fails. The exit code is 0, or that of the first failure.
+
+    \b
+      van-port port-all --out-dir weights --variant b0 --variant b1
+      van-port port-all --out-dir weights --checkpoint b4=van_b4.pth --checkpoint b5=van_b5_22k.pth
+    """
+    from rich.table import Table
+
+    from porting.cli.terminal import ProgressBar, make_console
+    from porting.files import make_folder
+    from porting.port_all import port_all as run_all
+    from porting.sources import find_source
+
+    given = dict(checkpoints)
+    usual = [name for name in variants_of(family) if name in given or find_source(family, name).kind != "none"]
+    chosen = {name: given.get(name) for name in (variants or usual)}
+    if unused := sorted(given.keys() - chosen.keys()):
+        raise click.UsageError(f"--checkpoint for {', '.join(unused)}, which --variant leaves out")
+    make_folder(out_dir)
+    options = make_check_options(make_limits(max_ratio, atol, rtol, layer_limits), images, samples, isolated, stress)
+    console = make_console()
+    table = Table("variant", "file", "verdict", "worst ratio", "seconds")
+    failures = []
+    with ProgressBar() as progress:
+        for outcome in run_all(
+            get_family(family), chosen, out_dir, suffix=suffix, check=check, options=options, progress=progress
+        ):
+            name, seconds = outcome.path.name, f"{outcome.seconds:.0f}"
+            if outcome.error is not None:
+                failures.append(outcome)
+                table.add_row(outcome.variant, "-", f"failed ({outcome.error.exit_code})", "-", seconds, style="red")
+            elif outcome.result is not None and outcome.result.report is not None:
+                ratio = f"{outcome.result.report.worst.ratio:.2f}"
+                table.add_row(outcome.variant, name, "at parity", ratio, seconds)
+            else:
+                table.add_row(outcome.variant, name, "not checked", "-", seconds)
+    console.print(table)
+    for outcome in failures:
+        assert outcome.error is not None  # that is what makes it a failure
+        click.secho(f"{outcome.variant}: {outcome.error.message}", fg="red", err=True)
+        if outcome.error.hint:
+            click.echo(outcome.error.hint, err=True)
+    click.echo(f"{len(chosen) - len(failures)} of {len(chosen)} ported to {out_dir}")
+    if failures:
+        sys.exit(failures[0].error.exit_code if failures[0].error else 1)
 
 
 @cli.command()

@@ -46,6 +46,23 @@ class Sha256(click.ParamType):  # type: ignore[type-arg]
         return str(value).lower()
 
 
+class VariantCheckpoint(click.ParamType):  # type: ignore[type-arg]
+    """`variant=location`."""
+
+    name = "VARIANT=FILE|URL"
+
+    def __init__(self, variants: tuple[str, ...]) -> None:
+        self._variants = variants
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        if isinstance(value, tuple):
+            return value
+        variant, _, location = str(value).partition("=")
+        if variant not in self._variants or not location:
+            self.fail(f"{value!r} is not a variant, an equals sign and a checkpoint, such as b1=my.pth", param, ctx)
+        return variant, location
+
+
 def _all(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
     def decorate(command: Command) -> Command:
         for option in reversed(options):

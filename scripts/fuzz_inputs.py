@@ -1,0 +1,393 @@
+"""Feeds broken and hostile files to every reader, and counts what must not happen.
+
+    python scripts/fuzz_inputs.py                 # 2,400 cases
+    python scripts/fuzz_inputs.py --cases 20000 --seed 7
+
+Each case is a checkpoint (torch zip, old torch pickle, safetensors, index of shards), a weights file (HDF5, .keras) or
+a report, made wrong by chance or by design, and is read as `van-port` reads it. A case is a failure when it ends in
+anything but success or a message, takes the process down, runs code, leaves a file behind, or needs more memory than
+its size and `MEMORY_BOUND_MIB` together. Cases run in other processes, so that a crash is counted and not suffered.
+"""
+
+from __future__ import annotations
+
+import collections
+import io
+import json
+import pickle
+import random
+import resource
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+MEMORY_BOUND_MIB = 256
+_BATCH = 200
+_SECONDS_A_BATCH = 300
+_CANARY = "canary"
+
+Case = tuple[str, str, bytes]  # what it is, the file's name, its content
+
+
+class _Call:
+    """Pickles as a call of anything with anything."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self._reduced = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self._reduced
+
+
+def healthy() -> dict[str, bytes]:
+    """One small file of each kind."""
+    import h5py
+    import numpy as np
+    import safetensors.torch
+    import torch
+
+    tensors = {f"layer{i}.weight": torch.arange(24, dtype=torch.float32).reshape(2, 3, 4) + i for i in range(4)}
+    files = {}
+    for name, wrapped in (("zip.pth", {"state_dict": tensors, "epoch": 3}), ("plain.pth", tensors)):
+        stream = io.BytesIO()
+        torch.save(wrapped, stream)
+        files[name] = stream.getvalue()
+    stream = io.BytesIO()
+    torch.save(tensors, stream, _use_new_zipfile_serialization=False)
+    files["old.pth"] = stream.getvalue()
+    files["x.safetensors"] = safetensors.torch.save(tensors)
+    files["model.safetensors.index.json"] = json.dumps({"weight_map": dict.fromkeys(tensors, "x.safetensors")}).encode()
+    stream = io.BytesIO()
+    with h5py.File(stream, "w") as file:
+        file.attrs["layer_names"] = np.array([b"a", b"b"])
+        file.attrs["provenance"] = json.dumps({"family": "van"})
+        for layer in ("a", "b"):
+            file.create_group(layer).create_dataset("kernel", data=np.arange(60, dtype="f4").reshape(3, 20))
+            file[layer].attrs["weight_names"] = np.array([b"kernel"])
+    files["x.h5"] = stream.getvalue()
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as packed:
+        packed.writestr("model.weights.h5", files["x.h5"])
+        packed.writestr("config.json", "{}")
+        packed.writestr("provenance.json", "{}")
+    files["x.keras"] = archive.getvalue()
+    files["x.parity.json"] = b'{"schema_version": 2, "layers": [], "limits": {"max_ratio": 8}}'
+    return files
+
+
+def damaged(rng: random.Random, content: bytes, other: bytes) -> tuple[str, bytes]:
+    """The file after one or several accidents."""
+    data = bytearray(content)
+    names = []
+    for _ in range(rng.choice([1, 1, 1, 2, 5])):
+        kind = rng.choice(["flip", "cut", "zero", "insert", "splice", "swap", "number"])
+        names.append(kind)
+        at = rng.randrange(len(data) + 1) if data else 0
+        size = rng.choice([1, 8, 64, 512])
+        if kind == "flip":
+            for _ in range(rng.choice([1, 3, 20])):
+                if data:
+                    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        elif kind == "cut":
+            del data[at:]
+        elif kind == "zero":
+            data[at : at + size] = bytes(len(data[at : at + size]))
+        elif kind == "insert":
+            data[at:at] = rng.randbytes(size)
+        elif kind == "splice":
+            begin = rng.randrange(len(other) + 1)
+            data[at : at + size] = other[begin : begin + size * rng.choice([1, 4])]
+        elif kind == "swap":
+            del data[at : at + size]
+        else:
+            number = rng.choice([0, -1, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, -(2**63)])
+            data[at : at + 8] = struct.pack("<q", number if number < 2**63 else 0)
+    return "+".join(names), bytes(data)
+
+
+def torch_zip(pickled: bytes, storages: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/byteorder", "little")
+        for name, data in storages.items():
+            archive.writestr(f"archive/data/{name}", data)
+        archive.writestr("archive/version", "3\n")
+    return stream.getvalue()
+
+
+def pickled_tensor(size: Any, stride: Any, offset: Any = 0, numel: Any = 4, dtype: str = "FloatStorage") -> bytes:
+    """A state_dict with one tensor of any shape that the pickle format can express."""
+    import torch
+
+    class Storage:
+        pass
+
+    class Pickler(pickle._Pickler):
+        def persistent_id(self, value: Any) -> Any:
+            if isinstance(value, Storage):
+                return ("storage", getattr(torch, dtype), "0", "cpu", numel)
+            return None
+
+    stream = io.BytesIO()
+    rebuild = torch._utils._rebuild_tensor_v2
+    call = _Call(rebuild, Storage(), offset, size, stride, False, collections.OrderedDict())
+    Pickler(stream, 2).dump({"layer.weight": call})
+    return stream.getvalue()
+
+
+def hostile_calls(canary: Path) -> list[tuple[str, bytes]]:
+    """Pickles that call something in each way that the format knows."""
+    import builtins
+    import os
+
+    import torch
+
+    command = f"touch {canary}"
+    calls = [
+        ("os.system", _Call(os.system, command)),
+        ("eval", _Call(builtins.eval, f"__import__('os').system({command!r})")),
+        ("exec", _Call(builtins.exec, f"open({str(canary)!r}, 'w')")),
+        ("open", _Call(open, str(canary), "w")),
+        ("subprocess", _Call(subprocess.run, ["touch", str(canary)])),
+        ("getattr", _Call(getattr, os, "system")),
+        ("import", _Call(__import__, "antigravity")),
+        ("torch.load", _Call(torch.load, str(canary))),
+        ("bytearray", _Call(bytearray, 10**12)),
+        ("bytearray, real", _Call(bytearray, 3 * 10**9)),
+    ]
+    made = [(name, pickle.dumps({"a": call}, protocol)) for name, call in calls for protocol in (0, 2, 4)]
+    text = command.encode()
+    made += [
+        ("INST", b"(S'" + text + b"'\nios\nsystem\n."),
+        ("OBJ", b"(cos\nsystem\nS'" + text + b"'\no."),
+        ("NEWOBJ", b"\x80\x02cos\nsystem\nS'" + text + b"'\n\x85\x81."),
+        ("NEWOBJ_EX", b"\x80\x04cos\nsystem\nS'" + text + b"'\n\x85}\x92."),
+        ("STACK_GLOBAL", b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c" + bytes([len(text)]) + text + b"\x85R."),
+        ("BUILD", b"\x80\x02cargparse\nNamespace\n)\x81}X\x08\x00\x00\x00__dict__cos\nsystem\nsb."),
+        ("EXT1", b"\x80\x02\x82\x01."),
+        ("EXT4", b"\x80\x02\x84\x01\x00\x00\x00."),
+        ("PERSID", b"Pfile:///etc/passwd\n."),
+        ("BINPERSID", b"\x80\x02X\x01\x00\x00\x00aQ."),
+        ("recursion", b"\x80\x02" + b"(" * 100_000 + b"."),
+        ("deep lists", b"\x80\x02" + b"]" * 50_000 + b"a" * 49_999 + b"."),
+        ("memo", b"\x80\x02h\xff."),
+        ("long", b"\x80\x02\x8b\xff\xff\xff\x7f."),
+        ("long text", b"\x80\x02X\xff\xff\xff\x7f."),
+        ("long bytes", b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7f."),
+        ("frame", b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f."),
+    ]
+    return made
+
+
+def hostile(canary: Path) -> list[Case]:
+    """Files that are wrong on purpose."""
+    storage = {"0": struct.pack("<4f", 1, 2, float("nan"), float("inf"))}
+    cases: list[Case] = []
+    for name, code in hostile_calls(canary):
+        cases.append((f"pickle {name}", "x.pth", torch_zip(code, storage)))
+        if code[:1] == b"\x80":
+            cases.append((f"old pickle {name}", "x.pth", code))
+    numbers: list[Any] = [-1, 0, 3, 5, 2**31, 2**40, 2**62, 2**63 - 1, 2**64, -(2**63), 1.5, "a", None, True]
+    for number in numbers:
+        for label, code in (
+            ("size", pickled_tensor((number,), (1,))),
+            ("size, stride 0", pickled_tensor((number,), (0,))),
+            ("two sizes", pickled_tensor((number, number), (0, 0))),
+            ("stride", pickled_tensor((2, 2), (number, 1))),
+            ("offset", pickled_tensor((2,), (1,), offset=number)),
+            ("numel", pickled_tensor((2,), (1,), numel=number)),
+        ):
+            cases.append((f"{label} {number}", "x.pth", torch_zip(code, storage)))
+    for dtype in ("DoubleStorage", "HalfStorage", "BoolStorage", "ComplexFloatStorage", "QInt8Storage", "LongStorage"):
+        cases.append((dtype, "x.pth", torch_zip(pickled_tensor((2,), (1,), dtype=dtype), storage)))
+    good = pickled_tensor((4,), (1,))
+    bomb = {"0": bytes(200_000_000)}
+    cases.append(("zip bomb", "x.pth", torch_zip(good, bomb, zipfile.ZIP_DEFLATED)))
+    huge = pickled_tensor((50_000_000,), (1,), numel=50_000_000)
+    cases.append(("zip bomb, used", "x.pth", torch_zip(huge, bomb, zipfile.ZIP_DEFLATED)))
+    for name in ("../../canary", "/tmp/canary", "0/../../x", "a" * 60_000):
+        cases.append((f"member {name[:20]}", "x.pth", torch_zip(good, {**storage, name: b"x"})))
+    with_twice = io.BytesIO(torch_zip(good, storage))
+    import warnings
+
+    with zipfile.ZipFile(with_twice, "a") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        archive.writestr("archive/data.pkl", pickle.dumps({"b": 1}))
+    cases.append(("member twice", "x.pth", with_twice.getvalue()))
+    cases.append(("no data.pkl", "x.pth", torch_zip(b"", {})))
+    for label, header in _safetensors_headers():
+        text = header if isinstance(header, bytes) else json.dumps(header).encode()
+        cases.append((f"safetensors {label}", "x.safetensors", struct.pack("<Q", len(text)) + text + bytes(16)))
+    for length in (0, 1, 2**32, 2**63, 2**64 - 1):
+        cases.append((f"safetensors length {length}", "x.safetensors", struct.pack("<Q", length) + b"{}" + bytes(16)))
+    for line in ("[" * 100_000, '{"a":' * 100_000, '{"weight_map": {"a": "/etc/passwd"}}', '{"weight_map": 3}'):
+        cases.append(("index", "m.index.json", line.encode()))
+        cases.append(("report", "x.parity.json", line.encode()))
+    return cases
+
+
+def _safetensors_headers() -> list[tuple[str, Any]]:
+    def one(dtype: Any = "F32", shape: Any = (4,), offsets: Any = (0, 16)) -> dict[str, Any]:
+        return {"a": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}
+
+    cases: list[tuple[str, Any]] = [
+        ("list", [1]),
+        ("deep", b'{"a":' * 10_000),
+        (
+            "twice",
+            b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[2],"data_offsets":[8,16]}}',
+        ),
+        ("overlap", {**one(shape=(2,), offsets=(0, 8)), "b": one(shape=(2,), offsets=(4, 12))["a"]}),
+        ("no dtype", {"a": {"shape": [4], "data_offsets": [0, 16]}}),
+        ("metadata", {"__metadata__": {"x": 3}, **one()}),
+        ("not utf-8", b'{"\xff":1}'),
+    ]
+    for shape in ([-4], [2**63], [2**32, 2**32], [0, 2**63], [1.5], "x", [], [4, 0]):
+        cases.append((f"shape {shape}", one(shape=shape)))
+    for offsets in ([16, 0], [-16, 0], [0, 2**63], [0, 15], [8, 24], [0], "x"):
+        cases.append((f"offsets {offsets}", one(offsets=offsets)))
+    for dtype in ("F64", "BF16", "F8_E4M3", "I8", "BOOL", "C64", "X", 3):
+        cases.append((f"dtype {dtype}", one(dtype=dtype)))
+    return cases
+
+
+def make_case(number: int, seed: int, files: dict[str, bytes], fixed: list[Case]) -> Case:
+    """The case of a number: first those by design, then accidents."""
+    if number < len(fixed):
+        return fixed[number]
+    rng = random.Random(f"{seed} {number}")
+    name = rng.choice(sorted(files))
+    kind, content = damaged(rng, files[name], files[rng.choice(sorted(files))])
+    return f"{name} {kind}", name, content
+
+
+def read(path: Path) -> None:
+    """Reads a file by all means that its name calls for."""
+    from porting.checkpoint import read_checkpoint
+    from porting.convert import refuse_non_finite
+    from porting.inspection import inspect_file
+    from porting.reports.document import read_report
+
+    if path.name.endswith(".parity.json"):
+        read_report(path)
+        return
+    if path.suffix in {".h5", ".keras"}:
+        inspect_file(path)
+        return
+    state_dict = read_checkpoint(path).state_dict
+    for array in state_dict.values():
+        array.sum()
+    refuse_non_finite({name: array for name, array in state_dict.items() if array.dtype.kind == "f"})
+
+
+def work(first: int, last: int, seed: int, folder: Path) -> None:
+    """Runs cases and writes one JSON line each; the number of a case stands before it is tried."""
+    import torch  # noqa: F401  # before memory is measured
+
+    from porting.errors import PortingError
+
+    files = healthy()
+    canary = folder / _CANARY
+    fixed = hostile(canary)
+    log = (folder / "log").open("a", buffering=1)
+    used = folder / "files"
+    for number in range(first, last):
+        shutil.rmtree(used, ignore_errors=True)
+        used.mkdir()
+        what, name, content = make_case(number, seed, files, fixed)
+        (used / "x.safetensors").write_bytes(files["x.safetensors"])
+        (used / name).write_bytes(content)
+        before = sorted(path.name for path in used.iterdir())
+        log.write(json.dumps({"number": number, "what": what}) + "\n")
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        outcome = "read"
+        try:
+            read(used / name)
+        except PortingError as error:
+            outcome = f"refused: {type(error).__name__}"
+        except BaseException as error:
+            outcome = f"TRACEBACK: {type(error).__name__}: {str(error)[:200]}"
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) / 2**10
+        if grown > MEMORY_BOUND_MIB + len(content) / 2**20:
+            outcome = f"MEMORY: {grown:.0f} MiB for {len(content):,} bytes"
+        if canary.exists():
+            outcome = "CODE WAS RUN"
+            canary.unlink()
+        if sorted(path.name for path in used.iterdir()) != before:
+            outcome = "LITTER"
+        log.write(json.dumps({"number": number, "what": what, "outcome": outcome}) + "\n")
+
+
+def run_batch(first: int, last: int, seed: int, report: Callable[[dict[str, Any]], None]) -> None:
+    """Cases in a process; one that takes it down is a failure, and the next process goes on behind it."""
+    while first < last:
+        with tempfile.TemporaryDirectory() as place:
+            command = [
+                sys.executable,
+                __file__,
+                "--worker",
+                str(first),
+                str(last),
+                "--seed",
+                str(seed),
+                "--folder",
+                place,
+            ]
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS_A_BATCH)
+                ended = f"exit code {done.returncode}: {done.stderr[-300:]}"
+            except subprocess.TimeoutExpired:
+                ended = f"not done in {_SECONDS_A_BATCH} s"
+            log = Path(place, "log")
+            lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        for line in lines:
+            if "outcome" in line:
+                report(line)
+                first = line["number"] + 1
+        if first < last:
+            what = lines[-1]["what"] if lines else "the start of a batch"
+            report({"number": first, "what": what, "outcome": f"CRASH: {ended}"})
+            first += 1
+
+
+@click.command(help=__doc__)
+@click.option("--cases", default=2400, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--worker", type=int, nargs=2, hidden=True)
+@click.option("--folder", type=click.Path(path_type=Path), hidden=True)
+def main(cases: int, seed: int, worker: tuple[int, int] | None, folder: Path | None) -> None:
+    if worker is not None and folder is not None:
+        work(*worker, seed, folder)
+        return
+    from rich.progress import track
+
+    outcomes: collections.Counter[str] = collections.Counter()
+    failures: list[dict[str, Any]] = []
+
+    def report(line: dict[str, Any]) -> None:
+        outcome = line["outcome"]
+        bad = not outcome.startswith(("read", "refused"))
+        outcomes["failures" if bad else outcome] += 1
+        if bad:
+            failures.append(line)
+
+    for first in track(range(0, cases, _BATCH), "fuzzing", transient=True, disable=not sys.stdout.isatty()):
+        run_batch(first, min(first + _BATCH, cases), seed, report)
+    for line in failures:
+        click.echo(f"case {line['number']} ({line['what']}): {line['outcome']}")
+    click.echo("; ".join(f"{name}: {count}" for name, count in sorted(outcomes.items())))
+    click.echo(f"{sum(outcomes.values())} cases, {len(failures)} failures")
+    sys.exit(1 if failures else 0)
+
+
+if __name__ == "__main__":
+    main()
