@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import mmap
 import os
 import pathlib
 import re
@@ -208,6 +209,7 @@ def _load_pickle(path: Path, file: BinaryIO, kind: str) -> Any:
     try:
         if kind == "torch zip":
             _verify_checksums(path, file)
+        _refuse_allocation(path, file)
         with torch.serialization.safe_globals(inert_globals()):
             if kind == "torch zip":
                 # Mapped, not read: a tensor comes into memory when it is used, and a large checkpoint never as a whole.
@@ -224,6 +226,11 @@ def _load_pickle(path: Path, file: BinaryIO, kind: str) -> Any:
 def _verify_checksums(path: Path, file: BinaryIO) -> None:
     """torch.load does not look at the archive's checksums, so a flipped bit in a weight would pass unseen."""
     with zipfile.ZipFile(file) as archive:
+        if compressed := [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]:
+            raise CheckpointError(
+                f"{path}: {compressed[0][:100]} in it is compressed, and torch.save compresses nothing",
+                hint="It may unpack to any size. Where you trust its origin, load it in PyTorch and save it again.",
+            )
         damaged = archive.testzip()
     file.seek(0)
     if damaged is not None:
@@ -231,6 +238,18 @@ def _verify_checksums(path: Path, file: BinaryIO) -> None:
             f"{path}: the file is damaged: {damaged} does not have the checksum that the file says it has",
             hint="Fetch it again; if it was saved with checksums turned off in torch, save it again with them on.",
         )
+
+
+def _refuse_allocation(path: Path, file: BinaryIO) -> None:
+    """torch.load lets a pickle ask for a bytearray of any size, the one way in which a small file takes much memory."""
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        # A pickle is stored uncompressed and names what it builds in plain letters.
+        if content.find(b"bytearray") >= 0:
+            raise CheckpointError(
+                f"{path}: refused: the file asks to build a bytearray, and a checkpoint may hold only tensors and "
+                "plain values; nothing in it was run",
+                hint="Where you trust its origin, load it there and save only `model.state_dict()`.",
+            )
 
 
 def _pickle_error(path: Path, error: Exception) -> CheckpointError:
@@ -325,6 +344,12 @@ def _to_numpy(path: Path, name: str, tensor: Any) -> Array:
             f"{path}: {name} is a {tensor.dtype} tensor of layout {tensor.layout} on {tensor.device.type}; "
             "only dense, real, unquantised tensors can be ported",
             hint="Dequantise or densify the model in PyTorch and save its state_dict again.",
+        )
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise CheckpointError(
+            f"{path}: {name} is said to have shape {tuple(tensor.shape)}, more than the "
+            f"{tensor.untyped_storage().nbytes():,} bytes that the file has for it",
+            hint="An expanded tensor repeats what it has; save it with .contiguous(). Otherwise the file is damaged.",
         )
     dense = tensor.detach().contiguous()
     array: Array

@@ -223,8 +223,11 @@ def is_weights_file(path: Path) -> bool:
             return True
     if not zipfile.is_zipfile(path):
         return False
-    with zipfile.ZipFile(path) as archive:
-        return "model.weights.h5" in archive.namelist()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return "model.weights.h5" in archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return path.suffix == ".keras"
 
 
 def list_tensors(path: Path) -> list[tuple[str, tuple[int, ...], str]]:

@@ -158,7 +158,7 @@ def hostile_calls(canary: Path) -> list[tuple[str, bytes]]:
         ("exec", _Call(builtins.exec, f"open({str(canary)!r}, 'w')")),
         ("open", _Call(open, str(canary), "w")),
         ("subprocess", _Call(subprocess.run, ["touch", str(canary)])),
-        ("getattr", _Call(getattr, os, "system")),
+        ("getattr", _Call(getattr, "x", "upper")),
         ("import", _Call(__import__, "antigravity")),
         ("torch.load", _Call(torch.load, str(canary))),
         ("bytearray", _Call(bytearray, 10**12)),
@@ -354,7 +354,9 @@ def run_batch(first: int, last: int, seed: int, report: Callable[[dict[str, Any]
                 report(line)
                 first = line["number"] + 1
         if first < last:
-            what = lines[-1]["what"] if lines else "the start of a batch"
+            if not lines:
+                raise click.ClickException(f"the process with the cases does not start: {ended}")
+            what = lines[-1]["what"]
             report({"number": first, "what": what, "outcome": f"CRASH: {ended}"})
             first += 1
 

@@ -85,7 +85,11 @@ CASES: dict[str, tuple[Callable[[Tensors], Tensors], str, int, float]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    # Each of them takes seconds; the others differ in little.
+    [case if case in {"mmpretrain", "segmentor"} else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+)
 def test_a_layout_is_recognised_and_ported(family: VanFamily, tmp_path: Path, case: str) -> None:
     renamed, layout, classes, epsilon = CASES[case]
     model = build_van("nano", 10, layer_norm_eps=epsilon)
@@ -108,7 +112,7 @@ def test_a_layout_is_recognised_and_ported(family: VanFamily, tmp_path: Path, ca
     assert check_file(family, "nano", out, checkpoint=checkpoint, options=CheckOptions(samples=1)).passed
 
 
-@pytest.mark.parametrize("with_head", [True, False], ids=["classifier", "body"])
+@pytest.mark.parametrize("with_head", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["classifier", "body"])
 def test_the_class_of_transformers_is_ported_and_agrees(family: VanFamily, tmp_path: Path, with_head: bool) -> None:
     model = transformers_model("nano", 7)
     path, out = tmp_path / "pytorch_model.bin", tmp_path / "x.h5"

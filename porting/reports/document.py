@@ -117,7 +117,7 @@ def from_json(text: str) -> ParityReport:
         if version != SCHEMA_VERSION:
             raise ReportError(f"a report of schema {version}, this version reads {SCHEMA_VERSION}", hint=hint)
         return _report(document)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ReportError(f"not a parity report: {type(error).__name__}: {error}", hint=hint) from None
 
 
