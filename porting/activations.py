@@ -212,9 +212,16 @@ def keras_tensors_in(value: Any) -> list[Tensor]:
 
 
 def to_torch(value: Any) -> Tensor:
-    """A Keras tensor as a torch tensor of its own, half precision as float32."""
+    """A Keras tensor as a torch tensor, only to be read, half precision as float32."""
     import torch
 
+    dtype = getattr(value, "dtype", None)
+    # Other types than numbers, text say, would end the process there.
+    if hasattr(value, "__dlpack__") and (getattr(dtype, "is_floating", False) or getattr(dtype, "is_integer", False)):
+        # The two share memory, which saves a copy of every activation.
+        with contextlib.suppress(BufferError, RuntimeError, TypeError):
+            shared: Tensor = torch.utils.dlpack.from_dlpack(value)
+            return shared.float() if shared.dtype in {torch.bfloat16, torch.float16} else shared
     array = np.asarray(value.numpy() if hasattr(value, "numpy") else value)
     if array.dtype.name in {"bfloat16", "float16"}:
         array = array.astype(np.float32)

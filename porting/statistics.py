@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Distances in units in the last place are taken on at most so many elements a tensor and batch, evenly spread.
-ULP_SAMPLE = 16_384
+ULP_SAMPLE = 4_096
 # Elements that are worked on at once: enough for PyTorch to use all cores, few enough to stay in their caches.
 CHUNK = 65_536
 

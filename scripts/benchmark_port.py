@@ -26,11 +26,11 @@ PLAIN = """
 import sys
 import numpy as np
 import torch
-try:
-    import triton._C.libtriton
-except ImportError:
-    pass
-import tensorflow, keras, van_tf
+from porting.frameworks import load_triton
+
+load_triton()
+import keras
+import van_tf
 
 variant, checkpoint, out = sys.argv[1:]
 tensors = torch.load(checkpoint, map_location="cpu", weights_only=False)["state_dict"]
