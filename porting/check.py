@@ -17,7 +17,7 @@ from porting.comparison import check_parity
 from porting.convert import convert, refuse_non_finite, refuse_other_keys, to_float32
 from porting.data import weights_folder
 from porting.download import check_sha256
-from porting.errors import SourceError, WeightsFileError
+from porting.errors import WeightsFileError
 from porting.family import Family, by_path
 from porting.frameworks import start_tensorflow
 from porting.images import find_images, load_images
@@ -79,6 +79,10 @@ class Subject:
     def build_candidate(self) -> keras.Model:
         return self.family.build_candidate(self.variant, self.num_classes, self.layout)
 
+    @property
+    def how_to_build(self) -> str:
+        return self.family.how_to_build(self.variant, self.num_classes, self.layout)
+
     def load_reference(self) -> nn.Module:
         """The PyTorch model with the checkpoint's weights."""
         own = {entry.target: entry.source for entry in self._reference_map().entries}
@@ -106,7 +110,7 @@ class Subject:
             "num_classes": self.num_classes,
             "layout": self.layout.name,
             "settings": dict(self.layout.settings),
-            "build": self.family.how_to_build(self.variant, self.num_classes, self.layout),
+            "build": self.how_to_build,
             "source": describe_source(self.source, self.checkpoint),
             "versions": versions(),
         }
@@ -164,9 +168,7 @@ def check_file(
     one called `layout`. Raises SourceError, CheckpointError, KeyMapError, or WeightsFileError when the file does not
     fit the model.
     """
-    if not weights.is_file():
-        raise SourceError(f"{weights}: no such file", hint="--weights takes a file that van-port or Keras has written.")
-    weights_file.suffix_of(weights)
+    weights_file.require_file(weights)
     subject = open_checkpoint(family, variant, checkpoint, layout=layout, ema=ema, sha256=sha256, progress=progress)
     state_dict, key_map = subject.checkpoint.state_dict, subject.key_map
     refuse_other_keys(state_dict, key_map, subject.shapes)
@@ -174,7 +176,7 @@ def check_file(
     progress("starting TensorFlow")
     start_tensorflow()
     progress("reading the weights")
-    candidate = load_candidate(weights, subject.build_candidate, subject.describe()["build"])
+    candidate = load_candidate(weights, subject.build_candidate, subject.how_to_build)
     report = check_models(subject, candidate, options or CheckOptions(), progress)
     return replace(report, context={**subject.describe(), "weights": weights.name})
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,14 +90,18 @@ def diff_keys(state_dict: Mapping[str, Array], key_map: KeyMap, target_shapes: M
 
 
 def convert(
-    state_dict: Mapping[str, Array], key_map: KeyMap, target_shapes: Mapping[str, Shape], *, hint: str = ""
+    state_dict: Mapping[str, Array],
+    key_map: KeyMap,
+    target_shapes: Mapping[str, Shape],
+    *,
+    hint: Callable[[], str] = str,
 ) -> Conversion:
     """Brings every tensor into Keras's name, axis order and float32.
 
     float16 and bfloat16 become float32 exactly; float64 is rounded to the nearest float32. Every source tensor is
     used once or dropped by name and every Keras variable is written once.
 
-    Raises KeyMapError, with every difference and `hint`, when that cannot be done, and CheckpointError when a
+    Raises KeyMapError, with every difference and what `hint` says, when that cannot be done, and CheckpointError when a
     tensor holds NaN or infinity.
     """
     refuse_other_keys(state_dict, key_map, target_shapes, hint=hint)
@@ -114,11 +118,15 @@ def invert(weights: Mapping[str, Array], key_map: KeyMap) -> dict[str, Array]:
 
 
 def refuse_other_keys(
-    state_dict: Mapping[str, Array], key_map: KeyMap, target_shapes: Mapping[str, Shape], *, hint: str = ""
+    state_dict: Mapping[str, Array],
+    key_map: KeyMap,
+    target_shapes: Mapping[str, Shape],
+    *,
+    hint: Callable[[], str] = str,
 ) -> None:
-    """Raises KeyMapError, with every difference and `hint`, where the two sides do not have the same tensors."""
+    """Raises KeyMapError, with every difference and what `hint` says, where the two do not have the same tensors."""
     if diff := diff_keys(state_dict, key_map, target_shapes):
-        raise KeyMapError(f"the checkpoint's tensors are not those of the model\n{diff.describe()}", hint=hint)
+        raise KeyMapError(f"the checkpoint's tensors are not those of the model\n{diff.describe()}", hint=hint())
 
 
 def is_float(array: Array) -> bool:

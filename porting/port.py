@@ -70,7 +70,9 @@ def port(
         check_writable(keep_failed)
     subject = open_checkpoint(family, variant, checkpoint, layout=layout, ema=ema, sha256=sha256, progress=progress)
     progress("converting")
-    conversion = convert(subject.checkpoint.state_dict, subject.key_map, subject.shapes, hint=_variant_hint(subject))
+    conversion = convert(
+        subject.checkpoint.state_dict, subject.key_map, subject.shapes, hint=lambda: _variant_hint(subject)
+    )
     provenance: dict[str, Any] = {
         **subject.describe(),
         "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),

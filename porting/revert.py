@@ -15,7 +15,7 @@ from porting import weights_file
 from porting.check import CheckOptions, Subject, check_models, load_candidate, open_checkpoint
 from porting.checkpoint_layout import CheckpointLayout, layout_named
 from porting.convert import invert, refuse_non_finite
-from porting.errors import FailedParityError, OutputError, ParityError, SourceError
+from porting.errors import FailedParityError, OutputError, ParityError
 from porting.family import Family
 from porting.files import (
     check_writable,
@@ -77,9 +77,7 @@ def revert(
     """
     suffix = _suffix_of(out)
     check_writable(out)
-    if not weights.is_file():
-        raise SourceError(f"{weights}: no such file", hint="--weights takes a file that van-port or Keras has written.")
-    weights_file.suffix_of(weights)
+    weights_file.require_file(weights)
     provenance = weights_file.read_provenance(weights) or {}
     ported_from = layout_named(family.layouts, str(provenance.get("layout", family.layouts[0].name)))
     if num_classes is None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import h5py
 import numpy as np
 
-from porting.errors import OutputError, WeightsFileError
+from porting.errors import OutputError, SourceError, WeightsFileError
 from porting.files import interrupt_later, reserve
 from porting.layout import Array, Shape
 
@@ -43,6 +43,13 @@ def suffix_of(path: Path) -> str:
     raise OutputError(
         f"{path}: the name does not say which format to write", hint=f"End it in one of {', '.join(SUFFIXES)}."
     )
+
+
+def require_file(path: Path) -> None:
+    """Raises SourceError where there is no such file, and OutputError where its name does not say its format."""
+    if not path.is_file():
+        raise SourceError(f"{path}: no such file", hint="--weights takes a file that van-port or Keras has written.")
+    suffix_of(path)
 
 
 def variable_shapes(model: keras.Model) -> dict[str, tuple[int, ...]]:

@@ -58,7 +58,7 @@ def test_all_differences_are_in_one_error() -> None:
     state_dict["head.bias"] = np.zeros(6, np.float32)
     state_dict["bn.weight"] = np.zeros(4, np.int64)
     with pytest.raises(KeyMapError) as caught:
-        convert(state_dict, KEY_MAP, SHAPES, hint="Try another variant.")
+        convert(state_dict, KEY_MAP, SHAPES, hint=lambda: "Try another variant.")
     assert caught.value.message == (
         "the checkpoint's tensors are not those of the model\n"
         "1 missing from the checkpoint:\n"

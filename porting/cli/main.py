@@ -7,27 +7,28 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from porting.cli.options import (
-    CHECK,
     FILE,
-    LIMITS,
     REPORT,
     Sha256,
     VariantCheckpoint,
+    check_options,
     check_report_files,
-    make_check_options,
-    make_limits,
     write_reports,
 )
 from porting.errors import PortingError
 from porting.families import family_names, get_family
 from porting.sources import variants_of
+
+if TYPE_CHECKING:
+    from porting.check import CheckOptions
 
 FAMILY = "van"
 FAMILY_OPTION = click.option(
@@ -82,8 +83,7 @@ class PortGroup(click.Group):
 @LAYOUT_OPTION
 @EMA_OPTION
 @click.option("--check/--no-check", default=True, show_default=True, help="Prove parity before the file gets its name.")
-@CHECK
-@LIMITS
+@check_options
 @REPORT
 @click.option("--keep-failed", type=FILE, help="Where to keep a file that fails the check.  [default: nowhere]")
 @click.pass_context
@@ -97,14 +97,7 @@ def cli(
     layout: str | None,
     ema: bool,
     check: bool,
-    images: Path | None,
-    samples: int | None,
-    isolated: bool,
-    stress: bool,
-    max_ratio: float | None,
-    atol: float | None,
-    rtol: float | None,
-    layer_limits: tuple[tuple[str, float], ...],
+    make_options: Callable[[], CheckOptions],
     all_layers: bool,
     report_files: tuple[Path, ...],
     keep_failed: Path | None,
@@ -131,7 +124,7 @@ def cli(
 
     console = make_console()
     check_report_files(report_files)
-    options = make_check_options(make_limits(max_ratio, atol, rtol, layer_limits), images, samples, isolated, stress)
+    options = make_options()
     try:
         with ProgressBar() as progress:
             result = port(
@@ -178,8 +171,7 @@ def cli(
 @click.option("--from", "from_report", type=FILE, help="Judge this JSON report again; no model is run.")
 @click.option("--baseline", type=FILE, help="Earlier JSON report: fail where a layer has got worse.")
 @click.option("--factor", default=2.0, show_default=True, help="By how much an error may grow over the baseline's.")
-@CHECK
-@LIMITS
+@check_options
 @REPORT
 def check(
     family: str,
@@ -192,14 +184,7 @@ def check(
     from_report: Path | None,
     baseline: Path | None,
     factor: float,
-    images: Path | None,
-    samples: int | None,
-    isolated: bool,
-    stress: bool,
-    max_ratio: float | None,
-    atol: float | None,
-    rtol: float | None,
-    layer_limits: tuple[tuple[str, float], ...],
+    make_options: Callable[[], CheckOptions],
     all_layers: bool,
     report_files: tuple[Path, ...],
 ) -> None:
@@ -216,7 +201,8 @@ def check(
     from porting.reports.terminal import print_report, verdict
 
     check_report_files(report_files)
-    limits = make_limits(max_ratio, atol, rtol, layer_limits)
+    options = make_options()
+    limits = options.limits
     earlier = None if baseline is None else read_report(baseline)
     if from_report is not None:
         if weights is not None or variant is not None:
@@ -237,7 +223,7 @@ def check(
                 sha256=sha256,
                 layout=layout,
                 ema=ema,
-                options=make_check_options(limits, images, samples, isolated, stress),
+                options=options,
                 progress=progress,
             )
     print_report(report, make_console(), all_layers=all_layers)
@@ -305,8 +291,7 @@ def report(file: Path, form: str, out: Path | None, all_layers: bool) -> None:
     "--suffix", type=click.Choice([".h5", ".weights.h5", ".keras"]), default=".h5", show_default=True, help="Format."
 )
 @click.option("--check/--no-check", default=True, show_default=True, help="Prove parity before a file gets its name.")
-@CHECK
-@LIMITS
+@check_options
 def port_all(
     family: str,
     out_dir: Path,
@@ -314,14 +299,7 @@ def port_all(
     checkpoints: tuple[tuple[str, str], ...],
     suffix: str,
     check: bool,
-    images: Path | None,
-    samples: int | None,
-    isolated: bool,
-    stress: bool,
-    max_ratio: float | None,
-    atol: float | None,
-    rtol: float | None,
-    layer_limits: tuple[tuple[str, float], ...],
+    make_options: Callable[[], CheckOptions],
 ) -> None:
     """Port several variants, on past one that fails. The exit code is 0, or that of the first failure.
 
@@ -342,7 +320,7 @@ def port_all(
     if unused := sorted(given.keys() - chosen.keys()):
         raise click.UsageError(f"--checkpoint for {', '.join(unused)}, which --variant leaves out")
     make_folder(out_dir)
-    options = make_check_options(make_limits(max_ratio, atol, rtol, layer_limits), images, samples, isolated, stress)
+    options = make_options()
     console = make_console()
     table = Table("variant", "file", "verdict", "worst ratio", "seconds")
     failures = []
@@ -385,8 +363,7 @@ def port_all(
     "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True, help="Type."
 )
 @click.option("--check/--no-check", default=True, show_default=True, help="Prove parity before the file gets its name.")
-@CHECK
-@LIMITS
+@check_options
 @REPORT
 def revert(
     family: str,
@@ -397,14 +374,7 @@ def revert(
     classes: int | None,
     dtype: str,
     check: bool,
-    images: Path | None,
-    samples: int | None,
-    isolated: bool,
-    stress: bool,
-    max_ratio: float | None,
-    atol: float | None,
-    rtol: float | None,
-    layer_limits: tuple[tuple[str, float], ...],
+    make_options: Callable[[], CheckOptions],
     all_layers: bool,
     report_files: tuple[Path, ...],
 ) -> None:
@@ -421,7 +391,7 @@ def revert(
 
     console = make_console()
     check_report_files(report_files)
-    options = make_check_options(make_limits(max_ratio, atol, rtol, layer_limits), images, samples, isolated, stress)
+    options = make_options()
     try:
         with ProgressBar() as progress:
             result = go_back(

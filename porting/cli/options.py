@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import click
 
 if TYPE_CHECKING:
     from porting.check import CheckOptions
-    from porting.parity import Limits, ParityReport
+    from porting.parity import ParityReport
 
 FILE = click.Path(path_type=Path)
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -72,21 +73,50 @@ def _all(*options: Callable[[Command], Command]) -> Callable[[Command], Command]
     return decorate
 
 
-LIMITS = _all(
-    click.option("--max-ratio", type=click.FloatRange(min=0, min_open=True), help="Limit of parity.  [default: 8]"),
-    click.option("--atol", type=click.FloatRange(min=0), help="Also bound the greatest difference."),
-    click.option("--rtol", type=click.FloatRange(min=0), help="Also bound it relative to the layer's greatest value."),
-    click.option("--limit", "layer_limits", type=LayerLimit(), multiple=True, help="A layer's own --max-ratio."),
-)
-
-CHECK = _all(
+_OPTIONS_OF_A_CHECK = _all(
     click.option("--images", type=FILE, help="Folder of images for the check.  [default: embedded ones]"),
     click.option("--samples", type=click.IntRange(min=1), help="Images to use.  [default: 4; all up to 64 pixels]"),
     click.option(
         "--isolated/--no-isolated", default=True, show_default=True, help="Also feed each layer PyTorch's own input."
     ),
     click.option("--stress", is_flag=True, help="Check on other weights and shapes too, on which mistakes are loud."),
+    click.option("--max-ratio", type=click.FloatRange(min=0, min_open=True), help="Limit of parity.  [default: 8]"),
+    click.option("--atol", type=click.FloatRange(min=0), help="Also bound the greatest difference."),
+    click.option("--rtol", type=click.FloatRange(min=0), help="Also bound it relative to the layer's greatest value."),
+    click.option("--limit", "layer_limits", type=LayerLimit(), multiple=True, help="A layer's own --max-ratio."),
 )
+
+
+def check_options(command: Command) -> Command:
+    """Gives a command the options of a check, and hands them on together as `make_options`, which makes them.
+
+    Not made at once, because that takes an import that `--help` must not wait for.
+    """
+
+    @functools.wraps(command)
+    def collecting(
+        *args: Any,
+        images: Path | None,
+        samples: int | None,
+        isolated: bool,
+        stress: bool,
+        max_ratio: float | None,
+        atol: float | None,
+        rtol: float | None,
+        layer_limits: tuple[tuple[str, float], ...],
+        **others: Any,
+    ) -> Any:
+        def make_options() -> CheckOptions:
+            from porting.check import CheckOptions
+            from porting.parity import DEFAULT_MAX_RATIO, Limits
+
+            limits = Limits(DEFAULT_MAX_RATIO if max_ratio is None else max_ratio, atol, rtol, dict(layer_limits))
+            return CheckOptions(limits, images, samples, isolated, stress)
+
+        return command(*args, make_options=make_options, **others)
+
+    return _OPTIONS_OF_A_CHECK(collecting)  # type: ignore[return-value]
+
 
 REPORT = _all(
     click.option("--all-layers", is_flag=True, help="Print every layer, not only the top level and failures."),
@@ -98,22 +128,6 @@ REPORT = _all(
         help="Also write the report: .html, .md, .xml (JUnit) or .json. Written when the check fails, too.",
     ),
 )
-
-
-def make_limits(
-    max_ratio: float | None, atol: float | None, rtol: float | None, layer_limits: tuple[tuple[str, float], ...]
-) -> Limits:
-    from porting.parity import DEFAULT_MAX_RATIO, Limits
-
-    return Limits(DEFAULT_MAX_RATIO if max_ratio is None else max_ratio, atol, rtol, dict(layer_limits))
-
-
-def make_check_options(
-    limits: Limits, images: Path | None, samples: int | None, isolated: bool, stress: bool
-) -> CheckOptions:
-    from porting.check import CheckOptions
-
-    return CheckOptions(limits, images, samples, isolated, stress)
 
 
 def check_report_files(paths: tuple[Path, ...]) -> None:
