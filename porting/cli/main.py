@@ -21,7 +21,8 @@ from porting.cli.options import (
     VariantCheckpoint,
     check_options,
     check_report_files,
-    write_reports,
+    show_report,
+    show_written,
 )
 from porting.errors import PortingError
 from porting.families import family_names, get_family
@@ -120,7 +121,6 @@ def cli(
     from porting.cli.terminal import ProgressBar, make_console
     from porting.errors import FailedParityError
     from porting.port import port
-    from porting.reports.terminal import print_report
 
     console = make_console()
     check_report_files(report_files)
@@ -141,22 +141,19 @@ def cli(
                 progress=progress,
             )
     except FailedParityError as error:
-        print_report(error.report, console, all_layers=all_layers)
-        write_reports(error.report, report_files)
+        show_report(error.report, console, all_layers, report_files)
         raise
     subject = result.subject
     console.print(f"The checkpoint has {subject.layout.described()}.")
     if subject.checkpoint.has_ema and not subject.checkpoint.is_ema:
         console.print("The checkpoint also has moving averages of its weights; --ema takes them.")
     if result.report is not None:
-        print_report(result.report, console, all_layers=all_layers)
-        write_reports(result.report, report_files)
+        show_report(result.report, console, all_layers, report_files)
     else:
         console.print("Not checked, as asked; the file's provenance says so.", style="yellow")
     tensors, dropped = len(result.conversion.weights), len(result.conversion.dropped)
     console.print(f"{tensors} tensors ported, {dropped} dropped by name, none left over.")
-    written = [result.path] if result.report_path is None else [result.path, result.report_path]
-    console.print("Wrote " + " and ".join(map(str, written)), soft_wrap=True)
+    show_written(result.path, result.report_path, console)
     console.print(f"Load it into {result.provenance['build']}", soft_wrap=True, markup=False)
 
 
@@ -198,7 +195,7 @@ def check(
     from porting.cli.terminal import ProgressBar, make_console
     from porting.errors import ParityError
     from porting.reports.document import read_report
-    from porting.reports.terminal import print_report, verdict
+    from porting.reports.terminal import verdict
 
     check_report_files(report_files)
     options = make_options()
@@ -226,8 +223,7 @@ def check(
                 options=options,
                 progress=progress,
             )
-    print_report(report, make_console(), all_layers=all_layers)
-    write_reports(report, report_files)
+    show_report(report, make_console(), all_layers, report_files)
     worse = [] if earlier is None else regressions(report, earlier, factor)
     for line in worse:
         click.echo(f"Worse than the baseline: {line}")
@@ -386,7 +382,6 @@ def revert(
     """
     from porting.cli.terminal import ProgressBar, make_console
     from porting.errors import FailedParityError
-    from porting.reports.terminal import print_report
     from porting.revert import revert as go_back
 
     console = make_console()
@@ -407,17 +402,14 @@ def revert(
                 progress=progress,
             )
     except FailedParityError as error:
-        print_report(error.report, console, all_layers=all_layers)
-        write_reports(error.report, report_files)
+        show_report(error.report, console, all_layers, report_files)
         raise
     if result.report is not None:
-        print_report(result.report, console, all_layers=all_layers)
-        write_reports(result.report, report_files)
+        show_report(result.report, console, all_layers, report_files)
     else:
         console.print("Not checked, as asked.", style="yellow")
     console.print(f"{len(result.state_dict)} tensors in {dtype}: {result.layout.described()}.")
-    written = [result.path] if result.report_path is None else [result.path, result.report_path]
-    console.print("Wrote " + " and ".join(map(str, written)), soft_wrap=True)
+    show_written(result.path, result.report_path, console)
 
 
 @cli.command()

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from porting.check import CheckOptions
     from porting.parity import ParityReport
 
@@ -140,9 +142,17 @@ def check_report_files(paths: tuple[Path, ...]) -> None:
         check_writable(path)
 
 
-def write_reports(report: ParityReport, paths: tuple[Path, ...]) -> None:
+def show_report(report: ParityReport, console: Console, all_layers: bool, paths: tuple[Path, ...]) -> None:
+    """Prints a report and writes it to every file that was asked for."""
     from porting.files import write_text
     from porting.reports import format_of, render
+    from porting.reports.terminal import print_report
 
+    print_report(report, console, all_layers=all_layers)
     for path in paths:
         write_text(path, render(report, format_of(path)))
+
+
+def show_written(path: Path, report_path: Path | None, console: Console) -> None:
+    written = [path] if report_path is None else [path, report_path]
+    console.print("Wrote " + " and ".join(map(str, written)), soft_wrap=True)
