@@ -8,7 +8,6 @@ kept: the recording, and its distance to the truth.
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
 import weakref
@@ -40,6 +39,7 @@ from porting.parity import (
 )
 from porting.progress import SILENT, Progress
 from porting.statistics import DifferenceSum, DistanceSum, measure_candidate, measure_truth
+from porting.truth import in_float64
 
 if TYPE_CHECKING:
     import keras
@@ -506,20 +506,6 @@ def check_parity(
     progress("looking for the cause")
     cause = _diagnose(reference, candidate, [a[:size] for a in arrays], [a[:size] for a in theirs], source_of, first)
     return replace(report, diagnosis=cause)
-
-
-def in_float64(model: nn.Module) -> nn.Module:
-    """A copy of the model in double precision, without one in its own precision on the way."""
-    from torch import nn
-
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        exact = parameter.detach().double() if parameter.is_floating_point() else parameter.detach().clone()
-        memo[id(parameter)] = nn.Parameter(exact, requires_grad=False)
-    for buffer in model.buffers():
-        memo[id(buffer)] = buffer.double() if buffer.is_floating_point() else buffer.clone()
-    # Tensors that are neither, as a model may hold them, are copied as they are and then brought along.
-    return copy.deepcopy(model, memo).double()
 
 
 class _Catcher(_CandidateObserver):

@@ -1,0 +1,80 @@
+"""A PyTorch model in double precision, whose results are taken for the truth.
+
+PyTorch has no depthwise convolution of its own for float64: it runs one small convolution a channel, which is most
+of the time of a float64 pass. Here such a module adds up its kernel's taps one after another, each over all channels;
+the products are the same and so is, to rounding in float64, their sum.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def in_float64(model: nn.Module) -> nn.Module:
+    """A copy of the model in double precision, without one in its own precision on the way."""
+    from torch import nn
+
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        exact = parameter.detach().double() if parameter.is_floating_point() else parameter.detach().clone()
+        memo[id(parameter)] = nn.Parameter(exact, requires_grad=False)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.double() if buffer.is_floating_point() else buffer.clone()
+    # Tensors that are neither, as a model may hold them, are copied as they are and then brought along.
+    truth = copy.deepcopy(model, memo).double()
+    for module in truth.modules():
+        # A subclass may compute something else.
+        if type(module) is nn.Conv2d and _is_plain_depthwise(module):
+            module.forward = partial(_depthwise, module)
+    return truth
+
+
+def _is_plain_depthwise(module: nn.Conv2d) -> bool:
+    """One channel in and out a group, stride 1, zeros around."""
+    return (
+        module.groups == module.in_channels == module.out_channels
+        and module.stride == (1, 1)
+        and module.padding_mode == "zeros"
+        and isinstance(module.padding, tuple)
+        and "forward" not in vars(module)
+    )
+
+
+def _depthwise(module: nn.Conv2d, images: Tensor) -> Tensor:
+    """What `module` computes for `(N, C, H, W)`, tap by tap; zeros around the images are left out, not added."""
+    assert isinstance(module.padding, tuple)  # a string was ruled out before
+    weight = module.weight[:, 0, :, :, None, None]
+    sides = [
+        size + 2 * padding - dilation * (taps - 1)
+        for size, padding, dilation, taps in zip(
+            images.shape[-2:], module.padding, module.dilation, module.kernel_size, strict=True
+        )
+    ]
+    if min(sides) < 1 or images.ndim != 4:
+        # PyTorch's own way has the right error, or an axis less.
+        return type(module).forward(module, images)
+    result = images.new_zeros(*images.shape[:2], *sides)
+    if module.bias is not None:
+        result += module.bias[:, None, None]
+    rows, columns = (
+        [_overlap(side, size, tap * dilation - padding) for tap in range(taps)]
+        for side, size, padding, dilation, taps in zip(
+            sides, images.shape[-2:], module.padding, module.dilation, module.kernel_size, strict=True
+        )
+    )
+    for i, (to_rows, from_rows) in enumerate(rows):
+        for j, (to_columns, from_columns) in enumerate(columns):
+            result[..., to_rows, to_columns].addcmul_(images[..., from_rows, from_columns], weight[:, i, j])
+    return result
+
+
+def _overlap(to_size: int, from_size: int, shift: int) -> tuple[slice, slice]:
+    """The positions of a result that a tap `shift` further on in the image reaches, and those that it takes."""
+    begin = max(0, -shift)
+    end = max(begin, min(to_size, from_size - shift))
+    return slice(begin, end), slice(begin + shift, end + shift)
