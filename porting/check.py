@@ -28,6 +28,7 @@ from porting.progress import SILENT, Progress
 from porting.provenance import describe_source, versions
 from porting.sources import Source, fetch, find_source, parse_location
 from porting.stress import stress_cases
+from porting.survey import survey_file
 
 if TYPE_CHECKING:
     import keras
@@ -44,6 +45,8 @@ class CheckOptions:
 
     `images` is a folder, by default the embedded one, and `samples` how many of them: by default all for a small
     input and four for a large one. `isolated` adds the isolated and input views, `stress` other weights and shapes.
+    `allow_non_finite` lets NaN and infinity pass: where the same weight has the same on both sides, the check has zero
+    in its place on both, so that it can tell anything of the others.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -51,6 +54,7 @@ class CheckOptions:
     samples: int | None = None
     isolated: bool = True
     stress: bool = False
+    allow_non_finite: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ class Subject:
     def convert_reference(self, reference: nn.Module) -> dict[str, Array]:
         """Keras's weights, by path, for a reference with other weights than the checkpoint's."""
         tensors = {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
-        return convert(tensors, self._reference_map(), self.shapes).weights
+        return convert(tensors, self._reference_map(), self.shapes, allow_non_finite=True).weights
 
     def _reference_map(self) -> KeyMap:
         first = self.family.layouts[0]
@@ -121,6 +125,8 @@ def check_models(
 ) -> ParityReport:
     """Compares a Keras model with the PyTorch model of a checkpoint, layer by layer, and under stress if asked."""
     reference = subject.load_reference()
+    if options.allow_non_finite:
+        _put_zeros_for_non_finite(candidate, reference, subject)
     images = parity_images(subject.family, subject.variant, options, subject.layout)
     pairs = subject.reference_pairs()
 
@@ -150,6 +156,21 @@ def check_models(
     return replace(report, stress=tuple(stressed))
 
 
+def _put_zeros_for_non_finite(candidate: keras.Model, reference: nn.Module, subject: Subject) -> None:
+    """In both models, where they agree about what is not finite; elsewhere it stays and fails the check."""
+    import torch
+
+    expected = subject.convert_reference(reference)
+    for variable in candidate.weights:
+        theirs, ours = expected[variable.path], np.asarray(variable)
+        hidden = ~np.isfinite(theirs)
+        if hidden.any() and np.array_equal(theirs[hidden], ours[hidden], equal_nan=True):
+            variable.assign(np.where(hidden, np.float32(0), ours))
+    for tensor in (*reference.parameters(), *reference.buffers()):
+        if tensor.is_floating_point():  # not in place: the checkpoint may have the same memory
+            tensor.data = torch.nan_to_num(tensor.data, 0.0, 0.0, 0.0)
+
+
 def check_file(
     family: Family,
     variant: str,
@@ -169,16 +190,19 @@ def check_file(
     fit the model.
     """
     weights_file.require_file(weights)
+    survey_file(weights)
     subject = open_checkpoint(family, variant, checkpoint, layout=layout, ema=ema, sha256=sha256, progress=progress)
     state_dict, key_map = subject.checkpoint.state_dict, subject.key_map
     refuse_other_keys(state_dict, key_map, subject.shapes)
-    refuse_non_finite({entry.source: state_dict[entry.source] for entry in key_map.entries})
+    options = options or CheckOptions()
+    used = {entry.source: state_dict[entry.source] for entry in key_map.entries}
+    non_finite = refuse_non_finite(used, allowed=options.allow_non_finite)
     progress("starting TensorFlow")
     start_tensorflow()
     progress("reading the weights")
     candidate = load_candidate(weights, subject.build_candidate, subject.how_to_build)
-    report = check_models(subject, candidate, options or CheckOptions(), progress)
-    return replace(report, context={**subject.describe(), "weights": weights.name})
+    report = check_models(subject, candidate, options, progress)
+    return replace(report, context={**subject.describe(), "weights": weights.name, "non_finite": list(non_finite)})
 
 
 def load_candidate(weights: Path, build: Callable[[], keras.Model], how_to_build: str) -> keras.Model:

@@ -60,10 +60,14 @@ class KeyDiff:
 
 @dataclass(frozen=True)
 class Conversion:
-    """Keras weights by path, float32 in Keras's axis order, and the names that were dropped on purpose."""
+    """Keras weights by path, float32 in Keras's axis order.
+
+    `dropped` are the names that were dropped on purpose, `non_finite` those of tensors that hold NaN or infinity.
+    """
 
     weights: dict[str, Array]
     dropped: tuple[str, ...]
+    non_finite: tuple[str, ...] = ()
 
 
 def diff_keys(state_dict: Mapping[str, Array], key_map: KeyMap, target_shapes: Mapping[str, Shape]) -> KeyDiff:
@@ -95,6 +99,7 @@ def convert(
     target_shapes: Mapping[str, Shape],
     *,
     hint: Callable[[], str] = str,
+    allow_non_finite: bool = False,
 ) -> Conversion:
     """Brings every tensor into Keras's name, axis order and float32.
 
@@ -102,14 +107,15 @@ def convert(
     used once or dropped by name and every Keras variable is written once.
 
     Raises KeyMapError, with every difference and what `hint` says, when that cannot be done, and CheckpointError when a
-    tensor holds NaN or infinity.
+    tensor holds NaN or infinity and that is not allowed.
     """
     refuse_other_keys(state_dict, key_map, target_shapes, hint=hint)
     weights = {}
     for entry in key_map.entries:
         weights[entry.target] = entry.layout.apply(to_float32(state_dict[entry.source]))
-    refuse_non_finite({entry.source: weights[entry.target] for entry in key_map.entries})
-    return Conversion(weights, key_map.dropped(state_dict))
+    by_source = {entry.source: weights[entry.target] for entry in key_map.entries}
+    non_finite = refuse_non_finite(by_source, allowed=allow_non_finite)
+    return Conversion(weights, key_map.dropped(state_dict), non_finite)
 
 
 def invert(weights: Mapping[str, Array], key_map: KeyMap) -> dict[str, Array]:
@@ -139,19 +145,20 @@ def to_float32(array: Array) -> Array:
         return array.astype(np.float32, copy=False)
 
 
-def refuse_non_finite(tensors: Mapping[str, Array]) -> None:
-    """Raises CheckpointError that names each tensor with NaN or infinity in it, and how many."""
-    rows = []
-    for name, array in tensors.items():
-        if not np.isfinite(array).all():
-            nans = int(np.isnan(array).sum())
-            infinities = int(np.isinf(array).sum())
-            rows.append(f"  {name}: {nans} NaN, {infinities} infinite of {array.size}")
-    if rows:
+def refuse_non_finite(tensors: Mapping[str, Array], *, allowed: bool = False) -> tuple[str, ...]:
+    """The names of tensors with NaN or infinity in them; raises CheckpointError with all of them unless `allowed`."""
+    found = {name: array for name, array in tensors.items() if not np.isfinite(array).all()}
+    if found and not allowed:
+        rows = [
+            f"  {name}: {np.isnan(array).sum()} NaN, {np.isinf(array).sum()} infinite of {array.size}"
+            for name, array in found.items()
+        ]
         raise CheckpointError(
             f"{len(rows)} tensors hold values that are not finite:\n" + "\n".join(rows),
-            hint="A model with such weights computes nothing; use a checkpoint from before training diverged.",
+            hint="A model with such weights computes nothing; use a checkpoint from before training diverged, or "
+            "--allow-non-finite to have them as they are.",
         )
+    return tuple(found)
 
 
 def _with_nearest(names: Iterable[str], others: tuple[str, ...]) -> list[str]:

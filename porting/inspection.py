@@ -9,7 +9,8 @@ from typing import Any
 
 from porting.checkpoint import read_checkpoint
 from porting.errors import SourceError
-from porting.weights_file import is_weights_file, list_tensors, read_provenance
+from porting.survey import survey_file
+from porting.weights_file import is_weights_file
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ def inspect_file(path: Path, *, ema: bool = False) -> Inspection:
     if not path.is_file():
         raise SourceError(f"{path}: no such file", hint="Give a checkpoint or a file of Keras weights.")
     if is_weights_file(path):
-        return Inspection({"format": "Keras weights"}, read_provenance(path), list_tensors(path))
+        survey = survey_file(path)
+        return Inspection({"format": "Keras weights"}, survey.provenance, survey.tensors)
     checkpoint = read_checkpoint(path, ema=ema)
     facts = {
         "format": checkpoint.format,

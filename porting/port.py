@@ -68,14 +68,20 @@ def port(
     check_writable(out)
     if keep_failed is not None:
         check_writable(keep_failed)
+    options = options or CheckOptions()
     subject = open_checkpoint(family, variant, checkpoint, layout=layout, ema=ema, sha256=sha256, progress=progress)
     progress("converting")
     conversion = convert(
-        subject.checkpoint.state_dict, subject.key_map, subject.shapes, hint=lambda: _variant_hint(subject)
+        subject.checkpoint.state_dict,
+        subject.key_map,
+        subject.shapes,
+        hint=lambda: _variant_hint(subject),
+        allow_non_finite=options.allow_non_finite,
     )
     provenance: dict[str, Any] = {
         **subject.describe(),
         "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        "non_finite": list(conversion.non_finite),
         "parity": {"status": "not checked"},
     }
     provenance["source"]["dropped"] = len(conversion.dropped)
@@ -88,7 +94,7 @@ def port(
             progress("reading back")
             candidate = weights_file.load_model(temporary, subject.build_candidate)
             _refuse_other_weights(candidate, conversion.weights)
-            report = check_models(subject, candidate, options or CheckOptions(), progress)
+            report = check_models(subject, candidate, options, progress)
             provenance["parity"] = _verdict(report)
             report = replace(report, context=provenance)
         with output_errors(out):
@@ -136,12 +142,16 @@ def _write(temporary: Path, out: Path, subject: Subject, conversion: Conversion,
 
 def _refuse_other_weights(candidate: keras.Model, weights: Mapping[str, Array]) -> None:
     """What Keras read must be, bit for bit, what was meant to be written."""
-    differing = [v.path for v in candidate.weights if not np.array_equal(np.asarray(v), weights[v.path])]
+    differing = [v.path for v in candidate.weights if not _same(np.asarray(v), weights[v.path])]
     if differing:
         raise ParityError(
             f"{len(differing)} weights read back from the file differ from those written, first {differing[0]}",
             hint="The disk or this version of Keras is at fault; please report it.",
         )
+
+
+def _same(one: Array, other: Array) -> bool:
+    return np.array_equal(one, other) or np.array_equal(one, other, equal_nan=True)
 
 
 def _verdict(report: ParityReport) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from porting.layout import Array
 from porting.parity import ParityReport, refusal
 from porting.progress import SILENT, Progress
 from porting.reports.document import to_json
+from porting.survey import Survey, survey_file
 
 if TYPE_CHECKING:
     import keras
@@ -78,10 +79,11 @@ def revert(
     suffix = _suffix_of(out)
     check_writable(out)
     weights_file.require_file(weights)
-    provenance = weights_file.read_provenance(weights) or {}
+    survey = survey_file(weights)
+    provenance = survey.provenance or {}
     ported_from = layout_named(family.layouts, str(provenance.get("layout", family.layouts[0].name)))
     if num_classes is None:
-        num_classes = _num_classes(family, variant, weights, provenance)
+        num_classes = _num_classes(family, variant, survey)
     target = layout_named(family.layouts, layout) if layout is not None else ported_from
     target, ported_from = (each if num_classes else each.without_head() for each in (target, ported_from))
     progress("starting TensorFlow")
@@ -95,8 +97,9 @@ def revert(
     progress("converting")
     key_map = family.key_map(variant, target)
     state_dict = invert(_values(candidate), key_map)
-    refuse_non_finite(state_dict)
-    state_dict = {name: _cast(name, array, dtype) for name, array in state_dict.items()}
+    options = options or CheckOptions()
+    non_finite = refuse_non_finite(state_dict, allowed=options.allow_non_finite)
+    state_dict = {name: _cast(name, array, dtype, name in non_finite) for name, array in state_dict.items()}
     state_dict |= family.unused_tensors(variant, target)
     with temporary_file(out, suffix) as temporary:
         progress("writing")
@@ -107,8 +110,8 @@ def revert(
         subject = open_checkpoint(family, variant, temporary, layout=target.name, ema=False, progress=progress)
         _refuse_other_tensors(subject, state_dict)
         if check:
-            report = check_models(subject, candidate, options or CheckOptions(), progress)
-            context = {**subject.describe(), "weights": weights.name}
+            report = check_models(subject, candidate, options, progress)
+            context = {**subject.describe(), "weights": weights.name, "non_finite": list(non_finite)}
             context["source"]["name"] = out.name
             report = replace(report, context=context)
             if not report.passed:
@@ -131,12 +134,11 @@ def _suffix_of(path: Path) -> str:
     )
 
 
-def _num_classes(family: Family, variant: str, weights: Path, provenance: Mapping[str, Any]) -> int:
+def _num_classes(family: Family, variant: str, survey: Survey) -> int:
     """As the shapes in the file show it, or its provenance, or else the variant's own."""
-    shapes = [shape for _, shape, _ in weights_file.list_tensors(weights)]
-    found = family.classes_in(variant, shapes)
+    found = family.classes_in(variant, [shape for _, shape, _ in survey.tensors])
     if found is None:
-        found = provenance.get("num_classes")
+        found = (survey.provenance or {}).get("num_classes")
     return found if isinstance(found, int) and found >= 0 else family.num_classes(variant, {})
 
 
@@ -144,10 +146,10 @@ def _values(model: keras.Model) -> dict[str, Array]:
     return {variable.path: np.asarray(variable) for variable in model.weights}
 
 
-def _cast(name: str, array: Array, dtype: str) -> Array:
+def _cast(name: str, array: Array, dtype: str, non_finite: bool) -> Array:
     with np.errstate(over="ignore"):
         cast: Array = np.ascontiguousarray(array.astype(DTYPES[dtype], copy=False))
-    if not np.isfinite(cast.astype(np.float32)).all():
+    if not non_finite and not np.isfinite(cast.astype(np.float32)).all():
         raise OutputError(f"{name} has values that {dtype} cannot hold", hint="Write it with --dtype float32.")
     return cast
 

@@ -206,7 +206,7 @@ class DifferenceSum:
             rms=distance.rms,
             relative=math.sqrt(error_power / power) if power else (math.inf if error_power else 0.0),
             cosine=cosine,
-            sqnr_db=10 * math.log10(power / error_power) if power and error_power else math.inf,
+            sqnr_db=_decibels(power, error_power),
             ulp_median=float(ranked[middle]),
             ulp_p999=float(ranked[late]),
             ulp_max=float(ranked[late:].max()),
@@ -218,6 +218,13 @@ class DifferenceSum:
             share_over=self.over / count,
             ulp_histogram=_doubling_histogram(ulps),
         )
+
+
+def _decibels(power: float, error_power: float) -> float:
+    if not power or not error_power:
+        return math.inf
+    quotient = power / error_power
+    return 10 * math.log10(quotient) if quotient else -math.inf  # an infinite error
 
 
 def _doubling_histogram(ulps: Tensor) -> tuple[int, ...]:

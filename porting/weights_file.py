@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import h5py
 import numpy as np
 
-from porting.errors import OutputError, SourceError, WeightsFileError
+from porting.errors import OutputError, SourceError
 from porting.files import interrupt_later, reserve
 from porting.layout import Array, Shape
+from porting.survey import PROVENANCE, WEIGHTS_MEMBER
 
 if TYPE_CHECKING:
     import keras
 
 SUFFIXES = (".weights.h5", ".h5", ".keras")
-PROVENANCE = "provenance"
 # What a file holds beside the weights' bytes: names, groups, the description of the model.
 _ROOM_BESIDE_WEIGHTS = 4 << 20
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -204,25 +204,6 @@ def write_provenance(path: Path, provenance: Mapping[str, Any]) -> None:
         file.attrs[PROVENANCE] = text
 
 
-def read_provenance(path: Path) -> dict[str, Any] | None:
-    """The provenance inside a weights file, or None where there is none; raises WeightsFileError."""
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if f"{PROVENANCE}.json" not in archive.namelist():
-                    return None
-                text: Any = archive.read(f"{PROVENANCE}.json")
-        else:
-            with h5py.File(path, "r") as file:
-                text = file.attrs.get(PROVENANCE)
-        provenance = None if text is None else json.loads(text)
-    except (OSError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
-        raise _unreadable(path, error) from None
-    if provenance is not None and not isinstance(provenance, dict):
-        raise WeightsFileError(f"{path}: its provenance is not a JSON object", hint="The file is damaged.")
-    return provenance
-
-
 def is_weights_file(path: Path) -> bool:
     """Whether the content, not the name, is HDF5 or a `.keras` archive."""
     with path.open("rb") as file:
@@ -232,40 +213,6 @@ def is_weights_file(path: Path) -> bool:
         return False
     try:
         with zipfile.ZipFile(path) as archive:
-            return "model.weights.h5" in archive.namelist()
+            return WEIGHTS_MEMBER in archive.namelist()
     except (zipfile.BadZipFile, OSError, ValueError):
         return path.suffix == ".keras"
-
-
-def list_tensors(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
-    """Name, shape and type of every dataset in an HDF5 or `.keras` file; raises WeightsFileError."""
-    try:
-        if zipfile.is_zipfile(path):
-            with (
-                zipfile.ZipFile(path) as archive,
-                archive.open("model.weights.h5") as member,
-                h5py.File(member, "r") as file,
-            ):
-                return _datasets(file)
-        with h5py.File(path, "r") as file:
-            return _datasets(file)
-    except (OSError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
-        raise _unreadable(path, error) from None
-
-
-def _datasets(file: h5py.File) -> list[tuple[str, tuple[int, ...], str]]:
-    rows: list[tuple[str, tuple[int, ...], str]] = []
-
-    def visit(name: str, item: h5py.Dataset | h5py.Group) -> None:
-        if isinstance(item, h5py.Dataset):
-            rows.append((name, tuple(item.shape or ()), str(item.dtype)))
-
-    file.visititems(visit)
-    return rows
-
-
-def _unreadable(path: Path, error: Exception) -> WeightsFileError:
-    return WeightsFileError(
-        f"{path}: not a whole HDF5 or .keras file: {str(error).splitlines()[0] if str(error) else error!r}",
-        hint="The file is cut off or damaged; port it again.",
-    )

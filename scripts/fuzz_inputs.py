@@ -30,8 +30,8 @@ from typing import Any
 import click
 
 MEMORY_BOUND_MIB = 256
-_BATCH = 200
-_SECONDS_A_BATCH = 300
+_BATCH = 600
+_SECONDS_A_BATCH = 600
 _CANARY = "canary"
 
 Case = tuple[str, str, bytes]  # what it is, the file's name, its content
@@ -47,12 +47,21 @@ class _Call:
         return self._reduced
 
 
+def keras_model() -> Any:
+    """The model whose weights files are damaged."""
+    import keras
+
+    inputs = keras.Input((4,))
+    x = keras.layers.Dense(6, name="a")(inputs)
+    return keras.Model(inputs, keras.layers.Dense(3, name="b")(keras.layers.BatchNormalization(name="norm")(x)))
+
+
 def healthy() -> dict[str, bytes]:
     """One small file of each kind."""
-    import h5py
-    import numpy as np
     import safetensors.torch
     import torch
+
+    from porting.weights_file import write_provenance, write_weights
 
     tensors = {f"layer{i}.weight": torch.arange(24, dtype=torch.float32).reshape(2, 3, 4) + i for i in range(4)}
     files = {}
@@ -65,20 +74,16 @@ def healthy() -> dict[str, bytes]:
     files["old.pth"] = stream.getvalue()
     files["x.safetensors"] = safetensors.torch.save(tensors)
     files["model.safetensors.index.json"] = json.dumps({"weight_map": dict.fromkeys(tensors, "x.safetensors")}).encode()
-    stream = io.BytesIO()
-    with h5py.File(stream, "w") as file:
-        file.attrs["layer_names"] = np.array([b"a", b"b"])
-        file.attrs["provenance"] = json.dumps({"family": "van"})
-        for layer in ("a", "b"):
-            file.create_group(layer).create_dataset("kernel", data=np.arange(60, dtype="f4").reshape(3, 20))
-            file[layer].attrs["weight_names"] = np.array([b"kernel"])
-    files["x.h5"] = stream.getvalue()
-    archive = io.BytesIO()
-    with zipfile.ZipFile(archive, "w") as packed:
-        packed.writestr("model.weights.h5", files["x.h5"])
-        packed.writestr("config.json", "{}")
-        packed.writestr("provenance.json", "{}")
-    files["x.keras"] = archive.getvalue()
+    model = keras_model()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "x.h5")
+        write_weights(path, model, {weight.path: weight.numpy() for weight in model.weights})
+        model.save_weights(path.with_name("x.weights.h5"))
+        model.save(path.with_name("x.keras"))
+        for suffix in ("h5", "weights.h5", "keras"):
+            own = path.with_name(f"x.{suffix}")
+            write_provenance(own, {"family": "van"})
+            files[own.name] = own.read_bytes()
     files["x.parity.json"] = b'{"schema_version": 2, "layers": [], "limits": {"max_ratio": 8}}'
     return files
 
@@ -272,6 +277,7 @@ def make_case(number: int, seed: int, files: dict[str, bytes], fixed: list[Case]
 
 def read(path: Path) -> None:
     """Reads a file by all means that its name calls for."""
+    from porting.check import load_candidate
     from porting.checkpoint import read_checkpoint
     from porting.convert import refuse_non_finite
     from porting.inspection import inspect_file
@@ -282,6 +288,7 @@ def read(path: Path) -> None:
         return
     if path.suffix in {".h5", ".keras"}:
         inspect_file(path)
+        load_candidate(path, keras_model, "the model")
         return
     state_dict = read_checkpoint(path).state_dict
     for array in state_dict.values():
@@ -291,9 +298,11 @@ def read(path: Path) -> None:
 
 def work(first: int, last: int, seed: int, folder: Path) -> None:
     """Runs cases and writes one JSON line each; the number of a case stands before it is tried."""
-    import torch  # noqa: F401  # before memory is measured
-
     from porting.errors import PortingError
+    from porting.frameworks import start_tensorflow
+
+    start_tensorflow()
+    import torch  # noqa: F401  # both before memory is measured
 
     files = healthy()
     canary = folder / _CANARY
@@ -317,6 +326,8 @@ def work(first: int, last: int, seed: int, folder: Path) -> None:
         except BaseException as error:
             outcome = f"TRACEBACK: {type(error).__name__}: {str(error)[:200]}"
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) / 2**10
+        # Files of Keras weights are first read by a process that ends with its case.
+        grown = max(grown, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**10)
         if grown > MEMORY_BOUND_MIB + len(content) / 2**20:
             outcome = f"MEMORY: {grown:.0f} MiB for {len(content):,} bytes"
         if canary.exists():

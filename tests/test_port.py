@@ -22,7 +22,7 @@ from porting.port import port
 from porting.references.synthetic import fill_with_synthetic_weights
 from porting.references.van import VAN, build_van
 from porting.reports.document import read_report
-from porting.weights_file import read_provenance
+from porting.survey import survey_file
 
 FAST = CheckOptions(samples=1)
 
@@ -50,7 +50,7 @@ def test_a_port_is_checked_named_and_documented(family: VanFamily, checkpoint: P
     assert result.report.passed
     assert result.report.input_shapes == ((3, 64, 64, 3),)
 
-    provenance = read_provenance(out)
+    provenance = survey_file(out).provenance
     assert provenance is not None
     assert provenance["variant"] == "nano"
     assert provenance["source"]["name"] == checkpoint.name
@@ -120,7 +120,7 @@ def test_a_failed_file_can_be_kept_under_another_name(checkpoint: Path, tmp_path
     with pytest.raises(FailedParityError, match="The refused file is .*failed.h5"):
         port(FaultyFamily(), "nano", tmp_path / "x.h5", checkpoint=checkpoint, options=FAST, keep_failed=kept)
     assert names_in(tmp_path) == ["failed.h5"]
-    provenance = read_provenance(kept)
+    provenance = survey_file(kept).provenance
     assert provenance is not None
     assert provenance["parity"]["status"] == "failed"
 
@@ -132,7 +132,7 @@ def test_without_a_check_the_provenance_says_so(checkpoint: Path, family: VanFam
     assert result.report is None
     # The report of the first port must not vouch for the second file.
     assert names_in(tmp_path) == ["x.h5"]
-    provenance = read_provenance(out)
+    provenance = survey_file(out).provenance
     assert provenance is not None
     assert provenance["parity"] == {"status": "not checked"}
 

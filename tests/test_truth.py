@@ -34,7 +34,9 @@ def test_a_depthwise_convolution_is_pytorchs(settings: dict[str, Any], size: tup
         expected = copy.deepcopy(module).double()(images)
         torch.testing.assert_close(truth(images), expected, rtol=1e-12, atol=1e-14)
         # As channels last in memory, and one image without its axis.
-        torch.testing.assert_close(truth(images.to(memory_format=torch.channels_last)), expected, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(
+            truth(images.to(memory_format=torch.channels_last)), expected, rtol=1e-12, atol=1e-14
+        )
         torch.testing.assert_close(truth(images[0]), expected[0], rtol=1e-12, atol=1e-14)
 
 

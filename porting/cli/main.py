@@ -21,6 +21,7 @@ from porting.cli.options import (
     VariantCheckpoint,
     check_options,
     check_report_files,
+    show_non_finite,
     show_report,
     show_written,
 )
@@ -151,6 +152,7 @@ def cli(
         show_report(result.report, console, all_layers, report_files)
     else:
         console.print("Not checked, as asked; the file's provenance says so.", style="yellow")
+        show_non_finite(result.provenance, console)
     tensors, dropped = len(result.conversion.weights), len(result.conversion.dropped)
     console.print(f"{tensors} tensors ported, {dropped} dropped by name, none left over.")
     show_written(result.path, result.report_path, console)

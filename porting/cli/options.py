@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -85,6 +85,9 @@ _OPTIONS_OF_A_CHECK = _all(
     click.option("--max-ratio", type=click.FloatRange(min=0, min_open=True), help="Limit of parity.  [default: 8]"),
     click.option("--atol", type=click.FloatRange(min=0), help="Also bound the greatest difference."),
     click.option("--rtol", type=click.FloatRange(min=0), help="Also bound it relative to the layer's greatest value."),
+    click.option(
+        "--allow-non-finite", is_flag=True, help="Have NaN and infinite weights as they are; checked with zeros there."
+    ),
     click.option("--limit", "layer_limits", type=LayerLimit(), multiple=True, help="A layer's own --max-ratio."),
 )
 
@@ -106,6 +109,7 @@ def check_options(command: Command) -> Command:
         atol: float | None,
         rtol: float | None,
         layer_limits: tuple[tuple[str, float], ...],
+        allow_non_finite: bool,
         **others: Any,
     ) -> Any:
         def make_options() -> CheckOptions:
@@ -113,7 +117,7 @@ def check_options(command: Command) -> Command:
             from porting.parity import DEFAULT_MAX_RATIO, Limits
 
             limits = Limits(DEFAULT_MAX_RATIO if max_ratio is None else max_ratio, atol, rtol, dict(layer_limits))
-            return CheckOptions(limits, images, samples, isolated, stress)
+            return CheckOptions(limits, images, samples, isolated, stress, allow_non_finite)
 
         return command(*args, make_options=make_options, **others)
 
@@ -149,8 +153,14 @@ def show_report(report: ParityReport, console: Console, all_layers: bool, paths:
     from porting.reports.terminal import print_report
 
     print_report(report, console, all_layers=all_layers)
+    show_non_finite(report.context, console)
     for path in paths:
         write_text(path, render(report, format_of(path)))
+
+
+def show_non_finite(facts: Mapping[str, Any], console: Console) -> None:
+    if names := facts.get("non_finite"):
+        console.print(f"{len(names)} tensors hold NaN or infinity: {', '.join(names)}", style="yellow", soft_wrap=True)
 
 
 def show_written(path: Path, report_path: Path | None, console: Console) -> None:
