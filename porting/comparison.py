@@ -624,7 +624,8 @@ def _compare_logits(pairs: list[tuple[Array, Array]]) -> LogitsComparison | None
     expected, actual = (np.concatenate(side) for side in zip(*pairs, strict=True))
     kept = min(5, expected.shape[1])
     best = [np.sort(np.argsort(side, axis=1, kind="stable")[:, -kept:], axis=1) for side in (expected, actual)]
-    change = np.abs(_softmax(expected) - _softmax(actual))
+    with np.errstate(invalid="ignore"):  # infinite logits give NaN, and say so
+        change = np.abs(_softmax(expected) - _softmax(actual))
     return LogitsComparison(
         samples=len(expected),
         top1_agreement=int((expected.argmax(1) == actual.argmax(1)).sum()),
