@@ -85,7 +85,9 @@ def revert(
     if num_classes is None:
         num_classes = _num_classes(family, variant, survey)
     target = layout_named(family.layouts, layout) if layout is not None else ported_from
-    target, ported_from = (each if num_classes else each.without_head() for each in (target, ported_from))
+    if not num_classes:
+        # The body saved alone, as its publisher would: no name has a prefix that stands before all of them.
+        target, ported_from = (each.without_head().without_prefix() for each in (target, ported_from))
     progress("starting TensorFlow")
     start_tensorflow()
     progress("reading the weights")
