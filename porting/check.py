@@ -209,9 +209,10 @@ def load_candidate(weights: Path, build: Callable[[], keras.Model], how_to_build
     """The Keras model with the weights of a file; raises WeightsFileError where they do not fit what is built."""
     try:
         return weights_file.load_model(weights, build)
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except Exception as error:  # Keras has no error of its own: a file may end in any
         raise WeightsFileError(
-            f"{weights}: Keras cannot load it into {how_to_build}: {str(error).partition(chr(10))[0][:300]}",
+            f"{weights}: Keras cannot load it into {how_to_build}: "
+            f"{str(error).partition(chr(10))[0][:300] or repr(error)}",
             hint="Check --variant and the number of classes; `van-port inspect` shows what the file holds.",
         ) from None
 

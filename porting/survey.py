@@ -88,6 +88,8 @@ def _survey(path: Path) -> dict[str, Any]:
         beside = sum(member.file_size for member in archive.infolist() if member.filename != WEIGHTS_MEMBER)
         if beside > _ROOM_BESIDE_WEIGHTS:
             raise ValueError(f"it has {beside:,} bytes beside the weights")
+        if damaged := archive.testzip():
+            raise ValueError(f"its part {damaged} is damaged")
         name = f"{PROVENANCE}.json"
         text = archive.read(name) if name in archive.namelist() else None
         with archive.open(WEIGHTS_MEMBER) as member, h5py.File(member, "r") as file:

@@ -6,7 +6,7 @@
 Each case is a checkpoint (torch zip, old torch pickle, safetensors, index of shards), a weights file (HDF5, .keras) or
 a report, made wrong by chance or by design, and is read as `van-port` reads it. A case is a failure when it ends in
 anything but success or a message, takes the process down, runs code, leaves a file behind, or needs more memory than
-its size and `MEMORY_BOUND_MIB` together. (Files of Keras weights are first read by a process with a bound of its own, of
+its size and `MEMORY_BOUND_MIB` together. (Files of Keras weights are first read by a process with a bound of its own,
 4 GiB of addresses; see `porting.survey`.) Cases run in other processes, so that a crash is counted and not suffered.
 """
 

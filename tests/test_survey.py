@@ -80,6 +80,13 @@ def test_numbers_from_another_file_are_refused(tmp_path: Path) -> None:
         survey_file(path)
 
 
+def test_a_damaged_part_beside_the_weights(tmp_path: Path) -> None:
+    path = make(tmp_path / "x.keras")
+    path.write_bytes(path.read_bytes().replace(b'{"variant": "nano"}', b'{"variant": "nanu"}'))
+    with pytest.raises(WeightsFileError, match=r"its part (provenance.json|model.weights.h5) is damaged"):
+        survey_file(path)
+
+
 def test_too_much_beside_the_weights(tmp_path: Path) -> None:
     path = make(tmp_path / "x.keras")
     with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
