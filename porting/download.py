@@ -180,13 +180,13 @@ def _retry_after(response: httpx.Response) -> float | None:
 
 
 def check_sha256(name: str, found: str | Path, sha256: str | None) -> None:
-    """Raises SourceError where a file, or the hash that it has, is not what was expected; None expects nothing."""
+    """Raises SourceError where a file, or the hash that it has, does not begin as expected; None expects nothing."""
     if sha256 is None:
         return
     if isinstance(found, Path):
         with found.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256.lower():
+    if not found.startswith(sha256.lower()):
         raise SourceError(
             f"{name} has the sha256 {found}, and {sha256.lower()} was expected",
             hint="The file is another one than you want, or was changed on the way. Do not use it.",

@@ -21,7 +21,10 @@ _REACH_TIMEOUT = 10.0  # seconds
 
 @dataclass(frozen=True)
 class Source:
-    """One row of the table; `top1` in percent, as stated by the source, 0 where it states none."""
+    """One row of the table; `top1` in percent, as stated by the source, 0 where it states none.
+
+    `sha256` may be no more than the beginning of the hash, as it stands in OpenMMLab's file names.
+    """
 
     family: str
     variant: str
@@ -33,6 +36,7 @@ class Source:
     top1: float = 0.0
     note: str = ""
     revision: str = ""
+    sha256: str = ""
 
     @property
     def label(self) -> str:
@@ -93,6 +97,7 @@ def fetch(source: Source, *, sha256: str | None = None, progress: Progress = SIL
     Raises SourceError, with what was wanted and how to give it by hand, when that is not possible, or the file has
     another hash than `sha256`.
     """
+    sha256 = sha256 or source.sha256 or None
     if source.kind == "url":
         return download(source.file, sha256=sha256, verify=verify_container, progress=progress)
     with progress.paused():  # the hub's client draws a bar of its own

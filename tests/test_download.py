@@ -124,7 +124,8 @@ def test_once_fetched_is_found_again_offline(server: Server, content: bytes) -> 
     assert (path.name, path.read_bytes()) == ("nano.pth", content)
     assert in_cache() == ["nano.pth"]
     server.always = "503"
-    assert download(server.url, sha256=hashlib.sha256(content).hexdigest()) == path
+    whole = hashlib.sha256(content).hexdigest()
+    assert download(server.url, sha256=whole) == download(server.url, sha256=whole[:8]) == path
     assert len(server.requests) == 1
 
 

@@ -47,7 +47,7 @@ def run_fetch(endpoint: str, cache: Path, **environment: str) -> str:
 def test_the_table_is_complete() -> None:
     assert variants_of("van") == ("nano", "b0", "b1", "b2", "b3", "b4", "b5", "b6")
     for source in load_sources():
-        assert source.kind in {"embedded", "huggingface", "none"}
+        assert source.kind in {"embedded", "huggingface", "url", "none"}
         assert bool(source.file) == (source.kind != "none")
         assert bool(source.repo) == (source.kind == "huggingface")
         assert bool(source.note) == (source.kind == "none")
@@ -60,13 +60,19 @@ def test_embedded_weights_are_a_file() -> None:
     assert source.label == "van_nano.pth.tar"
 
 
-@pytest.mark.parametrize("variant", ["b4", "b5", "b6"])
+@pytest.mark.parametrize("variant", ["b5", "b6"])
 def test_variants_without_an_official_file_say_what_is_known(variant: str) -> None:
     with pytest.raises(SourceError) as caught:
         fetch(find_source("van", variant))
     assert f"no official checkpoint of van {variant} is known" in caught.value.message
     assert "VAN-Segmentation publishes" in caught.value.message
     assert "--checkpoint FILE" in caught.value.hint
+
+
+def test_openmmlab_names_the_beginning_of_the_hash() -> None:
+    source = find_source("van", "b4")
+    assert source.kind == "url"
+    assert source.file.endswith(f"-{source.sha256}.pth")
 
 
 def test_a_variant_that_does_not_exist() -> None:
