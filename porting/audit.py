@@ -50,7 +50,7 @@ def audit_settings(reference: nn.Module, candidate: keras.Model, targets: Mappin
 
     `targets` gives the Keras path of each PyTorch module. A setting that only one side has a meaning for is left out.
     """
-    layers = {layer.path or layer.name: layer for layer in _all_layers(candidate)}
+    layers = layers_by_path(candidate)
     differences: list[SettingDifference] = []
     compared_layers = compared = 0
     for source, target in targets.items():
@@ -67,7 +67,8 @@ def audit_settings(reference: nn.Module, candidate: keras.Model, targets: Mappin
     return Audit(compared_layers, compared, tuple(differences))
 
 
-def _all_layers(model: keras.Model) -> list[keras.layers.Layer]:
+def layers_by_path(model: keras.Model) -> dict[str, keras.layers.Layer]:
+    """Every layer of a model, at any depth."""
     found: list[keras.layers.Layer] = []
     pending = list(model.layers)
     while pending:
@@ -76,7 +77,7 @@ def _all_layers(model: keras.Model) -> list[keras.layers.Layer]:
             found.append(layer)
             # Sublayers of a layer have no public listing; this is what Keras's own summary walks over.
             pending += list(getattr(layer, "_layers", []))
-    return found
+    return {layer.path or layer.name: layer for layer in found}
 
 
 def module_settings(module: nn.Module) -> Settings:

@@ -29,6 +29,7 @@ from porting.provenance import describe_source, versions
 from porting.sources import Source, fetch, find_source, parse_location
 from porting.stress import stress_cases
 from porting.survey import survey_file
+from porting.training import audit_masks, check_training, training_batch
 
 if TYPE_CHECKING:
     import keras
@@ -44,7 +45,8 @@ class CheckOptions:
     """How thorough a check is.
 
     `images` is a folder, by default the embedded one, and `samples` how many of them: by default all for a small
-    input and four for a large one. `isolated` adds the isolated and input views, `stress` other weights and shapes.
+    input and four for a large one. `isolated` adds the isolated and input views, `stress` other weights and shapes,
+    `train` ten steps of training with each of the family's optimisers.
     `allow_non_finite` lets NaN and infinity pass: where the same weight has the same on both sides, the check has zero
     in its place on both, so that it can tell anything of the others.
     """
@@ -54,6 +56,7 @@ class CheckOptions:
     samples: int | None = None
     isolated: bool = True
     stress: bool = False
+    train: bool = False
     allow_non_finite: bool = False
 
 
@@ -89,20 +92,21 @@ class Subject:
 
     def load_reference(self) -> nn.Module:
         """The PyTorch model with the checkpoint's weights."""
-        own = {entry.target: entry.source for entry in self._reference_map().entries}
+        own = {entry.target: entry.source for entry in self.reference_map().entries}
         state_dict = {own[entry.target]: self.checkpoint.state_dict[entry.source] for entry in self.key_map.entries}
         return load_reference(self.family, self.variant, self.num_classes, state_dict, self.layout)
 
     def reference_pairs(self) -> dict[str, str]:
         """The Keras layer of every module of the reference."""
-        return {pair.source: pair.target for pair in self._reference_map().layers}
+        return {pair.source: pair.target for pair in self.reference_map().layers}
 
     def convert_reference(self, reference: nn.Module) -> dict[str, Array]:
         """Keras's weights, by path, for a reference with other weights than the checkpoint's."""
         tensors = {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
-        return convert(tensors, self._reference_map(), self.shapes, allow_non_finite=True).weights
+        return convert(tensors, self.reference_map(), self.shapes, allow_non_finite=True).weights
 
-    def _reference_map(self) -> KeyMap:
+    def reference_map(self) -> KeyMap:
+        """The key map under the reference's own names."""
         first = self.family.layouts[0]
         return self.family.key_map(self.variant, first if self.num_classes else first.without_head())
 
@@ -144,16 +148,40 @@ def check_models(
         )
 
     report = run("as ported", reference, candidate, images)
-    if not options.stress:
-        return report
-    stressed = []
-    for case in stress_cases(reference, images, subject.family.shrinkable):
+    stressed: list[ParityReport] = []
+    if options.train:
+        stressed += check_training_of(subject, reference, candidate, images, options.limits, progress)
+    for case in stress_cases(reference, images, subject.family.shrinkable) if options.stress else ():
         keras_model = candidate
         if case.has_new_weights:
             keras_model = subject.build_candidate()
             weights_file.assign_weights(keras_model, subject.convert_reference(case.reference))
         stressed.append(run(case.name, case.reference, keras_model, case.images))
     return replace(report, stress=tuple(stressed))
+
+
+def check_training_of(
+    subject: Subject, reference: nn.Module, candidate: keras.Model, images: Array, limits: Limits, progress: Progress
+) -> tuple[ParityReport, ...]:
+    """Compares how the two models train, on crops of the images; the first report also has what their masks are."""
+    family = subject.family
+    batch, labels = training_batch(images, subject.num_classes)
+    reports = check_training(
+        reference,
+        candidate,
+        subject.reference_map(),
+        batch,
+        labels,
+        family.optimizers(),
+        limits=limits,
+        progress=progress,
+    )
+    progress("drawing masks")
+    models = family.build_with_dropout(subject.variant, subject.num_classes, subject.layout)
+    if models is None:
+        return reports
+    masks = audit_masks(*models)
+    return (replace(reports[0], audit=masks), *reports[1:])
 
 
 def _put_zeros_for_non_finite(candidate: keras.Model, reference: nn.Module, subject: Subject) -> None:

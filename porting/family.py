@@ -15,6 +15,7 @@ from porting.images import Preprocessing
 from porting.key_map import KeyMap
 from porting.layout import Array, Shape
 from porting.sources import variants_of
+from porting.training import OptimizerPair, usual_optimizers
 
 if TYPE_CHECKING:
     import keras
@@ -68,6 +69,16 @@ class Family(abc.ABC):
     @abc.abstractmethod
     def preprocessing(self, variant: str, layout: CheckpointLayout | None = None) -> Preprocessing:
         """How images were prepared when the published weights were trained."""
+
+    def build_with_dropout(
+        self, variant: str, num_classes: int, layout: CheckpointLayout | None = None
+    ) -> tuple[nn.Module, keras.Model] | None:
+        """Both models with dropout and drop path at rates above 0, to compare what they draw; None: it has neither."""
+        return None
+
+    def optimizers(self) -> tuple[OptimizerPair, ...]:
+        """With what training is compared."""
+        return usual_optimizers()
 
     def unused_tensors(self, variant: str, layout: CheckpointLayout | None = None) -> dict[str, Array]:
         """What `layout`'s class has beside the tensors of the key map, with the values that it starts with.

@@ -8,7 +8,7 @@ model.load_weights("van_b1.h5")
 
 from van_tf.config import VARIANTS, VanConfig
 from van_tf.model import (
-    preprocess_input,
+    features,
     van,
     van_b0,
     van_b1,
@@ -19,10 +19,26 @@ from van_tf.model import (
     van_b6,
     van_nano,
 )
+from van_tf.optimizers import AdamW
+from van_tf.preprocessing import (
+    CIFAR10_CLASSES,
+    Preprocessing,
+    decode_predictions,
+    load_image,
+    prepare_images,
+    preprocess_input,
+)
 
 __all__ = [
+    "CIFAR10_CLASSES",
     "VARIANTS",
+    "AdamW",
+    "Preprocessing",
     "VanConfig",
+    "decode_predictions",
+    "features",
+    "load_image",
+    "prepare_images",
     "preprocess_input",
     "van",
     "van_b0",

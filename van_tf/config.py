@@ -12,7 +12,8 @@ class VanConfig:
 
     `embed_dims`, `depths` and `mlp_ratios` have one number a stage. `input_size` is the height and width in
     pixels that the published weights were trained at; the network itself takes any size from 32 up.
-    `layer_norm_epsilon` is 1e-6 in the official classifier and 1e-5 in some other published code.
+    `layer_norm_epsilon` is 1e-6 in the official classifier and 1e-5 in some other published code. `trained_on` is the
+    data set of the published weights, and `classes` how many it has.
 
     Raises ValueError when the stages do not agree in number or a number is not positive.
     """
@@ -23,6 +24,8 @@ class VanConfig:
     mlp_ratios: tuple[int, ...] = (8, 8, 4, 4)
     input_size: int = 224
     layer_norm_epsilon: float = 1e-6
+    classes: int = 1000
+    trained_on: str = "imagenet"
 
     def __post_init__(self) -> None:
         stages = {len(self.embed_dims), len(self.depths), len(self.mlp_ratios)}
@@ -42,7 +45,9 @@ class VanConfig:
 VARIANTS: dict[str, VanConfig] = {
     config.name: config
     for config in (
-        VanConfig("nano", (32, 48, 64, 96), (2, 2, 2, 1), (4, 4, 4, 4), input_size=64),
+        VanConfig(
+            "nano", (32, 48, 64, 96), (2, 2, 2, 1), (4, 4, 4, 4), input_size=64, classes=10, trained_on="cifar10"
+        ),
         VanConfig("b0", (32, 64, 160, 256), (3, 3, 5, 2)),
         VanConfig("b1", (64, 128, 320, 512), (2, 2, 4, 2)),
         VanConfig("b2", (64, 128, 320, 512), (3, 3, 12, 3)),

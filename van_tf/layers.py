@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import keras
-from keras import layers
+from keras import layers, ops
 
 # PyTorch's BatchNorm2d: eps 1e-5, and momentum 0.1 there is the share of the new value, here that of the old.
 BATCH_NORM_EPSILON = 1e-5
@@ -31,6 +31,25 @@ def _conv_initializer() -> keras.initializers.Initializer:
     Keras counts a depthwise kernel's fan-out as height * width, which is that formula with groups = channels.
     """
     return keras.initializers.VarianceScaling(2.0, "fan_out", "untruncated_normal")
+
+
+@_register
+class BatchNorm(layers.BatchNormalization):
+    """`BatchNorm2d` in PyTorch: its running variance takes a batch's unbiased one, n / (n - 1) times the other.
+
+    Keras's own takes the biased one. What a batch is normalised with is the same on both sides, and so is inference.
+    """
+
+    def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+        if not (training and self.trainable):
+            return super().call(inputs, training=training, mask=mask)
+        kept = self.moving_variance * self.momentum
+        outputs = super().call(inputs, training=training, mask=mask)
+        # What the batch has added, once more as far as it was too little.
+        added = self.moving_variance - kept
+        others = ops.size(inputs) // _channels(inputs.shape) - 1
+        self.moving_variance.assign_add(added / ops.cast(ops.maximum(others, 1), added.dtype))
+        return outputs
 
 
 class _Composite(layers.Layer):
@@ -60,8 +79,8 @@ class _Composite(layers.Layer):
             name=name,
         )
 
-    def batch_norm(self, name: str) -> layers.BatchNormalization:
-        return layers.BatchNormalization(
+    def batch_norm(self, name: str) -> BatchNorm:
+        return BatchNorm(
             axis=-1, momentum=BATCH_NORM_MOMENTUM, epsilon=BATCH_NORM_EPSILON, dtype=self.dtype_policy, name=name
         )
 

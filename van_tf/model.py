@@ -2,11 +2,13 @@
 
 Source: arXiv 2202.09741, section 3.2, and the official code, `models/van.py` in
 Visual-Attention-Network/VAN-Classification. The top-level layers are `patch_embed{s}`, `block{s}.{j}`,
-`norm{s}` for the stages s from 1, then `pool` and `head`.
+`norm{s}` for the stages s from 1, then `pool` and `head`. Arguments follow keras.applications.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -14,6 +16,7 @@ from keras import layers
 
 from van_tf.config import VARIANTS, VanConfig
 from van_tf.layers import Block, OverlapPatchEmbed
+from van_tf.weights import find_weights
 
 MIN_INPUT_SIZE = 32
 
@@ -22,30 +25,54 @@ def van(
     config: VanConfig,
     *,
     include_top: bool = True,
-    input_shape: tuple[int | None, int | None, int] = (None, None, 3),
-    classes: int = 1000,
+    weights: str | os.PathLike[str] | None = None,
+    input_tensor: Any = None,
+    input_shape: tuple[int | None, ...] | None = None,
+    pooling: str | None = None,
+    classes: int | None = None,
+    classifier_activation: Any = None,
+    name: str | None = None,
+    data_format: str | None = None,
     drop_rate: float = 0.0,
     drop_path_rate: float = 0.0,
     layer_norm_epsilon: float | None = None,
     dtype: Any = None,
-    name: str | None = None,
 ) -> keras.Model:
-    """Builds the network that `config` describes, with fresh weights.
+    """Builds the network that `config` describes, by the conventions of keras.applications.
 
-    Input: `(N, H, W, C)` images, scaled as `preprocess_input` does; `input_shape` gives `(H, W, C)`, where H and
-    W may be None and otherwise are at least 32. Output: `(N, classes)` logits, without softmax as in PyTorch,
-    or with `include_top=False` the last stage's `(N, ceil(H / 32), ceil(W / 32), embed_dims[-1])`.
+    Input: `(N, H, W, C)` images, scaled as `preprocess_input` does; `input_shape` gives `(H, W, C)`, where H and W may
+    be None, as they are by default, and otherwise are at least 32. With `data_format` "channels_first" (by default
+    Keras's global setting) it is `(N, C, H, W)`, and so is a map that the model returns. `input_tensor` takes the place
+    of the input.
 
-    `drop_rate` is the dropout rate in the MLPs. `drop_path_rate` is the last block's rate of stochastic depth;
-    it grows linearly over all blocks, from 0. `layer_norm_epsilon` is by default the config's, 1e-6; weights from
-    OpenMMLab and VAN-Segmentation were trained with 1e-5. `dtype` is a Keras dtype or policy, by default the global.
+    Output: `(N, classes)` logits as PyTorch gives them; `classifier_activation="softmax"` makes them probabilities.
+    With `include_top=False` it is the last stage's map, `(N, ceil(H / 32), ceil(W / 32), embed_dims[-1])`, or with
+    `pooling` "avg" or "max" that over all positions, `(N, embed_dims[-1])`.
 
-    Raises ValueError for an input size below 32, a number of classes below 1 or a rate outside [0, 1).
+    `weights` is None for fresh ones, the path of a file that van-port or Keras has written, or the name of the data
+    set that the published weights were trained on: "imagenet", for nano "cifar10". These are ported on first use, by
+    van-port in a process of its own, and kept in `VAN_PORT_CACHE` or the user's cache folder. A file with another
+    number of classes gives all but its head, with a warning.
+
+    `classes` is by default the config's. `drop_rate` is the dropout rate in the MLPs. `drop_path_rate` is the last
+    block's rate of stochastic depth; it grows linearly over all blocks, from 0. `layer_norm_epsilon` is by default the
+    one that the weights were trained with, where their file says so, else the config's. `dtype` is a Keras dtype or
+    policy, by default the global.
+
+    Raises ValueError for arguments out of range and for a file that does not fit, FileNotFoundError for one that is not
+    there, and RuntimeError, with the command to run, when published weights cannot be had.
     """
-    _check_arguments(input_shape, classes, drop_rate, drop_path_rate)
-    norm_epsilon = config.layer_norm_epsilon if layer_norm_epsilon is None else layer_norm_epsilon
-    inputs = keras.Input(input_shape, name="images")
+    channels_first = _is_channels_first(data_format)
+    shape = _input_shape(input_shape, input_tensor, channels_first)
+    classes = config.classes if classes is None else classes
+    _check_arguments(shape, channels_first, include_top, pooling, classes, drop_rate, drop_path_rate)
+    file = None if weights is None else find_weights(config, weights)
+    if layer_norm_epsilon is None:
+        layer_norm_epsilon = (file and file.layer_norm_epsilon) or config.layer_norm_epsilon
+    inputs = keras.Input(shape, name="images") if input_tensor is None else input_tensor
     x = inputs
+    if channels_first:
+        x = layers.Permute((2, 3, 1), dtype=dtype, name="channels_last")(x)
     blocks_in_all = sum(config.depths)
     block_index = 0
     for stage, (dim, depth, ratio) in enumerate(
@@ -57,23 +84,86 @@ def van(
             rate = drop_path_rate * block_index / max(blocks_in_all - 1, 1)
             x = Block(ratio, drop_rate, rate, dtype=dtype, name=f"block{stage}.{j}")(x)
             block_index += 1
-        x = layers.LayerNormalization(epsilon=norm_epsilon, dtype=dtype, name=f"norm{stage}")(x)
-    if include_top:
+        x = layers.LayerNormalization(epsilon=layer_norm_epsilon, dtype=dtype, name=f"norm{stage}")(x)
+    if include_top or pooling == "avg":
         x = layers.GlobalAveragePooling2D(data_format="channels_last", dtype=dtype, name="pool")(x)
+    elif pooling == "max":
+        x = layers.GlobalMaxPooling2D(data_format="channels_last", dtype=dtype, name="pool")(x)
+    elif channels_first:
+        x = _to_channels_first(x, "channels_first")
+    if include_top:
         # The official code truncates this normal at a hundred standard deviations, which is not at all;
         # Keras's TruncatedNormal would cut at two.
         initializer = keras.initializers.RandomNormal(stddev=0.02)
-        x = layers.Dense(classes, kernel_initializer=initializer, dtype=dtype, name="head")(x)
-    return keras.Model(inputs, x, name=name or f"van_{config.name}")
+        x = layers.Dense(classes, classifier_activation, kernel_initializer=initializer, dtype=dtype, name="head")(x)
+    sources = keras.utils.get_source_inputs(inputs)
+    model = keras.Model(sources[0] if len(sources) == 1 else sources, x, name=name or f"van_{config.name}")
+    if file is not None:
+        file.load_into(model, config, van, whole=input_tensor is None)
+    return model
+
+
+def features(model: keras.Model, stages: Sequence[int] = (1, 2, 3, 4)) -> keras.Model:
+    """A model with the same input and weights that returns the maps of some stages, for detection and segmentation.
+
+    Stage s of a VAN gives `(N, ceil(H / r), ceil(W / r), embed_dims[s - 1])` with r = 4, 8, 16, 32, behind its
+    LayerNorm, as in VAN-Segmentation; channels first where the model takes them so. The output is a list in the order
+    of `stages`. `model` is any that `van` has built, with its head or without.
+
+    Raises ValueError for a stage that the model does not have.
+    """
+    known = [stage for stage in range(1, 100) if any(layer.name == f"norm{stage}" for layer in model.layers)]
+    if not stages or not set(stages) <= set(known):
+        raise ValueError(f"stages are some of {known}: got {list(stages)}")
+    maps = [model.get_layer(f"norm{stage}").output for stage in stages]
+    if any(layer.name == "channels_last" for layer in model.layers):
+        maps = [_to_channels_first(x, f"stage{stage}") for stage, x in zip(stages, maps, strict=True)]
+    return keras.Model(model.input, maps, name=f"{model.name}_features")
+
+
+def _to_channels_first(x: Any, name: str) -> Any:
+    return layers.Permute((3, 1, 2), dtype=x.dtype, name=name)(x)
+
+
+def _is_channels_first(data_format: str | None) -> bool:
+    data_format = data_format or keras.config.image_data_format()
+    if data_format not in {"channels_first", "channels_last"}:
+        raise ValueError(f"data_format is channels_first or channels_last: got {data_format!r}")
+    return data_format == "channels_first"
+
+
+def _input_shape(
+    input_shape: tuple[int | None, ...] | None, input_tensor: Any, channels_first: bool
+) -> tuple[int | None, ...]:
+    if input_tensor is not None:
+        if not keras.backend.is_keras_tensor(input_tensor):
+            raise ValueError("input_tensor is the output of a Keras layer or of keras.Input")
+        if input_shape is not None and tuple(input_tensor.shape[1:]) != tuple(input_shape):
+            raise ValueError(f"input_shape {input_shape} is not input_tensor's, {tuple(input_tensor.shape[1:])}")
+        return tuple(input_tensor.shape[1:])
+    if input_shape is None:
+        return (3, None, None) if channels_first else (None, None, 3)
+    return tuple(input_shape)
 
 
 def _check_arguments(
-    input_shape: tuple[int | None, int | None, int], classes: int, drop_rate: float, drop_path_rate: float
+    shape: tuple[int | None, ...],
+    channels_first: bool,
+    include_top: bool,
+    pooling: str | None,
+    classes: int,
+    drop_rate: float,
+    drop_path_rate: float,
 ) -> None:
-    if len(input_shape) != 3:
-        raise ValueError(f"input_shape is (height, width, channels): got {input_shape}")
-    if any(size is not None and size < MIN_INPUT_SIZE for size in input_shape[:2]):
-        raise ValueError(f"height and width are at least {MIN_INPUT_SIZE} pixels, or None: got {input_shape}")
+    if len(shape) != 3:
+        order = "(channels, height, width)" if channels_first else "(height, width, channels)"
+        raise ValueError(f"input_shape is {order}: got {shape}")
+    if any(size is not None and size < MIN_INPUT_SIZE for size in (shape[1:] if channels_first else shape[:2])):
+        raise ValueError(f"height and width are at least {MIN_INPUT_SIZE} pixels, or None: got {shape}")
+    if pooling not in {None, "avg", "max"}:
+        raise ValueError(f"pooling is None, 'avg' or 'max': got {pooling!r}")
+    if pooling is not None and include_top:
+        raise ValueError("pooling is for include_top=False; the head has an average of its own")
     if classes < 1:
         raise ValueError(f"classes is a positive number: got {classes}; for no head, use include_top=False")
     for label, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
@@ -81,49 +171,43 @@ def _check_arguments(
             raise ValueError(f"{label} is at least 0 and below 1: got {rate}")
 
 
-def van_nano(*, classes: int = 10, **kwargs: Any) -> keras.Model:
-    """This project's own small variant for 64x64 images, with CIFAR-10's ten classes; arguments as for `van`."""
-    return van(VARIANTS["nano"], classes=classes, **kwargs)
+def _constructor(variant: str, about: str) -> Callable[..., keras.Model]:
+    config = VARIANTS[variant]
+
+    def build(
+        include_top: bool = True,
+        weights: str | os.PathLike[str] | None = None,
+        input_tensor: Any = None,
+        input_shape: tuple[int | None, ...] | None = None,
+        pooling: str | None = None,
+        classes: int = config.classes,
+        classifier_activation: Any = None,
+        name: str | None = None,
+        **options: Any,
+    ) -> keras.Model:
+        return van(
+            config,
+            include_top=include_top,
+            weights=weights,
+            input_tensor=input_tensor,
+            input_shape=input_shape,
+            pooling=pooling,
+            classes=classes,
+            classifier_activation=classifier_activation,
+            name=name,
+            **options,
+        )
+
+    build.__name__ = build.__qualname__ = f"van_{variant}"
+    build.__doc__ = f"{about}; arguments as for `van`."
+    return build
 
 
-def van_b0(**kwargs: Any) -> keras.Model:
-    """VAN-B0 (Tiny), 4.1 M parameters; arguments as for `van`."""
-    return van(VARIANTS["b0"], **kwargs)
-
-
-def van_b1(**kwargs: Any) -> keras.Model:
-    """VAN-B1 (Small), 13.9 M parameters; arguments as for `van`."""
-    return van(VARIANTS["b1"], **kwargs)
-
-
-def van_b2(**kwargs: Any) -> keras.Model:
-    """VAN-B2 (Base), 26.6 M parameters; arguments as for `van`."""
-    return van(VARIANTS["b2"], **kwargs)
-
-
-def van_b3(**kwargs: Any) -> keras.Model:
-    """VAN-B3 (Large), 44.8 M parameters; arguments as for `van`."""
-    return van(VARIANTS["b3"], **kwargs)
-
-
-def van_b4(**kwargs: Any) -> keras.Model:
-    """VAN-B4, 60.3 M parameters; arguments as for `van`."""
-    return van(VARIANTS["b4"], **kwargs)
-
-
-def van_b5(**kwargs: Any) -> keras.Model:
-    """VAN-B5, 90.0 M parameters; arguments as for `van`."""
-    return van(VARIANTS["b5"], **kwargs)
-
-
-def van_b6(**kwargs: Any) -> keras.Model:
-    """VAN-B6 (Huge), 199.8 M parameters; arguments as for `van`."""
-    return van(VARIANTS["b6"], **kwargs)
-
-
-def preprocess_input(images: Any) -> Any:
-    """Pixel values from 0 to 255 to the range [-1, 1], as the official B0 to B3 and nano were trained.
-
-    That is mean = std = 0.5 on values from 0 to 1. Arrays and tensors of any shape and dtype; returns float32.
-    """
-    return keras.ops.cast(images, "float32") / 127.5 - 1.0
+van_nano = _constructor("nano", "This project's own small variant for 64x64 images, with CIFAR-10's ten classes")
+van_b0 = _constructor("b0", "VAN-B0 (Tiny), 4.1 M parameters")
+van_b1 = _constructor("b1", "VAN-B1 (Small), 13.9 M parameters")
+van_b2 = _constructor("b2", "VAN-B2 (Base), 26.6 M parameters")
+van_b3 = _constructor("b3", "VAN-B3 (Large), 44.8 M parameters")
+van_b4 = _constructor("b4", "VAN-B4, 60.3 M parameters")
+van_b5 = _constructor("b5", "VAN-B5, 90.0 M parameters")
+van_b6 = _constructor("b6", "VAN-B6 (Huge), 199.8 M parameters")

@@ -82,6 +82,7 @@ _OPTIONS_OF_A_CHECK = _all(
         "--isolated/--no-isolated", default=True, show_default=True, help="Also feed each layer PyTorch's own input."
     ),
     click.option("--stress", is_flag=True, help="Check on other weights and shapes too, on which mistakes are loud."),
+    click.option("--train", is_flag=True, help="Also compare ten training steps: gradients, statistics, weights."),
     click.option("--max-ratio", type=click.FloatRange(min=0, min_open=True), help="Limit of parity.  [default: 8]"),
     click.option("--atol", type=click.FloatRange(min=0), help="Also bound the greatest difference."),
     click.option("--rtol", type=click.FloatRange(min=0), help="Also bound it relative to the layer's greatest value."),
@@ -105,6 +106,7 @@ def check_options(command: Command) -> Command:
         samples: int | None,
         isolated: bool,
         stress: bool,
+        train: bool,
         max_ratio: float | None,
         atol: float | None,
         rtol: float | None,
@@ -117,7 +119,7 @@ def check_options(command: Command) -> Command:
             from porting.parity import DEFAULT_MAX_RATIO, Limits
 
             limits = Limits(DEFAULT_MAX_RATIO if max_ratio is None else max_ratio, atol, rtol, dict(layer_limits))
-            return CheckOptions(limits, images, samples, isolated, stress, allow_non_finite)
+            return CheckOptions(limits, images, samples, isolated, stress, train, allow_non_finite)
 
         return command(*args, make_options=make_options, **others)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from porting.family import Family
 from porting.images import Preprocessing
 from porting.key_map import KeyMap, KeyRule, Kind
 from porting.layout import Array, Shape
+from porting.training import OptimizerPair, usual_optimizers
 
 if TYPE_CHECKING:
     import keras
@@ -144,6 +145,21 @@ class VanFamily(Family):
         if num_classes == 0:
             return van_tf.van(config, include_top=False, layer_norm_epsilon=epsilon)
         return van_tf.van(config, classes=num_classes, layer_norm_epsilon=epsilon)
+
+    def build_with_dropout(
+        self, variant: str, num_classes: int, layout: CheckpointLayout | None = None
+    ) -> tuple[nn.Module, keras.Model]:
+        import van_tf
+        from porting.references.van import build_van
+
+        rates: dict[str, Any] = {"drop_rate": 0.1, "drop_path_rate": 0.3}
+        top: dict[str, Any] = {"classes": num_classes} if num_classes else {"include_top": False}
+        return build_van(variant, num_classes, **rates), van_tf.van(van_tf.VARIANTS[variant], **top, **rates)
+
+    def optimizers(self) -> tuple[OptimizerPair, ...]:
+        import van_tf
+
+        return usual_optimizers(van_tf.AdamW)
 
     def how_to_build(self, variant: str, num_classes: int, layout: CheckpointLayout | None = None) -> str:
         arguments = [] if num_classes else ["include_top=False"]

@@ -236,10 +236,12 @@ class VANBackbone(VAN):
         return self.forward_features(x)
 
 
-def build_van(variant: str, num_classes: int = 1000, *, layer_norm_eps: float = 1e-6) -> VAN:
+def build_van(variant: str, num_classes: int = 1000, **settings: Any) -> VAN:
     """Builds the reference of one row of `VARIANTS` with fresh weights, for 0 classes a `VANBackbone`.
+
+    `settings` are `VAN`'s: layer_norm_eps, drop_rate, drop_path_rate.
 
     Raises KeyError for an unknown row.
     """
     made = VAN if num_classes > 0 else VANBackbone
-    return made(**VARIANTS[variant]._asdict(), num_classes=num_classes, layer_norm_eps=layer_norm_eps)
+    return made(**VARIANTS[variant]._asdict(), num_classes=num_classes, **settings)

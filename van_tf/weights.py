@@ -1,0 +1,138 @@
+"""Files of weights for a model: found or ported, looked into, and loaded even where the head is another."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import keras
+import platformdirs
+
+from van_tf.config import VARIANTS, VanConfig
+
+SUFFIXES = (".h5", ".keras")
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """A file of Keras weights; `classes` is 0 where it has no head, `layer_norm_epsilon` None where it says none."""
+
+    path: Path
+    classes: int
+    layer_norm_epsilon: float | None
+
+    def load_into(
+        self, model: keras.Model, config: VanConfig, build: Callable[..., keras.Model], *, whole: bool
+    ) -> None:
+        """Gives the model these weights, all but the head where that is another one, and warns of that.
+
+        `whole` is whether the model has no other layers than VAN's. Raises ValueError for the weights of another model.
+        """
+        head = next((layer for layer in model.layers if layer.name == "head"), None)
+        classes = head.units if head is not None else 0
+        try:
+            if whole and classes == self.classes:
+                model.load_weights(self.path)
+                return
+            # Files are read in the order of a whole model's layers; so such a model reads this one, and hands on.
+            top = self.classes > 0
+            donor = build(config, include_top=top, classes=self.classes or None, data_format="channels_last")
+            donor.load_weights(self.path)
+        except (ValueError, OSError, KeyError) as error:
+            first_line = str(error).partition("\n")[0]
+            raise ValueError(f"{self.path}: not the weights of van_{config.name}: {first_line[:300]}") from None
+        given = {layer.name: layer for layer in donor.layers}
+        for layer in model.layers:
+            if layer.name in given and (layer is not head or classes == self.classes):
+                layer.set_weights(given[layer.name].get_weights())
+        if head is not None and classes != self.classes:
+            has = f"has {self.classes} classes" if self.classes else "has no head"
+            warnings.warn(
+                f"{self.path.name} {has} and the model has {classes}: its head starts afresh, all else is loaded",
+                stacklevel=4,
+            )
+
+
+def cache_folder() -> Path:
+    """Where ported weights are kept: in `VAN_PORT_CACHE`, or in the user's cache folder."""
+    return Path(os.environ.get("VAN_PORT_CACHE") or platformdirs.user_cache_path("van-port", appauthor=False)) / "keras"
+
+
+def find_weights(config: VanConfig, weights: str | os.PathLike[str]) -> WeightsFile:
+    """The file at a path, or with the published weights that `weights` names, which are ported where need be.
+
+    Raises FileNotFoundError, ValueError for a name of other weights or a file of another kind, and RuntimeError when
+    published weights cannot be had.
+    """
+    names = {each.trained_on for each in VARIANTS.values()}
+    if weights in names:
+        if weights != config.trained_on:
+            raise ValueError(f"the published weights of van_{config.name} are {config.trained_on!r}: got {weights!r}")
+        return _look_into(_published(config), config)
+    path = Path(weights)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no such file of weights: {path}. Expected None, {config.trained_on!r} or a file that van-port has "
+            f"written: van-port --variant {config.name} --out van_{config.name}.h5"
+        )
+    return _look_into(path, config)
+
+
+def _published(config: VanConfig) -> Path:
+    path = cache_folder() / f"van_{config.name}.h5"
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In a process of its own: that needs PyTorch, which whoever uses the model does not.
+    command = [sys.executable, "-m", "porting.cli.main", "--variant", config.name, "--out", str(path)]
+    shown = sys.stderr is not None and sys.stderr.isatty()  # then it shows its progress there
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=None if shown else subprocess.PIPE, check=False)
+    if done.returncode:
+        said = (done.stderr or b"").decode(errors="replace").strip().splitlines()
+        why = next((line for line in said if line.startswith("Error: ")), said[-1] if said else "see above")
+        raise RuntimeError(
+            f"the published weights of van_{config.name} are not in {path.parent}, and porting them failed: "
+            f"{why.removeprefix('Error: ')}\nRun this where they can be had, with --checkpoint FILE if you have them, "
+            f"and bring the file here: van-port --variant {config.name} --out {path}"
+        )
+    return path
+
+
+def _look_into(path: Path, config: VanConfig) -> WeightsFile:
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path}: weights are a file that ends in .h5, .weights.h5 or .keras")
+    try:
+        with _open(path) as (file, text):
+            heads: set[int] = set()
+
+            def visit(_: str, item: h5py.Dataset | h5py.Group) -> None:
+                # Nothing but the head's kernel has two axes.
+                if isinstance(item, h5py.Dataset) and item.ndim == 2 and item.shape[0] == config.embed_dims[-1]:
+                    heads.add(item.shape[1])
+
+            file.visititems(visit)
+            provenance = json.loads(text) if text else {}
+    except (OSError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not a whole file of Keras weights: {error}") from None
+    settings = provenance.get("settings", {}) if isinstance(provenance, dict) else {}
+    return WeightsFile(path, max(heads, default=0), settings.get("layer_norm_eps"))
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[tuple[h5py.File, str | bytes | None]]:
+    """The HDF5 file, or the one inside a `.keras` archive, and its provenance as JSON."""
+    if path.suffix == ".h5":
+        with h5py.File(path) as file:
+            yield file, file.attrs.get("provenance")
+        return
+    with zipfile.ZipFile(path) as archive, archive.open("model.weights.h5") as member, h5py.File(member) as file:
+        yield file, archive.read("provenance.json") if "provenance.json" in archive.namelist() else None
