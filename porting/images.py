@@ -49,10 +49,10 @@ def _load_image(path: Path, preprocessing: Preprocessing) -> Array:
             image = file.convert("RGB")
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise SourceError(f"{path}: not a readable image: {error}", hint="Remove it or give another folder.") from None
-    scale = preprocessing.resize_size / min(image.size)
-    width, height = (max(round(side * scale), preprocessing.resize_size) for side in image.size)
+    # As torchvision's Resize and CenterCrop: the longer side is rounded down, and half a pixel goes to the even number.
+    width, height = (preprocessing.resize_size * side // min(image.size) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = ((side - preprocessing.input_size) // 2 for side in (width, height))
+    left, top = (round((side - preprocessing.input_size) / 2) for side in (width, height))
     image = image.crop((left, top, left + preprocessing.input_size, top + preprocessing.input_size))
     pixels = np.asarray(image, np.float32) / np.float32(255)
     mean, std = np.asarray(preprocessing.mean, np.float32), np.asarray(preprocessing.std, np.float32)

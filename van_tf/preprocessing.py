@@ -62,7 +62,7 @@ def prepare_images(images: Any, size: int = 224, crop_fraction: float = 0.9) -> 
     # Rows before columns, and whole numbers in between: so does Pillow.
     for shape in ((height, new_width), (new_height, new_width)):
         images = tf.image.resize(images, shape, method="bicubic", antialias=True)
-        images = tf.clip_by_value(tf.round(images), 0.0, 255.0)
+        images = tf.clip_by_value(tf.floor(images + 0.5), 0.0, 255.0)  # halves go up
     # Halves go to the even number, as in torchvision's CenterCrop.
     top, left = (tf.cast(tf.round((side - size) / 2), tf.int32) for side in (new_height, new_width))
     images = images[..., top : top + size, left : left + size, :]
