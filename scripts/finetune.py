@@ -9,8 +9,8 @@ the optimiser's arithmetic are Keras's own parts. A run that was stopped goes on
 started again. OUT gets best.weights.h5, tuned.keras at the end (which `van-port revert` takes), and TensorBoard's log.
 
 --strategy mirrored uses all GPUs of a machine. Several machines are not possible: fit of Keras 3.15 fails under
-tf.distribute.MultiWorkerMirroredStrategy, "Attempt to convert a value (PerReplica...) with an unsupported type", when it
-averages the first batch (keras issue 20585; tried here as two processes with TensorFlow 2.21).
+tf.distribute.MultiWorkerMirroredStrategy, "Attempt to convert a value (PerReplica...) with an unsupported type", when
+it averages the first batch (keras issue 20585; tried here as two processes with TensorFlow 2.21).
 """
 
 from __future__ import annotations
