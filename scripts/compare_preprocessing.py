@@ -9,6 +9,7 @@ compared at 224 as levels of 255; logits are those of the model of --variant, wh
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +78,11 @@ def squashed(contents: bytes, size: int, crop_fraction: float) -> np.ndarray:
 
 WAYS: dict[str, Way] = {
     "van_tf.prepare_images": ours,
-    "the same, decoded the fast way": lambda *image: ours(*image, dct_method="INTEGER_FAST"),
+    "the same, decoded the fast way": partial(ours, dct_method="INTEGER_FAST"),
     "tf.image.resize, bicubic, antialias": resized_at_once,
-    "bilinear, antialias": lambda *image: resized_at_once(*image, method="bilinear"),
-    "bicubic, no antialias": lambda *image: resized_at_once(*image, antialias=False),
-    "bilinear, no antialias (the default)": lambda *image: resized_at_once(*image, method="bilinear", antialias=False),
+    "bilinear, antialias": partial(resized_at_once, method="bilinear"),
+    "bicubic, no antialias": partial(resized_at_once, antialias=False),
+    "bilinear, no antialias (the default)": partial(resized_at_once, method="bilinear", antialias=False),
     "squashed to a square": squashed,
 }
 

@@ -69,7 +69,7 @@ def training_data(paths: list[str], labels: np.ndarray, classes: int, size: int,
         both = {"images": images, "labels": labels}
         mixed = [mix(both, training=True) for mix in mixes]
         first = tf.random.uniform(()) < 0.5
-        return tuple(tf.where(first, mixed[0][key], mixed[1][key]) for key in ("images", "labels"))  # type: ignore[return-value]
+        return tuple(tf.where(first, mixed[0][key], mixed[1][key]) for key in ("images", "labels"))
 
     dataset = tf.data.Dataset.from_tensor_slices((paths, labels)).shuffle(len(paths), seed=0)
     dataset = dataset.map(load, tf.data.AUTOTUNE).batch(batch, drop_remainder=True)

@@ -97,7 +97,8 @@ def test_decode_with_names() -> None:
     probabilities = np.full((1, 10), 0.05)
     probabilities[0, 3] = 0.55
     ((_, name, share), _) = van_tf.decode_predictions(probabilities, 2, van_tf.CIFAR10_CLASSES)[0]
-    assert (name, share) == ("cat", pytest.approx(0.55))
+    assert name == "cat"
+    assert share == pytest.approx(0.55)
     assert second[0][1] == "airplane"
 
 

@@ -7,6 +7,7 @@ model.load_weights("van_b1.h5")
 """
 
 from van_tf.config import VARIANTS, VanConfig
+from van_tf.fusion import fuse
 from van_tf.model import (
     features,
     van,
@@ -37,6 +38,7 @@ __all__ = [
     "VanConfig",
     "decode_predictions",
     "features",
+    "fuse",
     "load_image",
     "prepare_images",
     "preprocess_input",

@@ -1,0 +1,142 @@
+"""The same network in fewer operations, for inference.
+
+At inference a BatchNorm is a factor and a summand for each channel, and so is a layer scale. Both go into the
+convolutions beside them, which is exact algebra. With a and b for `norm1` of a block, its attention branch
+
+    x + layer_scale_1 * (proj_2(z) + a x + b)      is      (1 + layer_scale_1 a) x + (layer_scale_1 proj_2(z) + ...)
+
+and the factor of x is carried along: the stream is kept divided by it, channel by channel, until the stage's LayerNorm
+takes it in. So of a block remain its eight convolutions, two GELUs, one product and two sums.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers
+
+from van_tf.layers import BATCH_NORM_EPSILON, Block, OverlapPatchEmbed
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+# Where a channel's factor leaves these bounds, it is multiplied at once: dividing by it would cost digits.
+_SMALLEST, _GREATEST = 0.1, 10.0
+
+
+def fuse(model: keras.Model) -> keras.Model:
+    """A model that gives what `model`, built by `van`, gives at inference, to rounding, without its normalisations.
+
+    Takes and returns the same shapes. Made of Keras's own layers alone; where a result is PyTorch's, the layer has the
+    module's name, such as `block1.0.attn.proj_1`. It cannot be trained back into a checkpoint.
+
+    Raises ValueError for a model that `van` has not built, or that takes channels first.
+    """
+    known = {layer.name for layer in model.layers}
+    if not any(isinstance(layer, Block) for layer in model.layers) or "channels_last" in known:
+        raise ValueError(f"{model.name} is not a VAN, channels last, as van_tf builds it")
+    inputs = keras.Input(model.input_shape[1:], name="images")
+    stream = _Stream(inputs)
+    for layer in model.layers[1:]:
+        if isinstance(layer, OverlapPatchEmbed):
+            stream.embed(layer)
+        elif isinstance(layer, Block):
+            stream.block(layer)
+        elif isinstance(layer, layers.LayerNormalization):
+            stream.norm(layer)
+        else:
+            stream.x = layer.__class__.from_config(layer.get_config())(stream.x)
+    fused = keras.Model(inputs, stream.x, name=f"{model.name}_fused")
+    for name, values in stream.weights.items():
+        fused.get_layer(name).set_weights([value.astype(np.float32) for value in values])
+    for layer in model.layers:
+        if layer.name in {"head", *(f"norm{stage}" for stage in range(1, 100))} and layer.weights:
+            fused.get_layer(layer.name).set_weights(layer.get_weights())
+    return fused
+
+
+class _Stream:
+    """The network as far as it is built: `x` times `factor`, channel by channel, is what the model has there."""
+
+    def __init__(self, inputs: Any) -> None:
+        self.x = inputs
+        self.factor: Array = np.ones(1)
+        self.weights: dict[str, list[Array]] = {}
+
+    def conv(self, x: Any, name: str, kernel: Array, bias: Array, strides: int = 1) -> Any:
+        self.weights[name] = [kernel, bias]
+        return layers.Conv2D(kernel.shape[-1], kernel.shape[0], strides, data_format="channels_last", name=name)(x)
+
+    def depthwise(self, x: Any, name: str, layer: layers.DepthwiseConv2D) -> Any:
+        self.weights[name] = [np.asarray(value, np.float64) for value in layer.get_weights()]
+        return layers.DepthwiseConv2D(
+            layer.kernel_size,
+            padding="same",
+            data_format="channels_last",
+            dilation_rate=layer.dilation_rate,
+            name=name,
+        )(x)
+
+    def embed(self, layer: OverlapPatchEmbed) -> None:
+        kernel, bias = _kernel_and_bias(layer.proj)
+        scale, shift = _scale_and_shift(layer.norm)
+        x = layers.ZeroPadding2D(layer.kernel_size // 2, data_format="channels_last", name=f"{layer.name}.pad")(self.x)
+        self.x = self.conv(x, layer.name, kernel * scale, bias * scale + shift, layer.strides)
+        self.factor = np.ones(layer.dim)
+
+    def block(self, layer: Block) -> None:
+        attn, mlp, name = layer.attn, layer.mlp, layer.name
+        scale, shift = _scale_and_shift(layer.norm1)
+        branch = np.asarray(layer.layer_scale_1, np.float64)
+        x = self._into(attn.proj_1, f"{name}.attn.proj_1", scale, shift)
+        x = gate = layers.Activation("gelu", name=f"{name}.attn.activation")(x)
+        unit = attn.spatial_gating_unit
+        path = f"{name}.attn.spatial_gating_unit"
+        x = self.depthwise(x, f"{path}.conv0", unit.conv0)
+        x = self.depthwise(x, f"{path}.conv_spatial", unit.conv_spatial)
+        x = self.conv(x, f"{path}.conv1", *_kernel_and_bias(unit.conv1))
+        x = layers.Multiply(name=path)([gate, x])
+        kernel, bias = _kernel_and_bias(attn.proj_2)
+        self._out_of(x, f"{name}.attn.scaled", kernel, bias + shift, branch, 1.0 + branch * scale)
+
+        scale, shift = _scale_and_shift(layer.norm2)
+        branch = np.asarray(layer.layer_scale_2, np.float64)
+        x = self._into(mlp.fc1, f"{name}.mlp.fc1", scale, shift)
+        x = self.depthwise(x, f"{name}.mlp.dwconv", mlp.dwconv.dwconv)
+        x = layers.Activation("gelu", name=f"{name}.mlp.act")(x)
+        self._out_of(x, f"{name}.mlp.scaled", *_kernel_and_bias(mlp.fc2), branch, np.ones_like(branch))
+
+    def norm(self, layer: layers.LayerNormalization) -> None:
+        if not (self.factor == 1.0).all():
+            self._multiply(f"{layer.name}.factor", self.factor)
+        self.x = layers.LayerNormalization(epsilon=layer.epsilon, name=layer.name)(self.x)
+
+    def _into(self, conv: layers.Conv2D, name: str, scale: Array, shift: Array) -> Any:
+        """A 1x1 convolution of the normalised stream."""
+        kernel, bias = _kernel_and_bias(conv)
+        return self.conv(self.x, name, kernel * (scale * self.factor)[:, None], bias + shift @ kernel[0, 0])
+
+    def _out_of(self, x: Any, name: str, kernel: Array, bias: Array, branch: Array, shortcut: Array) -> None:
+        """Adds a scaled 1x1 convolution to the stream, which goes on times `shortcut`."""
+        factor = self.factor * shortcut
+        if not ((np.abs(factor) > _SMALLEST) & (np.abs(factor) < _GREATEST)).all():
+            self._multiply(f"{name}.factor", factor)
+            factor = np.ones_like(factor)
+        x = self.conv(x, name, kernel * (branch / factor), bias * branch / factor)
+        self.x = layers.Add(name=f"{name}.sum")([self.x, x])
+        self.factor = factor
+
+    def _multiply(self, name: str, factor: Array) -> None:
+        self.x = layers.Rescaling([float(value) for value in factor.astype(np.float32)], name=name)(self.x)
+
+
+def _kernel_and_bias(layer: Any) -> tuple[Array, Array]:
+    kernel, bias = (np.asarray(value, np.float64) for value in layer.get_weights())
+    return kernel, bias
+
+
+def _scale_and_shift(norm: layers.BatchNormalization) -> tuple[Array, Array]:
+    """What a BatchNorm is at inference: `scale * x + shift`."""
+    gamma, beta, mean, variance = (np.asarray(value, np.float64) for value in norm.get_weights())
+    scale = gamma / np.sqrt(variance + BATCH_NORM_EPSILON)
+    return scale, beta - mean * scale
