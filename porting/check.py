@@ -291,9 +291,21 @@ def _float32_or_integer(array: Array) -> Array:
     return array if np.issubdtype(array.dtype, np.integer) else to_float32(array)
 
 
-def parity_images(family: Family, variant: str, options: CheckOptions, layout: CheckpointLayout | None = None) -> Array:
-    """The images of a check, `(N, H, W, 3)`, prepared as the variant's authors did; raises SourceError."""
+def parity_images(
+    family: Family,
+    variant: str,
+    options: CheckOptions,
+    layout: CheckpointLayout | None = None,
+    input_size: int | None = None,
+) -> Array:
+    """The images of a check, `(N, H, W, 3)`, prepared as the variant's authors did; raises SourceError.
+
+    For another `input_size` than theirs the resized side grows or shrinks with it.
+    """
     preprocessing = family.preprocessing(variant, layout)
+    if input_size is not None:
+        resize_size = preprocessing.resize_size * input_size // preprocessing.input_size
+        preprocessing = replace(preprocessing, input_size=input_size, resize_size=resize_size)
     paths = find_images(options.images if options.images is not None else weights_folder() / "parity_images")
     samples = options.samples
     if samples is None:

@@ -12,7 +12,7 @@ import math
 import statistics
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -638,3 +638,85 @@ def _softmax(logits: Array) -> Array:
     exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
     probabilities: Array = exponentials / exponentials.sum(axis=1, keepdims=True)
     return probabilities
+
+
+def check_outputs(
+    reference: nn.Module,
+    run: Callable[[Array], Mapping[str, Array]],
+    images: Array,
+    *,
+    rounded: nn.Module | None = None,
+    limits: Limits | None = None,
+    name: str = "as exported",
+    progress: Progress = SILENT,
+) -> ParityReport:
+    """Compares what a program outside Keras makes of images with PyTorch, by the names of PyTorch's modules.
+
+    `run` takes `(1, H, W, C)` and gives the tensors that it can show, `OUTPUT` among them, in either order of axes.
+    `rounded` is the reference as it is in the program's precision; its distance to float64 is then the unit, by default
+    the reference's own.
+
+    Raises ValueError when there are no images.
+    """
+    import torch
+
+    if not len(images):
+        raise ValueError("at least one input is needed for a parity check")
+    limits = limits or Limits()
+    reference = reference.eval()
+    truth_model = in_float64(reference)
+    sums: dict[str, _LayerSum] = {}
+    order: list[str] = []
+    logits: list[tuple[Array, Array]] = []
+    kinds = {path: type(module).__name__ for path, module in reference.named_modules()}
+    for index, image in enumerate(images):
+        progress("comparing what was exported", index, len(images))
+        found = run(image[None])
+        tensor = torch.from_numpy(np.ascontiguousarray(_to_channels_first(image[None])))
+        with torch.no_grad():
+            recorder = _record(reference, [tensor], watches_inputs=False)
+            noisy = recorder if rounded is None else _record(rounded, [tensor], watches_inputs=False)
+            exact = _record(truth_model, [tensor.double()], watches_inputs=False)
+            for source in (*recorder.order, OUTPUT):
+                if source not in found or len(recorder.calls[source].outputs) != 1:
+                    continue
+                if source not in sums:
+                    order.append(source)
+                    sums[source] = _LayerSum(kinds.get(source, "output"))
+                expected, unit, truth = (each.calls[source].outputs[0].tensor for each in (recorder, noisy, exact))
+                actual = torch.from_numpy(np.array(found[source], np.float32))
+                _include_output(sums[source], expected, unit, truth, actual, limits.of(source), index)
+            expected_output = recorder.calls[OUTPUT].outputs
+            if len(expected_output) == 1:
+                logits.append((expected_output[0].tensor.numpy(), np.asarray(found[OUTPUT])))
+    progress("done", len(images), len(images))
+    layers = [replace(sums[source].total(source), target=source) for source in order]
+    return ParityReport(
+        layers=tuple(_with_usual_rounding(layers, reference)),
+        unpaired_source=(),
+        unpaired_target=(),
+        logits=_compare_logits(logits),
+        input_shapes=(tuple(images.shape),),
+        limits=limits,
+        name=name,
+    )
+
+
+def _include_output(
+    layer: _LayerSum, expected: Tensor, rounded: Tensor, truth: Tensor, actual: Tensor, limit: float, index: int
+) -> None:
+    view = layer.view(ACCUMULATED, 0)
+    axes = _axes_of(expected, actual)
+    if axes is None:
+        view.problem = f"shape {tuple(actual.shape)} instead of {tuple(_channels_last(expected).shape)}"
+        return
+    _, noise, scale = measure_truth(rounded, truth)
+    view.scale.include(scale)
+    view.expected_error.include(noise)
+    error, _, _ = measure_truth(expected, truth)
+    allowed = limit * max(view.expected_error.max, FLOAT32_ROUNDOFF * view.scale.max)
+    difference = DifferenceSum(index)
+    view.actual_error.include(difference.add(actual, expected.permute(axes), error.permute(axes), allowed))
+    layer.difference.include(difference)
+    layer.shape = (index + 1, *actual.shape[1:]) if actual.ndim else ()
+    layer.dtypes = (str(expected.dtype).removeprefix("torch."), str(actual.dtype).removeprefix("torch."))

@@ -70,3 +70,9 @@ class ReportError(PortingError):
     """A parity report cannot be read."""
 
     exit_code = 8
+
+
+class ExportError(PortingError):
+    """A model cannot be brought into another format, or its runtime cannot run what came out."""
+
+    exit_code = 9

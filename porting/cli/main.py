@@ -55,7 +55,7 @@ EMA_OPTION = click.option(
 EPILOG = """\b
 Exit codes: 0 done and at parity; 1 not at parity; 2 wrong usage; 3 bad checkpoint;
 4 tensors do not fit the model; 5 file not found; 6 cannot write; 7 bad weights file;
-8 bad report; 130 interrupted.
+8 bad report; 9 cannot export; 130 interrupted.
 """
 
 
@@ -411,6 +411,95 @@ def revert(
     else:
         console.print("Not checked, as asked.", style="yellow")
     console.print(f"{len(result.state_dict)} tensors in {dtype}: {result.layout.described()}.")
+    show_written(result.path, result.report_path, console)
+
+
+@cli.command()
+@FAMILY_OPTION
+@click.option("--variant", type=click.Choice(variants_of(FAMILY)), required=True, help="Which model the file is of.")
+@click.option("--weights", type=FILE, required=True, help="File of Keras weights: .h5, .weights.h5 or .keras.")
+@click.option("--out", type=FILE, required=True, help="File to write, .tflite or .onnx; for a SavedModel a folder.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["saved_model", "litert", "onnx"]),
+    help="What to write.  [default: as --out ends]",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "float16", "int8"]),
+    default="float32",
+    show_default=True,
+    help="int8 takes its ranges from the images of the check.",
+)
+@click.option("--input-size", type=click.IntRange(min=32), help="Side of the images.  [default: the variant's]")
+@click.option("--fused/--no-fused", default=True, show_default=True, help="Fold normalisations into convolutions.")
+@CHECKPOINT_OPTION
+@LAYOUT_OPTION
+@click.option("--check/--no-check", default=True, show_default=True, help="Prove parity before the file gets its name.")
+@check_options
+@REPORT
+def export(
+    family: str,
+    variant: str,
+    weights: Path,
+    out: Path,
+    form: str | None,
+    precision: str,
+    input_size: int | None,
+    fused: bool,
+    checkpoint: str | None,
+    layout: str | None,
+    check: bool,
+    make_options: Callable[[], CheckOptions],
+    all_layers: bool,
+    report_files: tuple[Path, ...],
+) -> None:
+    """Export a ported file to a SavedModel, LiteRT or ONNX, and compare it with PyTorch in its own runtime.
+
+    \b
+      van-port export --variant b1 --weights van_b1.h5 --out van_b1.tflite
+      van-port export --variant b1 --weights van_b1.h5 --out van_b1.onnx --precision int8 --images photos
+      van-port export --variant b1 --weights van_b1.h5 --out van_b1 --format saved_model
+    """
+    from porting.cli.terminal import ProgressBar, make_console
+    from porting.errors import FailedParityError
+    from porting.export import FORMATS
+    from porting.export import export as write_export
+
+    by_suffix = {suffix: name for name, suffix in FORMATS.items()}
+    form = form or by_suffix.get(out.suffix)
+    if form is None:
+        raise click.UsageError("--format is needed, or an --out that ends in .tflite or .onnx")
+    console = make_console()
+    check_report_files(report_files)
+    options = make_options()
+    try:
+        with ProgressBar() as progress:
+            result = write_export(
+                get_family(family),
+                variant,
+                weights,
+                out,
+                form=form,
+                precision=precision,
+                checkpoint=checkpoint,
+                layout=layout,
+                input_size=input_size,
+                fused=fused,
+                check=check,
+                options=options,
+                progress=progress,
+            )
+    except FailedParityError as error:
+        show_report(error.report, console, all_layers, report_files)
+        raise
+    if result.report is not None:
+        show_report(result.report, console, all_layers, report_files)
+    else:
+        console.print("Not checked, as asked.", style="yellow")
+    operators = ", ".join(f"{count} {name}" for name, count in result.operators.most_common())
+    console.print(f"{form} in {precision}, {result.size / 2**20:.1f} MiB: {operators}", soft_wrap=True)
     show_written(result.path, result.report_path, console)
 
 

@@ -156,6 +156,11 @@ class VanFamily(Family):
         top: dict[str, Any] = {"classes": num_classes} if num_classes else {"include_top": False}
         return build_van(variant, num_classes, **rates), van_tf.van(van_tf.VARIANTS[variant], **top, **rates)
 
+    def fuse(self, candidate: keras.Model) -> keras.Model:
+        import van_tf
+
+        return van_tf.fuse(candidate)
+
     def optimizers(self) -> tuple[OptimizerPair, ...]:
         import van_tf
 

@@ -1,0 +1,286 @@
+"""From a file of Keras weights to what other runtimes take, proven in those runtimes before it gets its name."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from porting import weights_file
+from porting.check import CheckOptions, load_candidate, open_checkpoint, parity_images
+from porting.comparison import check_outputs
+from porting.convert import refuse_other_keys
+from porting.errors import ExportError, FailedParityError, OutputError
+from porting.family import Family
+from porting.files import check_writable, move_into_place, output_errors, report_path_of, temporary_file, write_text
+from porting.frameworks import start_tensorflow
+from porting.layout import Array
+from porting.parity import ParityReport, refusal
+from porting.precision import PRECISIONS, in_precision
+from porting.progress import SILENT, Progress
+from porting.reports.document import to_json
+from porting.runtimes import open_runtime
+from porting.survey import survey_file
+
+if TYPE_CHECKING:
+    import keras
+
+# What the artifact's name ends in, by format.
+FORMATS = {"saved_model": "", "litert": ".tflite", "onnx": ".onnx"}
+_NEEDED = {"litert": ("ai_edge_litert",), "onnx": ("onnx", "onnxruntime", "tf2onnx"), "saved_model": ()}
+_OPSET = 18
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export has made: its size in bytes and its operations, and the report that vouches for it."""
+
+    path: Path
+    form: str
+    precision: str
+    size: int
+    operators: Counter[str]
+    report: ParityReport | None = None
+    report_path: Path | None = None
+
+
+def export(
+    family: Family,
+    variant: str,
+    weights: Path,
+    out: Path,
+    *,
+    form: str,
+    precision: str = "float32",
+    checkpoint: str | Path | None = None,
+    layout: str | None = None,
+    input_size: int | None = None,
+    fused: bool = True,
+    check: bool = True,
+    options: CheckOptions | None = None,
+    progress: Progress = SILENT,
+) -> ExportResult:
+    """Writes a ported file as a SavedModel (a folder), for LiteRT or as ONNX.
+
+    `precision` is float32, float16 or int8, the last with the images of `options` as the representative set. The model
+    takes `(N, input_size, input_size, 3)` (LiteRT: N = 1), by default of the variant's own size, and is `fused` as the
+    family can. With `check`, the artifact is loaded in its own runtime and compared with the PyTorch model of the
+    checkpoint, in units of what its precision costs PyTorch; only then it gets its name, with the report beside it.
+
+    Raises SourceError, CheckpointError, KeyMapError, WeightsFileError, OutputError, ExportError for what cannot be
+    converted or run, or FailedParityError; then `out` is untouched.
+    """
+    _check_arguments(form, precision, out)
+    weights_file.require_file(weights)
+    survey_file(weights)
+    options = options or CheckOptions()
+    subject = open_checkpoint(family, variant, checkpoint, layout=layout, ema=False, progress=progress)
+    refuse_other_keys(subject.checkpoint.state_dict, subject.key_map, subject.shapes)
+    progress("starting TensorFlow")
+    start_tensorflow()
+    progress("reading the weights")
+    model = load_candidate(weights, subject.build_candidate, subject.how_to_build)
+    if fused:
+        progress("fusing")
+        model = family.fuse(model)
+    preprocessing = family.preprocessing(variant, subject.layout)
+    size = input_size or preprocessing.input_size
+    images = parity_images(family, variant, options, subject.layout, size)
+    with temporary_file(out, FORMATS[form]) as temporary:
+        progress(f"exporting to {form}")
+        with _quiet(), output_errors(out):
+            _WRITERS[form](model, temporary, precision, images)
+        report = None
+        # The last layer's result is the model's.
+        last = {tensor._keras_history.operation.name for tensor in model.outputs}
+        layers = [layer.name for layer in model.layers if layer.name not in last]
+        with open_runtime(form, temporary, layers) as runtime:
+            operators = runtime.operators()
+            if check:
+                reference = subject.load_reference()
+                report = check_outputs(
+                    reference,
+                    runtime.run,
+                    images,
+                    rounded=None if precision == "float32" else in_precision(reference, precision, images),
+                    limits=options.limits,
+                    name=f"{form}, {precision}",
+                    progress=progress,
+                )
+                exported = {"format": form, "precision": precision, "fused": fused, "operators": dict(operators)}
+                report = replace(report, context={**subject.describe(), "weights": weights.name, "export": exported})
+        if report is not None and not report.passed:
+            raise FailedParityError(f"{out} was not written: {refusal(report)}", report)
+        with output_errors(out):
+            _give_name(temporary, out)
+    result = ExportResult(out, form, precision, _size(out), operators)
+    if report is None:
+        report_path_of(out).unlink(missing_ok=True)
+        return result
+    write_text(report_path_of(out), to_json(report))
+    return replace(result, report=report, report_path=report_path_of(out))
+
+
+def _check_arguments(form: str, precision: str, out: Path) -> None:
+    import importlib.util
+
+    if form not in FORMATS:
+        raise ExportError(f"there is no format {form!r}", hint=f"There are {', '.join(FORMATS)}.")
+    if precision not in PRECISIONS:
+        raise ExportError(f"there is no precision {precision!r}", hint=f"There are {', '.join(PRECISIONS)}.")
+    if form == "saved_model" and precision != "float32":
+        raise ExportError(
+            f"a SavedModel is written in float32, not {precision}",
+            hint="--format litert and onnx have other precisions.",
+        )
+    if missing := [name for name in _NEEDED[form] if importlib.util.find_spec(name) is None]:
+        raise ExportError(
+            f"exporting to {form} needs {', '.join(missing)}", hint="Install them: pip install 'van-port[export]'."
+        )
+    if FORMATS[form] and out.suffix != FORMATS[form]:
+        raise OutputError(f"{out}: the name does not say what it is", hint=f"End it in {FORMATS[form]}.")
+    if form == "saved_model":
+        if out.exists() and not (out / "saved_model.pb").is_file():
+            raise OutputError(f"{out} is there and is no SavedModel", hint="Give the folder another name.")
+        check_writable(out.with_name(f"{out.name}.parity.json"))
+    else:
+        check_writable(out)
+
+
+@contextmanager
+def _quiet() -> Any:
+    """Converters say much that is of no use to who runs them."""
+    loggers = [logging.getLogger(name) for name in ("absl", "tf2onnx", "tensorflow", "root")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _write_saved_model(model: keras.Model, path: Path, precision: str, images: Array) -> None:
+    import keras
+    import tensorflow as tf
+
+    path.unlink(missing_ok=True)
+    archive = keras.export.ExportArchive()
+    archive.track(model)
+    signature = tf.TensorSpec((None, *images.shape[1:]), tf.float32, name="images")
+    archive.add_endpoint("serving_default", lambda x: model(x, training=False), input_signature=[signature])
+    archive.write_out(str(path), verbose=False)
+
+
+def _write_litert(model: keras.Model, path: Path, precision: str, images: Array) -> None:
+    import tensorflow as tf
+    from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+
+    run = tf.function(lambda x: model(x, training=False)).get_concrete_function(
+        tf.TensorSpec((1, *images.shape[1:]), tf.float32, name="images")
+    )
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([convert_variables_to_constants_v2(run)], model)
+    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]  # no Flex
+    if precision != "float32":
+        converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    if precision == "float16":
+        converter.target_spec.supported_types = [tf.float16]
+    if precision == "int8":
+        converter.representative_dataset = lambda: ([image[None]] for image in images)
+    try:
+        content = converter.convert()
+    except Exception as error:  # it has no error of its own
+        raise ExportError(f"LiteRT's converter fails: {str(error).partition(chr(10))[0][:300]}") from None
+    path.write_bytes(content)
+
+
+def _write_onnx(model: keras.Model, path: Path, precision: str, images: Array) -> None:
+    import onnx
+    import tensorflow as tf
+    import tf2onnx
+
+    model = _with_erf(model)
+    signature = [tf.TensorSpec((None, *images.shape[1:]), tf.float32, name="images")]
+    run = tf.function(lambda x: model(x, training=False), input_signature=signature)
+    try:
+        converted, _ = tf2onnx.convert.from_function(run, signature, opset=_OPSET)
+        if precision == "float16":
+            from onnxruntime.transformers.float16 import convert_float_to_float16
+
+            converted = convert_float_to_float16(converted, keep_io_types=True)
+        onnx.save(converted, path)
+        if precision == "int8":
+            _quantize_onnx(path, images)
+    except (ValueError, RuntimeError, KeyError, AttributeError) as error:
+        raise ExportError(f"the conversion to ONNX fails: {str(error).partition(chr(10))[0][:300]}") from None
+
+
+def _with_erf(model: keras.Model) -> keras.Model:
+    """The model with its GELU spelled out: TensorFlow's has the operation Erfc, which ONNX lacks.
+
+    In this form ONNX Runtime knows it for a GELU and computes it in one pass.
+    """
+    import keras
+
+    def gelu(x: Any) -> Any:
+        return x * 0.5 * (1.0 + keras.ops.erf(x / np.float32(np.sqrt(2.0))))
+
+    def spelled_out(layer: keras.layers.Layer) -> keras.layers.Layer:
+        if isinstance(layer, keras.layers.Activation) and layer.activation is keras.activations.gelu:
+            return keras.layers.Activation(gelu, name=layer.name)
+        return layer.__class__.from_config(layer.get_config())
+
+    clone = keras.models.clone_model(model, clone_function=spelled_out)
+    clone.set_weights(model.get_weights())
+    return clone
+
+
+def _quantize_onnx(path: Path, images: Array) -> None:
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+
+    class Images(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self._left = iter(images)
+
+        def get_next(self) -> dict[str, Array] | None:
+            image = next(self._left, None)
+            return None if image is None else {"images": image[None]}
+
+    quantize_static(
+        path, path, Images(), per_channel=True, activation_type=QuantType.QInt8, weight_type=QuantType.QInt8
+    )
+
+
+_WRITERS: dict[str, Callable[[Any, Path, str, Array], None]] = {
+    "saved_model": _write_saved_model,
+    "litert": _write_litert,
+    "onnx": _write_onnx,
+}
+
+
+def _give_name(temporary: Path, out: Path) -> None:
+    """A folder cannot take another's place at once: the old one steps aside first."""
+    if not temporary.is_dir():
+        move_into_place(temporary, out)
+        return
+    aside = out.with_name(f".{out.name}.old")
+    if out.exists():
+        out.replace(aside)
+    temporary.replace(out)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _size(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(each.stat().st_size for each in files if each.is_file())

@@ -1,0 +1,185 @@
+"""Exported files are proven in their own runtimes, and refused where they are wrong."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import torch
+from click.testing import Result
+
+import van_tf
+from porting.check import CheckOptions
+from porting.comparison import check_outputs
+from porting.errors import ExportError, FailedParityError, OutputError
+from porting.export import export
+from porting.families.van import VanFamily
+from porting.parity import OUTPUT
+from porting.port import port
+from porting.precision import in_precision
+from porting.references.van import VAN
+from porting.runtimes import open_runtime
+
+TWO = CheckOptions(samples=2)
+# Activations of weights that were never trained reach far, which eight bits bear badly.
+slow = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def ported(family: VanFamily, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return port(family, "nano", tmp_path_factory.mktemp("x") / "x.h5", checkpoint=checkpoint, check=False).path
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "precision", "layers"),
+    [
+        ("litert", "x.tflite", "float32", 70),
+        pytest.param("litert", "x.tflite", "float16", 70, marks=slow),
+        pytest.param("litert", "x.tflite", "int8", 70, marks=slow),
+        ("onnx", "x.onnx", "float32", 40),
+        pytest.param("onnx", "x.onnx", "float16", 40, marks=slow),
+        pytest.param("onnx", "x.onnx", "int8", 40, marks=slow),
+        ("saved_model", "x", "float32", 1),
+    ],
+)
+def test_every_format_and_precision(
+    family: VanFamily, checkpoint: Path, ported: Path, tmp_path: Path, form: str, name: str, precision: str, layers: int
+) -> None:
+    out = tmp_path / name
+    result = export(family, "nano", ported, out, form=form, precision=precision, checkpoint=checkpoint, options=TWO)
+    assert result.report is not None
+    assert result.report.passed
+    assert len(result.report.layers) >= layers
+    assert result.report.layers[-1].source == OUTPUT
+    assert names_in(tmp_path) == [name, f"{name}.parity.json"]
+    assert result.size > 300_000
+    if form == "litert":
+        # Every dilated convolution is one operation, and nothing needs TensorFlow's kernels.
+        assert result.operators["DEPTHWISE_CONV_2D"] == 21
+        assert result.operators["GELU"] == 14
+        assert not any("SPACE_TO_BATCH" in operator or "Flex" in operator for operator in result.operators)
+    if precision == "float32":
+        with open_runtime(form, out, []) as runtime:
+            image = np.random.default_rng(0).normal(size=(1, 64, 64, 3)).astype(np.float32)
+            expected = van_tf.van_nano(weights=ported)(image)
+            np.testing.assert_allclose(runtime.run(image)[OUTPUT], expected, atol=1e-5)
+
+
+def test_a_saved_model_replaces_an_older_one(family: VanFamily, checkpoint: Path, ported: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        export(family, "nano", ported, tmp_path / "x", form="saved_model", checkpoint=checkpoint, check=False)
+    assert names_in(tmp_path) == ["x"]
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(OutputError, match="mine is there and is no SavedModel"):
+        export(family, "nano", ported, tmp_path / "mine", form="saved_model", checkpoint=checkpoint)
+
+
+def test_a_wrong_export_gets_no_name(
+    family: VanFamily, checkpoint: Path, ported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tampered(self: VanFamily, candidate: keras.Model) -> keras.Model:
+        fused = van_tf.fuse(candidate)
+        layer = fused.get_layer("block2.1.mlp.fc1")
+        layer.bias.assign(layer.bias * 1.001)
+        return fused
+
+    monkeypatch.setattr(VanFamily, "fuse", tampered)
+    (tmp_path / "x.tflite").write_text("old")
+    with pytest.raises(
+        FailedParityError, match="x.tflite was not written: not at parity; first divergence: block2.1.mlp.fc1"
+    ):
+        export(family, "nano", ported, tmp_path / "x.tflite", form="litert", checkpoint=checkpoint, options=TWO)
+    assert names_in(tmp_path) == ["x.tflite"]
+    assert (tmp_path / "x.tflite").read_text() == "old"
+
+
+def test_eight_bits_are_not_a_licence(reference: VAN) -> None:
+    """An artifact twenty times worse than int8 has to be fails."""
+    images = np.random.default_rng(0).normal(size=(2, 48, 48, 3)).astype(np.float32)
+    rounded = in_precision(reference, "int8", images)
+    scale = 0.0
+
+    def run(image: np.ndarray) -> dict[str, np.ndarray]:
+        with torch.no_grad():
+            output = rounded(torch.from_numpy(image.transpose(0, 3, 1, 2).copy())).numpy()
+        return {OUTPUT: output + scale * np.abs(output).max() * np.array([1, -1] * 5, np.float32)}
+
+    assert check_outputs(reference, run, images, rounded=rounded).passed
+    scale = 3.0
+    assert not check_outputs(reference, run, images, rounded=rounded).passed
+
+
+@pytest.mark.parametrize(
+    ("precision", "low", "high"), [("float32", 0.0, 0.0), ("float16", 1e-4, 1e-2), ("int8", 1e-3, 0.5)]
+)
+def test_a_precision_costs_what_it_costs(reference: VAN, precision: str, low: float, high: float) -> None:
+    images = np.random.default_rng(0).normal(size=(2, 48, 48, 3)).astype(np.float32)
+    tensor = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+    with torch.no_grad():
+        expected, actual = reference(tensor), in_precision(reference, precision, images)(tensor)
+    error = float((actual - expected).norm() / expected.norm())
+    assert low <= error <= high
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"form": "coreml", "out": "x.mlmodel"}, ExportError, "there is no format 'coreml'"),
+        ({"form": "onnx", "out": "x.onnx", "precision": "int4"}, ExportError, "there is no precision 'int4'"),
+        ({"form": "saved_model", "out": "x", "precision": "int8"}, ExportError, "is written in float32, not int8"),
+        ({"form": "onnx", "out": "x.tflite"}, OutputError, "does not say what it is"),
+        ({"form": "litert", "out": "no/x.tflite"}, OutputError, "does not exist"),
+    ],
+)
+def test_what_cannot_be_is_said_before_the_work(
+    family: VanFamily,
+    ported: Path,
+    tmp_path: Path,
+    arguments: dict[str, Any],
+    error: type[Exception],
+    message: str,
+) -> None:
+    out = tmp_path / arguments.pop("out")
+    with pytest.raises(error, match=message):
+        export(family, "nano", ported, out, **arguments)
+
+
+def test_a_runtime_that_is_not_installed(
+    family: VanFamily, ported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tf2onnx" else sys)
+    with pytest.raises(ExportError, match="exporting to onnx needs tf2onnx") as caught:
+        export(family, "nano", ported, tmp_path / "x.onnx", form="onnx")
+    assert "pip install 'van-port[export]'" in caught.value.hint
+
+
+@pytest.mark.parametrize(("form", "name"), [("litert", "x.tflite"), ("onnx", "x.onnx"), ("saved_model", "x")])
+def test_a_damaged_artifact_is_an_error(tmp_path: Path, form: str, name: str) -> None:
+    path = tmp_path / name
+    if form == "saved_model":
+        path.mkdir()
+        path = path / "saved_model.pb"
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(ExportError), open_runtime(form, tmp_path / name, []) as runtime:
+        runtime.run(np.zeros((1, 64, 64, 3), np.float32))
+
+
+def test_the_command(run_cli: Callable[..., Result], checkpoint: Path, ported: Path, tmp_path: Path) -> None:
+    arguments = ["export", "--variant", "nano", "--weights", ported, "--checkpoint", checkpoint, "--samples", 1]
+    result = run_cli(*arguments, "--out", tmp_path / "x.tflite", "--no-fused")
+    assert result.exit_code == 0, result.output
+    assert "litert in float32, " in result.output
+    assert "AT PARITY" in result.output
+    assert run_cli(*arguments, "--out", tmp_path / "x").exit_code == 2
+    assert run_cli(*arguments, "--out", tmp_path / "x.onnx", "--format", "litert").exit_code == 6
