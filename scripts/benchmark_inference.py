@@ -1,6 +1,6 @@
 """Measures inference on a CPU: PyTorch, our Keras model and its exports, and their rivals, side by side.
 
-    pip install '.[export]' openvino
+    pip install '.[bench]'
     python scripts/benchmark_inference.py b0 b1
 
 Each contender is a process of its own, with as many threads as there are cores. They take turns, one inference each, so
