@@ -165,6 +165,17 @@ def check_training_of(
 ) -> tuple[ParityReport, ...]:
     """Compares how the two models train, on crops of the images; the first report also has what their masks are."""
     family = subject.family
+    # What a file says of dropout and of frozen layers is not what is compared here.
+    values = {variable.path: np.array(variable) for variable in candidate.weights}
+    candidate = subject.build_candidate()
+    if {variable.path: tuple(variable.shape) for variable in candidate.weights} != {
+        path: array.shape for path, array in values.items()
+    }:
+        raise WeightsFileError(
+            f"--train needs the weights of {subject.how_to_build}, and the file has others",
+            hint="Check --variant and the number of classes, or leave --train out.",
+        )
+    weights_file.assign_weights(candidate, values)
     batch, labels = training_batch(images, subject.num_classes)
     reports = check_training(
         reference,
@@ -190,7 +201,9 @@ def _put_zeros_for_non_finite(candidate: keras.Model, reference: nn.Module, subj
 
     expected = subject.convert_reference(reference)
     for variable in candidate.weights:
-        theirs, ours = expected[variable.path], np.asarray(variable)
+        theirs, ours = expected.get(variable.path), np.asarray(variable)
+        if theirs is None or theirs.shape != ours.shape:
+            continue
         hidden = ~np.isfinite(theirs)
         if hidden.any() and np.array_equal(theirs[hidden], ours[hidden], equal_nan=True):
             variable.assign(np.where(hidden, np.float32(0), ours))

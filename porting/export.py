@@ -6,7 +6,7 @@ import logging
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from porting import weights_file
+from porting.audit import layers_by_path
 from porting.check import CheckOptions, load_candidate, open_checkpoint, parity_images
 from porting.comparison import check_outputs
 from porting.convert import refuse_other_keys
-from porting.errors import ExportError, FailedParityError, OutputError
+from porting.errors import ExportError, FailedParityError, OutputError, PortingError
 from porting.family import Family
 from porting.files import check_writable, move_into_place, output_errors, report_path_of, temporary_file, write_text
 from porting.frameworks import start_tensorflow
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 FORMATS = {"saved_model": "", "litert": ".tflite", "onnx": ".onnx"}
 _NEEDED = {"litert": ("ai_edge_litert",), "onnx": ("onnx", "onnxruntime", "tf2onnx"), "saved_model": ()}
 _OPSET = 18
+_OF_A_SAVED_MODEL = {"saved_model.pb", "fingerprint.pb", "variables", "assets"}
 
 
 @dataclass(frozen=True)
@@ -90,13 +92,14 @@ def export(
     model = load_candidate(weights, subject.build_candidate, subject.how_to_build)
     if fused:
         progress("fusing")
-        model = family.fuse(model)
+        with _export_errors("the model cannot be fused"):
+            model = family.fuse(model)
     preprocessing = family.preprocessing(variant, subject.layout)
     size = input_size or preprocessing.input_size
     images = parity_images(family, variant, options, subject.layout, size)
     with temporary_file(out, FORMATS[form]) as temporary:
         progress(f"exporting to {form}")
-        with _quiet(), output_errors(out):
+        with _quiet(), output_errors(out), _export_errors(f"the model cannot be converted for {form}"):
             _WRITERS[form](model, temporary, precision, images)
         report = None
         # The last layer's result is the model's.
@@ -106,9 +109,14 @@ def export(
             operators = runtime.operators()
             if check:
                 reference = subject.load_reference()
+
+                def run(image: Array) -> Mapping[str, Array]:
+                    with _export_errors(f"the {form} runtime cannot run the result"):
+                        return runtime.run(image)
+
                 report = check_outputs(
                     reference,
-                    runtime.run,
+                    run,
                     images,
                     rounded=None if precision == "float32" else in_precision(reference, precision, images),
                     limits=options.limits,
@@ -120,10 +128,11 @@ def export(
         if report is not None and not report.passed:
             raise FailedParityError(f"{out} was not written: {refusal(report)}", report)
         with output_errors(out):
+            # A report of an earlier export must not vouch for this one, not even for a moment.
+            report_path_of(out).unlink(missing_ok=True)
             _give_name(temporary, out)
     result = ExportResult(out, form, precision, _size(out), operators)
     if report is None:
-        report_path_of(out).unlink(missing_ok=True)
         return result
     write_text(report_path_of(out), to_json(report))
     return replace(result, report=report, report_path=report_path_of(out))
@@ -148,7 +157,9 @@ def _check_arguments(form: str, precision: str, out: Path) -> None:
     if FORMATS[form] and out.suffix != FORMATS[form]:
         raise OutputError(f"{out}: the name does not say what it is", hint=f"End it in {FORMATS[form]}.")
     if form == "saved_model":
-        if out.exists() and not (out / "saved_model.pb").is_file():
+        if not out.name:
+            raise OutputError(f"{out} has no name", hint="Give the SavedModel's folder a name.")
+        if out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= _OF_A_SAVED_MODEL):
             raise OutputError(f"{out} is there and is no SavedModel", hint="Give the folder another name.")
         check_writable(out.with_name(f"{out.name}.parity.json"))
     else:
@@ -156,7 +167,19 @@ def _check_arguments(form: str, precision: str, out: Path) -> None:
 
 
 @contextmanager
-def _quiet() -> Any:
+def _export_errors(what: str) -> Iterator[None]:
+    """Converters and runtimes have errors of many types; each ends in an ExportError."""
+    try:
+        yield
+    except (PortingError, OSError):
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ExportError(f"{what}: {lines[0][:300] if lines else repr(error)}") from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
     """Converters say much that is of no use to who runs them."""
     loggers = [logging.getLogger(name) for name in ("absl", "tf2onnx", "tensorflow", "root")]
     levels = [logger.level for logger in loggers]
@@ -198,11 +221,7 @@ def _write_litert(model: keras.Model, path: Path, precision: str, images: Array)
         converter.target_spec.supported_types = [tf.float16]
     if precision == "int8":
         converter.representative_dataset = lambda: ([image[None]] for image in images)
-    try:
-        content = converter.convert()
-    except Exception as error:  # it has no error of its own
-        raise ExportError(f"LiteRT's converter fails: {str(error).partition(chr(10))[0][:300]}") from None
-    path.write_bytes(content)
+    path.write_bytes(converter.convert())
 
 
 def _write_onnx(model: keras.Model, path: Path, precision: str, images: Array) -> None:
@@ -210,24 +229,22 @@ def _write_onnx(model: keras.Model, path: Path, precision: str, images: Array) -
     import tensorflow as tf
     import tf2onnx
 
-    model = _with_erf(model)
     signature = [tf.TensorSpec((None, *images.shape[1:]), tf.float32, name="images")]
     run = tf.function(lambda x: model(x, training=False), input_signature=signature)
-    try:
+    with _gelu_by_erf(model):
         converted, _ = tf2onnx.convert.from_function(run, signature, opset=_OPSET)
-        if precision == "float16":
-            from onnxruntime.transformers.float16 import convert_float_to_float16
+    if precision == "float16":
+        from onnxruntime.transformers.float16 import convert_float_to_float16
 
-            converted = convert_float_to_float16(converted, keep_io_types=True)
-        onnx.save(converted, path)
-        if precision == "int8":
-            _quantize_onnx(path, images)
-    except (ValueError, RuntimeError, KeyError, AttributeError) as error:
-        raise ExportError(f"the conversion to ONNX fails: {str(error).partition(chr(10))[0][:300]}") from None
+        converted = convert_float_to_float16(converted, keep_io_types=True)
+    onnx.save(converted, path)
+    if precision == "int8":
+        _quantize_onnx(path, images)
 
 
-def _with_erf(model: keras.Model) -> keras.Model:
-    """The model with its GELU spelled out: TensorFlow's has the operation Erfc, which ONNX lacks.
+@contextmanager
+def _gelu_by_erf(model: keras.Model) -> Iterator[None]:
+    """Spells the model's GELU out while it is traced: TensorFlow's has the operation Erfc, which ONNX lacks.
 
     In this form ONNX Runtime knows it for a GELU and computes it in one pass.
     """
@@ -236,14 +253,18 @@ def _with_erf(model: keras.Model) -> keras.Model:
     def gelu(x: Any) -> Any:
         return x * 0.5 * (1.0 + keras.ops.erf(x / np.float32(np.sqrt(2.0))))
 
-    def spelled_out(layer: keras.layers.Layer) -> keras.layers.Layer:
-        if isinstance(layer, keras.layers.Activation) and layer.activation is keras.activations.gelu:
-            return keras.layers.Activation(gelu, name=layer.name)
-        return layer.__class__.from_config(layer.get_config())
-
-    clone = keras.models.clone_model(model, clone_function=spelled_out)
-    clone.set_weights(model.get_weights())
-    return clone
+    found = [
+        layer
+        for layer in layers_by_path(model).values()
+        if isinstance(layer, keras.layers.Activation) and layer.activation is keras.activations.gelu
+    ]
+    try:
+        for layer in found:
+            layer.activation = gelu
+        yield
+    finally:
+        for layer in found:
+            layer.activation = keras.activations.gelu
 
 
 def _quantize_onnx(path: Path, images: Array) -> None:
@@ -275,9 +296,16 @@ def _give_name(temporary: Path, out: Path) -> None:
         move_into_place(temporary, out)
         return
     aside = out.with_name(f".{out.name}.old")
-    if out.exists():
+    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+    there = out.exists()
+    if there:
         out.replace(aside)
-    temporary.replace(out)
+    try:
+        temporary.replace(out)
+    except OSError:
+        if there:
+            aside.replace(out)
+        raise
     shutil.rmtree(aside, ignore_errors=True)
 
 

@@ -101,7 +101,7 @@ def revert(
     state_dict = invert(_values(candidate), key_map)
     options = options or CheckOptions()
     non_finite = refuse_non_finite(state_dict, allowed=options.allow_non_finite)
-    state_dict = {name: _cast(name, array, dtype, name in non_finite) for name, array in state_dict.items()}
+    state_dict = {name: _cast(name, array, dtype) for name, array in state_dict.items()}
     state_dict |= family.unused_tensors(variant, target)
     with temporary_file(out, suffix) as temporary:
         progress("writing")
@@ -148,10 +148,10 @@ def _values(model: keras.Model) -> dict[str, Array]:
     return {variable.path: np.asarray(variable) for variable in model.weights}
 
 
-def _cast(name: str, array: Array, dtype: str, non_finite: bool) -> Array:
+def _cast(name: str, array: Array, dtype: str) -> Array:
     with np.errstate(over="ignore"):
         cast: Array = np.ascontiguousarray(array.astype(DTYPES[dtype], copy=False))
-    if not non_finite and not np.isfinite(cast.astype(np.float32)).all():
+    if not np.isfinite(cast.astype(np.float32)[np.isfinite(array)]).all():
         raise OutputError(f"{name} has values that {dtype} cannot hold", hint="Write it with --dtype float32.")
     return cast
 

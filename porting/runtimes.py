@@ -76,14 +76,16 @@ class _SavedModel:
     def __enter__(self) -> _SavedModel:
         self._folder = tempfile.TemporaryDirectory()
         self._given, self._taken = Path(self._folder.name, "in.npy"), Path(self._folder.name, "out.npy")
-        command = [sys.executable, "-c", _RUN_SAVED_MODEL, str(self._path), str(self._taken)]
+        command = [sys.executable, "-P", "-c", _RUN_SAVED_MODEL, str(self._path), str(self._taken)]
+        self._said = Path(self._folder.name, "stderr").open("w+")  # a pipe that nobody empties would fill up
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True
         )
         return self
 
     def __exit__(self, *_: object) -> None:
         self._process.communicate()
+        self._said.close()
         self._folder.cleanup()
 
     def run(self, image: Array) -> Mapping[str, Array]:
@@ -94,7 +96,9 @@ class _SavedModel:
             self._process.stdin.write(f"{self._given}\n")
             self._process.stdin.flush()
         if self._process.stdout.readline() != "done\n":
-            said = self._process.communicate()[1].strip().splitlines()
+            self._process.wait()
+            self._said.seek(0)
+            said = self._said.read().strip().splitlines()
             raise ExportError(f"TensorFlow cannot run the SavedModel: {said[-1] if said else 'the process ended'}")
         return {OUTPUT: np.load(self._taken)}
 

@@ -21,6 +21,7 @@ from porting.errors import PortingError, WeightsFileError
 
 PROVENANCE = "provenance"
 WEIGHTS_MEMBER = "model.weights.h5"
+_HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 # Reading is a matter of disk speed; a sound file of any size takes a fraction of this.
 _SECONDS, _BYTES_A_SECOND = 30.0, 10e6
 _MEMORY = 4 << 30
@@ -41,7 +42,8 @@ class Survey:
 def survey_file(path: Path) -> Survey:
     """Reads all of an HDF5 or `.keras` file in another process; raises WeightsFileError where that does harm."""
     seconds = _SECONDS + path.stat().st_size / _BYTES_A_SECOND
-    command = [sys.executable, "-c", _CHILD, str(path), json.dumps(sys.path)]
+    # -P: nothing in the working folder is taken for a module.
+    command = [sys.executable, "-P", "-c", _CHILD, str(path), json.dumps(sys.path)]
     try:
         done = subprocess.run(command, capture_output=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
@@ -78,7 +80,10 @@ def _limit_memory(path: Path) -> None:
 def _survey(path: Path) -> dict[str, Any]:
     import h5py
 
-    if not zipfile.is_zipfile(path):
+    # As what Keras will read it: by its name, or where that says nothing by how it begins.
+    with path.open("rb") as raw:
+        is_hdf5 = path.suffix != ".keras" and (path.suffix == ".h5" or raw.read(8) == _HDF5_SIGNATURE)
+    if is_hdf5:
         with h5py.File(path, "r") as file:
             return {
                 "provenance": _provenance(file.attrs.get(PROVENANCE)),
@@ -109,6 +114,11 @@ def _read_all(file: Any, size: int) -> list[tuple[str, tuple[int, ...], str]]:
     """Name, shape and type of every dataset, each of which can be read; all attributes are read as well."""
     import h5py
 
+    def refuse_links(name: str, link: Any) -> None:
+        if not isinstance(link, h5py.HardLink):
+            raise ValueError(f"{name} leads out of the file, or to another place in it")
+
+    file.visititems_links(refuse_links)
     rows: list[tuple[str, tuple[int, ...], str]] = []
     room = _GREATEST_EXPANSION * size
     dict(file.attrs)

@@ -175,14 +175,15 @@ def measure(variant: str, folder: Path, batch: int, rounds: int) -> dict[str, fl
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE if kind != "keras" else subprocess.DEVNULL,
+            stderr=(folder / "stderr").open("w"),
             text=True,
             env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **environment},
         )
         assert process.stdout is not None
         line = process.stdout.readline()
         if not line:
-            said = (process.communicate()[1] or "").strip().splitlines()
+            process.wait()
+            said = (folder / "stderr").read_text().strip().splitlines()
             click.echo(f"{name} does not run: {said[-1] if said else 'no word'}", err=True)
             continue
         processes[name], results[name] = process, json.loads(line)

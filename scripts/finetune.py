@@ -53,7 +53,7 @@ def training_data(paths: list[str], labels: np.ndarray, classes: int, size: int,
         [
             keras.layers.RandomCrop(size, size),
             keras.layers.RandomFlip("horizontal"),
-            keras.layers.RandomErasing(recipe["erasing"], value_range=(-1, 1)),
+            keras.layers.RandomErasing((recipe["erasing"],) * 2, value_range=(-1, 1)),
         ]
     )
     mixes = [keras.layers.MixUp(alpha=0.8), keras.layers.CutMix(factor=1.0)]
@@ -171,8 +171,12 @@ def main(
     click.echo(
         f"{len(paths)} images of {len(names)} classes, {steps} steps an epoch; greatest learning rate {rate:.2g}"
     )
-    before = model.evaluate(testing, verbose=0, return_dict=True)
-    click.echo(f"before: {100 * before['accuracy']:.2f}% of {len(test_paths)} test images")
+    best = out / "best.weights.h5"
+    goes_on = best.is_file() and (out / "backup").is_dir()
+    if goes_on:
+        model.load_weights(best)  # to know what is to be beaten; the backup takes their place
+    before = model.evaluate(testing, verbose=0, return_dict=True)["accuracy"]
+    click.echo(f"{'best so far' if goes_on else 'before'}: {100 * before:.2f}% of {len(test_paths)} test images")
     model.fit(
         training,
         epochs=epochs,
@@ -182,13 +186,18 @@ def main(
         callbacks=[
             keras.callbacks.BackupAndRestore(out / "backup"),
             keras.callbacks.ModelCheckpoint(
-                out / "best.weights.h5", "val_accuracy", mode="max", save_best_only=True, save_weights_only=True
+                best,
+                "val_accuracy",
+                mode="max",
+                save_best_only=True,
+                save_weights_only=True,
+                initial_value_threshold=before if goes_on else None,
             ),
             keras.callbacks.TensorBoard(out / "log"),
         ],
     )
     model.save(out / "tuned.keras")
-    click.echo(f"Wrote {out / 'tuned.keras'} and {out / 'best.weights.h5'}")
+    click.echo(f"Wrote {out / 'tuned.keras'} and {best}")
 
 
 if __name__ == "__main__":

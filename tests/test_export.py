@@ -64,7 +64,7 @@ def test_every_format_and_precision(
     assert result.size > 300_000
     if form == "litert":
         # Every dilated convolution is one operation, and nothing needs TensorFlow's kernels.
-        assert result.operators["DEPTHWISE_CONV_2D"] == 21
+        assert result.operators["DEPTHWISE_CONV_2D"] == 21 + 4  # and a factor a stage
         assert result.operators["GELU"] == 14
         assert not any("SPACE_TO_BATCH" in operator or "Flex" in operator for operator in result.operators)
     if precision == "float32":
@@ -79,6 +79,7 @@ def test_a_saved_model_replaces_an_older_one(family: VanFamily, checkpoint: Path
         export(family, "nano", ported, tmp_path / "x", form="saved_model", checkpoint=checkpoint, check=False)
     assert names_in(tmp_path) == ["x"]
     (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").touch()
     with pytest.raises(OutputError, match="mine is there and is no SavedModel"):
         export(family, "nano", ported, tmp_path / "mine", form="saved_model", checkpoint=checkpoint)
 
@@ -175,6 +176,21 @@ def test_a_damaged_artifact_is_an_error(tmp_path: Path, form: str, name: str) ->
         runtime.run(np.zeros((1, 64, 64, 3), np.float32))
 
 
+@slow
+def test_onnx_of_a_model_that_is_not_fused(family: VanFamily, checkpoint: Path, ported: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x.onnx"
+    result = export(family, "nano", ported, out, form="onnx", fused=False, checkpoint=checkpoint, options=TWO)
+    assert result.report is not None
+    assert result.report.passed
+
+
+def test_a_model_of_another_kind_is_an_error(family: VanFamily, checkpoint: Path, tmp_path: Path) -> None:
+    keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]).save(tmp_path / "x.keras")
+    with pytest.raises(ExportError, match="the model cannot be fused: "):
+        export(family, "nano", tmp_path / "x.keras", tmp_path / "x.tflite", form="litert", checkpoint=checkpoint)
+    assert names_in(tmp_path) == ["x.keras"]
+
+
 def test_the_command(run_cli: Callable[..., Result], checkpoint: Path, ported: Path, tmp_path: Path) -> None:
     arguments = ["export", "--variant", "nano", "--weights", ported, "--checkpoint", checkpoint, "--samples", 1]
     result = run_cli(*arguments, "--out", tmp_path / "x.tflite", "--no-fused")
@@ -182,4 +198,5 @@ def test_the_command(run_cli: Callable[..., Result], checkpoint: Path, ported: P
     assert "litert in float32, " in result.output
     assert "AT PARITY" in result.output
     assert run_cli(*arguments, "--out", tmp_path / "x.bin").exit_code == 2
+    assert run_cli(*arguments, "--out", tmp_path / "x.onnx", "--train").exit_code == 2
     assert run_cli(*arguments, "--out", tmp_path / "x.onnx", "--format", "litert").exit_code == 6

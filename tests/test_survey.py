@@ -87,6 +87,32 @@ def test_a_damaged_part_beside_the_weights(tmp_path: Path) -> None:
         survey_file(path)
 
 
+def test_links_are_refused(tmp_path: Path) -> None:
+    path = make(tmp_path / "x.h5")
+    for link in (h5py.ExternalLink("other.h5", "a"), h5py.SoftLink("/a/kernel")):
+        with h5py.File(path, "r+") as file:
+            file["b"] = link
+        with pytest.raises(WeightsFileError, match="b leads out of the file"):
+            survey_file(path)
+        with h5py.File(path, "r+") as file:
+            del file["b"]
+
+
+def test_an_archive_behind_an_hdf5_file_does_not_hide_it(tmp_path: Path) -> None:
+    path, archive = make(tmp_path / "x.h5"), make(tmp_path / "y.keras")
+    with h5py.File(path, "r+") as file:
+        file["hostile"] = np.zeros(3)
+    path.write_bytes(path.read_bytes() + archive.read_bytes())
+    assert "hostile" in {name for name, _, _ in survey_file(path).tensors}
+
+
+def test_nothing_in_the_working_folder_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "json.py").write_text("raise SystemExit(3)")
+    path = make(tmp_path / "x.h5")
+    monkeypatch.chdir(tmp_path)
+    assert survey_file(path).tensors
+
+
 def test_too_much_beside_the_weights(tmp_path: Path) -> None:
     path = make(tmp_path / "x.keras")
     with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:

@@ -44,7 +44,7 @@ def test_the_fused_model_is_at_parity_with_pytorch(family: VanFamily, reference:
     assert {"norm4", "head", "output"} <= names
     assert not any(isinstance(layer, keras.layers.BatchNormalization) for layer in fused.layers)
     # A factor a stage is all that is left of the shortcuts' scales.
-    scaled = [layer.name for layer in fused.layers if isinstance(layer, keras.layers.Rescaling)]
+    scaled = [layer.name for layer in fused.layers if layer.name.endswith("factor")]
     assert scaled == ["norm1.factor", "norm2.factor", "norm3.factor", "norm4.factor"]
     assert fused.name == "van_nano_fused"
 
@@ -83,8 +83,18 @@ def test_without_a_head_and_saved(family: VanFamily, reference: VAN, tmp_path: P
         lambda: van_tf.van_nano(data_format="channels_first"),
         lambda: keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)], name="other"),
         lambda: van_tf.fuse(van_tf.van_nano()),
+        lambda: van_tf.features(van_tf.van_nano()),
+        lambda: van_tf.van_nano(dtype="mixed_float16"),
     ],
 )
 def test_other_models_are_refused(model: Any) -> None:
-    with pytest.raises(ValueError, match="is not a VAN, channels last, as van_tf builds it"):
+    with pytest.raises(ValueError, match="is not a VAN, channels last and in float32, as van_tf builds it"):
         van_tf.fuse(model())
+
+
+def test_layers_around_it_keep_their_weights() -> None:
+    stem = keras.layers.Conv2D(3, 1)(keras.Input((64, 64, 1)))
+    body = van_tf.van_nano(input_tensor=stem)
+    model = keras.Model(body.input, keras.layers.Dense(5)(body.output))
+    images = np.random.default_rng(0).normal(size=(1, 64, 64, 1)).astype(np.float32)
+    np.testing.assert_allclose(van_tf.fuse(model)(images), model(images), atol=1e-5)

@@ -55,7 +55,7 @@ def test_images_are_timms_but_for_a_few_pixels(photos: list[Path], size: int, cr
         actual = np.asarray(van_tf.prepare_images(van_tf.load_image(path), size, crop_fraction))
         assert actual.shape == expected.shape == (size, size, 3)
         levels = np.abs(actual - expected) * 127.5
-        assert levels.max() < 1.5
+        assert levels.max() < 2.5
         assert (levels > 0.5).mean() < 1e-3
 
 

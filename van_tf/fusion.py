@@ -11,6 +11,7 @@ takes it in. So of a block remain its eight convolutions, two GELUs, one product
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import keras
@@ -30,11 +31,10 @@ def fuse(model: keras.Model) -> keras.Model:
     Takes and returns the same shapes. Made of Keras's own layers alone; where a result is PyTorch's, the layer has the
     module's name, such as `block1.0.attn.proj_1`. It cannot be trained back into a checkpoint.
 
-    Raises ValueError for a model that `van` has not built, or that takes channels first.
+    Raises ValueError for a model that `van` has not built, that takes channels first or does not compute in float32.
     """
-    known = {layer.name for layer in model.layers}
-    if not any(isinstance(layer, Block) for layer in model.layers) or "channels_last" in known:
-        raise ValueError(f"{model.name} is not a VAN, channels last, as van_tf builds it")
+    if not _is_van(model):
+        raise ValueError(f"{model.name} is not a VAN, channels last and in float32, as van_tf builds it")
     inputs = keras.Input(model.input_shape[1:], name="images")
     stream = _Stream(inputs)
     for layer in model.layers[1:]:
@@ -46,13 +46,23 @@ def fuse(model: keras.Model) -> keras.Model:
             stream.norm(layer)
         else:
             stream.x = layer.__class__.from_config(layer.get_config())(stream.x)
+            if layer.weights:
+                stream.weights[layer.name] = layer.get_weights()
     fused = keras.Model(inputs, stream.x, name=f"{model.name}_fused")
     for name, values in stream.weights.items():
         fused.get_layer(name).set_weights([value.astype(np.float32) for value in values])
-    for layer in model.layers:
-        if layer.name in {"head", *(f"norm{stage}" for stage in range(1, 100))} and layer.weights:
-            fused.get_layer(layer.name).set_weights(layer.get_weights())
     return fused
+
+
+def _is_van(model: keras.Model) -> bool:
+    """Whether the model is one chain of layers, with blocks among them."""
+    found = list(model.layers)
+    if not any(isinstance(layer, Block) for layer in found) or len(model.inputs) != 1 or len(model.outputs) != 1:
+        return False
+    if not isinstance(found[0], layers.InputLayer) or any(layer.compute_dtype != "float32" for layer in found):
+        return False
+    chained = all(after.input is before.output for before, after in pairwise(found))
+    return chained and model.outputs[0] is found[-1].output and "channels_last" not in {layer.name for layer in found}
 
 
 class _Stream:
@@ -109,6 +119,7 @@ class _Stream:
     def norm(self, layer: layers.LayerNormalization) -> None:
         if not (self.factor == 1.0).all():
             self._multiply(f"{layer.name}.factor", self.factor)
+        self.weights[layer.name] = layer.get_weights()
         self.x = layers.LayerNormalization(epsilon=layer.epsilon, name=layer.name)(self.x)
 
     def _into(self, conv: layers.Conv2D, name: str, scale: Array, shift: Array) -> Any:
@@ -127,7 +138,8 @@ class _Stream:
         self.factor = factor
 
     def _multiply(self, name: str, factor: Array) -> None:
-        self.x = layers.Rescaling([float(value) for value in factor.astype(np.float32)], name=name)(self.x)
+        self.weights[name] = [factor[None, None, :, None]]
+        self.x = layers.DepthwiseConv2D(1, use_bias=False, data_format="channels_last", name=name)(self.x)
 
 
 def _kernel_and_bias(layer: Any) -> tuple[Array, Array]:

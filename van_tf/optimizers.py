@@ -21,7 +21,7 @@ class AdamW(keras.optimizers.AdamW):
     """
 
     def __init__(
-        self, learning_rate: Any = 1e-3, weight_decay: float = 0.01, epsilon: float = 1e-8, **kwargs: Any
+        self, learning_rate: Any = 1e-3, weight_decay: float = 0.01, *, epsilon: float = 1e-8, **kwargs: Any
     ) -> None:
         super().__init__(learning_rate, weight_decay=weight_decay, epsilon=epsilon, **kwargs)
         if self.amsgrad:
@@ -32,7 +32,7 @@ class AdamW(keras.optimizers.AdamW):
         momentum, velocity = self._momentums[index], self._velocities[index]
         gradient, rate, step = (ops.cast(x, variable.dtype) for x in (gradient, learning_rate, self.iterations + 1))
         # 1 - beta ** step, with all digits.
-        first, second = (-ops.expm1(step * math.log(beta)) for beta in (self.beta_1, self.beta_2))
+        first, second = (-ops.expm1(step * math.log(max(beta, 1e-300))) for beta in (self.beta_1, self.beta_2))
         self.assign_add(momentum, (gradient - momentum) * (1 - self.beta_1))
         self.assign_add(velocity, (ops.square(gradient) - velocity) * (1 - self.beta_2))
         denominator = ops.sqrt(velocity) / ops.sqrt(second) + self.epsilon

@@ -70,6 +70,8 @@ def cache_folder() -> Path:
 def find_weights(config: VanConfig, weights: str | os.PathLike[str]) -> WeightsFile:
     """The file at a path, or with the published weights that `weights` names, which are ported where need be.
 
+    A file is opened as Keras opens it, which is not safe for one from a stranger; `van-port inspect` is.
+
     Raises FileNotFoundError, ValueError for a name of other weights or a file of another kind, and RuntimeError when
     published weights cannot be had.
     """
@@ -91,11 +93,19 @@ def _published(config: VanConfig) -> Path:
     path = cache_folder() / f"van_{config.name}.h5"
     if path.is_file():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RuntimeError(
+            f"{path.parent} cannot be made: {error.strerror}. Set VAN_PORT_CACHE to a folder of your own."
+        ) from None
     # In a process of its own: that needs PyTorch, which whoever uses the model does not.
-    command = [sys.executable, "-m", "porting.cli.main", "--variant", config.name, "--out", str(path)]
+    # -P and the path as it is here: nothing else in the working folder is taken for a module.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-P", "-m", "porting.cli.main", "--variant", config.name, "--out", str(path)]
     shown = sys.stderr is not None and sys.stderr.isatty()  # then it shows its progress there
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=None if shown else subprocess.PIPE, check=False)
+    stderr = None if shown else subprocess.PIPE
+    done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=stderr, check=False)
     if done.returncode:
         said = (done.stderr or b"").decode(errors="replace").strip().splitlines()
         why = next((line for line in said if line.startswith("Error: ")), said[-1] if said else "see above")
@@ -121,10 +131,11 @@ def _look_into(path: Path, config: VanConfig) -> WeightsFile:
 
             file.visititems(visit)
             provenance = json.loads(text) if text else {}
-    except (OSError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: not a whole file of Keras weights: {error}") from None
-    settings = provenance.get("settings", {}) if isinstance(provenance, dict) else {}
-    return WeightsFile(path, max(heads, default=0), settings.get("layer_norm_eps"))
+    settings = provenance.get("settings") if isinstance(provenance, dict) else None
+    epsilon = settings.get("layer_norm_eps") if isinstance(settings, dict) else None
+    return WeightsFile(path, max(heads, default=0), epsilon if isinstance(epsilon, float) else None)
 
 
 @contextlib.contextmanager

@@ -474,6 +474,8 @@ def export(
     console = make_console()
     check_report_files(report_files)
     options = make_options()
+    if options.stress or options.train or options.allow_non_finite:
+        raise click.UsageError("an export knows no --stress, --train and --allow-non-finite: use `van-port check`")
     try:
         with ProgressBar() as progress:
             result = write_export(

@@ -143,8 +143,8 @@ class VanFamily(Family):
 
         config, epsilon = van_tf.VARIANTS[variant], (layout or OFFICIAL).settings["layer_norm_eps"]
         if num_classes == 0:
-            return van_tf.van(config, include_top=False, layer_norm_epsilon=epsilon)
-        return van_tf.van(config, classes=num_classes, layer_norm_epsilon=epsilon)
+            return van_tf.van(config, include_top=False, layer_norm_epsilon=epsilon, data_format="channels_last")
+        return van_tf.van(config, classes=num_classes, layer_norm_epsilon=epsilon, data_format="channels_last")
 
     def build_with_dropout(
         self, variant: str, num_classes: int, layout: CheckpointLayout | None = None
@@ -154,6 +154,7 @@ class VanFamily(Family):
 
         rates: dict[str, Any] = {"drop_rate": 0.1, "drop_path_rate": 0.3}
         top: dict[str, Any] = {"classes": num_classes} if num_classes else {"include_top": False}
+        top["data_format"] = "channels_last"
         return build_van(variant, num_classes, **rates), van_tf.van(van_tf.VARIANTS[variant], **top, **rates)
 
     def fuse(self, candidate: keras.Model) -> keras.Model:
