@@ -114,11 +114,15 @@ def _read_all(file: Any, size: int) -> list[tuple[str, tuple[int, ...], str]]:
     """Name, shape and type of every dataset, each of which can be read; all attributes are read as well."""
     import h5py
 
-    def refuse_links(name: str, link: Any) -> None:
-        if not isinstance(link, h5py.HardLink):
-            raise ValueError(f"{name} leads out of the file, or to another place in it")
+    links: list[str] = []
 
-    file.visititems_links(refuse_links)
+    def find_links(name: str, link: Any) -> None:
+        if not isinstance(link, h5py.HardLink):
+            links.append(name)
+
+    file.visititems_links(find_links)
+    if links:
+        raise ValueError(f"{links[0]} leads out of the file, or to another place in it")
     rows: list[tuple[str, tuple[int, ...], str]] = []
     room = _GREATEST_EXPANSION * size
     dict(file.attrs)

@@ -29,8 +29,11 @@ LAYOUTS: dict[str, tuple[float, Callable[[Tensors], Tensors]]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suffix", [".h5", ".weights.h5", ".keras"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "suffix"),
+    # All fifteen pairs take minutes; each format is tried, and each layout.
+    [*((layout, ".h5") for layout in LAYOUTS), ("transformers", ".weights.h5"), ("segmentation", ".keras")],
+)
 def test_there_and_back(family: VanFamily, tmp_path: Path, layout: str, suffix: str) -> None:
     epsilon, renamed = LAYOUTS[layout]
     model = build_van("nano", 10, layer_norm_eps=epsilon)

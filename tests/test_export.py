@@ -48,7 +48,7 @@ def names_in(folder: Path) -> list[str]:
         ("onnx", "x.onnx", "float32", 40),
         pytest.param("onnx", "x.onnx", "float16", 40, marks=slow),
         pytest.param("onnx", "x.onnx", "int8", 40, marks=slow),
-        ("saved_model", "x", "float32", 1),
+        pytest.param("saved_model", "x", "float32", 1, marks=slow),
     ],
 )
 def test_every_format_and_precision(
@@ -74,6 +74,7 @@ def test_every_format_and_precision(
             np.testing.assert_allclose(runtime.run(image)[OUTPUT], expected, atol=1e-5)
 
 
+@slow
 def test_a_saved_model_replaces_an_older_one(family: VanFamily, checkpoint: Path, ported: Path, tmp_path: Path) -> None:
     for _ in range(2):
         export(family, "nano", ported, tmp_path / "x", form="saved_model", checkpoint=checkpoint, check=False)

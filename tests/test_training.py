@@ -53,6 +53,7 @@ def failed(report: ParityReport) -> set[str]:
     return {divergence.layer for divergence in report.divergences}
 
 
+@pytest.mark.slow
 def test_van_trains_as_pytorch_does(train: Callable[..., dict[str, ParityReport]]) -> None:
     reports = train(*usual_optimizers(van_tf.AdamW), steps=(1, 2))
     assert list(reports) == ["SGD, step 1", "SGD, step 2", "AdamW, step 1", "AdamW, step 2"]
@@ -65,6 +66,11 @@ def test_van_trains_as_pytorch_does(train: Callable[..., dict[str, ParityReport]
     # A bias in front of a BatchNorm has no gradient but rounding: AdamW's step there is anybody's.
     kinds = {layer.source: layer.kind for layer in reports["AdamW, step 1"].layers}
     assert kinds["patch_embed2.proj.bias"] == "weight, 48 of 48 left out"
+
+
+def test_a_step_of_sgd_is_pytorchs(train: Callable[..., dict[str, ParityReport]]) -> None:
+    report = train(usual_optimizers()[0])["SGD, step 1"]
+    assert report.passed, report.first_divergence
 
 
 def test_the_biased_variance_is_found(
@@ -101,6 +107,7 @@ def test_another_sgd_is_found(
     assert {layer.kind for layer in report.layers if report.failed(layer)} >= {expected}
 
 
+@pytest.mark.slow
 def test_a_weight_that_is_not_trained_is_found(train: Callable[..., dict[str, ParityReport]]) -> None:
     report = train(usual_optimizers()[0], freeze="block1.0/norm1/gamma")["SGD, step 1"]
     reasons = {each.layer: each.reason for each in report.divergences}

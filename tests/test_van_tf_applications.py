@@ -118,6 +118,7 @@ def test_the_epsilon_comes_with_the_weights(folder: Path, tmp_path: Path) -> Non
     assert van_tf.van_nano(weights=folder / "x.h5").get_layer("norm1").epsilon == 1e-6
 
 
+@pytest.mark.slow
 def test_published_weights_are_ported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VAN_PORT_CACHE", str(tmp_path))
     first = van_tf.van_nano(weights="cifar10")
@@ -192,7 +193,7 @@ def test_features_feed_a_small_head_that_learns(model: keras.Model) -> None:
     segmenter = keras.Model(inputs, outputs)
     masks = (IMAGES.reshape(2, 16, 4, 16, 4, 3).mean((2, 4, 5)) > 0)[..., None].astype(np.float32)
     segmenter.compile(keras.optimizers.Adam(0.01), keras.losses.BinaryCrossentropy(from_logits=True))
-    losses = segmenter.fit(IMAGES, masks, epochs=6, verbose=0).history["loss"]
+    losses = segmenter.fit(IMAGES, masks, epochs=3, verbose=0).history["loss"]
     assert losses[-1] < losses[0]
 
 
@@ -202,6 +203,7 @@ def test_features_of_stages_that_there_are_not(model: keras.Model, stages: list[
         van_tf.features(model, stages)
 
 
+@pytest.mark.slow
 def test_no_torch_in_the_process_that_loads_published_weights(tmp_path: Path) -> None:
     program = (
         "import sys, van_tf; van_tf.van_nano(weights='cifar10');"
