@@ -21,7 +21,7 @@ from porting.errors import PortingError, WeightsFileError
 
 PROVENANCE = "provenance"
 WEIGHTS_MEMBER = "model.weights.h5"
-_HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 # Reading is a matter of disk speed; a sound file of any size takes a fraction of this.
 _SECONDS, _BYTES_A_SECOND = 30.0, 10e6
 _MEMORY = 4 << 30
@@ -82,7 +82,7 @@ def _survey(path: Path) -> dict[str, Any]:
 
     # As what Keras will read it: by its name, or where that says nothing by how it begins.
     with path.open("rb") as raw:
-        is_hdf5 = path.suffix != ".keras" and (path.suffix == ".h5" or raw.read(8) == _HDF5_SIGNATURE)
+        is_hdf5 = path.suffix != ".keras" and (path.suffix == ".h5" or raw.read(8) == HDF5_SIGNATURE)
     if is_hdf5:
         with h5py.File(path, "r") as file:
             return {

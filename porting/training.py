@@ -136,9 +136,9 @@ def check_training(
                 run = next(training)
             runs.append(run)
             training.close()
+        truth, actual, *expected = runs
+        undecided = _undecided(expected, truth) if pair.normalizes else {}
         for step in steps:
-            truth, actual, *expected = runs
-            undecided = _undecided(expected, truth) if pair.normalizes else {}
             layers = list(_compare(expected, truth, actual, key_map, step, undecided, limits))
             report = ParityReport(
                 tuple(_with_usual_rounding(layers)),

@@ -22,7 +22,7 @@ import numpy as np
 from porting.errors import OutputError, SourceError
 from porting.files import interrupt_later, reserve
 from porting.layout import Array, Shape
-from porting.survey import PROVENANCE, WEIGHTS_MEMBER
+from porting.survey import HDF5_SIGNATURE, PROVENANCE, WEIGHTS_MEMBER
 
 if TYPE_CHECKING:
     import keras
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 SUFFIXES = (".weights.h5", ".h5", ".keras")
 # What a file holds beside the weights' bytes: names, groups, the description of the model.
 _ROOM_BESIDE_WEIGHTS = 4 << 20
-_HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 # An HDF5 attribute holds less than 64 KiB; Keras splits a longer list of names over numbered attributes.
 _ATTRIBUTE_LIMIT = 64_000
 
@@ -207,7 +206,7 @@ def write_provenance(path: Path, provenance: Mapping[str, Any]) -> None:
 def is_weights_file(path: Path) -> bool:
     """Whether the content, not the name, is HDF5 or a `.keras` archive."""
     with path.open("rb") as file:
-        if file.read(len(_HDF5_SIGNATURE)) == _HDF5_SIGNATURE:
+        if file.read(len(HDF5_SIGNATURE)) == HDF5_SIGNATURE:
             return True
     if not zipfile.is_zipfile(path):
         return False

@@ -21,9 +21,11 @@ from porting.cli.options import (
     VariantCheckpoint,
     check_options,
     check_report_files,
+    show_check,
     show_non_finite,
     show_report,
     show_written,
+    showing_refusal,
 )
 from porting.errors import PortingError
 from porting.families import family_names, get_family
@@ -50,6 +52,17 @@ LAYOUT_OPTION = click.option(
 )
 EMA_OPTION = click.option(
     "--ema/--no-ema", default=False, show_default=True, help="Take moving averages where there are both."
+)
+
+CHECK_OPTION = click.option(
+    "--check/--no-check", default=True, show_default=True, help="Prove parity before the file gets its name."
+)
+# Of a file that there is.
+VARIANT_OPTION = click.option(
+    "--variant", type=click.Choice(variants_of(FAMILY)), required=True, help="Which model the file is of."
+)
+WEIGHTS_OPTION = click.option(
+    "--weights", type=FILE, required=True, help="File of Keras weights: .h5, .weights.h5 or .keras."
 )
 
 EPILOG = """\b
@@ -84,7 +97,7 @@ class PortGroup(click.Group):
 @SHA256_OPTION
 @LAYOUT_OPTION
 @EMA_OPTION
-@click.option("--check/--no-check", default=True, show_default=True, help="Prove parity before the file gets its name.")
+@CHECK_OPTION
 @check_options
 @REPORT
 @click.option("--keep-failed", type=FILE, help="Where to keep a file that fails the check.  [default: nowhere]")
@@ -119,39 +132,34 @@ def cli(
         return
     if variant is None:
         raise click.UsageError(f"--variant is needed: one of {', '.join(variants_of(FAMILY))}")
-    from porting.cli.terminal import ProgressBar, make_console
-    from porting.errors import FailedParityError
+    from porting.cli.terminal import make_console
     from porting.port import port
 
     console = make_console()
     check_report_files(report_files)
     options = make_options()
-    try:
-        with ProgressBar() as progress:
-            result = port(
-                get_family(family),
-                variant,
-                out if out is not None else Path(f"{family}_{variant}.h5"),
-                checkpoint=checkpoint,
-                sha256=sha256,
-                layout=layout,
-                ema=ema,
-                check=check,
-                options=options,
-                keep_failed=keep_failed,
-                progress=progress,
-            )
-    except FailedParityError as error:
-        show_report(error.report, console, all_layers, report_files)
-        raise
+    with showing_refusal(console, all_layers, report_files) as progress:
+        result = port(
+            get_family(family),
+            variant,
+            out if out is not None else Path(f"{family}_{variant}.h5"),
+            checkpoint=checkpoint,
+            sha256=sha256,
+            layout=layout,
+            ema=ema,
+            check=check,
+            options=options,
+            keep_failed=keep_failed,
+            progress=progress,
+        )
     subject = result.subject
     console.print(f"The checkpoint has {subject.layout.described()}.")
     if subject.checkpoint.has_ema and not subject.checkpoint.is_ema:
         console.print("The checkpoint also has moving averages of its weights; --ema takes them.")
-    if result.report is not None:
-        show_report(result.report, console, all_layers, report_files)
-    else:
-        console.print("Not checked, as asked; the file's provenance says so.", style="yellow")
+    show_check(
+        result.report, console, all_layers, report_files, "Not checked, as asked; the file's provenance says so."
+    )
+    if result.report is None:
         show_non_finite(result.provenance, console)
     tensors, dropped = len(result.conversion.weights), len(result.conversion.dropped)
     console.print(f"{tensors} tensors ported, {dropped} dropped by name, none left over.")
@@ -348,8 +356,8 @@ def port_all(
 
 @cli.command()
 @FAMILY_OPTION
-@click.option("--variant", type=click.Choice(variants_of(FAMILY)), required=True, help="Which model the file is of.")
-@click.option("--weights", type=FILE, required=True, help="File of Keras weights: .h5, .weights.h5 or .keras.")
+@VARIANT_OPTION
+@WEIGHTS_OPTION
 @click.option("--out", type=FILE, required=True, help="File to write: .pth, .pth.tar, .pt, .bin or .safetensors.")
 @click.option(
     "--layout",
@@ -360,7 +368,7 @@ def port_all(
 @click.option(
     "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True, help="Type."
 )
-@click.option("--check/--no-check", default=True, show_default=True, help="Prove parity before the file gets its name.")
+@CHECK_OPTION
 @check_options
 @REPORT
 def revert(
@@ -382,42 +390,34 @@ def revert(
       van-port revert --variant b1 --weights van_b1.h5 --out van_b1.pth
       van-port revert --variant b1 --weights tuned.keras --out model.safetensors --layout transformers
     """
-    from porting.cli.terminal import ProgressBar, make_console
-    from porting.errors import FailedParityError
+    from porting.cli.terminal import make_console
     from porting.revert import revert as go_back
 
     console = make_console()
     check_report_files(report_files)
     options = make_options()
-    try:
-        with ProgressBar() as progress:
-            result = go_back(
-                get_family(family),
-                variant,
-                weights,
-                out,
-                layout=layout,
-                num_classes=classes,
-                dtype=dtype,
-                check=check,
-                options=options,
-                progress=progress,
-            )
-    except FailedParityError as error:
-        show_report(error.report, console, all_layers, report_files)
-        raise
-    if result.report is not None:
-        show_report(result.report, console, all_layers, report_files)
-    else:
-        console.print("Not checked, as asked.", style="yellow")
+    with showing_refusal(console, all_layers, report_files) as progress:
+        result = go_back(
+            get_family(family),
+            variant,
+            weights,
+            out,
+            layout=layout,
+            num_classes=classes,
+            dtype=dtype,
+            check=check,
+            options=options,
+            progress=progress,
+        )
+    show_check(result.report, console, all_layers, report_files)
     console.print(f"{len(result.state_dict)} tensors in {dtype}: {result.layout.described()}.")
     show_written(result.path, result.report_path, console)
 
 
 @cli.command()
 @FAMILY_OPTION
-@click.option("--variant", type=click.Choice(variants_of(FAMILY)), required=True, help="Which model the file is of.")
-@click.option("--weights", type=FILE, required=True, help="File of Keras weights: .h5, .weights.h5 or .keras.")
+@VARIANT_OPTION
+@WEIGHTS_OPTION
 @click.option("--out", type=FILE, required=True, help="File to write, .tflite or .onnx; for a SavedModel a folder.")
 @click.option(
     "--format",
@@ -436,7 +436,7 @@ def revert(
 @click.option("--fused/--no-fused", default=True, show_default=True, help="Fold normalisations into convolutions.")
 @CHECKPOINT_OPTION
 @LAYOUT_OPTION
-@click.option("--check/--no-check", default=True, show_default=True, help="Prove parity before the file gets its name.")
+@CHECK_OPTION
 @check_options
 @REPORT
 def export(
@@ -462,8 +462,7 @@ def export(
       van-port export --variant b1 --weights van_b1.h5 --out van_b1.onnx --precision int8 --images photos
       van-port export --variant b1 --weights van_b1.h5 --out van_b1 --format saved_model
     """
-    from porting.cli.terminal import ProgressBar, make_console
-    from porting.errors import FailedParityError
+    from porting.cli.terminal import make_console
     from porting.export import FORMATS
     from porting.export import export as write_export
 
@@ -476,30 +475,23 @@ def export(
     options = make_options()
     if options.stress or options.train or options.allow_non_finite:
         raise click.UsageError("an export knows no --stress, --train and --allow-non-finite: use `van-port check`")
-    try:
-        with ProgressBar() as progress:
-            result = write_export(
-                get_family(family),
-                variant,
-                weights,
-                out,
-                form=form,
-                precision=precision,
-                checkpoint=checkpoint,
-                layout=layout,
-                input_size=input_size,
-                fused=fused,
-                check=check,
-                options=options,
-                progress=progress,
-            )
-    except FailedParityError as error:
-        show_report(error.report, console, all_layers, report_files)
-        raise
-    if result.report is not None:
-        show_report(result.report, console, all_layers, report_files)
-    else:
-        console.print("Not checked, as asked.", style="yellow")
+    with showing_refusal(console, all_layers, report_files) as progress:
+        result = write_export(
+            get_family(family),
+            variant,
+            weights,
+            out,
+            form=form,
+            precision=precision,
+            checkpoint=checkpoint,
+            layout=layout,
+            input_size=input_size,
+            fused=fused,
+            check=check,
+            options=options,
+            progress=progress,
+        )
+    show_check(result.report, console, all_layers, report_files)
     operators = ", ".join(f"{count} {name}" for name, count in result.operators.most_common())
     console.print(f"{form} in {precision}, {result.size / 2**20:.1f} MiB: {operators}", soft_wrap=True)
     show_written(result.path, result.report_path, console)

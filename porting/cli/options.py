@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
     from porting.check import CheckOptions
     from porting.parity import ParityReport
+    from porting.progress import Progress
 
 FILE = click.Path(path_type=Path)
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -158,6 +160,34 @@ def show_report(report: ParityReport, console: Console, all_layers: bool, paths:
     show_non_finite(report.context, console)
     for path in paths:
         write_text(path, render(report, format_of(path)))
+
+
+def show_check(
+    report: ParityReport | None,
+    console: Console,
+    all_layers: bool,
+    paths: tuple[Path, ...],
+    without: str = "Not checked, as asked.",
+) -> None:
+    """Shows a report, or says that there is none."""
+    if report is None:
+        console.print(without, style="yellow")
+    else:
+        show_report(report, console, all_layers, paths)
+
+
+@contextlib.contextmanager
+def showing_refusal(console: Console, all_layers: bool, paths: tuple[Path, ...]) -> Iterator[Progress]:
+    """Progress for work that may end in a failed check, whose report is then shown before the error goes on."""
+    from porting.cli.terminal import ProgressBar
+    from porting.errors import FailedParityError
+
+    try:
+        with ProgressBar() as progress:
+            yield progress
+    except FailedParityError as error:
+        show_report(error.report, console, all_layers, paths)
+        raise
 
 
 def show_non_finite(facts: Mapping[str, Any], console: Console) -> None:
