@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 PRECISIONS = ("float32", "float16", "int8")
 
 
-def in_precision(model: nn.Module, precision: str, images: Array) -> nn.Module:
+def in_precision(model: nn.Module, precision: str, images: Array, *, results: bool = True) -> nn.Module:
     """A copy of `model` in float32 whose numbers are those that `precision` has.
 
     float16: weights and every module's result are rounded to it. int8: kernels are rounded to 255 steps a channel of
     their output, and every result to 256 steps between the least and the greatest that `images` `(N, H, W, C)` make.
+    Without `results` only the weights are rounded.
 
     Raises ValueError for an unknown precision.
     """
@@ -40,6 +41,8 @@ def in_precision(model: nn.Module, precision: str, images: Array) -> nn.Module:
                 parameter.copy_(parameter.half().float())
             elif parameter.ndim > 1:
                 parameter.copy_(_in_steps_a_channel(parameter))
+    if not results:
+        return rounded
     leaves = [module for module in rounded.modules() if not list(module.children())]
     if precision == "float16":
         for module in leaves:

@@ -7,6 +7,7 @@ where the file keeps the layers' names, else the result alone.
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import subprocess
 import sys
@@ -22,17 +23,31 @@ from porting.errors import ExportError
 from porting.layout import Array
 from porting.parity import OUTPUT
 
+# Says which tensors depend on the input, in the order in which they are computed; is told which to show.
 _RUN_SAVED_MODEL = """
-import sys
+import json, sys
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
-model = tf.saved_model.load(sys.argv[1])
+path, taken = sys.argv[1:]
+model = tf.saved_model.load(path)
 run = model.signatures["serving_default"]
 (name,) = run.structured_input_signature[1]
+inlined = convert_variables_to_constants_v2(run)
+reached, names = {inlined.inputs[0].op}, []
+for each in inlined.graph.get_operations():  # an imported graph has every operation behind those that it takes from
+    if any(given.op in reached for given in each.inputs):
+        reached.add(each)
+        if len(each.outputs) == 1 and each.outputs[0].dtype == tf.float32 and each.outputs[0].shape.rank:
+            names.append(each.outputs[0].name)
+print(json.dumps(names), flush=True)
+wanted = [inlined.graph.get_tensor_by_name(each) for each in json.loads(sys.stdin.readline())]
+show = inlined.prune(inlined.inputs, wanted) if wanted else lambda image: []
 for line in sys.stdin:
-    (result,) = run(**{name: tf.constant(np.load(line.strip()))}).values()
-    np.save(sys.argv[2], result.numpy())
+    image = tf.constant(np.load(line.strip()))
+    (result,) = run(**{name: image}).values()
+    np.savez(taken, result.numpy(), *(each.numpy() for each in show(image)))
     print("done", flush=True)
 """
 
@@ -59,7 +74,7 @@ class Runtime(Protocol):
 def open_runtime(form: str, path: Path, layers: Sequence[str]) -> Iterator[Runtime]:
     """The runtime of a format; `layers` are the names of the Keras layers to show. Raises ExportError."""
     if form == "saved_model":
-        with _SavedModel(path) as runtime:
+        with _SavedModel(path, layers) as runtime:
             yield runtime
     elif form == "litert":
         yield _LiteRT(path, layers)
@@ -70,17 +85,26 @@ def open_runtime(form: str, path: Path, layers: Sequence[str]) -> Iterator[Runti
 class _SavedModel:
     """TensorFlow in a process of its own, which knows nothing of Keras or of this package."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, layers: Sequence[str]) -> None:
+        self._path, self._wanted = path, layers
 
     def __enter__(self) -> _SavedModel:
         self._folder = tempfile.TemporaryDirectory()
-        self._given, self._taken = Path(self._folder.name, "in.npy"), Path(self._folder.name, "out.npy")
+        self._given, self._taken = Path(self._folder.name, "in.npy"), Path(self._folder.name, "out.npz")
         command = [sys.executable, "-P", "-c", _RUN_SAVED_MODEL, str(self._path), str(self._taken)]
         self._said = Path(self._folder.name, "stderr").open("w+")  # a pipe that nobody empties would fill up
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True
         )
+        try:
+            tensors = json.loads(self._answer())
+            self._layers = {
+                layer: tensors[position] for layer, position in _last_of_each_layer(tensors, self._wanted).items()
+            }
+            self._say(json.dumps(list(self._layers.values())))
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -90,17 +114,27 @@ class _SavedModel:
 
     def run(self, image: Array) -> Mapping[str, Array]:
         np.save(self._given, image)
+        self._say(str(self._given))
+        self._answer()
+        with np.load(self._taken) as found:
+            output, *layers = found.values()
+        return {**dict(zip(self._layers, layers, strict=True)), OUTPUT: output}
+
+    def _say(self, line: str) -> None:
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(f"{self._given}\n")
+            self._process.stdin.write(f"{line}\n")
             self._process.stdin.flush()
-        if self._process.stdout.readline() != "done\n":
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        answer = self._process.stdout.readline()
+        if not answer:
             self._process.wait()
             self._said.seek(0)
             said = self._said.read().strip().splitlines()
             raise ExportError(f"TensorFlow cannot run the SavedModel: {said[-1] if said else 'the process ended'}")
-        return {OUTPUT: np.load(self._taken)}
+        return answer
 
     def operators(self) -> Counter[str]:
         from tensorflow.core.protobuf.saved_model_pb2 import SavedModel

@@ -7,10 +7,14 @@ convolutions beside them, which is exact algebra. With a and b for `norm1` of a 
 
 and the factor of x is carried along: the stream is kept divided by it, channel by channel, until the stage's LayerNorm
 takes it in. So of a block remain its eight convolutions, two GELUs, one product and two sums.
+
+GELU is x / 2 * (1 + erf(x / sqrt(2))). Its two factors can go into the convolutions before and behind it as well, which
+leaves three passes over memory instead of five where a runtime has no GELU of its own.
 """
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -18,25 +22,28 @@ import keras
 import numpy as np
 from keras import layers
 
-from van_tf.layers import BATCH_NORM_EPSILON, Block, OverlapPatchEmbed
+from van_tf.layers import BATCH_NORM_EPSILON, Block, OverlapPatchEmbed, folded_gelu, gelu
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 # Where a channel's factor leaves these bounds, it is multiplied at once: dividing by it would cost digits.
 _SMALLEST, _GREATEST = 0.1, 10.0
 
 
-def fuse(model: keras.Model) -> keras.Model:
+def fuse(model: keras.Model, *, fold_gelu: bool = True) -> keras.Model:
     """A model that gives what `model`, built by `van`, gives at inference, to rounding, without its normalisations.
 
-    Takes and returns the same shapes. Made of Keras's own layers alone; where a result is PyTorch's, the layer has the
+    Takes and returns the same shapes. Made of Keras's own layers; where a result is PyTorch's, the layer has the
     module's name, such as `block1.0.attn.proj_1`. It cannot be trained back into a checkpoint.
+
+    `fold_gelu` takes GELU's factors into the convolutions too, which is the quickest for TensorFlow. Runtimes that
+    compute GELU in one operation, as LiteRT and ONNX Runtime do, are quicker without.
 
     Raises ValueError for a model that `van` has not built, that takes channels first or does not compute in float32.
     """
     if not _is_van(model):
         raise ValueError(f"{model.name} is not a VAN, channels last and in float32, as van_tf builds it")
     inputs = keras.Input(model.input_shape[1:], name="images")
-    stream = _Stream(inputs)
+    stream = _Stream(inputs, fold_gelu)
     for layer in model.layers[1:]:
         if isinstance(layer, OverlapPatchEmbed):
             stream.embed(layer)
@@ -68,8 +75,12 @@ def _is_van(model: keras.Model) -> bool:
 class _Stream:
     """The network as far as it is built: `x` times `factor`, channel by channel, is what the model has there."""
 
-    def __init__(self, inputs: Any) -> None:
+    def __init__(self, inputs: Any, fold_gelu: bool) -> None:
         self.x = inputs
+        self.gelu = folded_gelu if fold_gelu else gelu
+        # What GELU's input and its output are to be multiplied by, and what a result is called that is not PyTorch's.
+        self.gelu_factor = math.sqrt(0.5) if fold_gelu else 1.0
+        self.folded = ".folded" if fold_gelu else ""
         self.factor: Array = np.ones(1)
         self.weights: dict[str, list[Array]] = {}
 
@@ -77,8 +88,8 @@ class _Stream:
         self.weights[name] = [kernel, bias]
         return layers.Conv2D(kernel.shape[-1], kernel.shape[0], strides, data_format="channels_last", name=name)(x)
 
-    def depthwise(self, x: Any, name: str, layer: layers.DepthwiseConv2D) -> Any:
-        self.weights[name] = [np.asarray(value, np.float64) for value in layer.get_weights()]
+    def depthwise(self, x: Any, name: str, layer: layers.DepthwiseConv2D, kernel: Array, bias: Array) -> Any:
+        self.weights[name] = [kernel, bias]
         return layers.DepthwiseConv2D(
             layer.kernel_size,
             padding="same",
@@ -95,26 +106,30 @@ class _Stream:
         self.factor = np.ones(layer.dim)
 
     def block(self, layer: Block) -> None:
-        attn, mlp, name = layer.attn, layer.mlp, layer.name
+        attn, mlp, name, root = layer.attn, layer.mlp, layer.name, self.gelu_factor
         scale, shift = _scale_and_shift(layer.norm1)
         branch = np.asarray(layer.layer_scale_1, np.float64)
-        x = self._into(attn.proj_1, f"{name}.attn.proj_1", scale, shift)
-        x = gate = layers.Activation("gelu", name=f"{name}.attn.activation")(x)
+        x = self._into(attn.proj_1, f"{name}.attn.proj_1{self.folded}", scale, shift, root)
+        x = gate = layers.Activation(self.gelu, name=f"{name}.attn.activation{self.folded}")(x)
         unit = attn.spatial_gating_unit
         path = f"{name}.attn.spatial_gating_unit"
-        x = self.depthwise(x, f"{path}.conv0", unit.conv0)
-        x = self.depthwise(x, f"{path}.conv_spatial", unit.conv_spatial)
+        kernel, bias = _kernel_and_bias(unit.conv0)
+        x = self.depthwise(x, f"{path}.conv0", unit.conv0, kernel * root, bias)
+        x = self.depthwise(x, f"{path}.conv_spatial", unit.conv_spatial, *_kernel_and_bias(unit.conv_spatial))
         x = self.conv(x, f"{path}.conv1", *_kernel_and_bias(unit.conv1))
-        x = layers.Multiply(name=path)([gate, x])
+        x = layers.Multiply(name=f"{path}{self.folded}")([gate, x])
         kernel, bias = _kernel_and_bias(attn.proj_2)
-        self._out_of(x, f"{name}.attn.scaled", kernel, bias + shift, branch, 1.0 + branch * scale)
+        self._out_of(x, f"{name}.attn.scaled", kernel * root, bias + shift, branch, 1.0 + branch * scale)
 
         scale, shift = _scale_and_shift(layer.norm2)
         branch = np.asarray(layer.layer_scale_2, np.float64)
         x = self._into(mlp.fc1, f"{name}.mlp.fc1", scale, shift)
-        x = self.depthwise(x, f"{name}.mlp.dwconv", mlp.dwconv.dwconv)
-        x = layers.Activation("gelu", name=f"{name}.mlp.act")(x)
-        self._out_of(x, f"{name}.mlp.scaled", *_kernel_and_bias(mlp.fc2), branch, np.ones_like(branch))
+        depthwise = mlp.dwconv.dwconv
+        kernel, bias = _kernel_and_bias(depthwise)
+        x = self.depthwise(x, f"{name}.mlp.dwconv{self.folded}", depthwise, kernel * root, bias * root)
+        x = layers.Activation(self.gelu, name=f"{name}.mlp.act{self.folded}")(x)
+        kernel, bias = _kernel_and_bias(mlp.fc2)
+        self._out_of(x, f"{name}.mlp.scaled", kernel * root, bias, branch, np.ones_like(branch))
 
     def norm(self, layer: layers.LayerNormalization) -> None:
         if not (self.factor == 1.0).all():
@@ -122,10 +137,11 @@ class _Stream:
         self.weights[layer.name] = layer.get_weights()
         self.x = layers.LayerNormalization(epsilon=layer.epsilon, name=layer.name)(self.x)
 
-    def _into(self, conv: layers.Conv2D, name: str, scale: Array, shift: Array) -> Any:
-        """A 1x1 convolution of the normalised stream."""
+    def _into(self, conv: layers.Conv2D, name: str, scale: Array, shift: Array, times: float = 1.0) -> Any:
+        """A 1x1 convolution of the normalised stream, `times` a number."""
         kernel, bias = _kernel_and_bias(conv)
-        return self.conv(self.x, name, kernel * (scale * self.factor)[:, None], bias + shift @ kernel[0, 0])
+        bias = bias + shift @ kernel[0, 0]
+        return self.conv(self.x, name, kernel * (scale * self.factor)[:, None] * times, bias * times)
 
     def _out_of(self, x: Any, name: str, kernel: Array, bias: Array, branch: Array, shortcut: Array) -> None:
         """Adds a scaled 1x1 convolution to the stream, which goes on times `shortcut`."""

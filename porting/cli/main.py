@@ -434,6 +434,12 @@ def revert(
 )
 @click.option("--input-size", type=click.IntRange(min=32), help="Side of the images.  [default: the variant's]")
 @click.option("--fused/--no-fused", default=True, show_default=True, help="Fold normalisations into convolutions.")
+@click.option(
+    "--split-kernels/--no-split-kernels",
+    default=True,
+    show_default=True,
+    help="LiteRT, float32 and float16: depthwise kernels of over 25 taps as sums of smaller ones, quicker on a CPU.",
+)
 @CHECKPOINT_OPTION
 @LAYOUT_OPTION
 @CHECK_OPTION
@@ -448,6 +454,7 @@ def export(
     precision: str,
     input_size: int | None,
     fused: bool,
+    split_kernels: bool,
     checkpoint: str | None,
     layout: str | None,
     check: bool,
@@ -487,6 +494,7 @@ def export(
             layout=layout,
             input_size=input_size,
             fused=fused,
+            split_kernels=split_kernels,
             check=check,
             options=options,
             progress=progress,
