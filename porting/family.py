@@ -79,7 +79,7 @@ class Family(abc.ABC):
     def fuse(self, candidate: keras.Model, form: str) -> keras.Model:
         """The same function in fewer operations, for inference in the runtime of `form`; by default the model itself.
 
-        `form` is one of porting.export.FORMATS. Layers whose results are PyTorch's have the names of its modules.
+        `form` is one of porting.formats.FORMATS. Layers whose results are PyTorch's have the names of its modules.
         """
         return candidate
 

@@ -2,50 +2,80 @@
 
     pip install '.[bench]'
     python scripts/benchmark_inference.py b0 b1
+    python scripts/benchmark_inference.py b0 --trials
+    python scripts/benchmark_inference.py nano b0 --exports
 
 Each contender is a process of its own, with as many threads as there are cores. They take turns, one inference each, so
 that what else the machine does meets all of them; the table has medians, and ratios to the quicker of PyTorch's eager
-memory formats. Weights are synthetic. ONNX Runtime and OpenVINO run the ONNX file that `van-port export` writes.
+memory formats. ONNX Runtime and OpenVINO run the ONNX file that `van-port export` writes, LiteRT
+and TensorFlow without Keras the files that it writes for them. `--trials` measures the parts of what makes ours quick,
+and what was tried and did not. `--exports` makes a table of every format and precision: size, operations, parity with
+PyTorch over the images of the check, and speed. nano has its trained weights, the others have synthetic ones.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
 
-# Name, environment, what it runs.
-CONTENDERS: tuple[tuple[str, dict[str, str], str], ...] = (
-    ("PyTorch", {}, "torch"),
-    ("PyTorch, channels last", {}, "torch_last"),
+if TYPE_CHECKING:
+    from rich.status import Status
+    from rich.table import Table
+
+ON, OFF = {"TF_ENABLE_ONEDNN_OPTS": "1"}, {"TF_ENABLE_ONEDNN_OPTS": "0"}
+# Name, environment, and what it runs: a kind, and for exported files "kind=file".
+Contender = tuple[str, dict[str, str], str]
+PYTORCH: tuple[Contender, ...] = (("PyTorch", {}, "torch"), ("PyTorch, channels last", {}, "torch_last"))
+CONTENDERS: tuple[Contender, ...] = (
+    *PYTORCH,
     ("PyTorch, torch.compile", {}, "torch_compile"),
-    ("ONNX Runtime", {}, "onnx"),
-    ("OpenVINO", {}, "openvino"),
-    ("Keras, oneDNN off", {"TF_ENABLE_ONEDNN_OPTS": "0"}, "keras"),
-    ("Keras, oneDNN on", {"TF_ENABLE_ONEDNN_OPTS": "1"}, "keras"),
-    ("Keras fused, oneDNN off", {"TF_ENABLE_ONEDNN_OPTS": "0"}, "fused"),
-    ("Keras fused, oneDNN on", {"TF_ENABLE_ONEDNN_OPTS": "1"}, "fused"),
-    ("LiteRT", {}, "litert"),
+    ("ONNX Runtime", {}, "onnx=x.onnx"),
+    ("OpenVINO", {}, "openvino=x.onnx"),
+    ("Keras, oneDNN off", OFF, "keras"),
+    ("Keras, oneDNN on", ON, "keras"),
+    ("Keras fused, oneDNN off", OFF, "fused"),
+    ("Keras fused, oneDNN on", ON, "fused"),
+    ("SavedModel, oneDNN off", OFF, "saved_model=x"),
+    ("SavedModel, oneDNN on", ON, "saved_model=x"),
+    ("LiteRT", {}, "litert=x.tflite"),
+)
+TRIALS: tuple[Contender, ...] = (
+    *PYTORCH,
+    ("Keras fused", ON, "fused"),
+    ("... GELU not folded", ON, "unfolded"),
+    ("... GELU by erfc, Keras's own", ON, "erfc"),
+    ("... 1x1 convolutions as matrix products", ON, "products"),
+    ("... dilated convolutions not by SpaceToBatch", ON, "dilated"),
+    ("... kernels cropped to the last stage's map", ON, "cropped"),
+    ("... compiled by XLA", ON, "xla"),
+    ("... weights as constants: SavedModel", ON, "saved_model=x"),
+    ("LiteRT", {}, "litert=x.tflite"),
+    ("... kernels not split", {}, "litert=whole.tflite"),
+    ("... one thread", {}, "litert_one=x.tflite"),
 )
 CORES = len(os.sched_getaffinity(0))
-SIZE = 224
+SIZES = {"nano": 64}
 
 
-def images_of(batch: int) -> np.ndarray:
-    return np.random.default_rng(0).normal(size=(batch, SIZE, SIZE, 3)).astype(np.float32)
+def images_of(variant: str, batch: int) -> np.ndarray:
+    size = SIZES.get(variant, 224)
+    return np.random.default_rng(0).normal(size=(batch, size, size, 3)).astype(np.float32)
 
 
-def make_torch(variant: str, folder: Path, batch: int, kind: str) -> Callable[[], Any]:
+def make_torch(variant: str, file: Path, batch: int, kind: str) -> Callable[[], Any]:
     import torch
 
     from porting.references.synthetic import fill_with_synthetic_weights
@@ -55,7 +85,7 @@ def make_torch(variant: str, folder: Path, batch: int, kind: str) -> Callable[[]
     model = build_van(variant)
     fill_with_synthetic_weights(model, 0)
     model.eval()
-    images = torch.from_numpy(images_of(batch).transpose(0, 3, 1, 2).copy())
+    images = torch.from_numpy(images_of(variant, batch).transpose(0, 3, 1, 2).copy())
     if kind == "torch_last":
         model, images = (
             model.to(memory_format=torch.channels_last),
@@ -70,47 +100,106 @@ def make_torch(variant: str, folder: Path, batch: int, kind: str) -> Callable[[]
     return infer
 
 
-def make_keras(variant: str, folder: Path, batch: int, kind: str) -> Callable[[], Any]:
+def make_keras(variant: str, file: Path, batch: int, kind: str) -> Callable[[], Any]:
     import tensorflow as tf
 
     import van_tf
 
     tf.config.threading.set_intra_op_parallelism_threads(CORES)
-    model = getattr(van_tf, f"van_{variant}")(weights=folder / "x.h5")
-    if kind == "fused":
-        model = van_tf.fuse(model)
-    run = tf.function(lambda x: model(x, training=False))
-    images = tf.constant(images_of(batch))
+    model = getattr(van_tf, f"van_{variant}")(weights=file)
+    if kind != "keras":
+        model = van_tf.fuse(model, fold_gelu=kind not in {"unfolded", "erfc"})
+    if kind in {"erfc", "products", "dilated", "cropped"}:
+        model = changed(model, kind)
+    run = tf.function(lambda x: model(x, training=False), jit_compile=kind == "xla")
+    images = tf.constant(images_of(variant, batch))
     return lambda: run(images).numpy()
 
 
-def make_onnx(variant: str, folder: Path, batch: int, kind: str) -> Callable[[], Any]:
-    images = images_of(batch)
+def changed(model: Any, kind: str) -> Any:
+    """The same function with some layers computed in another way."""
+    import keras
+    import tensorflow as tf
+
+    class Product(keras.layers.Conv2D):  # type: ignore[misc]
+        """A 1x1 convolution."""
+
+        def call(self, inputs: Any) -> Any:
+            positions = tf.reshape(inputs, (-1, inputs.shape[-1]))
+            found = tf.nn.bias_add(tf.matmul(positions, self.kernel[0, 0]), self.bias)
+            return tf.reshape(found, tf.concat([tf.shape(inputs)[:-1], [self.filters]], 0))
+
+    class Dilated(keras.layers.DepthwiseConv2D):  # type: ignore[misc]
+        """One operation, which only oneDNN's kernel can dilate."""
+
+        def call(self, inputs: Any) -> Any:
+            found = tf.raw_ops.DepthwiseConv2dNative(
+                input=inputs, filter=self.kernel, strides=[1] * 4, padding="SAME", dilations=[1, *self.dilation_rate, 1]
+            )
+            return tf.nn.bias_add(found, self.bias)
+
+    last = max(layer.name for layer in model.layers if layer.name.startswith("norm")).removeprefix("norm").split(".")[0]
+
+    def clone(layer: Any) -> Any:
+        config = layer.get_config()
+        spatial = layer.name.endswith("conv_spatial")
+        if kind == "erfc" and isinstance(layer, keras.layers.Activation):
+            return keras.layers.Activation("gelu", name=layer.name)
+        if kind == "products" and type(layer) is keras.layers.Conv2D and layer.kernel_size == (1, 1):
+            return Product.from_config(config)
+        if kind == "dilated" and spatial:
+            return Dilated.from_config(config)
+        if kind == "cropped" and spatial and layer.name.startswith(f"block{last}."):
+            return keras.layers.DepthwiseConv2D.from_config({**config, "kernel_size": (5, 5)})
+        return type(layer).from_config(config)
+
+    made = keras.models.clone_model(model, clone_function=clone)
+    for old, new in zip(model.layers, made.layers, strict=True):
+        weights = old.get_weights()
+        if weights and weights[0].shape != new.weights[0].shape:
+            # The map is 7x7: what lies 9 positions away is padding everywhere.
+            weights[0] = weights[0][1:-1, 1:-1]
+        new.set_weights(weights)
+    return made
+
+
+def make_saved_model(variant: str, file: Path, batch: int, kind: str) -> Callable[[], Any]:
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(CORES)
+    model = tf.saved_model.load(str(file))
+    images = tf.constant(images_of(variant, batch))
+    run = model.signatures["serving_default"]
+    return lambda: run(images=images)["output_0"].numpy()
+
+
+def make_onnx(variant: str, file: Path, batch: int, kind: str) -> Callable[[], Any]:
+    images = images_of(variant, batch)
     if kind == "onnx":
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = CORES
-        session = onnxruntime.InferenceSession(folder / "x.onnx", options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
         return lambda: session.run(None, {"images": images})
     import openvino
 
     core = openvino.Core()
-    model = core.read_model(folder / "x.onnx")
-    model.reshape([batch, SIZE, SIZE, 3])
+    model = core.read_model(file)
+    model.reshape(list(images.shape))
     settings = {"INFERENCE_NUM_THREADS": CORES, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     compiled = core.compile_model(model, "CPU", settings)
     return lambda: compiled([images])
 
 
-def make_litert(variant: str, folder: Path, batch: int, kind: str) -> Callable[[], Any]:
+def make_litert(variant: str, file: Path, batch: int, kind: str) -> Callable[[], Any]:
     from ai_edge_litert.interpreter import Interpreter
 
-    interpreter = Interpreter(str(folder / "x.tflite"), num_threads=CORES)
-    given = interpreter.get_input_details()[0]["index"]
-    interpreter.resize_tensor_input(given, [batch, SIZE, SIZE, 3])
+    interpreter = Interpreter(str(file), num_threads=1 if kind == "litert_one" else CORES)
+    images = images_of(variant, batch)
+    given, taken = (get()[0]["index"] for get in (interpreter.get_input_details, interpreter.get_output_details))
+    interpreter.resize_tensor_input(given, images.shape)
     interpreter.allocate_tensors()
-    images, taken = images_of(batch), interpreter.get_output_details()[0]["index"]
 
     def infer() -> Any:
         interpreter.set_tensor(given, images)
@@ -122,15 +211,17 @@ def make_litert(variant: str, folder: Path, batch: int, kind: str) -> Callable[[
 
 MAKERS = {
     **dict.fromkeys(("torch", "torch_last", "torch_compile"), make_torch),
-    **dict.fromkeys(("keras", "fused"), make_keras),
-    **dict.fromkeys(("onnx", "openvino"), make_onnx),
-    "litert": make_litert,
+    **dict.fromkeys(("keras", "fused", "unfolded", "erfc", "products", "dilated", "cropped", "xla"), make_keras),
+    **dict.fromkeys(("onnx", "openvino=x.onnx"), make_onnx),
+    **dict.fromkeys(("litert", "litert_whole", "litert_one=x.tflite"), make_litert),
+    "saved_model": make_saved_model,
 }
 
 
 def work(variant: str, folder: Path, batch: int, kind: str) -> None:
     """A contender: says "ready" with its result, then runs once for each line that it reads."""
-    infer = MAKERS[kind](variant, folder, batch, kind)
+    kind, _, file = kind.partition("=")
+    infer = MAKERS[kind](variant, folder / (file or "x.h5"), batch, kind)
     for _ in range(3):
         result = infer()
     while isinstance(result, (list, tuple)):
@@ -145,97 +236,147 @@ def work(variant: str, folder: Path, batch: int, kind: str) -> None:
         print(time.perf_counter() - begin, flush=True)
 
 
-def prepare(variant: str, folder: Path) -> None:
-    """The checkpoint, the ported file and the exports."""
+def prepare(variant: str, folder: Path, exports: Iterable[tuple[str, list[str]]], samples: int = 1) -> None:
+    """The checkpoint, the ported file and the exports: names of files, and how to write them."""
     make = Path(__file__).with_name("make_checkpoint.py")
     port = [sys.executable, "-c", "import sys; from porting.cli.main import main; sys.argv[0] = 'van-port'; main()"]
-    checkpoint, weights = folder / "x.pth.tar", folder / "x.h5"
-    same = ["--variant", variant, "--checkpoint", str(checkpoint)]
-    commands = [
-        [sys.executable, str(make), variant, str(checkpoint)],
-        [*port, *same, "--out", str(weights), "--no-check"],
-        *(
-            [*port, "export", *same, "--weights", str(weights), "--out", str(folder / name), "--samples", "1"]
-            for name in ("x.onnx", "x.tflite")
-        ),
-    ]
+    same, weights = ["--variant", variant], str(folder / "x.h5")
+    commands = []
+    if variant != "nano":  # whose trained checkpoint is embedded
+        same += ["--checkpoint", str(folder / "x.pth.tar")]
+        commands.append([sys.executable, str(make), variant, same[-1]])
+    commands.append([*port, *same, "--out", weights, "--no-check"])
+    for name, how in exports:
+        out = ["--out", str(folder / name), "--samples", str(samples)]
+        commands.append([*port, "export", *same, "--weights", weights, *out, *how])
     for command in commands:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise click.ClickException(f"{' '.join(command[2:])}: {done.stderr[-500:]}")
+            raise click.ClickException(f"{' '.join(command[2:])}: {done.stdout[-500:]}{done.stderr[-500:]}")
 
 
-def measure(variant: str, folder: Path, batch: int, rounds: int) -> dict[str, float]:
+def measure(
+    contenders: Iterable[Contender], variant: str, folder: Path, batch: int, rounds: int, tolerance: float = 1e-4
+) -> dict[str, float]:
     """Median seconds of each contender that starts; they all must give the same logits."""
-    processes: dict[str, subprocess.Popen[str]] = {}
-    results: dict[str, list[float]] = {}
-    for name, environment, kind in CONTENDERS:
-        command = [sys.executable, __file__, variant, "--worker", kind, "--folder", str(folder), "--batch", str(batch)]
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=(folder / "stderr").open("w"),
-            text=True,
-            env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **environment},
-        )
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line:
-            process.wait()
-            said = (folder / "stderr").read_text().strip().splitlines()
-            click.echo(f"{name} does not run: {said[-1] if said else 'no word'}", err=True)
-            continue
-        processes[name], results[name] = process, json.loads(line)
-    reference = np.array(next(iter(results.values())))
-    for name, found in results.items():
-        if not np.allclose(found, reference, atol=1e-4 * float(np.abs(reference).max()) + 1e-5):
-            raise click.ClickException(f"{name} computes something else: {found} instead of {reference.tolist()}")
-    taken: dict[str, list[float]] = {name: [] for name in processes}
-    for _ in range(rounds):
-        for name, process in processes.items():
-            assert process.stdin is not None
+    with contextlib.ExitStack() as stack:
+        processes: dict[str, subprocess.Popen[str]] = {}
+        results: dict[str, list[float]] = {}
+        for name, environment, kind in contenders:
+            command = [sys.executable, __file__, variant, "--worker", kind, "--folder", str(folder)]
+            process = subprocess.Popen(
+                [*command, "--batch", str(batch)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=(folder / "stderr").open("w"),
+                text=True,
+                env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **environment},
+            )
+            stack.callback(process.communicate)
             assert process.stdout is not None
-            process.stdin.write("\n")
-            process.stdin.flush()
-            taken[name].append(float(process.stdout.readline()))
-    for process in processes.values():
-        process.communicate()
+            line = process.stdout.readline()
+            if not line:
+                process.wait()
+                said = (folder / "stderr").read_text().strip().splitlines()
+                click.echo(f"{name} does not run: {said[-1] if said else 'no word'}", err=True)
+                continue
+            processes[name], results[name] = process, json.loads(line)
+        reference = np.array(next(iter(results.values())))
+        for name, found in results.items():
+            if not np.allclose(found, reference, atol=tolerance * float(np.abs(reference).max()) + 1e-5):
+                raise click.ClickException(f"{name} computes something else: {found} instead of {reference.tolist()}")
+        taken: dict[str, list[float]] = {name: [] for name in processes}
+        for _ in range(rounds):
+            for name, process in processes.items():
+                assert process.stdin is not None
+                assert process.stdout is not None
+                process.stdin.write("\n")
+                process.stdin.flush()
+                taken[name].append(float(process.stdout.readline()))
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
 @click.command(help=__doc__)
 @click.argument("variants", nargs=-1, required=True)
 @click.option("--rounds", default=15, show_default=True, help="Inferences of each, of which the median counts.")
-@click.option("--worker", type=click.Choice(list(MAKERS)), hidden=True)
+@click.option("--trials", is_flag=True, help="Other ways to compute the same instead.")
+@click.option("--exports", is_flag=True, help="A table of every format and precision instead.")
+@click.option("--worker", hidden=True)
 @click.option("--folder", type=click.Path(path_type=Path), hidden=True)
 @click.option("--batch", type=int, hidden=True)
-def main(variants: tuple[str, ...], rounds: int, worker: str | None, folder: Path | None, batch: int | None) -> None:
+def main(
+    variants: tuple[str, ...],
+    rounds: int,
+    trials: bool,
+    exports: bool,
+    worker: str | None,
+    folder: Path | None,
+    batch: int | None,
+) -> None:
     if worker is not None and folder is not None and batch is not None:
         work(variants[0], folder, batch, worker)
         return
     from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    for variant in variants:
+        with tempfile.TemporaryDirectory() as place, Console(stderr=True).status(variant) as status:
+            if exports:
+                console.print(exports_table(variant, Path(place), rounds))
+            else:
+                console.print(speed_table(variant, Path(place), rounds, TRIALS if trials else CONTENDERS, status))
+
+
+def speed_table(variant: str, folder: Path, rounds: int, contenders: tuple[Contender, ...], status: Status) -> Table:
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    for variant in variants:
-        with tempfile.TemporaryDirectory() as place, Console(stderr=True).status(f"{variant}: preparing") as status:
-            prepare(variant, Path(place))
-            found = {}
-            for count in (1, 8):
-                status.update(f"{variant}: batch {count}")
-                found[count] = measure(variant, Path(place), count, rounds)
-        table = Table(variant, "ms, batch 1", "of PyTorch", "ms, batch 8", "of PyTorch")
-        eager = {
-            count: min(times[name] for name in ("PyTorch", "PyTorch, channels last")) for count, times in found.items()
-        }
-        for name, _, _ in CONTENDERS:
-            row = [name]
-            for count, times in found.items():
-                seconds = times.get(name)
-                row += ["-", "-"] if seconds is None else [f"{1000 * seconds:.0f}", f"{seconds / eager[count]:.2f}"]
-            table.add_row(*row)
-        console.print(table)
+    files = sorted({kind.partition("=")[2] for _, _, kind in contenders} - {""})
+    how = {"x": ["--format", "saved_model"], "whole.tflite": ["--no-split-kernels"]}
+    status.update(f"{variant}: preparing")
+    prepare(variant, folder, [(name, how.get(name, [])) for name in files])
+    found = {}
+    for count in (1, 8):
+        status.update(f"{variant}: batch {count}")
+        found[count] = measure(contenders, variant, folder, count, rounds)
+    table = Table(variant, "ms, batch 1", "of PyTorch", "ms, batch 8", "of PyTorch")
+    eager = {count: min(times[name] for name, _, _ in PYTORCH) for count, times in found.items()}
+    for name, _, _ in contenders:
+        row = [name]
+        for count, times in found.items():
+            seconds = times.get(name)
+            row += ["-", "-"] if seconds is None else [f"{1000 * seconds:.1f}", f"{seconds / eager[count]:.2f}"]
+        table.add_row(*row)
+    return table
+
+
+def exports_table(variant: str, folder: Path, rounds: int) -> Table:
+    from rich.table import Table
+
+    from porting.formats import FORMATS
+    from porting.precision import PRECISIONS
+    from porting.reports.document import read_report
+
+    made = {(form, precision): f"{precision}{suffix}" for form, suffix in FORMATS.items() for precision in PRECISIONS}
+    hows = [(file, ["--format", form, "--precision", precision]) for (form, precision), file in made.items()]
+    prepare(variant, folder, hows, samples=40)
+    contenders = [(file, ON, f"{form}={file}") for (form, _), file in made.items()]
+    times = measure(contenders, variant, folder, 1, rounds, tolerance=math.inf)
+    table = Table(variant, "MiB", "operations", "layers", "worst ratio", "same class", "ms, batch 1")
+    for (form, precision), file in made.items():
+        report = read_report(folder / f"{file}.parity.json")
+        assert report.logits is not None
+        path = folder / file
+        size = sum(each.stat().st_size for each in ([path] if path.is_file() else path.rglob("*")) if each.is_file())
+        table.add_row(
+            f"{form} {precision}",
+            f"{size / 2**20:.1f}",
+            str(sum(report.context["export"]["operators"].values())),
+            str(len(report.layers)),
+            f"{report.worst.ratio:.2f}",
+            f"{report.logits.top1_agreement} of {report.logits.samples}",
+            f"{1000 * times[file]:.1f}",
+        )
+    return table
 
 
 if __name__ == "__main__":

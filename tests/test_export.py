@@ -18,8 +18,9 @@ import van_tf
 from porting.check import CheckOptions
 from porting.comparison import check_outputs
 from porting.errors import ExportError, FailedParityError, OutputError
-from porting.export import _kernels_in_parts, _write_onnx, export
+from porting.export import export
 from porting.families.van import VanFamily
+from porting.formats import kernels_in_parts, write
 from porting.parity import OUTPUT
 from porting.port import port
 from porting.precision import in_precision
@@ -107,7 +108,7 @@ def test_parts_of_a_kernel_add_up_to_it(kernel: tuple[int, int], dilation: Any, 
     layer.set_weights([rng.normal(size=weight.shape) for weight in layer.get_weights()])
     images = rng.normal(size=(1, 20, 24, 3)).astype(np.float32)
     expected = model(images).numpy()
-    with _kernels_in_parts(model):
+    with kernels_in_parts(model):
         run = tf.function(lambda x: model(x)).get_concrete_function(tf.TensorSpec((1, 20, 24, 3)))
         np.testing.assert_allclose(model(images), expected, rtol=1e-4, atol=1e-4)
     assert sum(each.type == "DepthwiseConv2dNative" for each in run.graph.get_operations()) == parts
@@ -118,7 +119,7 @@ def test_keras_own_gelu_is_onnx_own(tmp_path: Path) -> None:
     """Other families may use it; TensorFlow's has an operation that ONNX lacks."""
     inputs = keras.Input((8, 8, 3))
     model = keras.Model(inputs, keras.layers.Conv2D(4, 3, activation="gelu", name="conv")(inputs))
-    _write_onnx(model, tmp_path / "x.onnx", "float32", np.zeros((1, 8, 8, 3), np.float32))
+    write("onnx", model, tmp_path / "x.onnx", "float32", np.zeros((1, 8, 8, 3), np.float32), split_kernels=False)
     image = np.random.default_rng(0).normal(size=(1, 8, 8, 3)).astype(np.float32)
     with open_runtime("onnx", tmp_path / "x.onnx", []) as runtime:
         assert runtime.operators()["Gelu"] == 1

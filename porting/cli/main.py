@@ -470,8 +470,8 @@ def export(
       van-port export --variant b1 --weights van_b1.h5 --out van_b1 --format saved_model
     """
     from porting.cli.terminal import make_console
-    from porting.export import FORMATS
     from porting.export import export as write_export
+    from porting.formats import FORMATS
 
     by_suffix = {suffix: name for name, suffix in FORMATS.items()}
     form = form or by_suffix.get(out.suffix)
