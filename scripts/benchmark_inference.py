@@ -212,8 +212,8 @@ def make_litert(variant: str, file: Path, batch: int, kind: str) -> Callable[[],
 MAKERS = {
     **dict.fromkeys(("torch", "torch_last", "torch_compile"), make_torch),
     **dict.fromkeys(("keras", "fused", "unfolded", "erfc", "products", "dilated", "cropped", "xla"), make_keras),
-    **dict.fromkeys(("onnx", "openvino=x.onnx"), make_onnx),
-    **dict.fromkeys(("litert", "litert_whole", "litert_one=x.tflite"), make_litert),
+    **dict.fromkeys(("onnx", "openvino"), make_onnx),
+    **dict.fromkeys(("litert", "litert_whole", "litert_one"), make_litert),
     "saved_model": make_saved_model,
 }
 
