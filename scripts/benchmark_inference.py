@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -256,9 +255,9 @@ def prepare(variant: str, folder: Path, exports: Iterable[tuple[str, list[str]]]
 
 
 def measure(
-    contenders: Iterable[Contender], variant: str, folder: Path, batch: int, rounds: int, tolerance: float = 1e-4
+    contenders: Iterable[Contender], variant: str, folder: Path, batch: int, rounds: int, same: bool = True
 ) -> dict[str, float]:
-    """Median seconds of each contender that starts; they all must give the same logits."""
+    """Median seconds of each contender that starts; they all must give the `same` logits."""
     with contextlib.ExitStack() as stack:
         processes: dict[str, subprocess.Popen[str]] = {}
         results: dict[str, list[float]] = {}
@@ -283,7 +282,7 @@ def measure(
             processes[name], results[name] = process, json.loads(line)
         reference = np.array(next(iter(results.values())))
         for name, found in results.items():
-            if not np.allclose(found, reference, atol=tolerance * float(np.abs(reference).max()) + 1e-5):
+            if same and not np.allclose(found, reference, atol=1e-4 * float(np.abs(reference).max()) + 1e-5):
                 raise click.ClickException(f"{name} computes something else: {found} instead of {reference.tolist()}")
         taken: dict[str, list[float]] = {name: [] for name in processes}
         for _ in range(rounds):
@@ -358,9 +357,9 @@ def exports_table(variant: str, folder: Path, rounds: int) -> Table:
 
     made = {(form, precision): f"{precision}{suffix}" for form, suffix in FORMATS.items() for precision in PRECISIONS}
     hows = [(file, ["--format", form, "--precision", precision]) for (form, precision), file in made.items()]
-    prepare(variant, folder, hows, samples=40)
+    prepare(variant, folder, hows, samples=40 if variant == "nano" else 4)
     contenders = [(file, ON, f"{form}={file}") for (form, _), file in made.items()]
-    times = measure(contenders, variant, folder, 1, rounds, tolerance=math.inf)
+    times = measure(contenders, variant, folder, 1, rounds, same=False)  # each has its report
     table = Table(variant, "MiB", "operations", "layers", "worst ratio", "same class", "ms, batch 1")
     for (form, precision), file in made.items():
         report = read_report(folder / f"{file}.parity.json")

@@ -192,7 +192,8 @@ def test_features_feed_a_small_head_that_learns(model: keras.Model) -> None:
     outputs = keras.layers.Conv2D(1, 1)(joined)
     segmenter = keras.Model(inputs, outputs)
     masks = (IMAGES.reshape(2, 16, 4, 16, 4, 3).mean((2, 4, 5)) > 0)[..., None].astype(np.float32)
-    segmenter.compile(keras.optimizers.Adam(0.01), keras.losses.BinaryCrossentropy(from_logits=True))
+    loss = keras.losses.BinaryCrossentropy(from_logits=True)
+    segmenter.compile(keras.optimizers.Adam(0.01), loss, run_eagerly=True)  # tracing takes longer than three steps
     losses = segmenter.fit(IMAGES, masks, epochs=3, verbose=0).history["loss"]
     assert losses[-1] < losses[0]
 

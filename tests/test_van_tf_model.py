@@ -129,7 +129,8 @@ def test_drop_path_drops_whole_samples_and_rescales_the_others() -> None:
 def test_training_moves_weights_and_statistics() -> None:
     config = van_tf.VanConfig("tiny", (8, 8, 8, 8), (1, 1, 1, 2), (2, 2, 2, 2))
     model = van_tf.van(config, classes=10, drop_path_rate=0.1, drop_rate=0.1)
-    model.compile("adamw", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    # Eagerly: tracing the steps takes longer than two of them, and tests/test_finetune.py trains in a graph.
+    model.compile("adamw", keras.losses.SparseCategoricalCrossentropy(from_logits=True), run_eagerly=True)
     before = {variable.path: np.array(variable) for variable in model.weights}
     model.fit(random_images(8, 32, 32, 3), np.arange(8), batch_size=4, epochs=1, verbose=0)
     still = [variable.path for variable in model.weights if np.array_equal(before[variable.path], np.array(variable))]

@@ -77,8 +77,8 @@ def test_h5_datasets_are_named_by_variable_path(tmp_path: Path, weights: dict[st
 def test_names_too_long_for_one_attribute_are_split_as_keras_does(tmp_path: Path) -> None:
     def build() -> keras.Model:
         inputs = x = keras.Input((1,))
-        for index in range(400):
-            x = keras.layers.Dense(1, name=f"{'long_' * 40}{index}")(x)
+        for index in range(80):
+            x = keras.layers.Dense(1, name=f"{'long_' * 200}{index}")(x)
         return keras.Model(inputs, x)
 
     weights = {path: np.full(shape, 0.5, np.float32) for path, shape in variable_shapes(build()).items()}
