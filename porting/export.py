@@ -70,10 +70,11 @@ def export(
     `precision` is float32, float16 or int8, the last with the images of `options` as the representative set; in a
     SavedModel it is that of the stored weights, and all is computed in float32. The model takes
     `(N, input_size, input_size, 3)` (LiteRT: N = 1), by default of the variant's own size, and is `fused` as the family
-    can. `split_kernels` writes large depthwise kernels for LiteRT, unless in int8, as sums of smaller ones, which its
-    CPU kernels compute sooner. With `check`, the artifact is loaded in its own runtime and compared with the PyTorch
-    model of the checkpoint, in units of what its precision costs PyTorch; only then it gets its name, with the report
-    beside it.
+    can. `split_kernels` writes large depthwise kernels for LiteRT as sums of smaller ones, which its CPU kernels
+    compute sooner.
+
+    With `check`, the artifact is loaded in its own runtime and compared with the PyTorch model of the checkpoint, in
+    units of what its precision costs PyTorch; only then it gets its name, with the report beside it.
 
     Raises SourceError, CheckpointError, KeyMapError, WeightsFileError, OutputError, ExportError for what cannot be
     converted or run, or FailedParityError; then `out` is untouched.
@@ -88,13 +89,13 @@ def export(
     start_tensorflow()
     progress("reading the weights")
     model = load_candidate(weights, subject.build_candidate, subject.how_to_build)
-    if fused:
-        progress("fusing")
-        with _export_errors("the model cannot be fused"):
-            model = family.fuse(model, form)
     preprocessing = family.preprocessing(variant, subject.layout)
     size = input_size or preprocessing.input_size
     images = parity_images(family, variant, options, subject.layout, size)
+    if fused:
+        progress("fusing")
+        with _export_errors("the model cannot be fused"):
+            model = family.fuse(model, form, images.shape[1:])
     with temporary_file(out, FORMATS[form]) as temporary:
         progress(f"exporting to {form}")
         with _quiet(), output_errors(out), _export_errors(f"the model cannot be converted for {form}"):

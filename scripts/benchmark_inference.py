@@ -107,8 +107,9 @@ def make_keras(variant: str, file: Path, batch: int, kind: str) -> Callable[[], 
     tf.config.threading.set_intra_op_parallelism_threads(CORES)
     model = getattr(van_tf, f"van_{variant}")(weights=file)
     if kind != "keras":
-        model = van_tf.fuse(model, fold_gelu=kind not in {"unfolded", "erfc"})
-    if kind in {"erfc", "products", "dilated", "cropped"}:
+        size = images_of(variant, 1).shape[1:] if kind == "cropped" else None
+        model = van_tf.fuse(model, input_shape=size, fold_gelu=kind not in {"unfolded", "erfc"})
+    if kind in {"erfc", "products", "dilated"}:
         model = changed(model, kind)
     run = tf.function(lambda x: model(x, training=False), jit_compile=kind == "xla")
     images = tf.constant(images_of(variant, batch))
@@ -137,28 +138,18 @@ def changed(model: Any, kind: str) -> Any:
             )
             return tf.nn.bias_add(found, self.bias)
 
-    last = max(layer.name for layer in model.layers if layer.name.startswith("norm")).removeprefix("norm").split(".")[0]
-
     def clone(layer: Any) -> Any:
         config = layer.get_config()
-        spatial = layer.name.endswith("conv_spatial")
         if kind == "erfc" and isinstance(layer, keras.layers.Activation):
             return keras.layers.Activation("gelu", name=layer.name)
         if kind == "products" and type(layer) is keras.layers.Conv2D and layer.kernel_size == (1, 1):
             return Product.from_config(config)
-        if kind == "dilated" and spatial:
+        if kind == "dilated" and layer.name.endswith("conv_spatial"):
             return Dilated.from_config(config)
-        if kind == "cropped" and spatial and layer.name.startswith(f"block{last}."):
-            return keras.layers.DepthwiseConv2D.from_config({**config, "kernel_size": (5, 5)})
         return type(layer).from_config(config)
 
     made = keras.models.clone_model(model, clone_function=clone)
-    for old, new in zip(model.layers, made.layers, strict=True):
-        weights = old.get_weights()
-        if weights and weights[0].shape != new.weights[0].shape:
-            # The map is 7x7: what lies 9 positions away is padding everywhere.
-            weights[0] = weights[0][1:-1, 1:-1]
-        new.set_weights(weights)
+    made.set_weights(model.get_weights())
     return made
 
 

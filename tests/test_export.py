@@ -65,12 +65,12 @@ def test_every_format_and_precision(
     assert len(result.report.layers) >= layers
     assert result.report.layers[-1].source == OUTPUT
     assert names_in(tmp_path) == [name, f"{name}.parity.json"]
-    # 418,266 weights, and the graph.
+    # 418,266 weights but for some that only see padding, and the graph.
     width = {"float32": 4, "float16": 2, "int8": 1}[precision]
-    assert 418_266 * width < result.size < 418_266 * width + 450_000
+    assert 400_000 * width < result.size < 418_266 * width + 450_000
     if form == "litert":
         # Dilated convolutions are operations of LiteRT's own, and nothing needs TensorFlow's kernels.
-        split = 0 if precision == "int8" else 7 * 2  # a 7x7 kernel is the sum of three
+        split = 2 * 2  # a 7x7 kernel is the sum of three; behind the first stage the maps are smaller
         assert result.operators["DEPTHWISE_CONV_2D"] == 21 + split + 4  # and a factor a stage
         assert result.operators["GELU"] == 14
         assert not any("SPACE_TO_BATCH" in operator or "Flex" in operator for operator in result.operators)
@@ -141,7 +141,7 @@ def test_a_saved_model_replaces_an_older_one(family: VanFamily, checkpoint: Path
 def test_a_wrong_export_gets_no_name(
     family: VanFamily, checkpoint: Path, ported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def tampered(self: VanFamily, candidate: keras.Model, form: str) -> keras.Model:
+    def tampered(self: VanFamily, candidate: keras.Model, form: str, input_shape: Any) -> keras.Model:
         fused = van_tf.fuse(candidate, fold_gelu=False)
         layer = fused.get_layer("block2.1.mlp.fc1")
         layer.bias.assign(layer.bias * 1.001)

@@ -438,7 +438,7 @@ def revert(
     "--split-kernels/--no-split-kernels",
     default=True,
     show_default=True,
-    help="LiteRT, float32 and float16: depthwise kernels of over 25 taps as sums of smaller ones, quicker on a CPU.",
+    help="LiteRT: depthwise kernels of more than 25 taps as sums of smaller ones, quicker on a CPU.",
 )
 @CHECKPOINT_OPTION
 @LAYOUT_OPTION
