@@ -95,7 +95,7 @@ def export(
     if fused:
         progress("fusing")
         with _export_errors("the model cannot be fused"):
-            model = family.fuse(model, form, images.shape[1:])
+            model = family.fuse(model, form)
     with temporary_file(out, FORMATS[form]) as temporary:
         progress(f"exporting to {form}")
         with _quiet(), output_errors(out), _export_errors(f"the model cannot be converted for {form}"):
@@ -122,7 +122,8 @@ def export(
                     name=f"{form}, {precision}",
                     progress=progress,
                 )
-                exported = {"format": form, "precision": precision, "fused": fused, "operators": dict(operators)}
+                how = {"fused": fused} | ({"split_kernels": split_kernels} if form == "litert" else {})
+                exported = {"format": form, "precision": precision, **how, "operators": dict(operators)}
                 report = replace(report, context={**subject.describe(), "weights": weights.name, "export": exported})
         if report is not None and not report.passed:
             raise FailedParityError(f"{out} was not written: {refusal(report)}", report)

@@ -76,11 +76,10 @@ class Family(abc.ABC):
         """Both models with dropout and drop path at rates above 0, to compare what they draw; None: it has neither."""
         return None
 
-    def fuse(self, candidate: keras.Model, form: str, input_shape: Shape) -> keras.Model:
+    def fuse(self, candidate: keras.Model, form: str) -> keras.Model:
         """The same function in fewer operations, for inference in the runtime of `form`; by default the model itself.
 
-        `form` is one of porting.formats.FORMATS; images are of `input_shape`, `(H, W, C)`. Layers whose results are
-        PyTorch's have the names of its modules.
+        `form` is one of porting.formats.FORMATS. Layers whose results are PyTorch's have the names of its modules.
         """
         return candidate
 

@@ -54,14 +54,14 @@ def _write_saved_model(model: keras.Model, path: Path, precision: str, images: A
     depthwise = {
         id(layer.kernel) for layer in layers_by_path(model).values() if isinstance(layer, keras.layers.DepthwiseConv2D)
     }
-    stored = {
-        id(variable): _stored(np.asarray(variable), precision, depthwise=id(variable) in depthwise)
+    constants = {
+        id(variable): stored(np.asarray(variable), precision, depthwise=id(variable) in depthwise)
         for variable in model.variables
     }
 
     def serve(images: Any) -> dict[str, Any]:
         def of(variables: list[Any]) -> list[Any]:
-            return [_restored(*stored[id(variable)]) for variable in variables]
+            return [_restored(*constants[id(variable)]) for variable in variables]
 
         trained, others = of(model.trainable_variables), of(model.non_trainable_variables)
         output, _ = model.stateless_call(trained, others, images, training=False)
@@ -74,8 +74,11 @@ def _write_saved_model(model: keras.Model, path: Path, precision: str, images: A
     tf.saved_model.save(tf.Module(), str(path), signatures={"serving_default": run})
 
 
-def _stored(values: Array, precision: str, *, depthwise: bool) -> tuple[Array, Array | None]:
-    """Values in `precision`, and what they are to be multiplied by: in int8 a kernel has 255 steps a channel."""
+def stored(values: Array, precision: str, *, depthwise: bool) -> tuple[Array, Array | None]:
+    """A kernel in `precision`, and what it is to be multiplied by: in int8 it has 255 steps a channel.
+
+    What has one axis or none, such as a bias, stays in float32.
+    """
     if precision == "float32" or values.ndim < 2:
         return values, None
     if precision == "float16":
@@ -123,10 +126,11 @@ def kernels_in_parts(model: keras.Model) -> Iterator[None]:
     """
     import keras
 
+    plain = keras.layers.DepthwiseConv2D
     found = [
         layer
         for layer in layers_by_path(model).values()
-        if isinstance(layer, keras.layers.DepthwiseConv2D) and _can_split(layer)
+        if isinstance(layer, plain) and type(layer).call is plain.call and _can_split(layer)
     ]
     try:
         for layer in found:
@@ -139,8 +143,9 @@ def kernels_in_parts(model: keras.Model) -> Iterator[None]:
 
 def _can_split(layer: keras.layers.DepthwiseConv2D) -> bool:
     rows, columns = layer.kernel_size
-    plain = layer.padding == "same" and layer.data_format == "channels_last" and set(layer.strides) == {1}
-    return plain and rows % 2 == 1 and columns % 2 == 1 and rows * columns > _TAPS_AT_ONCE >= 2 * columns
+    aligned = layer.padding == "same" and layer.data_format == "channels_last" and set(layer.strides) == {1}
+    # Two rows must be quick as well.
+    return aligned and rows % 2 == 1 and columns % 2 == 1 and rows * columns > _TAPS_AT_ONCE >= 2 * columns
 
 
 def _call_in_parts(layer: keras.layers.DepthwiseConv2D, inputs: Any) -> Any:

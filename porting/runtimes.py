@@ -25,7 +25,9 @@ from porting.parity import OUTPUT
 
 # Says which tensors depend on the input, in the order in which they are computed; is told which to show.
 _RUN_SAVED_MODEL = """
-import json, sys
+import json, os, sys
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # whatever else is printed is no answer
 import numpy as np
 import tensorflow as tf
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
@@ -41,14 +43,14 @@ for each in inlined.graph.get_operations():  # an imported graph has every opera
         reached.add(each)
         if len(each.outputs) == 1 and each.outputs[0].dtype == tf.float32 and each.outputs[0].shape.rank:
             names.append(each.outputs[0].name)
-print(json.dumps(names), flush=True)
+print(json.dumps(names), file=answers, flush=True)
 wanted = [inlined.graph.get_tensor_by_name(each) for each in json.loads(sys.stdin.readline())]
 show = inlined.prune(inlined.inputs, wanted) if wanted else lambda image: []
 for line in sys.stdin:
     image = tf.constant(np.load(line.strip()))
     (result,) = run(**{name: image}).values()
     np.savez(taken, result.numpy(), *(each.numpy() for each in show(image)))
-    print("done", flush=True)
+    print("done", file=answers, flush=True)
 """
 
 

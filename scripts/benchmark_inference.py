@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -107,9 +108,8 @@ def make_keras(variant: str, file: Path, batch: int, kind: str) -> Callable[[], 
     tf.config.threading.set_intra_op_parallelism_threads(CORES)
     model = getattr(van_tf, f"van_{variant}")(weights=file)
     if kind != "keras":
-        size = images_of(variant, 1).shape[1:] if kind == "cropped" else None
-        model = van_tf.fuse(model, input_shape=size, fold_gelu=kind not in {"unfolded", "erfc"})
-    if kind in {"erfc", "products", "dilated"}:
+        model = van_tf.fuse(model, fold_gelu=kind not in {"unfolded", "erfc"})
+    if kind in {"erfc", "products", "dilated", "cropped"}:
         model = changed(model, kind)
     run = tf.function(lambda x: model(x, training=False), jit_compile=kind == "xla")
     images = tf.constant(images_of(variant, batch))
@@ -146,10 +146,17 @@ def changed(model: Any, kind: str) -> Any:
             return Product.from_config(config)
         if kind == "dilated" and layer.name.endswith("conv_spatial"):
             return Dilated.from_config(config)
+        if kind == "cropped" and layer.name.startswith("block4.") and layer.name.endswith("conv_spatial"):
+            return keras.layers.DepthwiseConv2D.from_config({**config, "kernel_size": (5, 5)})
         return type(layer).from_config(config)
 
     made = keras.models.clone_model(model, clone_function=clone)
-    made.set_weights(model.get_weights())
+    weights = [
+        # The last stage's map is 7x7: a tap that is 9 positions away only ever sees padding.
+        values if values.shape == tuple(variable.shape) else values[1:-1, 1:-1]
+        for values, variable in zip(model.get_weights(), made.weights, strict=True)
+    ]
+    made.set_weights(weights)
     return made
 
 
@@ -203,13 +210,13 @@ MAKERS = {
     **dict.fromkeys(("torch", "torch_last", "torch_compile"), make_torch),
     **dict.fromkeys(("keras", "fused", "unfolded", "erfc", "products", "dilated", "cropped", "xla"), make_keras),
     **dict.fromkeys(("onnx", "openvino"), make_onnx),
-    **dict.fromkeys(("litert", "litert_whole", "litert_one"), make_litert),
+    **dict.fromkeys(("litert", "litert_one"), make_litert),
     "saved_model": make_saved_model,
 }
 
 
 def work(variant: str, folder: Path, batch: int, kind: str) -> None:
-    """A contender: says "ready" with its result, then runs once for each line that it reads."""
+    """A contender: prints the first of its logits, then runs once for each line that it reads."""
     kind, _, file = kind.partition("=")
     infer = MAKERS[kind](variant, folder / (file or "x.h5"), batch, kind)
     for _ in range(3):
@@ -226,8 +233,8 @@ def work(variant: str, folder: Path, batch: int, kind: str) -> None:
         print(time.perf_counter() - begin, flush=True)
 
 
-def prepare(variant: str, folder: Path, exports: Iterable[tuple[str, list[str]]], samples: int = 1) -> None:
-    """The checkpoint, the ported file and the exports: names of files, and how to write them."""
+def prepare(variant: str, folder: Path, exports: Iterable[tuple[str, list[str]]], samples: int = 1) -> list[str]:
+    """Writes the checkpoint, the ported file and exports, given by name and options; the names of those refused."""
     make = Path(__file__).with_name("make_checkpoint.py")
     port = [sys.executable, "-c", "import sys; from porting.cli.main import main; sys.argv[0] = 'van-port'; main()"]
     same, weights = ["--variant", variant], str(folder / "x.h5")
@@ -236,13 +243,20 @@ def prepare(variant: str, folder: Path, exports: Iterable[tuple[str, list[str]]]
         same += ["--checkpoint", str(folder / "x.pth.tar")]
         commands.append([sys.executable, str(make), variant, same[-1]])
     commands.append([*port, *same, "--out", weights, "--no-check"])
-    for name, how in exports:
-        out = ["--out", str(folder / name), "--samples", str(samples)]
-        commands.append([*port, "export", *same, "--weights", weights, *out, *how])
     for command in commands:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise click.ClickException(f"{' '.join(command[2:])}: {done.stdout[-500:]}{done.stderr[-500:]}")
+    refused = []
+    for name, how in exports:
+        out = ["--out", str(folder / name), "--samples", str(samples)]
+        done = subprocess.run(
+            [*port, "export", *same, "--weights", weights, *out, *how], capture_output=True, text=True
+        )
+        if done.returncode:
+            click.echo(f"{variant}, {name}: {done.stdout[-300:]}{done.stderr[-300:]}", err=True)
+            refused.append(name)
+    return refused
 
 
 def measure(
@@ -252,13 +266,14 @@ def measure(
     with contextlib.ExitStack() as stack:
         processes: dict[str, subprocess.Popen[str]] = {}
         results: dict[str, list[float]] = {}
-        for name, environment, kind in contenders:
+        for number, (name, environment, kind) in enumerate(contenders):
+            said = stack.enter_context((folder / f"stderr{number}").open("w+"))
             command = [sys.executable, __file__, variant, "--worker", kind, "--folder", str(folder)]
             process = subprocess.Popen(
                 [*command, "--batch", str(batch)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=(folder / "stderr").open("w"),
+                stderr=said,
                 text=True,
                 env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **environment},
             )
@@ -267,10 +282,13 @@ def measure(
             line = process.stdout.readline()
             if not line:
                 process.wait()
-                said = (folder / "stderr").read_text().strip().splitlines()
-                click.echo(f"{name} does not run: {said[-1] if said else 'no word'}", err=True)
+                said.seek(0)
+                lines = said.read().strip().splitlines()
+                click.echo(f"{name} does not run: {lines[-1] if lines else 'no word'}", err=True)
                 continue
             processes[name], results[name] = process, json.loads(line)
+        if not results:
+            raise click.ClickException("nothing runs")
         reference = np.array(next(iter(results.values())))
         for name, found in results.items():
             if same and not np.allclose(found, reference, atol=1e-4 * float(np.abs(reference).max()) + 1e-5):
@@ -280,9 +298,13 @@ def measure(
             for name, process in processes.items():
                 assert process.stdin is not None
                 assert process.stdout is not None
-                process.stdin.write("\n")
-                process.stdin.flush()
-                taken[name].append(float(process.stdout.readline()))
+                if process.poll() is None:
+                    process.stdin.write("\n")
+                    process.stdin.flush()
+                answer = process.stdout.readline()
+                if not answer:
+                    raise click.ClickException(f"{name} stopped; is there enough memory?")
+                taken[name].append(float(answer))
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
@@ -306,6 +328,10 @@ def main(
     if worker is not None and folder is not None and batch is not None:
         work(variants[0], folder, batch, worker)
         return
+    if trials and exports:
+        raise click.UsageError("--trials and --exports are two tables: give one of them")
+    if "nano" in variants and not exports:
+        raise click.UsageError("nano is for --exports; the others are compared with PyTorch on synthetic weights")
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 140)
@@ -323,13 +349,14 @@ def speed_table(variant: str, folder: Path, rounds: int, contenders: tuple[Conte
     files = sorted({kind.partition("=")[2] for _, _, kind in contenders} - {""})
     how = {"x": ["--format", "saved_model"], "whole.tflite": ["--no-split-kernels"]}
     status.update(f"{variant}: preparing")
-    prepare(variant, folder, [(name, how.get(name, [])) for name in files])
+    if prepare(variant, folder, [(name, how.get(name, [])) for name in files]):
+        raise click.ClickException("without these files there is nothing to compare")
     found = {}
     for count in (1, 8):
         status.update(f"{variant}: batch {count}")
         found[count] = measure(contenders, variant, folder, count, rounds)
     table = Table(variant, "ms, batch 1", "of PyTorch", "ms, batch 8", "of PyTorch")
-    eager = {count: min(times[name] for name, _, _ in PYTORCH) for count, times in found.items()}
+    eager = {count: min(times.get(name, math.nan) for name, _, _ in PYTORCH) for count, times in found.items()}
     for name, _, _ in contenders:
         row = [name]
         for count, times in found.items():
@@ -348,11 +375,14 @@ def exports_table(variant: str, folder: Path, rounds: int) -> Table:
 
     made = {(form, precision): f"{precision}{suffix}" for form, suffix in FORMATS.items() for precision in PRECISIONS}
     hows = [(file, ["--format", form, "--precision", precision]) for (form, precision), file in made.items()]
-    prepare(variant, folder, hows, samples=40 if variant == "nano" else 4)
-    contenders = [(file, ON, f"{form}={file}") for (form, _), file in made.items()]
+    refused = prepare(variant, folder, hows, samples=40 if variant == "nano" else 4)
+    contenders = [(file, ON, f"{form}={file}") for (form, _), file in made.items() if file not in refused]
     times = measure(contenders, variant, folder, 1, rounds, same=False)  # each has its report
     table = Table(variant, "MiB", "operations", "layers", "worst ratio", "same class", "ms, batch 1")
     for (form, precision), file in made.items():
+        if file in refused:
+            table.add_row(f"{form} {precision}", "refused")
+            continue
         report = read_report(folder / f"{file}.parity.json")
         assert report.logits is not None
         path = folder / file
@@ -364,7 +394,7 @@ def exports_table(variant: str, folder: Path, rounds: int) -> Table:
             str(len(report.layers)),
             f"{report.worst.ratio:.2f}",
             f"{report.logits.top1_agreement} of {report.logits.samples}",
-            f"{1000 * times[file]:.1f}",
+            f"{1000 * times.get(file, math.nan):.1f}",
         )
     return table
 

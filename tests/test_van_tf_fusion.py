@@ -60,27 +60,6 @@ def test_gelu_can_leave_its_factors_to_the_convolutions(family: VanFamily, refer
     assert sum(layer.name.endswith(".folded") for layer in fused.layers) == 7 * 5
 
 
-def test_taps_beyond_the_map_are_left_out(family: VanFamily, reference: VAN) -> None:
-    images = np.random.default_rng(1).normal(size=(2, 64, 96, 3)).astype(np.float32)
-    fused = van_tf.fuse(keras_model(family, reference), input_shape=(64, 96, 3), fold_gelu=False)
-    report = check_parity(reference, fused, images, isolated=False)
-    # By their settings the smaller kernels are other layers, of course; by their numbers they are not.
-    assert report.divergences == ()
-    assert len(report.layers) > 60
-    # Maps of 16x24, 8x12, 4x6 and 2x3; taps are 3 apart in a 7x7 kernel, else neighbours.
-    sizes = {layer.name: layer.kernel_size for layer in fused.layers if isinstance(layer, keras.layers.DepthwiseConv2D)}
-    spatial = [sizes[f"block{stage}.0.attn.spatial_gating_unit.conv_spatial"] for stage in (1, 2, 3, 4)]
-    assert spatial == [(7, 7), (5, 7), (3, 3), (1, 1)]
-    assert sizes["block3.0.attn.spatial_gating_unit.conv0"] == (5, 5)
-    assert sizes["block4.0.attn.spatial_gating_unit.conv0"] == (3, 5)
-
-
-@pytest.mark.parametrize("shape", [(64, 64, 4), (64, 64), (32, 64, 3)])
-def test_images_that_the_model_does_not_take(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="takes images of"):
-        van_tf.fuse(van_tf.van_nano(input_shape=(64, 64, 3)), input_shape=shape)
-
-
 @pytest.mark.parametrize("scale", [-0.999, 1e-3, 30.0], ids=str)
 def test_factors_that_would_cost_digits_are_multiplied_at_once(family: VanFamily, scale: float) -> None:
     reference = build_van("nano", 10)

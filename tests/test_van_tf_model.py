@@ -14,7 +14,7 @@ from porting.convert import convert
 from porting.families.van import VanFamily
 from porting.references.van import VAN
 from porting.weights_file import variable_shapes
-from van_tf.layers import Block
+from van_tf.layers import Block, gelu
 
 # Parameters with BatchNorm statistics, and variables, as computed from the official code.
 SIZES = {
@@ -124,6 +124,15 @@ def test_drop_path_drops_whole_samples_and_rescales_the_others() -> None:
     assert sorted(set(dropped[:, 0].tolist())) == pytest.approx([0.0, 4 / 3])
     assert (dropped[:, 0] == 0).mean() == pytest.approx(0.25, abs=0.03)
     np.testing.assert_array_equal(np.asarray(block.drop_path(branch, training=False)), branch)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_gelu_is_pytorchs_in_every_precision(dtype: str) -> None:
+    """Where x is negative, the sum in it cancels."""
+    x = torch.linspace(-6, 6, 4001).to(getattr(torch, dtype))
+    expected = torch.nn.functional.gelu(x.double()).numpy()
+    actual = np.asarray(keras.ops.cast(gelu(keras.ops.convert_to_tensor(x.float().numpy(), dtype)), "float64"))
+    assert (np.abs(actual - expected) <= torch.finfo(x.dtype).eps * np.abs(expected) + 1e-6).all()
 
 
 def test_training_moves_weights_and_statistics() -> None:

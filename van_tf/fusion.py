@@ -8,9 +8,6 @@ convolutions beside them, which is exact algebra. With a and b for `norm1` of a 
 and the factor of x is carried along: the stream is kept divided by it, channel by channel, until the stage's LayerNorm
 takes it in. So of a block remain its eight convolutions, two GELUs, one product and two sums.
 
-Where the size of the images is known, so is that of a stage's map, and taps of a depthwise kernel that reach beyond it
-wherever they stand only ever see padding: they are left out.
-
 GELU is x / 2 * (1 + erf(x / sqrt(2))). Its two factors can go into the convolutions before and behind it as well, which
 leaves three passes over memory instead of five where a runtime has no GELU of its own.
 """
@@ -32,29 +29,20 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 _SMALLEST, _GREATEST = 0.1, 10.0
 
 
-def fuse(
-    model: keras.Model, *, input_shape: tuple[int | None, ...] | None = None, fold_gelu: bool = True
-) -> keras.Model:
+def fuse(model: keras.Model, *, fold_gelu: bool = True) -> keras.Model:
     """A model that gives what `model`, built by `van`, gives at inference, to rounding, without its normalisations.
 
-    Takes and returns the same shapes; `input_shape`, `(H, W, C)`, by default that of `model`, may fix the size of the
-    images, which makes kernels smaller where they reach beyond a map. Made of Keras's own layers; where a result is
-    PyTorch's, the layer has the module's name, such as `block1.0.attn.proj_1`. It cannot be trained back into a
-    checkpoint.
+    Takes and returns the same shapes. Made of Keras's own layers; where a result is PyTorch's, the layer has the
+    module's name, such as `block1.0.attn.proj_1`. It cannot be trained back into a checkpoint.
 
     `fold_gelu` takes GELU's factors into the convolutions too, which is the quickest for TensorFlow. Runtimes that
     compute GELU in one operation, as LiteRT and ONNX Runtime do, are quicker without.
 
-    Raises ValueError for a model that `van` has not built, that takes channels first or does not compute in float32,
-    and for images that it does not take.
+    Raises ValueError for a model that `van` has not built, that takes channels first or does not compute in float32.
     """
     if not _is_van(model):
         raise ValueError(f"{model.name} is not a VAN, channels last and in float32, as van_tf builds it")
-    own = model.input_shape[1:]
-    shape = own if input_shape is None else tuple(input_shape)
-    if len(shape) != len(own) or any(size not in {None, given} for size, given in zip(own, shape, strict=True)):
-        raise ValueError(f"{model.name} takes images of {own}, not {shape}")
-    inputs = keras.Input(shape, name="images")
+    inputs = keras.Input(model.input_shape[1:], name="images")
     stream = _Stream(inputs, fold_gelu)
     for layer in model.layers[1:]:
         if isinstance(layer, OverlapPatchEmbed):
@@ -101,16 +89,12 @@ class _Stream:
         return layers.Conv2D(kernel.shape[-1], kernel.shape[0], strides, data_format="channels_last", name=name)(x)
 
     def depthwise(self, x: Any, name: str, layer: layers.DepthwiseConv2D, kernel: Array, bias: Array) -> Any:
-        kernel = _within(kernel, x.shape[1:3], layer.dilation_rate)
         self.weights[name] = [kernel, bias]
         return layers.DepthwiseConv2D(
-            kernel.shape[:2],
+            layer.kernel_size,
             padding="same",
             data_format="channels_last",
-            # A single tap has no neighbours to be apart from, and TensorFlow goes another way for what is dilated.
-            dilation_rate=tuple(
-                1 if taps == 1 else apart for taps, apart in zip(kernel.shape[:2], layer.dilation_rate, strict=True)
-            ),
+            dilation_rate=layer.dilation_rate,
             name=name,
         )(x)
 
@@ -172,16 +156,6 @@ class _Stream:
     def _multiply(self, name: str, factor: Array) -> None:
         self.weights[name] = [factor[None, None, :, None]]
         self.x = layers.DepthwiseConv2D(1, use_bias=False, data_format="channels_last", name=name)(self.x)
-
-
-def _within(kernel: Array, sizes: tuple[int | None, ...], dilation: tuple[int, int]) -> Array:
-    """The taps of a centred kernel, `(rows, columns, ...)`, that can reach a position of a map of these sizes."""
-    for axis, (size, apart) in enumerate(zip(sizes, dilation, strict=True)):
-        if size is not None:
-            middle = kernel.shape[axis] // 2
-            reach = min(middle, (size - 1) // apart)
-            kernel = kernel.take(range(middle - reach, middle + reach + 1), axis)
-    return kernel
 
 
 def _kernel_and_bias(layer: Any) -> tuple[Array, Array]:

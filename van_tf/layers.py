@@ -31,8 +31,12 @@ def gelu(x: Any) -> Any:
     """The exact GELU, x times the normal distribution function, as PyTorch computes it; shape-preserving.
 
     Keras's own goes through erfc, which takes TensorFlow's CPU kernels longer. Of the ways to write this product,
-    LiteRT's converter knows this one for its GELU.
+    LiteRT's converter knows this one for its GELU. Its sum cancels where x is negative, so types of fewer than 32 bits
+    go through float32, as in PyTorch.
     """
+    dtype = keras.backend.standardize_dtype(x.dtype)
+    if dtype in {"float16", "bfloat16"}:
+        return ops.cast(gelu(ops.cast(x, "float32")), dtype)
     return 0.5 * x * (1.0 + ops.erf(x * math.sqrt(0.5)))
 
 

@@ -157,10 +157,10 @@ class VanFamily(Family):
         top["data_format"] = "channels_last"
         return build_van(variant, num_classes, **rates), van_tf.van(van_tf.VARIANTS[variant], **top, **rates)
 
-    def fuse(self, candidate: keras.Model, form: str, input_shape: Shape) -> keras.Model:
+    def fuse(self, candidate: keras.Model, form: str) -> keras.Model:
         import van_tf
 
-        return van_tf.fuse(candidate, input_shape=input_shape, fold_gelu=form == "saved_model")
+        return van_tf.fuse(candidate, fold_gelu=form == "saved_model")
 
     def optimizers(self) -> tuple[OptimizerPair, ...]:
         import van_tf
