@@ -60,7 +60,7 @@ def export(
     layout: str | None = None,
     input_size: int | None = None,
     fused: bool = True,
-    split_kernels: bool = True,
+    split_kernels: bool | None = None,
     check: bool = True,
     options: CheckOptions | None = None,
     progress: Progress = SILENT,
@@ -71,7 +71,7 @@ def export(
     SavedModel it is that of the stored weights, and all is computed in float32. The model takes
     `(N, input_size, input_size, 3)` (LiteRT: N = 1), by default of the variant's own size, and is `fused` as the family
     can. `split_kernels` writes large depthwise kernels for LiteRT as sums of smaller ones, which its CPU kernels
-    compute sooner.
+    compute sooner, by default in float32 and float16.
 
     With `check`, the artifact is loaded in its own runtime and compared with the PyTorch model of the checkpoint, in
     units of what its precision costs PyTorch; only then it gets its name, with the report beside it.
@@ -83,6 +83,8 @@ def export(
     weights_file.require_file(weights)
     survey_file(weights)
     options = options or CheckOptions()
+    if split_kernels is None:
+        split_kernels = precision != "int8"
     subject = open_checkpoint(family, variant, checkpoint, layout=layout, ema=False, progress=progress)
     refuse_other_keys(subject.checkpoint.state_dict, subject.key_map, subject.shapes)
     progress("starting TensorFlow")

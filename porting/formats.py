@@ -28,15 +28,17 @@ NEEDED = {
 # What tf2onnx writes at most, and the first that has Gelu.
 _OPSET_WRITTEN, _OPSET = 18, 20
 # XNNPACK computes a depthwise convolution of up to so many taps in one pass; with more, each tap takes it five times as
-# long (measured for 25 and 49 taps on x86). In int8 the parts' sums cost no digits that could be measured.
+# long (measured for 25 and 49 taps on x86).
 _TAPS_AT_ONCE = 25
 
 
-def write(form: str, model: keras.Model, path: Path, precision: str, images: Array, *, split_kernels: bool) -> None:
+def write(
+    form: str, model: keras.Model, path: Path, precision: str, images: Array, *, split_kernels: bool = False
+) -> None:
     """Writes `model` to `path`, for images of the size of `images`, `(N, H, W, C)`, to which int8 is fitted.
 
-    `split_kernels` is for LiteRT: large depthwise kernels become sums of smaller ones. What the converters raise comes
-    through as it is.
+    `split_kernels` is for LiteRT: large depthwise kernels become sums of smaller ones. In int8 XNNPACK takes only
+    summands whose steps are of about one size. What the converters raise comes through as it is.
     """
     if form == "saved_model":
         _write_saved_model(model, path, precision, images)
@@ -122,7 +124,8 @@ def kernels_in_parts(model: keras.Model) -> Iterator[None]:
     """While the model is traced, its large depthwise kernels are sums of smaller ones, over the same positions.
 
     Rows in the middle make one of them, and every two rows above and below that are as far away another, with so much
-    dilation that it reaches both. Each is padded alike on both sides, so nothing has to be cut or moved.
+    dilation that it reaches both. Each is padded alike on both sides, so nothing has to be cut or moved. Where a map is
+    so small that a part would only see padding, the kernel is left whole.
     """
     import keras
 
@@ -153,6 +156,8 @@ def _call_in_parts(layer: keras.layers.DepthwiseConv2D, inputs: Any) -> Any:
 
     rows, columns = layer.kernel_size
     down, right = layer.dilation_rate
+    if inputs.shape[1] is not None and inputs.shape[1] <= rows // 2 * down:
+        return type(layer).call(layer, inputs)
     middle = (_TAPS_AT_ONCE // columns - 1) // 2 * 2 + 1
     first = (rows - middle) // 2
     kernel = ops.convert_to_tensor(layer.kernel)

@@ -164,7 +164,9 @@ class _LiteRT:
             for interpreter in (self._fast, self._open):
                 interpreter.allocate_tensors()
         except (ValueError, RuntimeError) as error:
-            raise ExportError(f"LiteRT cannot load the file: {str(error).partition(chr(10))[0]}") from None
+            said = str(error).partition("\n")[0]
+            hint = "In int8, --no-split-kernels leaves out sums that XNNPACK refuses." if "XNNPACK" in said else ""
+            raise ExportError(f"LiteRT cannot load the file: {said}", hint=hint) from None
         details = [each for each in self._open.get_tensor_details() if each["name"] and each["shape"].size > 1]
         operations = [each for each in self._open._get_ops_details() if each["op_name"] not in _OF_WEIGHTS]
         made = {int(index) for each in operations for index in each["outputs"]}

@@ -70,7 +70,7 @@ def test_every_format_and_precision(
     assert 418_266 * width < result.size < 418_266 * width + 450_000
     if form == "litert":
         # Dilated convolutions are operations of LiteRT's own, and nothing needs TensorFlow's kernels.
-        split = 7 * 2  # a 7x7 kernel is the sum of three
+        split = 0 if precision == "int8" else 2 * 2  # a 7x7 kernel is the sum of three where the map is large enough
         assert result.operators["DEPTHWISE_CONV_2D"] == 21 + split + 4  # and a factor a stage
         assert result.operators["GELU"] == 14
         assert not any("SPACE_TO_BATCH" in operator or "Flex" in operator for operator in result.operators)
@@ -85,6 +85,16 @@ def test_every_format_and_precision(
 
 
 @slow
+def test_int8_can_be_split_too(family: VanFamily, checkpoint: Path, ported: Path, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"form": "litert", "precision": "int8", "checkpoint": checkpoint, "options": TWO}
+    result = export(family, "nano", ported, tmp_path / "x.tflite", **how, split_kernels=True)
+    assert result.report is not None
+    assert result.report.passed
+    assert result.report.context["export"]["split_kernels"] is True
+    assert result.operators["DEPTHWISE_CONV_2D"] == 21 + 4 + 4
+
+
+@slow
 def test_whole_kernels_are_one_operation_each(
     family: VanFamily, checkpoint: Path, ported: Path, tmp_path: Path
 ) -> None:
@@ -96,7 +106,15 @@ def test_whole_kernels_are_one_operation_each(
 
 @pytest.mark.parametrize(
     ("kernel", "dilation", "parts"),
-    [((7, 7), (3, 3), 3), ((7, 7), 1, 3), ((9, 9), (2, 1), 5), ((31, 3), (1, 2), 13), ((5, 5), 2, 1), ((3, 31), 1, 1)],
+    [
+        ((7, 7), (3, 3), 3),
+        ((7, 7), 1, 3),
+        ((9, 9), (2, 1), 5),
+        ((31, 3), (1, 2), 13),
+        ((5, 5), 2, 1),
+        ((3, 31), 1, 1),
+        ((7, 7), 7, 1),
+    ],
     ids=str,
 )
 def test_parts_of_a_kernel_add_up_to_it(kernel: tuple[int, int], dilation: Any, parts: int) -> None:
@@ -119,7 +137,7 @@ def test_keras_own_gelu_is_onnx_own(tmp_path: Path) -> None:
     """Other families may use it; TensorFlow's has an operation that ONNX lacks."""
     inputs = keras.Input((8, 8, 3))
     model = keras.Model(inputs, keras.layers.Conv2D(4, 3, activation="gelu", name="conv")(inputs))
-    write("onnx", model, tmp_path / "x.onnx", "float32", np.zeros((1, 8, 8, 3), np.float32), split_kernels=False)
+    write("onnx", model, tmp_path / "x.onnx", "float32", np.zeros((1, 8, 8, 3), np.float32))
     image = np.random.default_rng(0).normal(size=(1, 8, 8, 3)).astype(np.float32)
     with open_runtime("onnx", tmp_path / "x.onnx", []) as runtime:
         assert runtime.operators()["Gelu"] == 1
@@ -133,7 +151,7 @@ def test_onnx_names_are_not_given_twice(tmp_path: Path) -> None:
     for name in ("one", "two"):
         x = keras.layers.Conv2D(3, 3, padding="same", name=name)(keras.layers.ReLU()(x))
     model = keras.Model(inputs, keras.layers.ReLU()(x))
-    write("onnx", model, tmp_path / "x.onnx", "float32", np.zeros((1, 8, 8, 3), np.float32), split_kernels=False)
+    write("onnx", model, tmp_path / "x.onnx", "float32", np.zeros((1, 8, 8, 3), np.float32))
     image = np.random.default_rng(0).normal(size=(1, 8, 8, 3)).astype(np.float32)
     with open_runtime("onnx", tmp_path / "x.onnx", ["one", "two"]) as runtime:
         np.testing.assert_allclose(runtime.run(image)[OUTPUT], model(image), atol=1e-6)

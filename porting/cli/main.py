@@ -436,9 +436,9 @@ def revert(
 @click.option("--fused/--no-fused", default=True, show_default=True, help="Fold normalisations into convolutions.")
 @click.option(
     "--split-kernels/--no-split-kernels",
-    default=True,
-    show_default=True,
-    help="LiteRT: depthwise kernels of more than 25 taps as sums of smaller ones, quicker on a CPU.",
+    default=None,
+    help="LiteRT: depthwise kernels of more than 25 taps as sums of smaller ones, quicker on a CPU.  "
+    "[default: unless in int8]",
 )
 @CHECKPOINT_OPTION
 @LAYOUT_OPTION
@@ -454,7 +454,7 @@ def export(
     precision: str,
     input_size: int | None,
     fused: bool,
-    split_kernels: bool,
+    split_kernels: bool | None,
     checkpoint: str | None,
     layout: str | None,
     check: bool,
