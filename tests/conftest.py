@@ -9,6 +9,10 @@ from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+# Processes side by side share the cores; with a thread for each core in each of them they would wait for each other.
+if (processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
+    for library in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS"):
+        os.environ.setdefault(library, str(max(1, (os.cpu_count() or 1) // processes)))
 
 from porting.frameworks import load_triton
 

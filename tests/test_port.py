@@ -213,7 +213,8 @@ def test_large_variants(family: VanFamily, tmp_path: Path, variant: str) -> None
     torch.save({"state_dict": model.state_dict()}, tmp_path / "x.pth.tar")
     result = port(family, variant, tmp_path / "x.h5", checkpoint=tmp_path / "x.pth.tar", options=FAST)
     assert result.report is not None
-    assert result.report.worst.ratio < 4
+    # Seen: 2.4 where PyTorch has two threads, 4.5 with one, as it then rounds its longest sums less than half as much.
+    assert result.report.worst.ratio < 6
     keras_model = getattr(van_tf, f"van_{variant}")()
     keras_model.load_weights(tmp_path / "x.h5")
     images = np.random.default_rng(0).normal(size=(1, 224, 224, 3)).astype(np.float32)
