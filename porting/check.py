@@ -12,7 +12,7 @@ import numpy as np
 
 from porting import weights_file
 from porting.checkpoint import Checkpoint, read_checkpoint
-from porting.checkpoint_layout import CheckpointLayout, recognise_layout
+from porting.checkpoint_layout import CheckpointLayout, layout_named, recognise_layout
 from porting.comparison import check_parity
 from porting.convert import convert, refuse_non_finite, refuse_other_keys, to_float32
 from porting.data import weights_folder
@@ -28,7 +28,7 @@ from porting.progress import SILENT, Progress
 from porting.provenance import describe_source, versions
 from porting.sources import Source, fetch, find_source, parse_location
 from porting.stress import stress_cases
-from porting.survey import survey_file
+from porting.survey import Survey, survey_file
 from porting.training import audit_masks, check_training, training_batch
 
 if TYPE_CHECKING:
@@ -256,6 +256,20 @@ def load_candidate(weights: Path, build: Callable[[], keras.Model], how_to_build
             f"{str(error).partition(chr(10))[0][:300] or repr(error)}",
             hint="Check --variant and the number of classes; `van-port inspect` shows what the file holds.",
         ) from None
+
+
+def model_of_file(family: Family, variant: str, survey: Survey) -> tuple[CheckpointLayout, int]:
+    """The layout that a file's weights were ported from, and their number of classes.
+
+    The layout is that of its provenance, else the family's first; the classes are as the shapes in the file show them,
+    or its provenance, else the variant's own. Raises KeyMapError for an unknown layout.
+    """
+    provenance = survey.provenance or {}
+    layout = layout_named(family.layouts, str(provenance.get("layout", family.layouts[0].name)))
+    found = family.classes_in(variant, [shape for _, shape, _ in survey.tensors])
+    if found is None:
+        found = provenance.get("num_classes")
+    return layout, found if isinstance(found, int) and found >= 0 else family.num_classes(variant, {})
 
 
 def open_checkpoint(

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from porting import weights_file
-from porting.check import CheckOptions, load_candidate, open_checkpoint, parity_images
+from porting.check import CheckOptions, load_candidate, model_of_file, open_checkpoint, parity_images
+from porting.checkpoint_layout import layout_named
 from porting.comparison import check_outputs
 from porting.convert import refuse_other_keys
 from porting.errors import ExportError, FailedParityError, OutputError, PortingError
@@ -74,26 +75,34 @@ def export(
     compute sooner, by default in float32 and float16.
 
     With `check`, the artifact is loaded in its own runtime and compared with the PyTorch model of the checkpoint, in
-    units of what its precision costs PyTorch; only then it gets its name, with the report beside it.
+    units of what its precision costs PyTorch; only then it gets its name, with the report beside it. Without, no
+    checkpoint is read: what to build is taken from the weights file.
 
     Raises SourceError, CheckpointError, KeyMapError, WeightsFileError, OutputError, ExportError for what cannot be
     converted or run, or FailedParityError; then `out` is untouched.
     """
     _check_arguments(form, precision, out)
     weights_file.require_file(weights)
-    survey_file(weights)
+    survey = survey_file(weights)
     options = options or CheckOptions()
     if split_kernels is None:
         split_kernels = precision != "int8"
-    subject = open_checkpoint(family, variant, checkpoint, layout=layout, ema=False, progress=progress)
-    refuse_other_keys(subject.checkpoint.state_dict, subject.key_map, subject.shapes)
+    subject = None
+    if check:
+        subject = open_checkpoint(family, variant, checkpoint, layout=layout, ema=False, progress=progress)
+        refuse_other_keys(subject.checkpoint.state_dict, subject.key_map, subject.shapes)
+        names, num_classes = subject.layout, subject.num_classes
+    else:
+        names, num_classes = model_of_file(family, variant, survey)
+        if layout is not None:
+            names = layout_named(family.layouts, layout)
     progress("starting TensorFlow")
     start_tensorflow()
     progress("reading the weights")
-    model = load_candidate(weights, subject.build_candidate, subject.how_to_build)
-    preprocessing = family.preprocessing(variant, subject.layout)
-    size = input_size or preprocessing.input_size
-    images = parity_images(family, variant, options, subject.layout, size)
+    how_to_build = family.how_to_build(variant, num_classes, names)
+    model = load_candidate(weights, lambda: family.build_candidate(variant, num_classes, names), how_to_build)
+    size = input_size or family.preprocessing(variant, names).input_size
+    images = parity_images(family, variant, options, names, size)
     if fused:
         progress("fusing")
         with _export_errors("the model cannot be fused"):
@@ -108,7 +117,7 @@ def export(
         layers = [layer.name for layer in model.layers if layer.name not in last]
         with open_runtime(form, temporary, layers) as runtime:
             operators = runtime.operators()
-            if check:
+            if subject is not None:
                 reference = subject.load_reference()
 
                 def run(image: Array) -> Mapping[str, Array]:

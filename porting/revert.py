@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from porting import weights_file
-from porting.check import CheckOptions, Subject, check_models, load_candidate, open_checkpoint
+from porting.check import CheckOptions, Subject, check_models, load_candidate, model_of_file, open_checkpoint
 from porting.checkpoint_layout import CheckpointLayout, layout_named
 from porting.convert import invert, refuse_non_finite
 from porting.errors import FailedParityError, OutputError, ParityError
@@ -31,7 +31,7 @@ from porting.layout import Array
 from porting.parity import ParityReport, refusal
 from porting.progress import SILENT, Progress
 from porting.reports.document import to_json
-from porting.survey import Survey, survey_file
+from porting.survey import survey_file
 
 if TYPE_CHECKING:
     import keras
@@ -79,11 +79,9 @@ def revert(
     suffix = _suffix_of(out)
     check_writable(out)
     weights_file.require_file(weights)
-    survey = survey_file(weights)
-    provenance = survey.provenance or {}
-    ported_from = layout_named(family.layouts, str(provenance.get("layout", family.layouts[0].name)))
+    ported_from, found = model_of_file(family, variant, survey_file(weights))
     if num_classes is None:
-        num_classes = _num_classes(family, variant, survey)
+        num_classes = found
     target = layout_named(family.layouts, layout) if layout is not None else ported_from
     if not num_classes:
         # The body saved alone, as its publisher would: no name has a prefix that stands before all of them.
@@ -134,14 +132,6 @@ def _suffix_of(path: Path) -> str:
         f"{path}: the name does not say which format to write",
         hint=f"End it in one of {', '.join((*TORCH_SUFFIXES, SAFETENSORS))}.",
     )
-
-
-def _num_classes(family: Family, variant: str, survey: Survey) -> int:
-    """As the shapes in the file show it, or its provenance, or else the variant's own."""
-    found = family.classes_in(variant, [shape for _, shape, _ in survey.tensors])
-    if found is None:
-        found = (survey.provenance or {}).get("num_classes")
-    return found if isinstance(found, int) and found >= 0 else family.num_classes(variant, {})
 
 
 def _values(model: keras.Model) -> dict[str, Array]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import onnx
 import pytest
 import tensorflow as tf
 import torch
@@ -95,11 +96,9 @@ def test_int8_can_be_split_too(family: VanFamily, checkpoint: Path, ported: Path
 
 
 @slow
-def test_whole_kernels_are_one_operation_each(
-    family: VanFamily, checkpoint: Path, ported: Path, tmp_path: Path
-) -> None:
+def test_whole_kernels_are_one_operation_each(family: VanFamily, ported: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.tflite"
-    result = export(family, "nano", ported, out, form="litert", checkpoint=checkpoint, check=False, split_kernels=False)
+    result = export(family, "nano", ported, out, form="litert", check=False, split_kernels=False)
     assert result.operators["DEPTHWISE_CONV_2D"] == 21 + 4
     assert not any("SPACE_TO_BATCH" in operator or "Flex" in operator for operator in result.operators)
 
@@ -190,6 +189,20 @@ def test_a_saved_model_replaces_an_older_one(family: VanFamily, checkpoint: Path
     (tmp_path / "mine" / "notes.txt").touch()
     with pytest.raises(OutputError, match="mine is there and is no SavedModel"):
         export(family, "nano", ported, tmp_path / "mine", form="saved_model", checkpoint=checkpoint)
+
+
+def test_without_a_check_no_checkpoint_is_read(family: VanFamily, tmp_path: Path) -> None:
+    model = van_tf.van_nano(classes=5)
+    model.save_weights(tmp_path / "x.weights.h5")
+    nowhere, out = tmp_path / "none.pth", tmp_path / "x.onnx"
+    weights = tmp_path / "x.weights.h5"
+    result = export(family, "nano", weights, out, form="onnx", checkpoint=nowhere, layout="mmpretrain", check=False)
+    assert result.report is None
+    written = onnx.load(out)
+    assert [axis.dim_value for axis in written.graph.output[0].type.tensor_type.shape.dim][1:] == [5]
+    epsilons = [np.float32(1e-5), np.float32(1e-6)]
+    numbers = [onnx.numpy_helper.to_array(each) for each in written.graph.initializer]
+    assert [sum(array.size == 1 and array.item() == epsilon for array in numbers) for epsilon in epsilons] == [1, 0]
 
 
 def test_a_wrong_export_gets_no_name(

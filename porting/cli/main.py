@@ -468,6 +468,8 @@ def export(
       van-port export --variant b1 --weights van_b1.h5 --out van_b1.tflite
       van-port export --variant b1 --weights van_b1.h5 --out van_b1.onnx --precision int8 --images photos
       van-port export --variant b1 --weights van_b1.h5 --out van_b1 --format saved_model
+
+    With --no-check no checkpoint is read.
     """
     from porting.cli.terminal import make_console
     from porting.export import export as write_export
