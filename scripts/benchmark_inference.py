@@ -70,7 +70,7 @@ TRIALS: tuple[Contender, ...] = (
 )
 CORES = len(os.sched_getaffinity(0))
 SIZES = {"nano": 64}
-_NOT = (math.nan, math.nan)  # of what does not run
+_NOT = [math.nan, math.nan]  # the times of what does not run
 
 
 def images_of(variant: str, batch: int) -> np.ndarray:
@@ -249,24 +249,26 @@ def prepare(variant: str, folder: Path, exports: Iterable[tuple[str, list[str]]]
         commands.append([sys.executable, str(make), variant, same[-1]])
     commands.append([*port, *same, "--out", weights, "--no-check"])
     for command in commands:
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise click.ClickException(f"{' '.join(command[2:])}: {done.stdout[-500:]}{done.stderr[-500:]}")
+        if failure := failure_of(command):
+            raise click.ClickException(f"{' '.join(command[2:])}: {failure}")
     refused = []
     for name, how in exports:
         out = ["--out", str(folder / name), "--samples", str(samples)]
-        done = subprocess.run(
-            [*port, "export", *same, "--weights", weights, *out, *how], capture_output=True, text=True
-        )
-        if done.returncode:
-            click.echo(f"{variant}, {name}: {done.stdout[-300:]}{done.stderr[-300:]}", err=True)
+        if failure := failure_of([*port, "export", *same, "--weights", weights, *out, *how]):
+            click.echo(f"{variant}, {name}: {failure}", err=True)
             refused.append(name)
     return refused
 
 
+def failure_of(command: list[str]) -> str:
+    """Runs a command; the exit code and the end of what it printed where that is not 0."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    return f"exit code {done.returncode}: {done.stdout[-500:]}{done.stderr[-500:]}" if done.returncode else ""
+
+
 def measure(
     contenders: Iterable[Contender], variant: str, folder: Path, batch: int, rounds: int, same: bool = True
-) -> dict[str, tuple[float, float]]:
+) -> dict[str, list[float]]:
     """Median seconds of each contender that starts, first and again; they all must give the `same` logits."""
     with contextlib.ExitStack() as stack:
         processes: dict[str, subprocess.Popen[str]] = {}
@@ -310,12 +312,7 @@ def measure(
                 if not answer:
                     raise click.ClickException(f"{name} stopped; is there enough memory?")
                 taken[name].append([float(seconds) for seconds in answer.split()])
-    return {name: _medians(turns) for name, turns in taken.items()}
-
-
-def _medians(turns: list[list[float]]) -> tuple[float, float]:
-    first, again = (statistics.median(times) for times in zip(*turns, strict=True))
-    return first, again
+    return {name: [statistics.median(times) for times in zip(*turns, strict=True)] for name, turns in taken.items()}
 
 
 @click.command(help=__doc__)
@@ -366,12 +363,13 @@ def speed_table(variant: str, folder: Path, rounds: int, contenders: tuple[Conte
         status.update(f"{variant}: batch {count}")
         found[count] = measure(contenders, variant, folder, count, rounds)
     table = Table(variant, *(heading for n in found for heading in (f"ms, batch {n}", "ratio", "again", "ratio")))
+    both = {n: [times.get(name, _NOT) for name, _, _ in PYTORCH] for n, times in found.items()}
+    eager = {n: [min(turn) for turn in zip(*formats, strict=True)] for n, formats in both.items()}
     for name, _, _ in contenders:
         row = [name]
-        for times in found.values():
-            for turn in range(2):
-                seconds, eager = times.get(name, _NOT)[turn], min(times.get(each, _NOT)[turn] for each, _, _ in PYTORCH)
-                row += ["-", "-"] if math.isnan(seconds) else [f"{1000 * seconds:.1f}", f"{seconds / eager:.2f}"]
+        for n, times in found.items():
+            for seconds, quicker in zip(times.get(name, _NOT), eager[n], strict=True):
+                row += ["-", "-"] if math.isnan(seconds) else [f"{1000 * seconds:.1f}", f"{seconds / quicker:.2f}"]
         table.add_row(*row)
     return table
 

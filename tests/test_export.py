@@ -192,10 +192,8 @@ def test_a_saved_model_replaces_an_older_one(family: VanFamily, checkpoint: Path
 
 
 def test_without_a_check_no_checkpoint_is_read(family: VanFamily, tmp_path: Path) -> None:
-    model = van_tf.van_nano(classes=5)
-    model.save_weights(tmp_path / "x.weights.h5")
-    nowhere, out = tmp_path / "none.pth", tmp_path / "x.onnx"
-    weights = tmp_path / "x.weights.h5"
+    weights, nowhere, out = tmp_path / "x.weights.h5", tmp_path / "none.pth", tmp_path / "x.onnx"
+    van_tf.van_nano(classes=5).save_weights(weights)
     result = export(family, "nano", weights, out, form="onnx", checkpoint=nowhere, layout="mmpretrain", check=False)
     assert result.report is None
     written = onnx.load(out)
