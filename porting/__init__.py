@@ -16,8 +16,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from porting.comparison import check_parity
-    from porting.parity import Limits, ParityReport
+    from porting.parity.compare import check_parity
+    from porting.parity.report import Limits, ParityReport
 
 __all__ = ["Limits", "ParityReport", "check_parity"]
 
@@ -25,7 +25,7 @@ __all__ = ["Limits", "ParityReport", "check_parity"]
 def __getattr__(name: str) -> object:
     # Loaded when asked for: `van-port --help` imports this package and must answer at once.
     if name in __all__:
-        from porting import comparison
+        from porting.parity import compare
 
-        return getattr(comparison, name)
+        return getattr(compare, name)
     raise AttributeError(f"module 'porting' has no attribute {name!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from porting.parity import ParityReport
+    from porting.parity.report import ParityReport
 
 
 class PortingError(Exception):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from porting.parity import ParityReport
+    from porting.parity.report import ParityReport
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +25,7 @@ def assert_parity() -> Callable[..., ParityReport]:
 
     def check(reference: Any, candidate: Any, inputs: Any, **arguments: Any) -> ParityReport:
         __tracebackhide__ = True
-        from porting.comparison import check_parity
+        from porting.parity.compare import check_parity
         from porting.reports.terminal import findings, verdict
 
         report = check_parity(reference, candidate, inputs, **arguments)

@@ -38,18 +38,18 @@ def time_of(run: Callable[[], Any]) -> float:
 
 def measure_times(variant: str, rounds: int) -> dict[str, float]:
     """Median seconds of each pass and of the check; to be called in a process of its own."""
-    from porting.frameworks import start_tensorflow
+    from porting.models.frameworks import start_tensorflow
 
     start_tensorflow()
     import numpy as np
     import torch
 
-    from porting.comparison import check_parity
-    from porting.convert import convert
     from porting.families.van import VanFamily
-    from porting.references.synthetic import fill_with_synthetic_weights
+    from porting.files.weights_file import assign_weights, variable_shapes
+    from porting.mapping.convert import convert
+    from porting.models.synthetic import fill_with_synthetic_weights
+    from porting.parity.compare import check_parity
     from porting.references.van import build_van
-    from porting.weights_file import assign_weights, variable_shapes
 
     family = VanFamily()
     torch.manual_seed(0)

@@ -81,7 +81,7 @@ def images_of(variant: str, batch: int) -> np.ndarray:
 def make_torch(variant: str, file: Path, batch: int, kind: str) -> Callable[[], Any]:
     import torch
 
-    from porting.references.synthetic import fill_with_synthetic_weights
+    from porting.models.synthetic import fill_with_synthetic_weights
     from porting.references.van import build_van
 
     torch.set_num_threads(CORES)
@@ -377,8 +377,8 @@ def speed_table(variant: str, folder: Path, rounds: int, contenders: tuple[Conte
 def exports_table(variant: str, folder: Path, rounds: int) -> Table:
     from rich.table import Table
 
-    from porting.formats import FORMATS
-    from porting.precision import PRECISIONS
+    from porting.exporting.precision import PRECISIONS
+    from porting.exporting.write import FORMATS
     from porting.reports.document import read_report
 
     made = {(form, precision): f"{precision}{suffix}" for form, suffix in FORMATS.items() for precision in PRECISIONS}

@@ -26,7 +26,7 @@ PLAIN = """
 import sys
 import numpy as np
 import torch
-from porting.frameworks import load_triton
+from porting.models.frameworks import load_triton
 
 load_triton()
 import keras
@@ -52,7 +52,7 @@ for layer in model.layers:
 model.save_weights(out)
 """
 OURS = "import sys; from porting.cli.main import main; sys.argv[0] = 'van-port'; main()"
-WITH_TENSORFLOW = "from porting.frameworks import start_tensorflow; start_tensorflow(); import torch, h5py"
+WITH_TENSORFLOW = "from porting.models.frameworks import start_tensorflow; start_tensorflow(); import torch, h5py"
 WITHOUT = "import torch, h5py"
 
 

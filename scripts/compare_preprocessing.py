@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from porting.frameworks import load_triton
+from porting.models.frameworks import load_triton
 
 load_triton()
 

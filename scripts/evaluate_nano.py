@@ -17,12 +17,12 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
-from porting.check import load_reference
-from porting.checkpoint import read_checkpoint
 from porting.families import get_family
-from porting.frameworks import start_tensorflow
-from porting.images import load_images
-from porting.sources import fetch, find_source
+from porting.files.checkpoint import read_checkpoint
+from porting.models.frameworks import start_tensorflow
+from porting.models.images import load_images
+from porting.sources.table import fetch, find_source
+from porting.tasks.check import load_reference
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 

@@ -24,15 +24,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from porting.comparison import check_parity
-from porting.convert import convert
 from porting.families.van import VanFamily
-from porting.frameworks import start_tensorflow
-from porting.parity import ParityReport
-from porting.references.synthetic import fill_with_synthetic_weights
+from porting.files.weights_file import assign_weights, variable_shapes
+from porting.mapping.convert import convert
+from porting.models.frameworks import start_tensorflow
+from porting.models.synthetic import fill_with_synthetic_weights
+from porting.parity.compare import check_parity
+from porting.parity.report import ParityReport
+from porting.parity.stress import with_small_variances
 from porting.references.van import VAN, build_van
-from porting.stress import with_small_variances
-from porting.weights_file import assign_weights, variable_shapes
 
 CLASSES = 10
 Plant = Callable[[Any], Any]

@@ -7,7 +7,7 @@ Each case is a checkpoint (torch zip, old torch pickle, safetensors, index of sh
 a report, made wrong by chance or by design, and is read as `van-port` reads it. A case is a failure when it ends in
 anything but success or a message, takes the process down, runs code, leaves a file behind, or needs more memory than
 its size and `MEMORY_BOUND_MIB` together. (Files of Keras weights are first read by a process with a bound of its own,
-4 GiB of addresses; see `porting.survey`.) Cases run in other processes, so that a crash is counted and not suffered.
+4 GiB of addresses; see `porting.files.survey`.) Cases run in other processes, so that a crash is counted.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def healthy() -> dict[str, bytes]:
     import safetensors.torch
     import torch
 
-    from porting.weights_file import write_provenance, write_weights
+    from porting.files.weights_file import write_provenance, write_weights
 
     tensors = {f"layer{i}.weight": torch.arange(24, dtype=torch.float32).reshape(2, 3, 4) + i for i in range(4)}
     files = {}
@@ -278,11 +278,11 @@ def make_case(number: int, seed: int, files: dict[str, bytes], fixed: list[Case]
 
 def read(path: Path) -> None:
     """Reads a file by all means that its name calls for."""
-    from porting.check import load_candidate
-    from porting.checkpoint import read_checkpoint
-    from porting.convert import refuse_non_finite
-    from porting.inspection import inspect_file
+    from porting.files.checkpoint import read_checkpoint
+    from porting.files.inspection import inspect_file
+    from porting.mapping.convert import refuse_non_finite
     from porting.reports.document import read_report
+    from porting.tasks.check import load_candidate
 
     if path.name.endswith(".parity.json"):
         read_report(path)
@@ -300,7 +300,7 @@ def read(path: Path) -> None:
 def work(first: int, last: int, seed: int, folder: Path) -> None:
     """Runs cases and writes one JSON line each; the number of a case stands before it is tried."""
     from porting.errors import PortingError
-    from porting.frameworks import start_tensorflow
+    from porting.models.frameworks import start_tensorflow
 
     start_tensorflow()
     import torch  # noqa: F401  # both before memory is measured

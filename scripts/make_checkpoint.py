@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 import torch
 
-from porting.references.synthetic import fill_with_synthetic_weights
+from porting.models.synthetic import fill_with_synthetic_weights
 from porting.references.van import VARIANTS, build_van
 
 

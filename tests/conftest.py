@@ -14,7 +14,7 @@ if (processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
     for library in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS"):
         os.environ.setdefault(library, str(max(1, (os.cpu_count() or 1) // processes)))
 
-from porting.frameworks import load_triton
+from porting.models.frameworks import load_triton
 
 load_triton()
 
@@ -24,7 +24,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from porting.families.van import VanFamily
-from porting.references.synthetic import fill_with_synthetic_weights
+from porting.models.synthetic import fill_with_synthetic_weights
 from porting.references.van import VAN, build_van
 
 CLASSES = 10

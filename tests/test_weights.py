@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 
 import van_tf
-from porting.check import load_reference
-from porting.checkpoint import read_checkpoint
 from porting.data import weights_folder
 from porting.families.van import VanFamily
-from porting.images import find_images, load_images
-from porting.port import port
-from porting.sources import fetch, find_source
+from porting.files.checkpoint import read_checkpoint
+from porting.models.images import find_images, load_images
+from porting.sources.table import fetch, find_source
+from porting.tasks.check import load_reference
+from porting.tasks.port import port
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 

@@ -29,10 +29,10 @@ from porting.cli.options import (
 )
 from porting.errors import PortingError
 from porting.families import family_names, get_family
-from porting.sources import variants_of
+from porting.sources.table import variants_of
 
 if TYPE_CHECKING:
-    from porting.check import CheckOptions
+    from porting.tasks.check import CheckOptions
 
 FAMILY = "van"
 FAMILY_OPTION = click.option(
@@ -133,7 +133,7 @@ def cli(
     if variant is None:
         raise click.UsageError(f"--variant is needed: one of {', '.join(variants_of(FAMILY))}")
     from porting.cli.terminal import make_console
-    from porting.port import port
+    from porting.tasks.port import port
 
     console = make_console()
     check_report_files(report_files)
@@ -201,9 +201,9 @@ def check(
       van-port check --variant b1 --weights van_b1.h5 --checkpoint van_small_811.pth.tar --report parity.html
       van-port check --from van_b1.h5.parity.json --max-ratio 4
     """
-    from porting.baseline import regressions
     from porting.cli.terminal import ProgressBar, make_console
     from porting.errors import ParityError
+    from porting.parity.baseline import regressions
     from porting.reports.document import read_report
     from porting.reports.terminal import verdict
 
@@ -219,7 +219,7 @@ def check(
     else:
         if weights is None or variant is None:
             raise click.UsageError("--variant and --weights are needed, or --from with a JSON report")
-        from porting.check import check_file
+        from porting.tasks.check import check_file
 
         with ProgressBar() as progress:
             report = check_file(
@@ -258,7 +258,7 @@ def check(
 def report(file: Path, form: str, out: Path | None, all_layers: bool) -> None:
     """Render the JSON report FILE again, in any format. The exit code says only whether that worked."""
     from porting.cli.terminal import make_console
-    from porting.files import check_writable, write_text
+    from porting.files.atomic import check_writable, write_text
     from porting.reports import render
     from porting.reports.document import read_report
     from porting.reports.terminal import print_report
@@ -316,9 +316,9 @@ def port_all(
     from rich.table import Table
 
     from porting.cli.terminal import ProgressBar, make_console
-    from porting.files import make_folder
-    from porting.port_all import port_all as run_all
-    from porting.sources import find_source
+    from porting.files.atomic import make_folder
+    from porting.sources.table import find_source
+    from porting.tasks.port_all import port_all as run_all
 
     given = dict(checkpoints)
     usual = [name for name in variants_of(family) if name in given or find_source(family, name).kind != "none"]
@@ -391,7 +391,7 @@ def revert(
       van-port revert --variant b1 --weights tuned.keras --out model.safetensors --layout transformers
     """
     from porting.cli.terminal import make_console
-    from porting.revert import revert as go_back
+    from porting.tasks.revert import revert as go_back
 
     console = make_console()
     check_report_files(report_files)
@@ -472,8 +472,8 @@ def export(
     With --no-check no checkpoint is read.
     """
     from porting.cli.terminal import make_console
-    from porting.export import export as write_export
-    from porting.formats import FORMATS
+    from porting.exporting.write import FORMATS
+    from porting.tasks.export import export as write_export
 
     by_suffix = {suffix: name for name, suffix in FORMATS.items()}
     form = form or by_suffix.get(out.suffix)
@@ -514,7 +514,7 @@ def export(
 def inspect(file: Path, ema: bool, as_json: bool) -> None:
     """Print the provenance and the tensors of FILE, a checkpoint or a file of Keras weights."""
     from porting.cli.terminal import make_console
-    from porting.inspection import inspect_file
+    from porting.files.inspection import inspect_file
 
     inspection = inspect_file(file, ema=ema)
     if as_json:

@@ -14,9 +14,9 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from porting.check import CheckOptions
-    from porting.parity import ParityReport
+    from porting.parity.report import ParityReport
     from porting.progress import Progress
+    from porting.tasks.check import CheckOptions
 
 FILE = click.Path(path_type=Path)
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -117,8 +117,8 @@ def check_options(command: Command) -> Command:
         **others: Any,
     ) -> Any:
         def make_options() -> CheckOptions:
-            from porting.check import CheckOptions
-            from porting.parity import DEFAULT_MAX_RATIO, Limits
+            from porting.parity.report import DEFAULT_MAX_RATIO, Limits
+            from porting.tasks.check import CheckOptions
 
             limits = Limits(DEFAULT_MAX_RATIO if max_ratio is None else max_ratio, atol, rtol, dict(layer_limits))
             return CheckOptions(limits, images, samples, isolated, stress, train, allow_non_finite)
@@ -142,7 +142,7 @@ REPORT = _all(
 
 def check_report_files(paths: tuple[Path, ...]) -> None:
     """Raises OutputError for a report that could not be written, before the work."""
-    from porting.files import check_writable
+    from porting.files.atomic import check_writable
     from porting.reports import format_of
 
     for path in paths:
@@ -152,7 +152,7 @@ def check_report_files(paths: tuple[Path, ...]) -> None:
 
 def show_report(report: ParityReport, console: Console, all_layers: bool, paths: tuple[Path, ...]) -> None:
     """Prints a report and writes it to every file that was asked for."""
-    from porting.files import write_text
+    from porting.files.atomic import write_text
     from porting.reports import format_of, render
     from porting.reports.terminal import print_report
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from porting.errors import SourceError
-from porting.family import Family
+from porting.families.base import Family
 
 _FAMILIES = {
     "van": "porting.families.van:VanFamily",

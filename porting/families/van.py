@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from porting.checkpoint_layout import CheckpointLayout
-from porting.family import Family
-from porting.images import Preprocessing
-from porting.key_map import KeyMap, KeyRule, Kind
-from porting.layout import Array, Shape
-from porting.training import OptimizerPair, usual_optimizers
+from porting.families.base import Family
+from porting.kinds.transforms import Array, Shape
+from porting.mapping.key_map import KeyMap, KeyRule, Kind
+from porting.mapping.naming import CheckpointLayout
+from porting.models.images import Preprocessing
+from porting.parity.training import OptimizerPair, usual_optimizers
 
 if TYPE_CHECKING:
     import keras

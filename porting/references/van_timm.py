@@ -6,7 +6,7 @@
     model = timm.create_model("van_b1", num_classes=10)
 
 timm and torchvision are needed here and nowhere else in the package: install `van-port[timm]`. No pretrained
-weights are registered; `porting.checkpoint` reads the published files.
+weights are registered; `porting.files.checkpoint` reads the published files.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from porting.errors import OutputError
-from porting.parity import ParityReport
+from porting.parity.report import ParityReport
 
 FORMATS = ("terminal", "json", "html", "markdown", "junit")
 

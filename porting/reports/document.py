@@ -30,11 +30,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from porting.audit import Audit, SettingDifference
-from porting.diagnosis import Diagnosis
 from porting.errors import ReportError
-from porting.parity import LayerComparison, Limits, LogitsComparison, ParityReport, View
-from porting.statistics import Difference, Distance
+from porting.parity.locate import Diagnosis
+from porting.parity.measure import Difference, Distance
+from porting.parity.report import LayerComparison, Limits, LogitsComparison, ParityReport, View
+from porting.parity.settings import Audit, SettingDifference
 
 SCHEMA_VERSION = 2
 

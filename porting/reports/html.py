@@ -8,7 +8,7 @@ import math
 from importlib import resources
 from typing import Any
 
-from porting.parity import ACCUMULATED, FLOAT32_ROUNDOFF, INPUT, ISOLATED, VIEWS, LayerComparison, ParityReport
+from porting.parity.report import ACCUMULATED, FLOAT32_ROUNDOFF, INPUT, ISOLATED, VIEWS, LayerComparison, ParityReport
 from porting.reports.document import encoded, layer_document
 from porting.reports.terminal import findings, title, verdict
 

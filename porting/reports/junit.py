@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from porting.parity import ParityReport
+from porting.parity.report import ParityReport
 from porting.reports.terminal import verdict
 
 

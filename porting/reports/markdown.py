@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from porting.parity import VIEWS, LayerComparison, ParityReport
+from porting.parity.report import VIEWS, LayerComparison, ParityReport
 from porting.reports.terminal import findings, title, verdict
 
 WORST = 10

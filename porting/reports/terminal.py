@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from porting.parity import ACCUMULATED, INPUT, ISOLATED, OUTPUT, LayerComparison, ParityReport
+from porting.parity.report import ACCUMULATED, INPUT, ISOLATED, OUTPUT, LayerComparison, ParityReport
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -1,0 +1,1 @@
+"""Other runtimes: writing their files, running them, and what their precision costs."""

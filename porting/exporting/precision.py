@@ -1,0 +1,97 @@
+"""A PyTorch model as it would be in fewer bits: the rounding that an exported file of that precision cannot be without.
+
+An artifact in float16 or int8 is not at parity with float32, and need not be. It is judged as a float32 one is, in
+units of what that precision costs PyTorch itself, here made with PyTorch's own roundings.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from porting.kinds.transforms import Array
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+PRECISIONS = ("float32", "float16", "int8")
+
+
+def in_precision(model: nn.Module, precision: str, images: Array, *, results: bool = True) -> nn.Module:
+    """A copy of `model` in float32 whose numbers are those that `precision` has.
+
+    float16: weights and every module's result are rounded to it. int8: kernels are rounded to 255 steps a channel of
+    their output, and every result to 256 steps between the least and the greatest that `images` `(N, H, W, C)` make.
+    Without `results` only the weights are rounded.
+
+    Raises ValueError for an unknown precision.
+    """
+    import torch
+
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is one of {', '.join(PRECISIONS)}: got {precision!r}")
+    rounded = copy.deepcopy(model).eval()
+    if precision == "float32":
+        return rounded
+    with torch.no_grad():
+        for parameter in rounded.parameters():
+            if precision == "float16":
+                parameter.copy_(parameter.half().float())
+            elif parameter.ndim > 1:
+                parameter.copy_(_in_steps_a_channel(parameter))
+    if not results:
+        return rounded
+    leaves = [module for module in rounded.modules() if not list(module.children())]
+    if precision == "float16":
+        for module in leaves:
+            module.register_forward_hook(lambda _, __, output: output.half().float())
+        return rounded
+    ranges = _ranges(model, images)
+    names = {id(module): name for name, module in rounded.named_modules()}
+    for module in leaves:
+        if names[id(module)] in ranges:
+            low, high = ranges[names[id(module)]]
+            module.register_forward_hook(lambda _, __, output, low=low, high=high: _in_steps(output, low, high))
+    return rounded
+
+
+def _in_steps_a_channel(kernel: Tensor) -> Tensor:
+    import torch
+
+    greatest = kernel.abs().flatten(1).amax(1).clamp_min(1e-12)
+    zeros = torch.zeros(len(kernel), dtype=torch.int32)
+    return torch.fake_quantize_per_channel_affine(kernel, greatest / 127, zeros, 0, -127, 127)
+
+
+def _in_steps(tensor: Tensor, low: float, high: float) -> Tensor:
+    import torch
+
+    step = max(high - low, 1e-12) / 255
+    return torch.fake_quantize_per_tensor_affine(tensor, step, round(-128 - low / step), -128, 127)
+
+
+def _ranges(model: nn.Module, images: Array) -> dict[str, tuple[float, float]]:
+    """Least and greatest result of every module over the images, with zero between them."""
+    import torch
+
+    found: dict[str, tuple[float, float]] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if list(module.children()):
+            continue
+
+        def watch(_: Any, __: Any, output: Tensor, name: str = name) -> None:
+            low, high = found.get(name, (0.0, 0.0))
+            found[name] = min(low, float(output.min())), max(high, float(output.max()))
+
+        handles.append(module.register_forward_hook(watch))
+    try:
+        with torch.no_grad():
+            for image in images:
+                model(torch.from_numpy(np.ascontiguousarray(np.moveaxis(image[None], -1, 1))))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

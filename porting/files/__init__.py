@@ -1,0 +1,1 @@
+"""Reading and writing checkpoints, weights files and all else that lies on a disk."""

@@ -1,0 +1,151 @@
+"""What is in a file of Keras weights that somebody else may have made.
+
+HDF5's library is not made for hostile files: on a damaged one it may never come to an end, or take the process with it.
+So the file is first read, to the last number, in a process of its own with bounded time and memory; what that process
+has read without harm is then read again without fear.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from porting.errors import PortingError, WeightsFileError
+
+PROVENANCE = "provenance"
+WEIGHTS_MEMBER = "model.weights.h5"
+HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+# Reading is a matter of disk speed; a sound file of any size takes a fraction of this.
+_SECONDS, _BYTES_A_SECOND = 30.0, 10e6
+_MEMORY = 4 << 30
+# Weights hardly compress. More numbers than this for the bytes that the file has are not weights.
+_GREATEST_EXPANSION = 16
+_ROOM_BESIDE_WEIGHTS = 64 << 20
+_CHILD = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from porting.files.survey import main; main(sys.argv[1])"
+)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Provenance, where the file has any, and `(name, shape, type)` of each tensor."""
+
+    provenance: dict[str, Any] | None
+    tensors: list[tuple[str, tuple[int, ...], str]]
+
+
+def survey_file(path: Path) -> Survey:
+    """Reads all of an HDF5 or `.keras` file in another process; raises WeightsFileError where that does harm."""
+    seconds = _SECONDS + path.stat().st_size / _BYTES_A_SECOND
+    # -P: nothing in the working folder is taken for a module.
+    command = [sys.executable, "-P", "-c", _CHILD, str(path), json.dumps(sys.path)]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        raise _unreadable(path, f"reading it took more than {seconds:.0f} s") from None
+    try:
+        answer = json.loads(done.stdout)
+        if error := answer.get("error"):
+            raise _unreadable(path, error)
+        tensors = [(name, tuple(shape), dtype) for name, shape, dtype in answer["tensors"]]
+        return Survey(answer["provenance"], tensors)
+    except (ValueError, KeyError, AttributeError):
+        raise _unreadable(path, f"the process that read it ended with {done.returncode}") from None
+
+
+def main(path: str) -> None:
+    """The other process: prints the survey, or the error, as JSON."""
+    _limit_memory(Path(path))
+    try:
+        answer = _survey(Path(path))
+    except PortingError as error:
+        answer = {"error": error.message}
+    except Exception as error:  # h5py turns a damaged file into errors of any type
+        answer = {"error": str(error).partition("\n")[0] or repr(error)}
+    json.dump(answer, sys.stdout)
+
+
+def _limit_memory(path: Path) -> None:
+    with contextlib.suppress(ImportError, ValueError, OSError):  # not every system has such a limit
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY + 2 * path.stat().st_size,) * 2)
+
+
+def _survey(path: Path) -> dict[str, Any]:
+    import h5py
+
+    # As what Keras will read it: by its name, or where that says nothing by how it begins.
+    with path.open("rb") as raw:
+        is_hdf5 = path.suffix != ".keras" and (path.suffix == ".h5" or raw.read(8) == HDF5_SIGNATURE)
+    if is_hdf5:
+        with h5py.File(path, "r") as file:
+            return {
+                "provenance": _provenance(file.attrs.get(PROVENANCE)),
+                "tensors": _read_all(file, path.stat().st_size),
+            }
+    with zipfile.ZipFile(path) as archive:
+        beside = sum(member.file_size for member in archive.infolist() if member.filename != WEIGHTS_MEMBER)
+        if beside > _ROOM_BESIDE_WEIGHTS:
+            raise ValueError(f"it has {beside:,} bytes beside the weights")
+        if damaged := archive.testzip():
+            raise ValueError(f"its part {damaged} is damaged")
+        name = f"{PROVENANCE}.json"
+        text = archive.read(name) if name in archive.namelist() else None
+        with archive.open(WEIGHTS_MEMBER) as member, h5py.File(member, "r") as file:
+            return {"provenance": _provenance(text), "tensors": _read_all(file, path.stat().st_size)}
+
+
+def _provenance(text: Any) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    provenance = json.loads(text)
+    if not isinstance(provenance, dict):
+        raise ValueError("its provenance is not a JSON object")
+    return provenance
+
+
+def _read_all(file: Any, size: int) -> list[tuple[str, tuple[int, ...], str]]:
+    """Name, shape and type of every dataset, each of which can be read; all attributes are read as well."""
+    import h5py
+
+    links: list[str] = []
+
+    def find_links(name: str, link: Any) -> None:
+        if not isinstance(link, h5py.HardLink):
+            links.append(name)
+
+    file.visititems_links(find_links)
+    if links:
+        raise ValueError(f"{links[0]} leads out of the file, or to another place in it")
+    rows: list[tuple[str, tuple[int, ...], str]] = []
+    room = _GREATEST_EXPANSION * size
+    dict(file.attrs)
+
+    def visit(name: str, item: h5py.Dataset | h5py.Group) -> None:
+        nonlocal room
+        dict(item.attrs)
+        if not isinstance(item, h5py.Dataset):
+            return
+        shape = tuple(item.shape or ())
+        room -= math.prod(shape) * item.dtype.itemsize
+        if room < 0 or item.external or item.is_virtual:
+            raise ValueError(f"{name} says it has the shape {shape}, and the file has no such data")
+        item[()]
+        rows.append((name, shape, str(item.dtype)))
+
+    file.visititems(visit)
+    return rows
+
+
+def _unreadable(path: Path, why: str) -> WeightsFileError:
+    return WeightsFileError(
+        f"{path}: not a whole HDF5 or .keras file: {why}", hint="The file is cut off or damaged; port it again."
+    )

@@ -1,0 +1,217 @@
+"""Files of Keras weights: `.h5`, `.weights.h5` and `.keras`, with the provenance of the weights inside.
+
+The `.h5` layout is the one that `load_weights` takes in order and by name; its datasets are named by the
+variables' paths, so `file["block1.0/attn/proj_1/kernel"]` is that kernel. Groups inside `.weights.h5` are named by
+class and counter, which is Keras's affair: that file and `.keras` are written and read by Keras alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import h5py
+import numpy as np
+
+from porting.errors import OutputError, SourceError
+from porting.files.atomic import interrupt_later, reserve
+from porting.files.survey import HDF5_SIGNATURE, PROVENANCE, WEIGHTS_MEMBER
+from porting.kinds.transforms import Array, Shape
+
+if TYPE_CHECKING:
+    import keras
+
+SUFFIXES = (".weights.h5", ".h5", ".keras")
+# What a file holds beside the weights' bytes: names, groups, the description of the model.
+_ROOM_BESIDE_WEIGHTS = 4 << 20
+# An HDF5 attribute holds less than 64 KiB; Keras splits a longer list of names over numbered attributes.
+_ATTRIBUTE_LIMIT = 64_000
+
+
+def suffix_of(path: Path) -> str:
+    """The one of `SUFFIXES` that says how `path` is written; raises OutputError for any other name."""
+    for suffix in SUFFIXES:
+        if path.name.endswith(suffix) and path.name != suffix:
+            return suffix
+    raise OutputError(
+        f"{path}: the name does not say which format to write", hint=f"End it in one of {', '.join(SUFFIXES)}."
+    )
+
+
+def require_file(path: Path) -> None:
+    """Raises SourceError where there is no such file, and OutputError where its name does not say its format."""
+    if not path.is_file():
+        raise SourceError(f"{path}: no such file", hint="--weights takes a file that van-port or Keras has written.")
+    suffix_of(path)
+
+
+def variable_shapes(model: keras.Model) -> dict[str, tuple[int, ...]]:
+    """Shape of every weight by path; state of random generators is no weight."""
+    return {variable.path: tuple(variable.shape) for variable in model.weights}
+
+
+def assign_weights(model: keras.Model, weights: Mapping[str, Array]) -> None:
+    """Gives every weight of the model its value by variable path; raises KeyError where one is missing."""
+    for variable in model.weights:
+        variable.assign(weights[variable.path])
+
+
+def write_weights(path: Path, model: keras.Model, weights: Mapping[str, Array]) -> None:
+    """Writes `weights`, by variable path and covering all of the model's, in the format that the suffix names.
+
+    The model gets the weights itself where Keras is to write them.
+    """
+    suffix = suffix_of(path)
+    if suffix == ".h5":
+        write_h5(path, weight_shapes(model), weights)
+        return
+    assign_weights(model, weights)
+    reserve(path, sum(array.nbytes for array in weights.values()) + _ROOM_BESIDE_WEIGHTS)
+    if suffix == ".keras":
+        model.save(path)
+    else:
+        model.save_weights(path)
+
+
+def weight_shapes(model: keras.Model) -> dict[str, dict[str, Shape]]:
+    """By top-level layer, each variable's name below it and its shape, in the order in which load_weights reads them.
+
+    That is not the order of `layer.weights`.
+    """
+    layers: dict[str, dict[str, Shape]] = {}
+    for layer in model.layers:
+        variables = [*layer.trainable_weights, *layer.non_trainable_weights]
+        if variables:
+            shapes = {variable.path.removeprefix(f"{layer.path}/"): tuple(variable.shape) for variable in variables}
+            layers[layer.name] = shapes
+    return layers
+
+
+def load_model(path: Path, build: Callable[[], keras.Model]) -> keras.Model:
+    """The model with the weights of `path`, read the way its user will read them: by Keras's own functions."""
+    import keras
+
+    if suffix_of(path) == ".keras":
+        build()  # so that the classes in the file are registered
+        return keras.models.load_model(path, compile=False)
+    model = build()
+    model.load_weights(path)
+    return model
+
+
+def write_h5(path: Path, layers: Mapping[str, Mapping[str, Shape]], weights: Mapping[str, Array]) -> None:
+    """Writes the layout of `.h5` files without Keras; `layers` are what `weight_shapes` gives."""
+    with _hdf5(path, "w") as file:
+        _write_names(file, "layer_names", list(layers))
+        file.attrs["backend"] = b"tensorflow"
+        file.attrs["keras_version"] = metadata.version("keras").encode()
+        for layer, shapes in layers.items():
+            group = file.create_group(layer)
+            _write_names(group, "weight_names", list(shapes))
+            for name in shapes:
+                group.create_dataset(name, data=weights[f"{layer}/{name}"])
+
+
+class _Disk(io.RawIOBase):
+    """A file that HDF5 can write to without ever failing; `error` is what went wrong.
+
+    HDF5 ends the process when a disk fills up while it closes a file. So it is told that all went well, and the error
+    is raised behind it.
+    """
+
+    def __init__(self, file: io.FileIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        done = 0
+        while done < len(view) and self.error is None:
+            try:
+                done += self._file.write(view[done:]) or 0
+            except OSError as error:
+                self.error = error
+        return len(view)
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        found = self._file.read(len(view)) or b""
+        view[:] = found.ljust(len(view), b"\0")  # what could not be written is missing
+        return len(view)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return self._file.truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return size or 0
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+
+@contextlib.contextmanager
+def _hdf5(path: Path, mode: Literal["w", "r+"]) -> Iterator[h5py.File]:
+    """An HDF5 file to write to; raises OSError when that fails at any moment."""
+    with interrupt_later(), io.FileIO(path, "w+" if mode == "w" else "r+") as raw:
+        disk = _Disk(raw)
+        try:
+            with h5py.File(disk, mode) as file:
+                yield file
+        finally:
+            if disk.error is not None:
+                raise disk.error
+
+
+def _write_names(group: h5py.Group, attribute: str, names: list[str]) -> None:
+    encoded = [name.encode() for name in names]
+    width = max(map(len, encoded), default=1)
+    rows = max(_ATTRIBUTE_LIMIT // width, 1)
+    if len(encoded) <= rows:
+        group.attrs[attribute] = np.array(encoded, dtype=f"S{width}")
+        return
+    for index in range(0, len(encoded), rows):
+        group.attrs[f"{attribute}{index // rows}"] = np.array(encoded[index : index + rows], dtype=f"S{width}")
+
+
+def write_provenance(path: Path, provenance: Mapping[str, Any]) -> None:
+    """Adds the provenance, as JSON, to a file that `write_weights` has made; the weights stay as they are."""
+    text = json.dumps(provenance, indent=1)
+    if suffix_of(path) == ".keras":
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr(f"{PROVENANCE}.json", text)
+        return
+    with _hdf5(path, "r+") as file:
+        file.attrs[PROVENANCE] = text
+
+
+def is_weights_file(path: Path) -> bool:
+    """Whether the content, not the name, is HDF5 or a `.keras` archive."""
+    with path.open("rb") as file:
+        if file.read(len(HDF5_SIGNATURE)) == HDF5_SIGNATURE:
+            return True
+    if not zipfile.is_zipfile(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return WEIGHTS_MEMBER in archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return path.suffix == ".keras"

@@ -1,0 +1,169 @@
+"""From a state_dict to named Keras weights. Pure: nothing is read, written or assigned here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from rapidfuzz import process
+
+from porting.errors import CheckpointError, KeyMapError
+from porting.kinds.transforms import Array, Shape
+from porting.mapping.key_map import KeyMap
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """A tensor that is there and cannot be used as it is; shapes in PyTorch's order."""
+
+    source: str
+    expected: str
+    found: str
+
+
+@dataclass(frozen=True)
+class KeyDiff:
+    """Every difference between the tensors that a model needs and those that a checkpoint has.
+
+    `missing_keys` and `unexpected_keys` are names in the state_dict. `unwritten` are Keras variables that no row
+    of the key map writes and `unknown` are targets that the Keras model lacks: both are faults of the family.
+    """
+
+    missing_keys: tuple[str, ...] = ()
+    unexpected_keys: tuple[str, ...] = ()
+    mismatched: tuple[Mismatch, ...] = ()
+    unwritten: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return any((self.missing_keys, self.unexpected_keys, self.mismatched, self.unwritten, self.unknown))
+
+    def describe(self) -> str:
+        """All differences as titled, sorted lists, with the nearest unused name beside each missing one."""
+        sections = [
+            ("missing from the checkpoint", _with_nearest(self.missing_keys, self.unexpected_keys)),
+            ("in the checkpoint, but not part of the model", _with_nearest(self.unexpected_keys, self.missing_keys)),
+            (
+                "of another shape or type",
+                [f"{m.source}: expected {m.expected}, found {m.found}" for m in self.mismatched],
+            ),
+            ("Keras variables that no rule of the key map writes", list(self.unwritten)),
+            ("rules of the key map whose Keras variable does not exist", list(self.unknown)),
+        ]
+        lines: list[str] = []
+        for title, rows in sections:
+            if rows:
+                lines += [f"{len(rows)} {title}:", *(f"  {row}" for row in sorted(rows))]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Keras weights by path, float32 in Keras's axis order.
+
+    `dropped` are the names that were dropped on purpose, `non_finite` those of tensors that hold NaN or infinity.
+    """
+
+    weights: dict[str, Array]
+    dropped: tuple[str, ...]
+    non_finite: tuple[str, ...] = ()
+
+
+def diff_keys(state_dict: Mapping[str, Array], key_map: KeyMap, target_shapes: Mapping[str, Shape]) -> KeyDiff:
+    """Compares what `key_map` asks for with what there is on both sides; never raises."""
+    used = {entry.source for entry in key_map.entries}
+    targets = {entry.target for entry in key_map.entries}
+    mismatched = []
+    for entry in key_map.entries:
+        if entry.source not in state_dict or entry.target not in target_shapes:
+            continue
+        array = state_dict[entry.source]
+        expected = entry.layout.source_shape(target_shapes[entry.target])
+        if array.shape != expected:
+            mismatched.append(Mismatch(entry.source, str(expected), str(array.shape)))
+        elif not is_float(array):
+            mismatched.append(Mismatch(entry.source, "a floating-point type", str(array.dtype)))
+    return KeyDiff(
+        missing_keys=tuple(sorted(used - state_dict.keys())),
+        unexpected_keys=tuple(sorted(state_dict.keys() - used - set(key_map.dropped(state_dict)))),
+        mismatched=tuple(mismatched),
+        unwritten=tuple(sorted(target_shapes.keys() - targets)),
+        unknown=tuple(sorted(targets - target_shapes.keys())),
+    )
+
+
+def convert(
+    state_dict: Mapping[str, Array],
+    key_map: KeyMap,
+    target_shapes: Mapping[str, Shape],
+    *,
+    hint: Callable[[], str] = str,
+    allow_non_finite: bool = False,
+) -> Conversion:
+    """Brings every tensor into Keras's name, axis order and float32.
+
+    float16 and bfloat16 become float32 exactly; float64 is rounded to the nearest float32. Every source tensor is
+    used once or dropped by name and every Keras variable is written once.
+
+    Raises KeyMapError, with every difference and what `hint` says, when that cannot be done, and CheckpointError when a
+    tensor holds NaN or infinity and that is not allowed.
+    """
+    refuse_other_keys(state_dict, key_map, target_shapes, hint=hint)
+    weights = {}
+    for entry in key_map.entries:
+        weights[entry.target] = entry.layout.apply(to_float32(state_dict[entry.source]))
+    by_source = {entry.source: weights[entry.target] for entry in key_map.entries}
+    non_finite = refuse_non_finite(by_source, allowed=allow_non_finite)
+    return Conversion(weights, key_map.dropped(state_dict), non_finite)
+
+
+def invert(weights: Mapping[str, Array], key_map: KeyMap) -> dict[str, Array]:
+    """The state_dict that `convert` would make these weights of, without what it drops; raises KeyError for a lack."""
+    return {entry.source: entry.layout.invert(weights[entry.target]) for entry in key_map.entries}
+
+
+def refuse_other_keys(
+    state_dict: Mapping[str, Array],
+    key_map: KeyMap,
+    target_shapes: Mapping[str, Shape],
+    *,
+    hint: Callable[[], str] = str,
+) -> None:
+    """Raises KeyMapError, with every difference and what `hint` says, where the two do not have the same tensors."""
+    if diff := diff_keys(state_dict, key_map, target_shapes):
+        raise KeyMapError(f"the checkpoint's tensors are not those of the model\n{diff.describe()}", hint=hint())
+
+
+def is_float(array: Array) -> bool:
+    """Whether the type is a floating-point one; bfloat16 is, although NumPy itself does not know it."""
+    return np.issubdtype(array.dtype, np.floating) or array.dtype.name == "bfloat16"
+
+
+def to_float32(array: Array) -> Array:
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite and is refused by name
+        return array.astype(np.float32, copy=False)
+
+
+def refuse_non_finite(tensors: Mapping[str, Array], *, allowed: bool = False) -> tuple[str, ...]:
+    """The names of tensors with NaN or infinity in them; raises CheckpointError with all of them unless `allowed`."""
+    found = {name: array for name, array in tensors.items() if not np.isfinite(array).all()}
+    if found and not allowed:
+        rows = [
+            f"  {name}: {np.isnan(array).sum()} NaN, {np.isinf(array).sum()} infinite of {array.size}"
+            for name, array in found.items()
+        ]
+        raise CheckpointError(
+            f"{len(rows)} tensors hold values that are not finite:\n" + "\n".join(rows),
+            hint="A model with such weights computes nothing; use a checkpoint from before training diverged, or "
+            "--allow-non-finite to have them as they are.",
+        )
+    return tuple(found)
+
+
+def _with_nearest(names: Iterable[str], others: tuple[str, ...]) -> list[str]:
+    rows = []
+    for name in names:
+        match = process.extractOne(name, others, score_cutoff=75.0) if others else None
+        rows.append(f"{name} (nearest: {match[0]})" if match else name)
+    return rows

@@ -1,0 +1,60 @@
+"""Images from files to the arrays that both models are given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from porting.errors import SourceError
+from porting.kinds.transforms import Array
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a model's authors prepared its images: bicubic resize of the shorter side, centre crop, normalisation.
+
+    Sizes are in pixels; `mean` and `std` are for values from 0 to 1, one number a channel.
+    """
+
+    input_size: int
+    resize_size: int
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+
+def find_images(folder: Path) -> list[Path]:
+    """The image files in a folder, sorted by name; raises SourceError when there are none."""
+    if not folder.is_dir():
+        raise SourceError(f"{folder}: no such folder", hint="--images takes a folder of PNG or JPEG files.")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise SourceError(f"{folder}: holds no images", hint=f"Expected files ending in {', '.join(IMAGE_SUFFIXES)}.")
+    return paths
+
+
+def load_images(paths: list[Path], preprocessing: Preprocessing) -> Array:
+    """`(N, input_size, input_size, 3)` float32; raises SourceError for a file that is no image."""
+    return np.stack([_load_image(path, preprocessing) for path in paths])
+
+
+def _load_image(path: Path, preprocessing: Preprocessing) -> Array:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise SourceError(f"{path}: not a readable image: {error}", hint="Remove it or give another folder.") from None
+    # As torchvision's Resize and CenterCrop: the longer side is rounded down, and half a pixel goes to the even number.
+    width, height = (preprocessing.resize_size * side // min(image.size) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (round((side - preprocessing.input_size) / 2) for side in (width, height))
+    image = image.crop((left, top, left + preprocessing.input_size, top + preprocessing.input_size))
+    pixels = np.asarray(image, np.float32) / np.float32(255)
+    mean, std = np.asarray(preprocessing.mean, np.float32), np.asarray(preprocessing.std, np.float32)
+    normalised: Array = (pixels - mean) / std
+    return normalised

@@ -1,0 +1,1 @@
+"""Comparing two models and judging what came out."""

@@ -1,0 +1,45 @@
+"""A report against an earlier one: has any layer got worse?"""
+
+from __future__ import annotations
+
+from porting.parity.report import FLOAT32_ROUNDOFF, LayerComparison, ParityReport, View
+
+DEFAULT_FACTOR = 2.0
+
+
+def regressions(report: ParityReport, baseline: ParityReport, factor: float = DEFAULT_FACTOR) -> list[str]:
+    """A sentence for every layer whose error has grown by more than `factor`, or that is no longer compared.
+
+    What is compared is Keras's RMS distance to the truth relative to the layer's scale, in every view of both reports.
+    Below one float32 rounding nothing counts as an error.
+    """
+    now = {layer.source: layer for layer in report.layers}
+    found = []
+    for old in baseline.layers:
+        new = now.get(old.source)
+        if new is None:
+            found.append(f"{old.source} is in the baseline and is no longer compared")
+            continue
+        found += _worse_views(old, new, factor)
+    return found
+
+
+def _worse_views(old: LayerComparison, new: LayerComparison, factor: float) -> list[str]:
+    found = []
+    for name, before in old.views.items():
+        after = new.views.get(name)
+        if after is None:
+            continue  # a check with fewer views says nothing of the others
+        if after.problem and not before.problem:
+            found.append(f"{new.source} ({name}): {after.problem}")
+        elif not _relative(after) <= factor * _relative(before):
+            found.append(
+                f"{new.source} ({name}): relative error {_relative(after):.2g}, {_relative(before):.2g} in the baseline"
+            )
+    return found
+
+
+def _relative(view: View) -> float:
+    if not view.scale.rms:
+        return FLOAT32_ROUNDOFF if not view.actual_error.rms else float("inf")
+    return max(view.actual_error.rms / view.scale.rms, FLOAT32_ROUNDOFF)

@@ -1,0 +1,405 @@
+"""Does the Keras model train as the PyTorch model does?
+
+Both start from the same weights and take the same steps on the same batch: the same loss, the same optimiser. Loss,
+gradients, BatchNorm's statistics and all weights are compared as layers are: PyTorch trains in float64 too, that run is
+the truth, and Keras may be a few times as far from it as PyTorch in float32 is. Steps amplify rounding, by luck more or
+less; so PyTorch trains in float32 several times, with the batch in another order, which changes nothing but the
+rounding, and the greatest of these distances counts. Dropout and drop path are off in that,
+for two random masks cannot agree; what they draw is compared by itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import warnings
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from porting.kinds.transforms import Array
+from porting.mapping.key_map import KeyMap
+from porting.models.observe import to_torch
+from porting.parity.measure import DifferenceSum, Distance, measure_truth
+from porting.parity.report import (
+    ACCUMULATED,
+    FEW_ELEMENTS,
+    FLOAT32_ROUNDOFF,
+    LayerComparison,
+    Limits,
+    ParityReport,
+    View,
+)
+from porting.parity.settings import Audit, SettingDifference, layers_by_path, module_settings
+from porting.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    import keras
+    from torch import Tensor, nn
+
+STEPS = (1, 10)
+BATCH = 8
+GREATEST_SIDE = 96
+# Samples, and the shape of each, on which masks are drawn.
+_DRAWN, _SHAPE = 4096, (4, 4, 3)
+_SIGMAS = 5.0
+# Of the batch, in which PyTorch trains once more each.
+_OTHER_ORDERS = 3
+
+
+@dataclass(frozen=True)
+class OptimizerPair:
+    """The same optimiser in both frameworks; `reference` takes parameters, `candidate` nothing.
+
+    `normalizes` is whether a step divides by the gradient's own size, as Adam's does. Then the step of a number whose
+    gradient is about its rounding error is that error's sign times the learning rate, whoever computes it, and where
+    PyTorch's own gradient is not known to a hundredth, the number is left out.
+    """
+
+    name: str
+    reference: Callable[[Any], Any]
+    candidate: Callable[[], Any]
+    normalizes: bool = False
+
+
+def usual_optimizers(adamw: Callable[..., Any] | None = None) -> tuple[OptimizerPair, ...]:
+    """SGD with momentum, and AdamW; `adamw` is a Keras optimiser with PyTorch's arithmetic, by default Keras's own.
+
+    Keras's own counts epsilon otherwise in the first steps, which the check finds.
+    """
+    import keras
+    import torch
+
+    sgd: dict[str, Any] = {"momentum": 0.9}
+    adam: dict[str, Any] = {"weight_decay": 0.05}
+    return (
+        OptimizerPair(
+            "SGD",
+            lambda parameters: torch.optim.SGD(parameters, 0.01, **sgd),
+            lambda: keras.optimizers.SGD(0.01, **sgd),
+        ),
+        OptimizerPair(
+            "AdamW",
+            lambda parameters: torch.optim.AdamW(parameters, 1e-3, eps=1e-8, **adam),
+            lambda: (adamw or keras.optimizers.AdamW)(1e-3, epsilon=1e-8, **adam),
+            normalizes=True,
+        ),
+    )
+
+
+@dataclass
+class _Run:
+    """What one training shows, by PyTorch's names and in PyTorch's layouts; steps count from 1.
+
+    The gradients are those of the first step: later ones belong to other weights on each side.
+    """
+
+    losses: dict[int, Tensor] = field(default_factory=dict)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+
+
+def check_training(
+    reference: nn.Module,
+    candidate: keras.Model,
+    key_map: KeyMap,
+    images: Array,
+    labels: Array,
+    optimizers: Sequence[OptimizerPair],
+    *,
+    steps: Sequence[int] = STEPS,
+    limits: Limits | None = None,
+    progress: Progress = SILENT,
+) -> tuple[ParityReport, ...]:
+    """Trains both models on one batch with each optimiser; one report for each of the `steps`, counted from 1.
+
+    `images` are `(N, H, W, C)` and `labels` `(N,)` class numbers; the loss is the mean cross-entropy of the logits, or
+    for a model that returns maps their mean square. `key_map` pairs the tensors. A report has the loss before the step,
+    then for the first step every gradient, from the loss backwards, then every tensor after the step. Both models are
+    as before when it returns.
+    """
+    limits = limits or Limits()
+    reports = []
+    last = max(steps)
+    rng = np.random.default_rng(0)
+    orders = [np.arange(len(images)), *(rng.permutation(len(images)) for _ in range(_OTHER_ORDERS))]
+    total = (len(orders) + 2) * last * len(optimizers)
+    for number, pair in enumerate(optimizers):
+        trainings = [
+            ("PyTorch, float64", _train_torch(copy.deepcopy(reference).double(), pair, images, labels, steps)),
+            ("Keras", _train_keras(candidate, key_map, pair, images, labels, steps)),
+        ]
+        for order in orders:
+            training = _train_torch(copy.deepcopy(reference), pair, images[order], labels[order], steps)
+            trainings.append(("PyTorch, float32", training))
+        runs = []
+        for which, (name, training) in enumerate(trainings):
+            for step in range(1, last + 1):
+                progress(
+                    f"training with {pair.name}: {name}", (len(trainings) * number + which) * last + step - 1, total
+                )
+                run = next(training)
+            runs.append(run)
+            training.close()
+        truth, actual, *expected = runs
+        undecided = _undecided(expected, truth) if pair.normalizes else {}
+        for step in steps:
+            layers = list(_compare(expected, truth, actual, key_map, step, undecided, limits))
+            report = ParityReport(
+                tuple(_with_usual_rounding(layers)),
+                (),
+                (),
+                None,
+                (images.shape,),
+                limits,
+                f"{pair.name}, step {step}",
+            )
+            reports.append(report)
+    return tuple(reports)
+
+
+def _train_torch(
+    model: nn.Module, pair: OptimizerPair, images: Array, labels: Array, steps: Sequence[int]
+) -> Generator[_Run]:
+    import torch
+    from torch.nn import functional as F
+
+    exact = next(model.parameters()).dtype
+    batch = torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, 1))).to(exact)
+    targets = torch.from_numpy(labels.astype(np.int64))
+    model.train().requires_grad_(True)
+    optimizer = pair.reference(model.parameters())
+    run = _Run()
+    for step in range(1, max(steps) + 1):
+        optimizer.zero_grad()
+        output = model(batch)
+        loss = F.cross_entropy(output, targets) if output.ndim == 2 else output.square().mean()
+        with warnings.catch_warnings():
+            # The first backward pass looks for a GPU, and a CUDA build without one says so.
+            warnings.filterwarnings("ignore", "CUDA initialization")
+            loss.backward()
+        if step == 1:
+            run.gradients = {
+                name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+                for name, parameter in model.named_parameters()
+            }
+        optimizer.step()
+        if step in steps:
+            run.losses[step] = loss.detach().reshape(1)
+            run.values[step] = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        yield run
+
+
+def _train_keras(
+    model: keras.Model, key_map: KeyMap, pair: OptimizerPair, images: Array, labels: Array, steps: Sequence[int]
+) -> Generator[_Run]:
+    import keras
+    import tensorflow as tf
+
+    before = [np.array(variable) for variable in model.weights]
+    optimizer = pair.candidate()
+    trained = model.trainable_variables
+    run = _Run()
+    try:
+        for step in range(1, max(steps) + 1):
+            with tf.GradientTape() as tape:
+                output = model(images, training=True)
+                if len(output.shape) == 2:
+                    crosses = keras.ops.sparse_categorical_crossentropy(labels, output, from_logits=True)
+                    loss = keras.ops.mean(crosses)
+                else:
+                    loss = keras.ops.mean(keras.ops.square(output))
+            gradients = tape.gradient(loss, [variable.value for variable in trained])
+            if step == 1:
+                shown = {
+                    variable.path: np.zeros(variable.shape, np.float32) if gradient is None else np.array(gradient)
+                    for variable, gradient in zip(trained, gradients, strict=True)
+                }
+                run.gradients = _in_torchs_layout(shown, key_map)
+            pairs = [(g, v) for g, v in zip(gradients, trained, strict=True) if g is not None]
+            optimizer.apply([g for g, _ in pairs], [v for _, v in pairs])
+            if step in steps:
+                run.losses[step] = to_torch(keras.ops.reshape(loss, (1,))).clone()
+                values = {variable.path: np.array(variable) for variable in model.weights}
+                run.values[step] = _in_torchs_layout(values, key_map)
+            yield run
+    finally:
+        for variable, value in zip(model.weights, before, strict=True):
+            variable.assign(value)
+
+
+def _in_torchs_layout(arrays: Mapping[str, Array], key_map: KeyMap) -> dict[str, Tensor]:
+    import torch
+
+    return {
+        entry.source: torch.from_numpy(np.ascontiguousarray(entry.layout.invert(arrays[entry.target])))
+        for entry in key_map.entries
+        if entry.target in arrays
+    }
+
+
+def _undecided(expected: Sequence[_Run], truth: _Run) -> dict[str, Tensor]:
+    """By name, the numbers whose gradient PyTorch does not know to a hundredth."""
+    errors = {
+        name: max(float((run.gradients[name] - exact).abs().max()) for run in expected)
+        for name, exact in truth.gradients.items()
+    }
+    return {name: exact.abs() < 100 * errors[name] for name, exact in truth.gradients.items()}
+
+
+def _compare(
+    expected: Sequence[_Run],
+    truth: _Run,
+    actual: _Run,
+    key_map: KeyMap,
+    step: int,
+    undecided: Mapping[str, Tensor],
+    limits: Limits,
+) -> Iterator[LayerComparison]:
+    targets = {entry.source: entry.target for entry in key_map.entries}
+    losses = [run.losses[step] for run in expected]
+    yield _one("loss", "loss", "loss", losses, truth.losses[step], actual.losses[step], limits)
+    if step == 1:
+        for name in reversed(truth.gradients):
+            theirs = [run.gradients[name] for run in expected]
+            ours = actual.gradients.get(name)
+            yield _one(f"gradient of {name}", targets[name], "gradient", theirs, truth.gradients[name], ours, limits)
+    for name, found in actual.values[step].items():
+        kind = "statistics" if name.rpartition(".")[2].startswith("running_") else "weight"
+        exact, theirs = truth.values[step][name], [run.values[step][name] for run in expected]
+        left_out = undecided.get(name)
+        if left_out is not None and left_out.any():
+            kind += f", {int(left_out.sum())} of {left_out.numel()} left out"
+            found, *theirs = (_where(left_out, exact, side) for side in (found, *theirs))
+        yield _one(name, targets[name], kind, theirs, exact, found, limits)
+
+
+def _where(condition: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    import torch
+
+    return torch.where(condition, one.to(other.dtype), other)
+
+
+def _one(
+    name: str,
+    target: str,
+    kind: str,
+    expected: Sequence[Tensor],
+    truth: Tensor,
+    actual: Tensor | None,
+    limits: Limits,
+) -> LayerComparison:
+    """`expected` are PyTorch's runs; the differences that are shown are to the first of them."""
+    measured = [measure_truth(each, truth) for each in expected]
+    error, _, scale = measured[0]
+    sizes = [size.total() for _, size, _ in measured]
+    noise = Distance(max(size.max for size in sizes), max(size.rms for size in sizes))
+    shape, dtype = tuple(truth.shape), str(expected[0].dtype).removeprefix("torch.")
+    difference = DifferenceSum()
+    if actual is None or actual.shape != truth.shape:
+        problem = "Keras does not train it" if actual is None else f"shape {tuple(actual.shape)} instead of {shape}"
+        view = View(scale.total(), noise, noise, problem)
+        return LayerComparison(name, target, kind, shape, dtype, "none", {ACCUMULATED: view}, difference.total())
+    limit = limits.of(name) * max(noise.max, scale.total().max * FLOAT32_ROUNDOFF)
+    found = difference.add(actual, expected[0], error, limit)
+    view = View(scale.total(), noise, found.total())
+    return LayerComparison(name, target, kind, shape, dtype, dtype, {ACCUMULATED: view}, difference.total())
+
+
+def _with_usual_rounding(layers: list[LayerComparison]) -> Iterator[LayerComparison]:
+    """Tells small tensors what rounding does as a rule: the median of their kind.
+
+    The loss is a single number, in which the rounding of all kinds meets.
+    """
+    found: dict[str, list[float]] = {}
+    for layer in layers:
+        rounding = layer.views[ACCUMULATED].relative_rounding
+        if layer.kind != "loss" and math.isfinite(rounding):
+            found.setdefault(_kind(layer), []).append(rounding)
+    usual = {kind: statistics.median(roundings) for kind, roundings in found.items()}
+    usual["loss"] = max(usual.values(), default=0.0)
+    for layer in layers:
+        if math.prod(layer.shape) < FEW_ELEMENTS:
+            view = replace(layer.views[ACCUMULATED], usual_rounding=usual.get(_kind(layer), 0.0))
+            layer = replace(layer, views={ACCUMULATED: view})
+        yield layer
+
+
+def _kind(layer: LayerComparison) -> str:
+    return layer.kind.partition(",")[0]
+
+
+def training_batch(images: Array, classes: int, seed: int = 0) -> tuple[Array, Array]:
+    """`BATCH` crops of at most `GREATEST_SIDE` pixels a side out of images `(N, H, W, C)`, and a class for each."""
+    rng = np.random.default_rng(seed)
+    side = min(GREATEST_SIDE, *images.shape[1:3])
+    crops = []
+    for index in range(BATCH):
+        image = images[index % len(images)]
+        top, left = (int(rng.integers(0, length - side + 1)) for length in image.shape[:2])
+        crop = image[top : top + side, left : left + side]
+        crops.append(crop[:, ::-1] if index >= len(images) else crop)
+    return np.ascontiguousarray(np.stack(crops)), rng.integers(0, max(classes, 1), BATCH)
+
+
+def audit_masks(reference: nn.Module, candidate: keras.Model) -> Audit:
+    """Compares what dropout and drop path draw, in every paired layer with a rate above 0.
+
+    On both sides the share that is dropped must be the rate, as far as chance allows, what is kept must be scaled up by
+    it, a mask must cover a whole sample or single numbers on both, and two calls must draw two masks. Modules and
+    layers pair by name.
+    """
+    layers = {path.replace("/", "."): layer for path, layer in layers_by_path(candidate).items()}
+    differences: list[SettingDifference] = []
+    compared = 0
+    for source, module in reference.named_modules():
+        rate = module_settings(module).get("rate", 0.0)
+        if not rate or source not in layers:
+            continue
+        compared += 1
+        expected, actual = _torch_mask(module, rate), _keras_mask(layers[source], rate)
+        if expected != actual:
+            differences.append(SettingDifference(source, "mask in training", expected, actual))
+    return Audit(compared, compared, tuple(differences))
+
+
+def _torch_mask(module: nn.Module, rate: float) -> str:
+    import torch
+
+    ones = torch.ones(_DRAWN, _SHAPE[-1], *_SHAPE[:-1])
+    was_training = module.training
+    module.train()
+    try:
+        drawn = [np.moveaxis(module(ones).numpy(), 1, -1) for _ in range(2)]
+    finally:
+        module.train(was_training)
+    return _describe_mask(drawn, rate)
+
+
+def _keras_mask(layer: keras.layers.Layer, rate: float) -> str:
+    ones = np.ones((_DRAWN, *_SHAPE), np.float32)
+    return _describe_mask([np.asarray(layer(ones, training=True)) for _ in range(2)], rate)
+
+
+def _describe_mask(drawn: Sequence[Array], rate: float) -> str:
+    """In words that are the same for masks of the same kind, whatever chance has made of them."""
+    first, second = drawn
+    kept = first != 0
+    flat = kept.reshape(len(kept), -1)
+    per_sample = bool((flat == flat[:, :1]).all())
+    count = len(flat) if per_sample else flat.size
+    share = 1.0 - float(flat.mean())
+    near = abs(share - rate) <= _SIGMAS * math.sqrt(rate * (1 - rate) / count)
+    scales = first[kept]
+    exact = scales.size > 0 and bool(np.allclose(scales, 1 / (1 - rate), rtol=1e-5))
+    words = [
+        f"{rate:g} dropped" if near else f"{share:.4f} dropped, not {rate:g}",
+        "a whole sample at once" if per_sample else "number by number",
+        "the rest scaled up" if exact else "the rest not scaled up by as much",
+    ]
+    if np.array_equal(first, second):
+        words.append("the same in each call")
+    return ", ".join(words)

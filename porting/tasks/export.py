@@ -1,0 +1,239 @@
+"""From a file of Keras weights to what other runtimes take, proven in those runtimes before it gets its name."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from porting.errors import ExportError, FailedParityError, OutputError, PortingError
+from porting.exporting.precision import PRECISIONS, in_precision
+from porting.exporting.run import open_runtime
+from porting.exporting.write import FORMATS, NEEDED, write
+from porting.families.base import Family
+from porting.files import weights_file
+from porting.files.atomic import (
+    check_writable,
+    move_into_place,
+    output_errors,
+    report_path_of,
+    temporary_file,
+    write_text,
+)
+from porting.files.survey import survey_file
+from porting.kinds.transforms import Array
+from porting.mapping.convert import refuse_other_keys
+from porting.mapping.naming import layout_named
+from porting.models.frameworks import start_tensorflow
+from porting.parity.compare import check_outputs
+from porting.parity.report import ParityReport, refusal
+from porting.progress import SILENT, Progress
+from porting.reports.document import to_json
+from porting.tasks.check import CheckOptions, load_candidate, model_of_file, open_checkpoint, parity_images
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_OF_A_SAVED_MODEL = {"saved_model.pb", "fingerprint.pb", "variables", "assets"}
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export has made: its size in bytes and its operations, and the report that vouches for it."""
+
+    path: Path
+    form: str
+    precision: str
+    size: int
+    operators: Counter[str]
+    report: ParityReport | None = None
+    report_path: Path | None = None
+
+
+def export(
+    family: Family,
+    variant: str,
+    weights: Path,
+    out: Path,
+    *,
+    form: str,
+    precision: str = "float32",
+    checkpoint: str | Path | None = None,
+    layout: str | None = None,
+    input_size: int | None = None,
+    fused: bool = True,
+    split_kernels: bool | None = None,
+    check: bool = True,
+    options: CheckOptions | None = None,
+    progress: Progress = SILENT,
+) -> ExportResult:
+    """Writes a ported file as a SavedModel (a folder), for LiteRT or as ONNX.
+
+    `precision` is float32, float16 or int8, the last with the images of `options` as the representative set; in a
+    SavedModel it is that of the stored weights, and all is computed in float32. The model takes
+    `(N, input_size, input_size, 3)` (LiteRT: N = 1), by default of the variant's own size, and is `fused` as the family
+    can. `split_kernels` writes large depthwise kernels for LiteRT as sums of smaller ones, which its CPU kernels
+    compute sooner, by default in float32 and float16.
+
+    With `check`, the artifact is loaded in its own runtime and compared with the PyTorch model of the checkpoint, in
+    units of what its precision costs PyTorch; only then it gets its name, with the report beside it. Without, no
+    checkpoint is read: what to build is taken from the weights file.
+
+    Raises SourceError, CheckpointError, KeyMapError, WeightsFileError, OutputError, ExportError for what cannot be
+    converted or run, or FailedParityError; then `out` is untouched.
+    """
+    _check_arguments(form, precision, out)
+    weights_file.require_file(weights)
+    survey = survey_file(weights)
+    options = options or CheckOptions()
+    if split_kernels is None:
+        split_kernels = precision != "int8"
+    subject = None
+    if check:
+        subject = open_checkpoint(family, variant, checkpoint, layout=layout, ema=False, progress=progress)
+        refuse_other_keys(subject.checkpoint.state_dict, subject.key_map, subject.shapes)
+        names, num_classes = subject.layout, subject.num_classes
+    else:
+        names, num_classes = model_of_file(family, variant, survey)
+        if layout is not None:
+            names = layout_named(family.layouts, layout)
+    progress("starting TensorFlow")
+    start_tensorflow()
+    progress("reading the weights")
+    how_to_build = family.how_to_build(variant, num_classes, names)
+    model = load_candidate(weights, lambda: family.build_candidate(variant, num_classes, names), how_to_build)
+    size = input_size or family.preprocessing(variant, names).input_size
+    images = parity_images(family, variant, options, names, size)
+    if fused:
+        progress("fusing")
+        with _export_errors("the model cannot be fused"):
+            model = family.fuse(model, form)
+    with temporary_file(out, FORMATS[form]) as temporary:
+        progress(f"exporting to {form}")
+        with _quiet(), output_errors(out), _export_errors(f"the model cannot be converted for {form}"):
+            write(form, model, temporary, precision, images, split_kernels=split_kernels)
+        report = None
+        # The last layer's result is the model's.
+        last = {tensor._keras_history.operation.name for tensor in model.outputs}
+        layers = [layer.name for layer in model.layers if layer.name not in last]
+        with open_runtime(form, temporary, layers) as runtime:
+            operators = runtime.operators()
+            if subject is not None:
+                reference = subject.load_reference()
+
+                def run(image: Array) -> Mapping[str, Array]:
+                    with _export_errors(f"the {form} runtime cannot run the result"):
+                        return runtime.run(image)
+
+                report = check_outputs(
+                    reference,
+                    run,
+                    images,
+                    rounded=_in_precision(reference, form, precision, images),
+                    limits=options.limits,
+                    name=f"{form}, {precision}",
+                    progress=progress,
+                )
+                how = {"fused": fused} | ({"split_kernels": split_kernels} if form == "litert" else {})
+                exported = {"format": form, "precision": precision, **how, "operators": dict(operators)}
+                report = replace(report, context={**subject.describe(), "weights": weights.name, "export": exported})
+        if report is not None and not report.passed:
+            raise FailedParityError(f"{out} was not written: {refusal(report)}", report)
+        with output_errors(out):
+            # A report of an earlier export must not vouch for this one, not even for a moment.
+            report_path_of(out).unlink(missing_ok=True)
+            _give_name(temporary, out)
+    result = ExportResult(out, form, precision, _size(out), operators)
+    if report is None:
+        return result
+    write_text(report_path_of(out), to_json(report))
+    return replace(result, report=report, report_path=report_path_of(out))
+
+
+def _check_arguments(form: str, precision: str, out: Path) -> None:
+    import importlib.util
+
+    if form not in FORMATS:
+        raise ExportError(f"there is no format {form!r}", hint=f"There are {', '.join(FORMATS)}.")
+    if precision not in PRECISIONS:
+        raise ExportError(f"there is no precision {precision!r}", hint=f"There are {', '.join(PRECISIONS)}.")
+    if missing := [name for name in NEEDED[form] if importlib.util.find_spec(name) is None]:
+        raise ExportError(
+            f"exporting to {form} needs {', '.join(missing)}", hint="Install them: pip install 'van-port[export]'."
+        )
+    if FORMATS[form] and out.suffix != FORMATS[form]:
+        raise OutputError(f"{out}: the name does not say what it is", hint=f"End it in {FORMATS[form]}.")
+    if form == "saved_model":
+        if not out.name:
+            raise OutputError(f"{out} has no name", hint="Give the SavedModel's folder a name.")
+        if out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= _OF_A_SAVED_MODEL):
+            raise OutputError(f"{out} is there and is no SavedModel", hint="Give the folder another name.")
+        check_writable(out.with_name(f"{out.name}.parity.json"))
+    else:
+        check_writable(out)
+
+
+def _in_precision(reference: nn.Module, form: str, precision: str, images: Array) -> nn.Module | None:
+    """What `form` rounds to `precision`: a SavedModel only its weights, and LiteRT on a CPU in float16 too."""
+    if precision == "float32":
+        return None
+    weights_only = form == "saved_model" or (form == "litert" and precision == "float16")
+    return in_precision(reference, precision, images, results=not weights_only)
+
+
+@contextmanager
+def _export_errors(what: str) -> Iterator[None]:
+    """Converters and runtimes have errors of many types; each ends in an ExportError."""
+    try:
+        yield
+    except (PortingError, OSError):
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ExportError(f"{what}: {lines[0][:300] if lines else repr(error)}") from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Converters say much that is of no use to who runs them."""
+    loggers = [logging.getLogger(name) for name in ("absl", "tf2onnx", "tensorflow", "root")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _give_name(temporary: Path, out: Path) -> None:
+    """A folder cannot take another's place at once: the old one steps aside first."""
+    if not temporary.is_dir():
+        move_into_place(temporary, out)
+        return
+    aside = out.with_name(f".{out.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+    there = out.exists()
+    if there:
+        out.replace(aside)
+    try:
+        temporary.replace(out)
+    except OSError:
+        if there:
+            aside.replace(out)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _size(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(each.stat().st_size for each in files if each.is_file())

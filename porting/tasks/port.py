@@ -1,0 +1,180 @@
+"""The one way through: checkpoint, state_dict, key map, Keras weights, file, read back, parity, final name."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from porting.errors import FailedParityError, ParityError
+from porting.families.base import Family
+from porting.files import weights_file
+from porting.files.atomic import (
+    check_writable,
+    move_into_place,
+    output_errors,
+    report_path_of,
+    temporary_file,
+    write_text,
+)
+from porting.kinds.transforms import Array
+from porting.mapping.convert import Conversion, convert
+from porting.models.frameworks import start_tensorflow
+from porting.parity.report import ParityReport, refusal
+from porting.progress import SILENT, Progress
+from porting.reports.document import to_json
+from porting.tasks.check import CheckOptions, Subject, check_models, open_checkpoint
+
+if TYPE_CHECKING:
+    import keras
+
+
+@dataclass(frozen=True)
+class PortResult:
+    """What a port has made. `report` is None without a check; `report_path` is where its JSON lies."""
+
+    path: Path
+    provenance: dict[str, Any]
+    subject: Subject
+    conversion: Conversion
+    report: ParityReport | None = None
+    report_path: Path | None = None
+
+
+def port(
+    family: Family,
+    variant: str,
+    out: Path,
+    *,
+    checkpoint: str | Path | None = None,
+    layout: str | None = None,
+    ema: bool = False,
+    sha256: str | None = None,
+    check: bool = True,
+    options: CheckOptions | None = None,
+    keep_failed: Path | None = None,
+    progress: Progress = SILENT,
+) -> PortResult:
+    """Ports one checkpoint to the file `out`, whose suffix names the format.
+
+    `checkpoint` is a path or an address, by default the variant's official file, and has the hash `sha256` if that is
+    given; its layout is recognised by its names, or is the one called `layout`. With `check`, the file is written under
+    a temporary name, read back through Keras and compared with PyTorch as `options` say; it gets its name only at
+    parity, with the report beside it as `OUT.parity.json`.
+
+    Raises SourceError, CheckpointError, KeyMapError, OutputError, or FailedParityError; then `out` is untouched,
+    and the refused file is kept as `keep_failed` where that is given.
+    """
+    suffix = weights_file.suffix_of(out)
+    check_writable(out)
+    if keep_failed is not None:
+        check_writable(keep_failed)
+    options = options or CheckOptions()
+    subject = open_checkpoint(family, variant, checkpoint, layout=layout, ema=ema, sha256=sha256, progress=progress)
+    progress("converting")
+    conversion = convert(
+        subject.checkpoint.state_dict,
+        subject.key_map,
+        subject.shapes,
+        hint=lambda: _variant_hint(subject),
+        allow_non_finite=options.allow_non_finite,
+    )
+    provenance: dict[str, Any] = {
+        **subject.describe(),
+        "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        "non_finite": list(conversion.non_finite),
+        "parity": {"status": "not checked"},
+    }
+    provenance["source"]["dropped"] = len(conversion.dropped)
+    report = None
+    with temporary_file(out, suffix) as temporary:
+        _write(temporary, out, subject, conversion, progress)
+        if check:
+            progress("starting TensorFlow")
+            start_tensorflow()
+            progress("reading back")
+            candidate = weights_file.load_model(temporary, subject.build_candidate)
+            _refuse_other_weights(candidate, conversion.weights)
+            report = check_models(subject, candidate, options, progress)
+            provenance["parity"] = _verdict(report)
+            report = replace(report, context=provenance)
+        with output_errors(out):
+            weights_file.write_provenance(temporary, provenance)
+        if report is not None and not report.passed:
+            if keep_failed is not None:
+                move_into_place(temporary, keep_failed)
+            raise _refusal(out, report, keep_failed)
+        move_into_place(temporary, out)
+    if report is None:
+        # A report of an earlier port must not vouch for this file.
+        report_path_of(out).unlink(missing_ok=True)
+        return PortResult(out, provenance, subject, conversion)
+    write_text(report_path_of(out), to_json(report))
+    return PortResult(out, provenance, subject, conversion, report, report_path_of(out))
+
+
+def _variant_hint(subject: Subject) -> str:
+    family, variant = subject.family, subject.variant
+    guess = family.guess_variant(subject.checkpoint.state_dict)
+    if guess is not None and guess != variant:
+        return f"These tensors are those of {family.name} {guess}: use --variant {guess}."
+    layouts = ", ".join(layout.name for layout in family.layouts)
+    return (
+        f"Expected the weights of {family.name} {variant}, taken to have {subject.layout.name} names; --layout takes "
+        f"others ({layouts}), and `van-port inspect` shows what the file holds."
+    )
+
+
+def _write(temporary: Path, out: Path, subject: Subject, conversion: Conversion, progress: Progress) -> None:
+    """Writes the weights; Keras is needed only for the formats that are its own affair."""
+    if weights_file.suffix_of(out) == ".h5":
+        progress("writing")
+        with output_errors(out):
+            layers = subject.family.weight_shapes(subject.variant, subject.num_classes)
+            weights_file.write_h5(temporary, layers, conversion.weights)
+        return
+    progress("starting TensorFlow")
+    start_tensorflow()
+    progress("writing")
+    with output_errors(out):
+        weights_file.write_weights(temporary, subject.build_candidate(), conversion.weights)
+    gc.collect()  # a model's layers refer to each other in circles, and a large one counts
+
+
+def _refuse_other_weights(candidate: keras.Model, weights: Mapping[str, Array]) -> None:
+    """What Keras read must be, bit for bit, what was meant to be written."""
+    differing = [v.path for v in candidate.weights if not _same(np.asarray(v), weights[v.path])]
+    if differing:
+        raise ParityError(
+            f"{len(differing)} weights read back from the file differ from those written, first {differing[0]}",
+            hint="The disk or this version of Keras is at fault; please report it.",
+        )
+
+
+def _same(one: Array, other: Array) -> bool:
+    return np.array_equal(one, other) or np.array_equal(one, other, equal_nan=True)
+
+
+def _verdict(report: ParityReport) -> dict[str, Any]:
+    worst, logits = report.worst, report.logits
+    return {
+        "status": "passed" if report.passed else "failed",
+        "layers": len(report.layers),
+        "worst_layer": worst.source,
+        "worst_ratio": worst.ratio if math.isfinite(worst.ratio) else None,
+        "max_ratio": report.limits.max_ratio,
+        "samples": report.input_shapes[0][0],
+        "top1_agreement": logits.top1_agreement if logits else None,
+        "stress_runs": len(report.stress),
+    }
+
+
+def _refusal(out: Path, report: ParityReport, kept: Path | None) -> FailedParityError:
+    hint = f"The refused file is {kept}." if kept else "Keep the refused file with --keep-failed FILE."
+    return FailedParityError(f"{out} was not written: {refusal(report)}", report, hint=hint)

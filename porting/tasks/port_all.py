@@ -1,0 +1,77 @@
+"""Many ports in one run: one after the other, and on past one that fails."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from porting.errors import PortingError
+from porting.families.base import Family
+from porting.progress import SILENT, Progress
+from porting.tasks.check import CheckOptions
+from porting.tasks.port import PortResult, port
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one variant: a result, or the error that it ended in. `seconds` is wall time."""
+
+    variant: str
+    path: Path
+    seconds: float
+    result: PortResult | None = None
+    error: PortingError | None = None
+
+
+class _Prefixed(Progress):
+    """Says in front of each step which variant it is about."""
+
+    def __init__(self, progress: Progress, variant: str) -> None:
+        self._progress, self._variant = progress, variant
+
+    def __call__(self, description: str, done: int = 0, total: int = 0) -> None:
+        self._progress(f"{self._variant}: {description}", done, total)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        with self._progress.paused():
+            yield
+
+
+def port_all(
+    family: Family,
+    checkpoints: Mapping[str, str | None],
+    folder: Path,
+    *,
+    suffix: str = ".h5",
+    check: bool = True,
+    options: CheckOptions | None = None,
+    progress: Progress = SILENT,
+) -> Iterator[Outcome]:
+    """Ports each variant to `folder`, as FAMILY_VARIANT and `suffix`, and tells its outcome as soon as there is one.
+
+    `checkpoints` gives a path or address for each variant, None for its official file. A PortingError ends one
+    variant, not the run.
+    """
+    for variant, checkpoint in checkpoints.items():
+        out = folder / f"{family.name}_{variant}{suffix}"
+        begin = time.perf_counter()
+        try:
+            result = port(
+                family,
+                variant,
+                out,
+                checkpoint=checkpoint,
+                check=check,
+                options=options,
+                progress=_Prefixed(progress, variant),
+            )
+            yield Outcome(variant, out, time.perf_counter() - begin, result)
+            del result
+        except PortingError as error:
+            yield Outcome(variant, out, time.perf_counter() - begin, error=error)
+        gc.collect()  # the models of a large variant must not stay while the next is built

@@ -1,0 +1,188 @@
+"""The way back: a file of Keras weights to a PyTorch checkpoint, proven before it gets its name."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+
+from porting.errors import FailedParityError, OutputError, ParityError
+from porting.families.base import Family
+from porting.files import weights_file
+from porting.files.atomic import (
+    check_writable,
+    move_into_place,
+    output_errors,
+    report_path_of,
+    reserve,
+    temporary_file,
+    write_text,
+)
+from porting.files.survey import survey_file
+from porting.kinds.transforms import Array
+from porting.mapping.convert import invert, refuse_non_finite
+from porting.mapping.naming import CheckpointLayout, layout_named
+from porting.models.frameworks import start_tensorflow
+from porting.parity.report import ParityReport, refusal
+from porting.progress import SILENT, Progress
+from porting.reports.document import to_json
+from porting.tasks.check import CheckOptions, Subject, check_models, load_candidate, model_of_file, open_checkpoint
+
+if TYPE_CHECKING:
+    import keras
+
+TORCH_SUFFIXES = (".pth.tar", ".pth", ".pt", ".bin")
+SAFETENSORS = ".safetensors"
+DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+@dataclass(frozen=True)
+class RevertResult:
+    """What a way back has made. `report` is None without a check; `report_path` is where its JSON lies."""
+
+    path: Path
+    layout: CheckpointLayout
+    num_classes: int
+    state_dict: dict[str, Array]
+    report: ParityReport | None = None
+    report_path: Path | None = None
+
+
+def revert(
+    family: Family,
+    variant: str,
+    weights: Path,
+    out: Path,
+    *,
+    layout: str | None = None,
+    num_classes: int | None = None,
+    dtype: str = "float32",
+    check: bool = True,
+    options: CheckOptions | None = None,
+    progress: Progress = SILENT,
+) -> RevertResult:
+    """Writes the weights of a Keras file, fine-tuned perhaps, as a PyTorch state_dict.
+
+    `layout` says under whose names: by default those that the file was ported from, else the family's first.
+    `num_classes` (0: no head) is by default what the file shows. With `check`, what was written is read back, compared
+    bit by bit, loaded into the PyTorch model and compared with the Keras model as `options` say, and only then given
+    its name, with the report beside it as `OUT.parity.json`.
+
+    Raises SourceError, WeightsFileError, CheckpointError for weights that are not finite, KeyMapError for an unknown
+    layout, OutputError, or FailedParityError; then `out` is untouched.
+    """
+    suffix = _suffix_of(out)
+    check_writable(out)
+    weights_file.require_file(weights)
+    ported_from, found = model_of_file(family, variant, survey_file(weights))
+    if num_classes is None:
+        num_classes = found
+    target = layout_named(family.layouts, layout) if layout is not None else ported_from
+    if not num_classes:
+        # The body saved alone, as its publisher would: no name has a prefix that stands before all of them.
+        target, ported_from = (each.without_head().without_prefix() for each in (target, ported_from))
+    progress("starting TensorFlow")
+    start_tensorflow()
+    progress("reading the weights")
+    candidate = load_candidate(
+        weights,
+        lambda: family.build_candidate(variant, num_classes, ported_from),
+        family.how_to_build(variant, num_classes, ported_from),
+    )
+    progress("converting")
+    key_map = family.key_map(variant, target)
+    state_dict = invert(_values(candidate), key_map)
+    options = options or CheckOptions()
+    non_finite = refuse_non_finite(state_dict, allowed=options.allow_non_finite)
+    state_dict = {name: _cast(name, array, dtype) for name, array in state_dict.items()}
+    state_dict |= family.unused_tensors(variant, target)
+    with temporary_file(out, suffix) as temporary:
+        progress("writing")
+        with output_errors(out):
+            _save(temporary, state_dict)
+        report = None
+        progress("reading back")
+        subject = open_checkpoint(family, variant, temporary, layout=target.name, ema=False, progress=progress)
+        _refuse_other_tensors(subject, state_dict)
+        if check:
+            report = check_models(subject, candidate, options, progress)
+            context = {**subject.describe(), "weights": weights.name, "non_finite": list(non_finite)}
+            context["source"]["name"] = out.name
+            report = replace(report, context=context)
+            if not report.passed:
+                raise FailedParityError(f"{out} was not written: {refusal(report)}", report)
+        move_into_place(temporary, out)
+    if report is None:
+        report_path_of(out).unlink(missing_ok=True)
+        return RevertResult(out, target, num_classes, state_dict)
+    write_text(report_path_of(out), to_json(report))
+    return RevertResult(out, target, num_classes, state_dict, report, report_path_of(out))
+
+
+def _suffix_of(path: Path) -> str:
+    for suffix in (*TORCH_SUFFIXES, SAFETENSORS):
+        if path.name.endswith(suffix) and path.name != suffix:
+            return suffix
+    raise OutputError(
+        f"{path}: the name does not say which format to write",
+        hint=f"End it in one of {', '.join((*TORCH_SUFFIXES, SAFETENSORS))}.",
+    )
+
+
+def _values(model: keras.Model) -> dict[str, Array]:
+    return {variable.path: np.asarray(variable) for variable in model.weights}
+
+
+def _cast(name: str, array: Array, dtype: str) -> Array:
+    with np.errstate(over="ignore"):
+        cast: Array = np.ascontiguousarray(array.astype(DTYPES[dtype], copy=False))
+    if not np.isfinite(cast.astype(np.float32)[np.isfinite(array)]).all():
+        raise OutputError(f"{name} has values that {dtype} cannot hold", hint="Write it with --dtype float32.")
+    return cast
+
+
+def _save(path: Path, state_dict: Mapping[str, Array]) -> None:
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    tensors = {name: _tensor(array) for name, array in state_dict.items()}
+    reserve(path, sum(array.nbytes for array in state_dict.values()))
+    try:
+        if path.name.endswith(SAFETENSORS):
+            save_file(tensors, path, metadata={"format": "pt"})
+        else:
+            torch.save(tensors, path)
+    except (RuntimeError, SafetensorError) as error:  # what both make of an OSError
+        raise OSError(errno.EIO, str(error).partition("\n")[0]) from None
+
+
+def _tensor(array: Array) -> Any:
+    import torch
+
+    if array.dtype == ml_dtypes.bfloat16:  # torch knows the type, but not under NumPy's name
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
+
+
+def _refuse_other_tensors(subject: Subject, state_dict: Mapping[str, Array]) -> None:
+    """What is read back must be, bit for bit, what was meant to be written."""
+    found = subject.checkpoint.state_dict
+    differing = [name for name, array in state_dict.items() if not _same_bits(found.get(name), array)]
+    if differing or found.keys() != state_dict.keys():
+        raise ParityError(
+            f"{len(differing)} tensors read back from the file differ from those written"
+            + (f", first {differing[0]}" if differing else ""),
+            hint="The disk is at fault, or this version of PyTorch; please report it.",
+        )
+
+
+def _same_bits(one: Array | None, other: Array) -> bool:
+    return (
+        one is not None and one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+    )

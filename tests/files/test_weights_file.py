@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import h5py
+import keras
+import numpy as np
+import pytest
+
+import van_tf
+from porting.errors import OutputError
+from porting.files.survey import survey_file
+from porting.files.weights_file import (
+    SUFFIXES,
+    is_weights_file,
+    load_model,
+    suffix_of,
+    variable_shapes,
+    write_provenance,
+    write_weights,
+)
+
+NAMES = ["van_nano.h5", "van_nano.weights.h5", "van_nano.keras"]
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {path: rng.normal(size=shape).astype(np.float32) for path, shape in build_shapes().items()}
+
+
+def build_shapes() -> dict[str, tuple[int, ...]]:
+    return variable_shapes(van_tf.van_nano())
+
+
+def assert_same_weights(model: keras.Model, weights: dict[str, np.ndarray]) -> None:
+    assert {variable.path for variable in model.weights} == weights.keys()
+    for variable in model.weights:
+        np.testing.assert_array_equal(variable.numpy(), weights[variable.path])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_written_and_read_back_bit_for_bit(tmp_path: Path, weights: dict[str, np.ndarray], name: str) -> None:
+    path = tmp_path / name
+    write_weights(path, van_tf.van_nano(), weights)
+    write_provenance(path, {"variant": "nano", "parity": {"status": "passed"}})
+    assert survey_file(path).provenance == {"variant": "nano", "parity": {"status": "passed"}}
+    assert is_weights_file(path)
+    assert_same_weights(load_model(path, van_tf.van_nano), weights)
+
+
+def test_h5_loads_in_order_and_by_name(tmp_path: Path, weights: dict[str, np.ndarray]) -> None:
+    path = tmp_path / "x.h5"
+    write_weights(path, van_tf.van_nano(), weights)
+    for by_name in (False, True):
+        model = van_tf.van_nano()
+        model.load_weights(path, by_name=by_name)
+        assert_same_weights(model, weights)
+
+
+def test_h5_by_name_into_another_number_of_classes(tmp_path: Path, weights: dict[str, np.ndarray]) -> None:
+    write_weights(tmp_path / "x.h5", van_tf.van_nano(), weights)
+    backbone = van_tf.van_nano(include_top=False)
+    backbone.load_weights(tmp_path / "x.h5", by_name=True)
+    for variable in backbone.weights:
+        np.testing.assert_array_equal(variable.numpy(), weights[variable.path])
+
+
+def test_h5_datasets_are_named_by_variable_path(tmp_path: Path, weights: dict[str, np.ndarray]) -> None:
+    write_weights(tmp_path / "x.h5", van_tf.van_nano(), weights)
+    assert {name for name, _, _ in survey_file(tmp_path / "x.h5").tensors} == weights.keys()
+    with h5py.File(tmp_path / "x.h5") as file:
+        np.testing.assert_array_equal(file["block1.0/attn/proj_1/kernel"], weights["block1.0/attn/proj_1/kernel"])
+
+
+def test_names_too_long_for_one_attribute_are_split_as_keras_does(tmp_path: Path) -> None:
+    def build() -> keras.Model:
+        inputs = x = keras.Input((1,))
+        for index in range(80):
+            x = keras.layers.Dense(1, name=f"{'long_' * 200}{index}")(x)
+        return keras.Model(inputs, x)
+
+    weights = {path: np.full(shape, 0.5, np.float32) for path, shape in variable_shapes(build()).items()}
+    write_weights(tmp_path / "x.h5", build(), weights)
+    with h5py.File(tmp_path / "x.h5") as file:
+        assert "layer_names0" in file.attrs
+        assert "layer_names" not in file.attrs
+    assert_same_weights(load_model(tmp_path / "x.h5", build), weights)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_suffix_names_the_format(name: str) -> None:
+    assert suffix_of(Path(name)) == name.removeprefix("van_nano")
+
+
+@pytest.mark.parametrize("name", ["x.hdf5", "x.pth", "x", ".h5"])
+def test_other_suffixes_are_refused(name: str) -> None:
+    with pytest.raises(OutputError, match="does not say which format") as caught:
+        suffix_of(Path(name))
+    assert all(suffix in caught.value.hint for suffix in SUFFIXES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_provenance(tmp_path: Path, weights: dict[str, np.ndarray], name: str) -> None:
+    write_weights(tmp_path / name, van_tf.van_nano(), weights)
+    assert survey_file(tmp_path / name).provenance is None
+
+
+def test_a_torch_archive_is_no_weights_file(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
+        archive.writestr("x/data.pkl", b"")
+    assert not is_weights_file(tmp_path / "x.pth")

@@ -1,0 +1,61 @@
+"""The float64 model must be PyTorch's, only faster."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from porting.models.float64 import in_float64
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": 5},
+        {"kernel_size": 7, "padding": 9, "dilation": 3},
+        {"kernel_size": (3, 5), "padding": (4, 0), "dilation": (2, 1), "bias": False},
+        {"kernel_size": (1, 2), "padding": 6},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [(5, 5), (11, 8)], ids=str)
+def test_a_depthwise_convolution_is_pytorchs(settings: dict[str, Any], size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    module = nn.Conv2d(6, 6, groups=6, **settings)
+    images = torch.randn(2, 6, *size, dtype=torch.float64)
+    truth = in_float64(module)
+    assert "forward" in vars(truth)
+    with torch.no_grad():
+        expected = copy.deepcopy(module).double()(images)
+        torch.testing.assert_close(truth(images), expected, rtol=1e-12, atol=1e-14)
+        # As channels last in memory, and one image without its axis.
+        torch.testing.assert_close(
+            truth(images.to(memory_format=torch.channels_last)), expected, rtol=1e-12, atol=1e-14
+        )
+        torch.testing.assert_close(truth(images[0]), expected[0], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Conv2d(6, 6, 3),
+        nn.Conv2d(6, 12, 3, groups=6),
+        nn.Conv2d(6, 6, 3, stride=2, groups=6),
+        nn.Conv2d(6, 6, 3, padding="same", groups=6),
+        nn.Conv2d(6, 6, 3, padding=1, groups=6, padding_mode="reflect"),
+        type("Own", (nn.Conv2d,), {})(6, 6, 3, groups=6),
+    ],
+    ids=lambda module: f"{type(module).__name__}: {module.extra_repr()}",
+)
+def test_every_other_convolution_is_left_alone(module: nn.Conv2d) -> None:
+    assert "forward" not in vars(in_float64(module))
+
+
+def test_an_image_smaller_than_the_kernel_is_pytorchs_own_error() -> None:
+    with pytest.raises(RuntimeError, match="Kernel size can't be greater than actual input size"):
+        in_float64(nn.Conv2d(3, 3, 5, groups=3))(torch.zeros(1, 3, 4, 4, dtype=torch.float64))

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import torch
+
+from porting.families.van import VanFamily
+from porting.files.weights_file import assign_weights
+from porting.mapping.convert import convert
+from porting.mapping.naming import CheckpointLayout
+from porting.parity.report import ParityReport
+from porting.parity.stress import stress_cases, with_small_variances
+from porting.progress import SILENT
+from porting.references.van import VAN
+from porting.tasks.check import CheckOptions, check_models, open_checkpoint
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
+
+
+def test_small_variances_come_near_the_epsilons(family: VanFamily, reference: VAN, images: np.ndarray) -> None:
+    before = {name: tensor.clone() for name, tensor in reference.state_dict().items()}
+    small = with_small_variances(reference, images, family.shrinkable)
+    variances = [
+        float(tensor.median())
+        for name, tensor in small.state_dict().items()
+        if name.startswith("block") and name.endswith("norm2.running_var")
+    ]
+    assert max(variances) < 1e-4
+    assert all(torch.equal(before[name], tensor) for name, tensor in reference.state_dict().items())
+
+
+def test_cases_cover_weights_and_shapes(family: VanFamily, reference: VAN, images: np.ndarray) -> None:
+    cases = list(stress_cases(reference, images, family.shrinkable))
+    names = ["small variances", "loud weights, seed 0", "1 of 81x66", "3 of 33x33"]
+    assert [case.name for case in cases] == names
+    assert [case.images.shape[0] for case in cases] == [2, 2, 1, 3]
+    assert [case.has_new_weights for case in cases] == [True, True, False, False]
+    assert [case.name for case in stress_cases(reference, images, lambda _: False)] == names[1:]
+
+
+class WrongEpsilons(VanFamily):
+    """A LayerNorm epsilon from other published code, which ordinary weights hide."""
+
+    def build_candidate(self, variant: str, num_classes: int, layout: CheckpointLayout | None = None) -> keras.Model:
+        model = super().build_candidate(variant, num_classes, layout)
+        for layer in model.layers:
+            if isinstance(layer, keras.layers.LayerNormalization):
+                layer.epsilon = 1e-5
+        return model
+
+
+def run(family: VanFamily, checkpoint: Path) -> ParityReport:
+    subject = open_checkpoint(family, "nano", checkpoint, layout=None, ema=False, progress=SILENT)
+    candidate = subject.build_candidate()
+    assign_weights(candidate, convert(subject.checkpoint.state_dict, subject.key_map, subject.shapes).weights)
+    return check_models(subject, candidate, CheckOptions(samples=2, stress=True))
+
+
+def test_a_faithful_port_stands_the_stress(family: VanFamily, checkpoint: Path) -> None:
+    report = run(family, checkpoint)
+    assert report.passed, [(each.name, str(each.first_divergence)) for each in report.stress]
+    assert len(report.stress) == 4
+
+
+def test_an_epsilon_that_ordinary_weights_hide_is_loud(checkpoint: Path) -> None:
+    report = run(WrongEpsilons(), checkpoint)
+    small = report.stress[0]
+    assert small.first_divergence is not None
+    assert small.first_divergence.culprit == "norm1"
+    assert small.diagnosis is not None
+    assert small.diagnosis.cause == "an epsilon of 1e-05 instead of 1e-06"
+
+    def loudness(each: ParityReport) -> float:
+        return max(layer.views["isolated"].ratio for layer in each.layers if layer.kind == "LayerNorm")
+
+    assert loudness(small) > 100 * loudness(report)

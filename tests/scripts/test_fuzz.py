@@ -1,0 +1,18 @@
+"""Broken and hostile files end in a message; scripts/fuzz_inputs.py says what counts as a failure."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "fuzz_inputs.py"
+
+
+@pytest.mark.slow
+def test_no_file_brings_a_reader_down() -> None:
+    done = subprocess.run([sys.executable, SCRIPT, "--cases", "600"], capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "600 cases, 0 failures" in done.stdout

@@ -1,0 +1,111 @@
+"""The table of sources, and fetching from a hub that a local server stands in for.
+
+huggingface_hub reads its settings when it is imported, so each fetch runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from porting.errors import SourceError
+from porting.sources.table import fetch, find_source, load_sources, variants_of
+from tests.hub import Hub, serve_hub
+
+B0 = "/Visual-Attention-Network/VAN-Tiny-original/resolve/main/van_tiny_754.pth.tar"
+FETCH = """
+from porting.errors import SourceError
+from porting.sources.table import fetch, find_source
+try:
+    print(fetch(find_source("van", "b0")))
+except SourceError as error:
+    print("SourceError:", error.message)
+    print("hint:", error.hint)
+"""
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with serve_hub() as hub:
+        yield hub
+
+
+def run_fetch(endpoint: str, cache: Path, **environment: str) -> str:
+    settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", FETCH], env={**os.environ, **settings}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_table_is_complete() -> None:
+    assert variants_of("van") == ("nano", "b0", "b1", "b2", "b3", "b4", "b5", "b6")
+    for source in load_sources():
+        assert source.kind in {"embedded", "huggingface", "url", "none"}
+        assert bool(source.file) == (source.kind != "none")
+        assert bool(source.repo) == (source.kind == "huggingface")
+        assert bool(source.note) == (source.kind == "none")
+        assert source.kind == "none" or source.license == "Apache-2.0"
+
+
+def test_embedded_weights_are_a_file() -> None:
+    source = find_source("van", "nano")
+    assert fetch(source).is_file()
+    assert source.label == "van_nano.pth.tar"
+
+
+@pytest.mark.parametrize("variant", ["b5", "b6"])
+def test_variants_without_an_official_file_say_what_is_known(variant: str) -> None:
+    with pytest.raises(SourceError) as caught:
+        fetch(find_source("van", variant))
+    assert f"no official checkpoint of van {variant} is known" in caught.value.message
+    assert "VAN-Segmentation publishes" in caught.value.message
+    assert "--checkpoint FILE" in caught.value.hint
+
+
+def test_openmmlab_names_the_beginning_of_the_hash() -> None:
+    source = find_source("van", "b4")
+    assert source.kind == "url"
+    assert source.file.endswith(f"-{source.sha256}.pth")
+
+
+def test_a_variant_that_does_not_exist() -> None:
+    with pytest.raises(SourceError, match="van has no variant 'b9'") as caught:
+        find_source("van", "b9")
+    assert caught.value.hint == "Its variants are nano, b0, b1, b2, b3, b4, b5, b6."
+
+
+def test_fetched_once_and_found_again_without_the_hub(hub: Hub, tmp_path: Path) -> None:
+    hub.files[B0] = b"weights" * 1000
+    path = Path(run_fetch(hub.url, tmp_path))
+    assert path.read_bytes() == hub.files[B0]
+    assert path.name == "van_tiny_754.pth.tar"
+    assert f"GET {B0}" in hub.requests
+
+    hub.requests.clear()
+    assert run_fetch(hub.url, tmp_path, HF_HUB_OFFLINE="1") == str(path)
+    assert hub.requests == []
+
+
+def test_no_network_says_what_was_wanted_and_how_to_give_it(tmp_path: Path) -> None:
+    output = run_fetch("http://127.0.0.1:9", tmp_path)
+    assert output.startswith(
+        "SourceError: cannot get van_tiny_754.pth.tar from Visual-Attention-Network/VAN-Tiny-original on the "
+        "Hugging Face hub: it is not in the cache, and http://127.0.0.1:9 cannot be reached (Connection refused)"
+    )
+    assert "--checkpoint van_tiny_754.pth.tar" in output
+
+
+def test_a_file_that_the_hub_does_not_have(hub: Hub, tmp_path: Path) -> None:
+    hub.files[B0.replace("van_tiny_754", "other")] = b"x"
+    assert "the hub's repository has no such file" in run_fetch(hub.url, tmp_path)
+
+
+def test_a_repository_that_the_hub_does_not_have(hub: Hub, tmp_path: Path) -> None:
+    assert "the hub has no such repository, or asks for a login" in run_fetch(hub.url, tmp_path)

@@ -1,0 +1,111 @@
+"""The fused model is the same function; PyTorch is the judge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import torch
+
+import van_tf
+from porting import check_parity
+from porting.families.van import VanFamily
+from porting.files.weights_file import assign_weights, variable_shapes
+from porting.mapping.convert import convert
+from porting.models.synthetic import fill_with_synthetic_weights
+from porting.references.van import VAN, build_van
+
+IMAGES = np.random.default_rng(0).normal(size=(2, 65, 80, 3)).astype(np.float32)
+
+
+def keras_model(family: VanFamily, reference: VAN, variant: str = "nano", **arguments: Any) -> keras.Model:
+    model = van_tf.van(van_tf.VARIANTS[variant], **arguments)
+    tensors = {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
+    assign_weights(
+        model, convert(tensors, family.key_map(variant), variable_shapes(family.build_candidate(variant, 10))).weights
+    )
+    return model
+
+
+def fused_parity(reference: VAN, fused: keras.Model) -> Any:
+    return check_parity(reference, fused, IMAGES, isolated=False)
+
+
+def test_the_fused_model_is_at_parity_with_pytorch(family: VanFamily, reference: VAN) -> None:
+    model = keras_model(family, reference)
+    fused = van_tf.fuse(model, fold_gelu=False)
+    report = fused_parity(reference, fused)
+    assert report.passed, report.first_divergence
+    names = {layer.source for layer in report.layers}
+    assert {"patch_embed3", "block1.1.attn.proj_1", "block2.0.attn.spatial_gating_unit", "block4.0.mlp.act"} <= names
+    assert {"norm4", "head", "output"} <= names
+    assert not any(isinstance(layer, keras.layers.BatchNormalization) for layer in fused.layers)
+    # A factor a stage is all that is left of the shortcuts' scales.
+    scaled = [layer.name for layer in fused.layers if layer.name.endswith("factor")]
+    assert scaled == ["norm1.factor", "norm2.factor", "norm3.factor", "norm4.factor"]
+    assert fused.name == "van_nano_fused"
+
+
+def test_gelu_can_leave_its_factors_to_the_convolutions(family: VanFamily, reference: VAN) -> None:
+    fused = van_tf.fuse(keras_model(family, reference))
+    report = fused_parity(reference, fused)
+    assert report.passed, report.first_divergence
+    names = {layer.source for layer in report.layers}
+    assert {"patch_embed3", "block2.0.attn.spatial_gating_unit.conv0", "block4.0.mlp.fc1", "norm4", "output"} <= names
+    # What is no longer PyTorch's number does not have PyTorch's name.
+    assert not {"block1.1.attn.proj_1", "block2.0.attn.spatial_gating_unit", "block4.0.mlp.act"} & names
+    assert sum(layer.name.endswith(".folded") for layer in fused.layers) == 7 * 5
+
+
+@pytest.mark.parametrize("scale", [-0.999, 1e-3, 30.0], ids=str)
+def test_factors_that_would_cost_digits_are_multiplied_at_once(family: VanFamily, scale: float) -> None:
+    reference = build_van("nano", 10)
+    fill_with_synthetic_weights(reference, seed=4)
+    with torch.no_grad():
+        for name, module in reference.named_modules():
+            if name.startswith("block") and name.count(".") == 1:
+                # 1 + layer_scale_1 * gamma / sqrt(variance) is about `scale` + 1.
+                module.layer_scale_1.copy_(scale * (module.norm1.running_var + 1e-5).sqrt() / module.norm1.weight)
+    reference.eval()
+    fused = van_tf.fuse(keras_model(family, reference))
+    report = fused_parity(reference, fused)
+    assert report.passed, report.first_divergence
+    at_once = [layer.name for layer in fused.layers if layer.name.endswith("scaled.factor")]
+    assert bool(at_once) == (scale != 1e-3)
+
+
+def test_without_a_head_and_saved(family: VanFamily, reference: VAN, tmp_path: Path) -> None:
+    whole = keras_model(family, reference)
+    backbone = van_tf.van_nano(include_top=False, pooling="avg")
+    for layer in backbone.layers:
+        layer.set_weights(whole.get_layer(layer.name).get_weights() if layer.weights else [])
+    fused = van_tf.fuse(backbone)
+    np.testing.assert_allclose(fused(IMAGES), backbone(IMAGES), atol=1e-5)
+    fused.save(tmp_path / "x.keras")
+    np.testing.assert_array_equal(keras.models.load_model(tmp_path / "x.keras")(IMAGES), fused(IMAGES))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: van_tf.van_nano(data_format="channels_first"),
+        lambda: keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)], name="other"),
+        lambda: van_tf.fuse(van_tf.van_nano()),
+        lambda: van_tf.features(van_tf.van_nano()),
+        lambda: van_tf.van_nano(dtype="mixed_float16"),
+    ],
+)
+def test_other_models_are_refused(model: Any) -> None:
+    with pytest.raises(ValueError, match="is not a VAN, channels last and in float32, as van_tf builds it"):
+        van_tf.fuse(model())
+
+
+def test_layers_around_it_keep_their_weights() -> None:
+    stem = keras.layers.Conv2D(3, 1)(keras.Input((64, 64, 1)))
+    body = van_tf.van_nano(input_tensor=stem)
+    model = keras.Model(body.input, keras.layers.Dense(5)(body.output))
+    images = np.random.default_rng(0).normal(size=(1, 64, 64, 1)).astype(np.float32)
+    np.testing.assert_allclose(van_tf.fuse(model)(images), model(images), atol=1e-5)
