@@ -54,6 +54,12 @@ class SourceError(PortingError):
     exit_code = 5
 
 
+class FamilyError(PortingError):
+    """A family of models is not there, or the package that offers it cannot be imported."""
+
+    exit_code = 2
+
+
 class OutputError(PortingError):
     """A result cannot be written."""
 

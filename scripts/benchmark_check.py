@@ -57,9 +57,10 @@ def measure_times(variant: str, rounds: int) -> dict[str, float]:
     fill_with_synthetic_weights(reference, 0)
     reference.eval()
     exact = copy.deepcopy(reference).double()
-    candidate = family.build_candidate(variant, 1000)
+    candidate = family.build(variant, 1000)
     state_dict = {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
-    assign_weights(candidate, convert(state_dict, family.key_map(variant), variable_shapes(candidate)).weights)
+    key_map = family.key_map(family.spec(variant))
+    assign_weights(candidate, convert(state_dict, key_map, variable_shapes(candidate)).weights)
     image = np.random.default_rng(0).normal(size=(1, 224, 224, 3)).astype(np.float32)
     tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(0, 3, 1, 2)))
 

@@ -377,8 +377,8 @@ def speed_table(variant: str, folder: Path, rounds: int, contenders: tuple[Conte
 def exports_table(variant: str, folder: Path, rounds: int) -> Table:
     from rich.table import Table
 
+    from porting.exporting import FORMATS
     from porting.exporting.precision import PRECISIONS
-    from porting.exporting.write import FORMATS
     from porting.reports.document import read_report
 
     made = {(form, precision): f"{precision}{suffix}" for form, suffix in FORMATS.items() for precision in PRECISIONS}

@@ -17,12 +17,10 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
-from porting.families import get_family
-from porting.files.checkpoint import read_checkpoint
+from porting.families.registry import get_family
 from porting.models.frameworks import start_tensorflow
 from porting.models.images import load_images
-from porting.sources.table import fetch, find_source
-from porting.tasks.check import load_reference
+from porting.tasks.case import open_case
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -55,15 +53,14 @@ def main(data: Path, weights: Path) -> None:
     import van_tf
 
     family = get_family("van")
-    state_dict = read_checkpoint(fetch(find_source("van", "nano"))).state_dict
-    reference = load_reference(family, "nano", len(CLASSES), state_dict)
+    reference = open_case(family, "nano", None).load_reference()
     candidate = van_tf.van_nano()
     candidate.load_weights(weights)
     expected, actual = [], []
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         paths, labels = read_test_images(data, Path(folder))
         for start in track(range(0, len(paths), 100), description="predicting", transient=True):
-            batch = load_images(paths[start : start + 100], family.preprocessing("nano"))
+            batch = load_images(paths[start : start + 100], family.preprocessing(family.spec("nano")))
             expected.append(reference(torch.from_numpy(batch.transpose(0, 3, 1, 2).copy())).numpy())
             actual.append(candidate.predict_on_batch(batch))
     torch_logits, keras_logits = np.concatenate(expected), np.concatenate(actual)

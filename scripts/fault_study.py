@@ -371,9 +371,9 @@ def fault_list() -> list[Fault]:
 
 
 def make_candidate(family: VanFamily, variant: str, reference: VAN) -> Any:
-    candidate = family.build_candidate(variant, reference.num_classes)
+    candidate = family.build(variant, reference.num_classes)
     tensors = {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
-    weights = convert(tensors, family.key_map(variant), variable_shapes(candidate)).weights
+    weights = convert(tensors, family.key_map(family.spec(variant)), variable_shapes(candidate)).weights
     assign_weights(candidate, weights)
     return candidate
 

@@ -280,16 +280,16 @@ def read(path: Path) -> None:
     """Reads a file by all means that its name calls for."""
     from porting.files.checkpoint import read_checkpoint
     from porting.files.inspection import inspect_file
+    from porting.files.weights_file import load_model
     from porting.mapping.convert import refuse_non_finite
     from porting.reports.document import read_report
-    from porting.tasks.check import load_candidate
 
     if path.name.endswith(".parity.json"):
         read_report(path)
         return
     if path.suffix in {".h5", ".keras"}:
         inspect_file(path)
-        load_candidate(path, keras_model, "the model")
+        load_model(path, keras_model)
         return
     state_dict = read_checkpoint(path).state_dict
     for array in state_dict.values():

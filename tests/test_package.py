@@ -89,6 +89,14 @@ def test_the_readme_shows_options_that_exist() -> None:
     assert used - known - {"--no-check", "--no-isolated"} == set()
 
 
+def test_imports_follow_the_arrows() -> None:
+    """The rooms of the package and the arrows between them stand in pyproject.toml."""
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 kept, 0 broken" in done.stdout
+
+
 def test_nothing_names_a_path_of_one_machine() -> None:
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
     if tracked.returncode or shutil.which("git") is None:

@@ -12,10 +12,9 @@ from PIL import Image
 import van_tf
 from porting.data import weights_folder
 from porting.families.van import VanFamily
-from porting.files.checkpoint import read_checkpoint
+from porting.files.checkpoint import read_checkpoint, verify_container
 from porting.models.images import find_images, load_images
-from porting.sources.table import fetch, find_source
-from porting.tasks.check import load_reference
+from porting.sources.fetch import fetch
 from porting.tasks.port import port
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -27,7 +26,7 @@ def images() -> list[Path]:
 
 
 def test_the_checkpoint_is_small_and_in_the_official_format() -> None:
-    path = fetch(find_source("van", "nano"))
+    path = fetch(VanFamily().source_of("nano"), verify=verify_container)
     assert path.stat().st_size <= 2_000_000
     checkpoint = read_checkpoint(path)
     assert checkpoint.wrapper == "state_dict"
@@ -52,11 +51,11 @@ def test_ported_and_right_about_most_images(family: VanFamily, images: list[Path
     assert result.provenance["source"]["license"] == "Apache-2.0"
 
     labels = np.array([CLASSES.index(path.name.split("_")[0]) for path in images])
-    batch = load_images(images, family.preprocessing("nano"))
+    batch = load_images(images, family.preprocessing(family.spec("nano")))
     model = van_tf.van_nano()
     model.load_weights(tmp_path / "van_nano.h5")
     predicted = model.predict(batch, verbose=0).argmax(1)
-    reference = load_reference(family, "nano", 10, result.subject.checkpoint.state_dict)
+    reference = result.case.load_reference()
     with torch.inference_mode():
         expected = reference(torch.from_numpy(batch.transpose(0, 3, 1, 2).copy())).numpy().argmax(1)
     np.testing.assert_array_equal(predicted, expected)

@@ -41,12 +41,12 @@ class WeightsFile:
         classes = head.units if head is not None else 0
         try:
             if whole and classes == self.classes:
-                model.load_weights(self.path)
+                _load(model, self.path)
                 return
             # Files are read in the order of a whole model's layers; so such a model reads this one, and hands on.
             top = self.classes > 0
             donor = build(config, include_top=top, classes=self.classes or None, data_format="channels_last")
-            donor.load_weights(self.path)
+            _load(donor, self.path)
         except (ValueError, OSError, KeyError) as error:
             first_line = str(error).partition("\n")[0]
             raise ValueError(f"{self.path}: not the weights of van_{config.name}: {first_line[:300]}") from None
@@ -60,6 +60,35 @@ class WeightsFile:
                 f"{self.path.name} {has} and the model has {classes}: its head starts afresh, all else is loaded",
                 stacklevel=4,
             )
+
+
+def _load(model: keras.Model, path: Path) -> None:
+    """Loads all weights of a VAN; those of a plain `.h5` by name, since their order depends on what was frozen.
+
+    Raises ValueError, OSError or KeyError for a file with other variables.
+    """
+    if path.suffix != ".h5" or path.name.endswith(".weights.h5"):
+        model.load_weights(path)
+        return
+    values = {}
+    with h5py.File(path) as file:
+        # A whole model saved as .h5 has its weights in a group of their own.
+        root = file.get("model_weights", file)
+        for layer in root.values():
+
+            def visit(name: str, item: h5py.Dataset | h5py.Group, layer: h5py.Group = layer) -> None:
+                if isinstance(item, h5py.Dataset):
+                    # Keras writes a variable's whole path inside the layer's group, van-port what follows its name.
+                    own = layer.name.rpartition("/")[2]
+                    values[name if name.startswith(f"{own}/") else f"{own}/{name}"] = item[()]
+
+            if isinstance(layer, h5py.Group):
+                layer.visititems(visit)
+    variables = {variable.path: variable for variable in model.weights}
+    if differing := sorted(variables.keys() ^ values.keys()):
+        raise ValueError(f"{len(differing)} variables are only in one of the two, first {differing[0]}")
+    for name, variable in variables.items():
+        variable.assign(values[name])
 
 
 def cache_folder() -> Path:

@@ -1,1 +1,54 @@
-"""Other runtimes: writing their files, running them, and what their precision costs."""
+"""Other runtimes: each format in a file of its own, which writes it and runs it, and what their precision costs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from porting.exporting.base import Runtime
+from porting.kinds.transforms import Array
+
+if TYPE_CHECKING:
+    import keras
+
+# What the artifact's name ends in, by format.
+FORMATS = {"saved_model": "", "litert": ".tflite", "onnx": ".onnx"}
+# The packages that it takes, besides those of every installation.
+NEEDED = {
+    "litert": ("ai_edge_litert",),
+    "onnx": ("onnx", "onnx_ir", "onnxruntime", "onnxscript", "tf2onnx"),
+    "saved_model": (),
+}
+
+
+def write(
+    form: str, model: keras.Model, path: Path, precision: str, images: Array, *, split_kernels: bool = False
+) -> None:
+    """Writes `model` to `path`, for images of the size of `images`, `(N, H, W, C)`, to which int8 is fitted.
+
+    `split_kernels` is for LiteRT: large depthwise kernels become sums of smaller ones. In int8 XNNPACK takes only
+    summands whose steps are of about one size. What the converters raise comes through as it is.
+    """
+    settings = {"split_kernels": split_kernels} if form == "litert" else {}
+    import_module(f"{__name__}.{form}").write(model, path, precision, images, **settings)
+
+
+@contextlib.contextmanager
+def open_runtime(form: str, path: Path, layers: Sequence[str]) -> Iterator[Runtime]:
+    """The runtime of a format; `layers` are the names of the Keras layers to show. Raises ExportError."""
+    if form == "saved_model":
+        from porting.exporting.saved_model import SavedModelRuntime
+
+        with SavedModelRuntime(path, layers) as runtime:
+            yield runtime
+    elif form == "litert":
+        from porting.exporting.litert import LiteRTRuntime
+
+        yield LiteRTRuntime(path, layers)
+    else:
+        from porting.exporting.onnx import OnnxRuntime
+
+        yield OnnxRuntime(path, layers)

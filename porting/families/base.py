@@ -1,85 +1,150 @@
-"""What the engine needs to know about a family of models. `porting.families` has the implementations."""
+"""What the engine needs to know about a family of models: six fields, and defaults that a family may override."""
 
 from __future__ import annotations
 
-import abc
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from porting.errors import SourceError
 from porting.kinds.transforms import Array, Shape
 from porting.mapping.convert import diff_keys
 from porting.mapping.key_map import KeyMap
-from porting.mapping.naming import CheckpointLayout, recognise_layout
+from porting.mapping.naming import Naming, recognise_naming
 from porting.models.images import Preprocessing
 from porting.parity.training import OptimizerPair, usual_optimizers
-from porting.sources.table import variants_of
+from porting.sources.table import Source, read_table
 
 if TYPE_CHECKING:
     import keras
     from torch import nn
 
 
-class Family(abc.ABC):
+@dataclass(frozen=True)
+class Spec:
+    """One model of a family: which variant, how many classes (0: no head), and under whose names and settings."""
+
+    variant: str
+    num_classes: int
+    naming: Naming
+
+    def without_head(self) -> Spec:
+        """The model's body saved alone: no name has a prefix that stands before all of them."""
+        return replace(self, num_classes=0, naming=self.naming.without_head().without_prefix())
+
+
+class Family:
     """A family of models that share their code and differ by variant.
 
-    The engine calls nothing else, and imports torch and keras only through these methods. Every `variant` is one
-    of `variants`. `layout` is what `recognise_layout` made of one of `layouts`, by default the first of them: its names
-    for a state_dict's tensors, and its settings for the models. `num_classes` 0 is a model without a head.
+    A subclass gives six things: `name`; `namings`, the rows of its key map under each publisher's names, of which the
+    first has the reference's own; `sources`, the path of the table of its published checkpoints, or the rows
+    themselves; `inputs`, how its images are prepared; `build_reference` and `build_candidate`. All else has a default
+    that works from the live models; a family overrides what it can do quicker or better.
     """
 
     name: str
-    # What its checkpoints may look like; the first has the reference's own names.
-    layouts: tuple[CheckpointLayout, ...]
+    namings: tuple[Naming, ...]
+    sources: Path | tuple[Source, ...]
+    inputs: Preprocessing
+
+    def build_reference(self, spec: Spec) -> nn.Module:
+        """The PyTorch model, fresh; it takes `(N, 3, H, W)` and gives `(N, num_classes)` logits, or its features."""
+        raise NotImplementedError
+
+    def build_candidate(self, spec: Spec) -> keras.Model:
+        """The Keras model, fresh; it takes `(N, H, W, 3)` and gives `(N, num_classes)` logits, or its features."""
+        raise NotImplementedError
+
+    @cached_property
+    def table(self) -> tuple[Source, ...]:
+        """The rows of its table of sources, in order."""
+        return read_table(self.sources, self.name) if isinstance(self.sources, Path) else self.sources
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """The rows that weights/sources.toml has for this family."""
-        return variants_of(self.name)
+        return tuple(source.variant for source in self.table)
 
-    @abc.abstractmethod
-    def key_map(self, variant: str, layout: CheckpointLayout | None = None) -> KeyMap:
-        """Every tensor of a state_dict and the Keras variable that takes it, in one order for all layouts."""
+    def source_of(self, variant: str) -> Source:
+        """The row of a variant; raises SourceError for one that the table lacks."""
+        for source in self.table:
+            if source.variant == variant:
+                return source
+        raise SourceError(
+            f"{self.name} has no variant {variant!r}", hint=f"Its variants are {', '.join(self.variants)}."
+        )
 
-    @abc.abstractmethod
-    def build_reference(self, variant: str, num_classes: int, layout: CheckpointLayout | None = None) -> nn.Module:
-        """The PyTorch model, fresh; it takes `(N, 3, H, W)` and gives `(N, num_classes)` logits, or its features."""
+    def usual_classes(self, variant: str) -> int:
+        """The number of classes that the published weights have."""
+        return self.source_of(variant).classes
 
-    @abc.abstractmethod
-    def build_candidate(self, variant: str, num_classes: int, layout: CheckpointLayout | None = None) -> keras.Model:
-        """The Keras model, fresh; it takes `(N, H, W, 3)` and gives `(N, num_classes)` logits, or its features."""
+    def spec(self, variant: str, num_classes: int | None = None, naming: Naming | None = None) -> Spec:
+        """By default with the usual number of classes, and under the reference's own names."""
+        classes = self.usual_classes(variant) if num_classes is None else num_classes
+        naming = naming or self.namings[0]
+        return Spec(variant, classes, naming if classes or not naming.head else naming.without_head())
 
-    @abc.abstractmethod
-    def how_to_build(self, variant: str, num_classes: int, layout: CheckpointLayout | None = None) -> str:
+    def reference_names(self, spec: Spec) -> Collection[str]:
+        """The names of all tensors of the PyTorch model; by default it is built, without memory for its weights."""
+        import torch
+
+        with torch.device("meta"):
+            return self.build_reference(spec).state_dict().keys()
+
+    def key_map(self, spec: Spec) -> KeyMap:
+        """Every tensor of a state_dict and the Keras variable that takes it, in one order for all namings."""
+        cache: dict[tuple[str, bool], Collection[str]] = vars(self).setdefault("_names", {})
+        # Without a head the rows must not find one.
+        key = spec.variant, bool(spec.naming.head)
+        if key not in cache:
+            classes = (spec.num_classes or self.usual_classes(spec.variant)) if spec.naming.head else 0
+            cache[key] = self.reference_names(replace(spec, num_classes=classes))
+        return spec.naming.key_map(cache[key])
+
+    def how_to_build(self, spec: Spec) -> str:
         """The call that gives the user the Keras model for these weights."""
+        return f'porting.get_family("{self.name}").build("{spec.variant}", {spec.num_classes})'
 
-    @abc.abstractmethod
-    def weight_shapes(self, variant: str, num_classes: int) -> dict[str, dict[str, Shape]]:
-        """What `build_candidate` would have, without Keras: by top-level layer, each variable's name and shape.
+    def build(self, variant: str, num_classes: int | None = None) -> keras.Model:
+        """The Keras model of a variant, fresh; `num_classes` is by default what the published weights have."""
+        return self.build_candidate(self.spec(variant, num_classes))
+
+    def weight_shapes(self, spec: Spec) -> dict[str, dict[str, Shape]]:
+        """What `build_candidate` has: by top-level layer, each variable's name and shape.
 
         Variables come in the order in which Keras reads them: those that are trained before those that are not.
         """
+        from porting.files.weights_file import weight_shapes
+        from porting.models.frameworks import start_tensorflow
 
-    @abc.abstractmethod
-    def num_classes(self, variant: str, state_dict: Mapping[str, Array], layout: CheckpointLayout | None = None) -> int:
-        """The number of classes that the checkpoint's head has; the variant's own where that cannot be told."""
+        start_tensorflow()
+        return weight_shapes(self.build_candidate(spec))
 
-    @abc.abstractmethod
-    def preprocessing(self, variant: str, layout: CheckpointLayout | None = None) -> Preprocessing:
+    def num_classes(self, variant: str, state_dict: Mapping[str, Array], naming: Naming | None = None) -> int:
+        """The number of classes that the checkpoint's head has; the variant's usual one where that cannot be told."""
+        name = (naming or self.namings[0]).head
+        if not name:
+            return 0
+        head = state_dict.get(f"{name}.weight")
+        if head is not None and head.ndim >= 2 and head.shape[0]:
+            return int(head.shape[0])
+        return self.usual_classes(variant)
+
+    def preprocessing(self, spec: Spec) -> Preprocessing:
         """How images were prepared when the published weights were trained."""
+        return self.inputs
 
-    def build_with_dropout(
-        self, variant: str, num_classes: int, layout: CheckpointLayout | None = None
-    ) -> tuple[nn.Module, keras.Model] | None:
+    def build_with_dropout(self, spec: Spec) -> tuple[nn.Module, keras.Model] | None:
         """Both models with dropout and drop path at rates above 0, to compare what they draw; None: it has neither."""
         return None
 
     def fuse(self, candidate: keras.Model, form: str) -> keras.Model:
         """The same function in fewer operations, for inference in the runtime of `form`; by default the model itself.
 
-        `form` is one of porting.formats.FORMATS. Layers whose results are PyTorch's have the names of its modules.
+        `form` is one of porting.exporting.FORMATS. Layers whose results are PyTorch's have the names of its modules.
         """
         return candidate
 
@@ -87,12 +152,12 @@ class Family(abc.ABC):
         """With what training is compared."""
         return usual_optimizers()
 
-    def unused_tensors(self, variant: str, layout: CheckpointLayout | None = None) -> dict[str, Array]:
-        """What `layout`'s class has beside the tensors of the key map, with the values that it starts with.
+    def unused_tensors(self, spec: Spec) -> dict[str, Array]:
+        """What the publisher's class has beside the tensors of the key map, with the values that it starts with.
 
         By default BatchNorm's counters of training steps, which Keras does not keep, at zero.
         """
-        drops = self.key_map(variant, layout).drops
+        drops = self.key_map(spec).drops
         return {name: np.zeros((), np.int64) for name in sorted(drops) if name.endswith(".num_batches_tracked")}
 
     def classes_in(self, variant: str, shapes: Iterable[Shape]) -> int | None:
@@ -107,12 +172,19 @@ class Family(abc.ABC):
         """
         return False
 
+    def recognise(self, variant: str, state_dict: Mapping[str, Array], *, forced: str | None = None) -> Spec:
+        """What a state_dict is taken for, by its tensors' names, or under the naming called `forced`."""
+        naming = recognise_naming(self.namings, partial(self._key_map_under, variant), state_dict, forced=forced)
+        return Spec(variant, self.num_classes(variant, state_dict, naming), naming)
+
+    def _key_map_under(self, variant: str, naming: Naming) -> KeyMap:
+        return self.key_map(self.spec(variant, None if naming.head else 0, naming))
+
     def guess_variant(self, state_dict: Mapping[str, Array]) -> str | None:
-        """The variant whose tensors a state_dict has, in any layout, or None."""
+        """The variant whose tensors a state_dict has, under any naming, or None."""
         for variant in self.variants:
-            layout = recognise_layout(self.layouts, partial(self.key_map, variant), state_dict)
-            shapes = self.weight_shapes(variant, self.num_classes(variant, state_dict, layout))
-            if not diff_keys(state_dict, self.key_map(variant, layout), by_path(shapes)):
+            spec = self.recognise(variant, state_dict)
+            if not diff_keys(state_dict, self.key_map(spec), by_path(self.weight_shapes(spec))):
                 return variant
         return None
 

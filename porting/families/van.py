@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from porting.families.base import Family
+from porting.families.base import Family, Spec
 from porting.kinds.transforms import Array, Shape
-from porting.mapping.key_map import KeyMap, KeyRule, Kind
-from porting.mapping.naming import CheckpointLayout
+from porting.mapping.naming import Naming
+from porting.mapping.rules import KeyRule
 from porting.models.images import Preprocessing
 from porting.parity.training import OptimizerPair, usual_optimizers
+from porting.sources.table import embedded_table
 
 if TYPE_CHECKING:
     import keras
@@ -24,26 +25,26 @@ if TYPE_CHECKING:
 # s is the stage, from 1; j is the block in it, from 0.
 _BLOCK = "block{s}.{j}"
 RULES = (
-    KeyRule("patch_embed{s}.proj", "patch_embed{s}/proj", Kind.CONV),
-    KeyRule("patch_embed{s}.norm", "patch_embed{s}/norm", Kind.BATCH_NORM),
-    KeyRule("norm{s}", "norm{s}", Kind.LAYER_NORM),
-    KeyRule(f"{_BLOCK}.norm1", f"{_BLOCK}/norm1", Kind.BATCH_NORM),
-    KeyRule(f"{_BLOCK}.attn.proj_1", f"{_BLOCK}/attn/proj_1", Kind.CONV),
-    KeyRule(f"{_BLOCK}.attn.spatial_gating_unit.conv0", f"{_BLOCK}/attn/spatial_gating_unit/conv0", Kind.DEPTHWISE),
+    KeyRule("patch_embed{s}.proj", "patch_embed{s}/proj", "conv"),
+    KeyRule("patch_embed{s}.norm", "patch_embed{s}/norm", "batch_norm"),
+    KeyRule("norm{s}", "norm{s}", "layer_norm"),
+    KeyRule(f"{_BLOCK}.norm1", f"{_BLOCK}/norm1", "batch_norm"),
+    KeyRule(f"{_BLOCK}.attn.proj_1", f"{_BLOCK}/attn/proj_1", "conv"),
+    KeyRule(f"{_BLOCK}.attn.spatial_gating_unit.conv0", f"{_BLOCK}/attn/spatial_gating_unit/conv0", "depthwise"),
     KeyRule(
         f"{_BLOCK}.attn.spatial_gating_unit.conv_spatial",
         f"{_BLOCK}/attn/spatial_gating_unit/conv_spatial",
-        Kind.DEPTHWISE,
+        "depthwise",
     ),
-    KeyRule(f"{_BLOCK}.attn.spatial_gating_unit.conv1", f"{_BLOCK}/attn/spatial_gating_unit/conv1", Kind.CONV),
-    KeyRule(f"{_BLOCK}.attn.proj_2", f"{_BLOCK}/attn/proj_2", Kind.CONV),
-    KeyRule(f"{_BLOCK}.layer_scale_1", f"{_BLOCK}/layer_scale_1", Kind.PARAMETER),
-    KeyRule(f"{_BLOCK}.norm2", f"{_BLOCK}/norm2", Kind.BATCH_NORM),
-    KeyRule(f"{_BLOCK}.mlp.fc1", f"{_BLOCK}/mlp/fc1", Kind.CONV),
-    KeyRule(f"{_BLOCK}.mlp.dwconv.dwconv", f"{_BLOCK}/mlp/dwconv/dwconv", Kind.DEPTHWISE),
-    KeyRule(f"{_BLOCK}.mlp.fc2", f"{_BLOCK}/mlp/fc2", Kind.CONV),
-    KeyRule(f"{_BLOCK}.layer_scale_2", f"{_BLOCK}/layer_scale_2", Kind.PARAMETER),
-    KeyRule("head", "head", Kind.DENSE),
+    KeyRule(f"{_BLOCK}.attn.spatial_gating_unit.conv1", f"{_BLOCK}/attn/spatial_gating_unit/conv1", "conv"),
+    KeyRule(f"{_BLOCK}.attn.proj_2", f"{_BLOCK}/attn/proj_2", "conv"),
+    KeyRule(f"{_BLOCK}.layer_scale_1", f"{_BLOCK}/layer_scale_1", "parameter"),
+    KeyRule(f"{_BLOCK}.norm2", f"{_BLOCK}/norm2", "batch_norm"),
+    KeyRule(f"{_BLOCK}.mlp.fc1", f"{_BLOCK}/mlp/fc1", "conv"),
+    KeyRule(f"{_BLOCK}.mlp.dwconv.dwconv", f"{_BLOCK}/mlp/dwconv/dwconv", "depthwise"),
+    KeyRule(f"{_BLOCK}.mlp.fc2", f"{_BLOCK}/mlp/fc2", "conv"),
+    KeyRule(f"{_BLOCK}.layer_scale_2", f"{_BLOCK}/layer_scale_2", "parameter"),
+    KeyRule("head", "head", "dense"),
 )
 
 _STAGE = "van.encoder.stages.{s-1}"
@@ -89,29 +90,26 @@ _MMPRETRAIN = (
 )
 
 
-def _renamed(sources: tuple[str, ...]) -> tuple[KeyRule, ...]:
-    return tuple(replace(rule, source=source) for rule, source in zip(RULES, sources, strict=True))
-
-
 # Official names without a head are those of the backbones that VAN-Segmentation publishes.
-OFFICIAL = CheckpointLayout("official", RULES, headless=False, settings={"layer_norm_eps": 1e-6})
-LAYOUTS = (
+OFFICIAL = Naming("official", RULES, headless=False, settings={"layer_norm_eps": 1e-6})
+_BODY = tuple(rule for rule in RULES if rule.source != "head")
+NAMINGS = (
     OFFICIAL,
-    CheckpointLayout(
+    Naming(
         "transformers",
-        _renamed(_TRANSFORMERS),
+        RULES,
+        _TRANSFORMERS,
         head="classifier",
         prefix="van.",
         # A LayerNorm that the class has and its forward pass never uses.
         drops=("van.layernorm.weight", "van.layernorm.bias"),
         settings={"layer_norm_eps": 1e-6},
     ),
-    CheckpointLayout(
-        "mmpretrain", _renamed(_MMPRETRAIN), head="head.fc", prefix="backbone.", settings={"layer_norm_eps": 1e-5}
-    ),
-    CheckpointLayout(
+    Naming("mmpretrain", RULES, _MMPRETRAIN, head="head.fc", prefix="backbone.", settings={"layer_norm_eps": 1e-5}),
+    Naming(
         "segmentation",
-        tuple(replace(rule, source=f"backbone.{rule.source}") for rule in RULES if rule.source != "head"),
+        _BODY,
+        tuple(f"backbone.{rule.source}" for rule in _BODY),
         head="",
         prefix="backbone.",
         foreign=("decode_head.", "auxiliary_head.", "neck."),
@@ -124,38 +122,31 @@ class VanFamily(Family):
     """VAN B0 to B6 (arXiv 2202.09741) and this project's nano; the reference has the official code's names."""
 
     name = "van"
-    layouts = LAYOUTS
+    namings = NAMINGS
+    sources = embedded_table()
+    # The official evaluation: crop fraction 0.9 of 248, mean and std 0.5, for all weights trained on 1K.
+    inputs = Preprocessing(input_size=224, resize_size=248)
 
-    def key_map(self, variant: str, layout: CheckpointLayout | None = None) -> KeyMap:
-        layout = layout or OFFICIAL
-        depths = _shape(variant).depths
-        stages = [{"s": stage} for stage in range(1, len(depths) + 1)]
-        blocks = [{"s": stage, "j": j} for stage, depth in enumerate(depths, start=1) for j in range(depth)]
-        return KeyMap.expand(layout.rules, [{}, *stages, *blocks], drops=layout.drops, foreign=layout.foreign)
-
-    def build_reference(self, variant: str, num_classes: int, layout: CheckpointLayout | None = None) -> nn.Module:
+    def build_reference(self, spec: Spec) -> nn.Module:
         from porting.references.van import build_van
 
-        return build_van(variant, num_classes, **(layout or OFFICIAL).settings)
+        return build_van(spec.variant, spec.num_classes, **spec.naming.settings)
 
-    def build_candidate(self, variant: str, num_classes: int, layout: CheckpointLayout | None = None) -> keras.Model:
+    def build_candidate(self, spec: Spec) -> keras.Model:
         import van_tf
 
-        config, epsilon = van_tf.VARIANTS[variant], (layout or OFFICIAL).settings["layer_norm_eps"]
-        if num_classes == 0:
-            return van_tf.van(config, include_top=False, layer_norm_epsilon=epsilon, data_format="channels_last")
-        return van_tf.van(config, classes=num_classes, layer_norm_epsilon=epsilon, data_format="channels_last")
+        epsilon = spec.naming.settings["layer_norm_eps"]
+        return van_tf.van(van_tf.VARIANTS[spec.variant], layer_norm_epsilon=epsilon, **_top(spec))
 
-    def build_with_dropout(
-        self, variant: str, num_classes: int, layout: CheckpointLayout | None = None
-    ) -> tuple[nn.Module, keras.Model]:
+    # What follows is quicker or more than the defaults.
+
+    def build_with_dropout(self, spec: Spec) -> tuple[nn.Module, keras.Model]:
         import van_tf
         from porting.references.van import build_van
 
         rates: dict[str, Any] = {"drop_rate": 0.1, "drop_path_rate": 0.3}
-        top: dict[str, Any] = {"classes": num_classes} if num_classes else {"include_top": False}
-        top["data_format"] = "channels_last"
-        return build_van(variant, num_classes, **rates), van_tf.van(van_tf.VARIANTS[variant], **top, **rates)
+        reference = build_van(spec.variant, spec.num_classes, **rates)
+        return reference, van_tf.van(van_tf.VARIANTS[spec.variant], **_top(spec), **rates)
 
     def fuse(self, candidate: keras.Model, form: str) -> keras.Model:
         import van_tf
@@ -167,17 +158,18 @@ class VanFamily(Family):
 
         return usual_optimizers(van_tf.AdamW)
 
-    def how_to_build(self, variant: str, num_classes: int, layout: CheckpointLayout | None = None) -> str:
-        arguments = [] if num_classes else ["include_top=False"]
-        if num_classes and num_classes != _usual_classes(variant):
-            arguments.append(f"classes={num_classes}")
-        epsilon = (layout or OFFICIAL).settings["layer_norm_eps"]
+    def how_to_build(self, spec: Spec) -> str:
+        arguments = [] if spec.num_classes else ["include_top=False"]
+        if spec.num_classes and spec.num_classes != self.usual_classes(spec.variant):
+            arguments.append(f"classes={spec.num_classes}")
+        epsilon = spec.naming.settings["layer_norm_eps"]
         if epsilon != OFFICIAL.settings["layer_norm_eps"]:
             arguments.append(f"layer_norm_epsilon={epsilon:g}")
-        return f"van_tf.van_{variant}({', '.join(arguments)})"
+        return f"van_tf.van_{spec.variant}({', '.join(arguments)})"
 
-    def weight_shapes(self, variant: str, num_classes: int) -> dict[str, dict[str, Shape]]:
-        shape = _shape(variant)
+    def weight_shapes(self, spec: Spec) -> dict[str, dict[str, Shape]]:
+        # Without Keras, so that a port without a check needs no TensorFlow.
+        shape = _shape(spec.variant)
         layers: dict[str, dict[str, Shape]] = {}
         channels = 3
         for stage, (dim, depth, ratio) in enumerate(
@@ -190,25 +182,16 @@ class VanFamily(Family):
                 layers[f"block{stage}.{j}"] = _block_shapes(dim, dim * ratio)
             layers[f"norm{stage}"] = {"gamma": (dim,), "beta": (dim,)}
             channels = dim
-        if num_classes:
-            layers["head"] = {"kernel": (channels, num_classes), "bias": (num_classes,)}
+        if spec.num_classes:
+            layers["head"] = {"kernel": (channels, spec.num_classes), "bias": (spec.num_classes,)}
         return layers
 
-    def num_classes(self, variant: str, state_dict: Mapping[str, Array], layout: CheckpointLayout | None = None) -> int:
-        name = (layout or OFFICIAL).head
-        if not name:
-            return 0
-        head = state_dict.get(f"{name}.weight")
-        if head is not None and head.ndim == 2 and head.shape[0]:
-            return int(head.shape[0])
-        return _usual_classes(variant)
-
-    def unused_tensors(self, variant: str, layout: CheckpointLayout | None = None) -> dict[str, Array]:
-        tensors = super().unused_tensors(variant, layout)
-        for name in (layout or OFFICIAL).drops:
+    def unused_tensors(self, spec: Spec) -> dict[str, Array]:
+        tensors = super().unused_tensors(spec)
+        for name in spec.naming.drops:
             # The LayerNorm that transformers' class never uses, as it starts out.
             value = 1.0 if name.endswith(".weight") else 0.0
-            tensors[name] = np.full(_shape(variant).embed_dims[-1], value, np.float32)
+            tensors[name] = np.full(_shape(spec.variant).embed_dims[-1], value, np.float32)
         return tensors
 
     def classes_in(self, variant: str, shapes: Iterable[Shape]) -> int | None:
@@ -216,22 +199,22 @@ class VanFamily(Family):
         heads = {shape[1] for shape in shapes if len(shape) == 2 and shape[0] == _shape(variant).embed_dims[-1]}
         return max(heads, default=0) if len(heads) < 2 else None
 
-    def preprocessing(self, variant: str, layout: CheckpointLayout | None = None) -> Preprocessing:
-        if variant == "nano":
+    def preprocessing(self, spec: Spec) -> Preprocessing:
+        if spec.variant == "nano":
             return Preprocessing(input_size=64, resize_size=64)
-        # The official evaluation: crop fraction 0.9 of 248, mean and std 0.5, for all weights trained on 1K.
-        usual = Preprocessing(input_size=224, resize_size=248)
-        if layout is not None and layout.name == "segmentation":
-            return replace(usual, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-        return usual
+        if spec.naming.name == "segmentation":
+            return replace(self.inputs, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+        return self.inputs
 
     def shrinkable(self, parameter: str) -> bool:
         from_patches = parameter.startswith("patch_embed") and ".norm." in parameter
         return from_patches or parameter.rpartition(".")[2] in {"layer_scale_1", "layer_scale_2"}
 
 
-def _usual_classes(variant: str) -> int:
-    return 10 if variant == "nano" else 1000
+def _top(spec: Spec) -> dict[str, Any]:
+    """Arguments for van_tf's head and order of axes."""
+    top: dict[str, Any] = {"classes": spec.num_classes} if spec.num_classes else {"include_top": False}
+    return {**top, "data_format": "channels_last"}
 
 
 def _trained(name: str, dim: int) -> dict[str, Shape]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 from porting.errors import OutputError
 
 
-def check_writable(path: Path) -> None:
+def require_writable(path: Path) -> None:
     """Raises OutputError when `path` could not be created, so that hours of work do not end in that."""
     if path.is_dir():
         raise OutputError(f"{path}: is a folder; a file name was expected", hint="Give --out the name of a file.")
@@ -32,7 +33,10 @@ def reserve(path: Path, size: int) -> None:
     reserved = path.with_name(f"{path.name}.room")
     try:
         with reserved.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            elif shutil.disk_usage(path.parent).free < size:  # macOS and Windows can only be asked
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     finally:
         reserved.unlink(missing_ok=True)
 
@@ -80,11 +84,8 @@ def temporary_file(path: Path, suffix: str = ".tmp") -> Iterator[Path]:
 def move_into_place(temporary: Path, path: Path) -> None:
     """Makes the written bytes durable and gives them their name in one step, replacing what had it."""
     with output_errors(path):
-        descriptor = os.open(temporary, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with temporary.open("r+b") as file:  # Windows makes nothing durable that is open for reading alone
+            os.fsync(file.fileno())
         temporary.replace(path)
 
 

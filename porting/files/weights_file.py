@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import h5py
 import numpy as np
 
-from porting.errors import OutputError, SourceError
+from porting.errors import OutputError, SourceError, WeightsFileError
 from porting.files.atomic import interrupt_later, reserve
 from porting.files.survey import HDF5_SIGNATURE, PROVENANCE, WEIGHTS_MEMBER
 from porting.kinds.transforms import Array, Shape
+from porting.models.traverse import named_variables
 
 if TYPE_CHECKING:
     import keras
@@ -32,6 +33,8 @@ SUFFIXES = (".weights.h5", ".h5", ".keras")
 _ROOM_BESIDE_WEIGHTS = 4 << 20
 # An HDF5 attribute holds less than 64 KiB; Keras splits a longer list of names over numbered attributes.
 _ATTRIBUTE_LIMIT = 64_000
+# So many names are shown of each list of differences.
+_SHOWN = 5
 
 
 def suffix_of(path: Path) -> str:
@@ -52,18 +55,18 @@ def require_file(path: Path) -> None:
 
 
 def variable_shapes(model: keras.Model) -> dict[str, tuple[int, ...]]:
-    """Shape of every weight by path; state of random generators is no weight."""
-    return {variable.path: tuple(variable.shape) for variable in model.weights}
+    """Shape of every weight by name; state of random generators is no weight."""
+    return {name: tuple(variable.shape) for name, variable in named_variables(model).items()}
 
 
 def assign_weights(model: keras.Model, weights: Mapping[str, Array]) -> None:
-    """Gives every weight of the model its value by variable path; raises KeyError where one is missing."""
-    for variable in model.weights:
-        variable.assign(weights[variable.path])
+    """Gives every weight of the model its value by name; raises KeyError where one is missing."""
+    for name, variable in named_variables(model).items():
+        variable.assign(weights[name])
 
 
 def write_weights(path: Path, model: keras.Model, weights: Mapping[str, Array]) -> None:
-    """Writes `weights`, by variable path and covering all of the model's, in the format that the suffix names.
+    """Writes `weights`, by the variables' names and covering all of the model's, in the format that the suffix names.
 
     The model gets the weights itself where Keras is to write them.
     """
@@ -84,25 +87,96 @@ def weight_shapes(model: keras.Model) -> dict[str, dict[str, Shape]]:
 
     That is not the order of `layer.weights`.
     """
+    names = {id(variable): name for name, variable in named_variables(model).items()}
     layers: dict[str, dict[str, Shape]] = {}
     for layer in model.layers:
         variables = [*layer.trainable_weights, *layer.non_trainable_weights]
         if variables:
-            shapes = {variable.path.removeprefix(f"{layer.path}/"): tuple(variable.shape) for variable in variables}
-            layers[layer.name] = shapes
+            layers[layer.name] = {
+                names[id(variable)].removeprefix(f"{layer.name}/"): tuple(variable.shape) for variable in variables
+            }
     return layers
 
 
-def load_model(path: Path, build: Callable[[], keras.Model]) -> keras.Model:
-    """The model with the weights of `path`, read the way its user will read them: by Keras's own functions."""
+def load_model(path: Path, build: Callable[[], keras.Model], what: str = "the model") -> keras.Model:
+    """The model with the weights of `path`, read by Keras's own functions, but for `.h5`, which is read by name.
+
+    Keras reads a `.h5` in the order of the model's variables, which changes when a layer is frozen. `what` says in
+    errors what `build` makes. Raises WeightsFileError where the file's weights do not fit it.
+    """
+    try:
+        return _load_model(path, build)
+    except WeightsFileError:
+        raise
+    except Exception as error:  # Keras has no error of its own: a file may end in any
+        raise WeightsFileError(
+            f"{path}: Keras cannot load it into {what}: {str(error).partition(chr(10))[0][:300] or repr(error)}",
+            hint="Check --variant and the number of classes; `van-port inspect` shows what the file holds.",
+        ) from None
+
+
+def _load_model(path: Path, build: Callable[[], keras.Model]) -> keras.Model:
     import keras
 
-    if suffix_of(path) == ".keras":
+    suffix = suffix_of(path)
+    if suffix == ".keras":
         build()  # so that the classes in the file are registered
         return keras.models.load_model(path, compile=False)
     model = build()
-    model.load_weights(path)
+    if suffix == ".h5":
+        _load_by_name(path, model)
+    else:
+        model.load_weights(path)
     return model
+
+
+def _load_by_name(path: Path, model: keras.Model) -> None:
+    variables = named_variables(model)
+    found: dict[str, Array] = {}
+    with h5py.File(path, "r") as file:
+        # A whole model saved as .h5 has its weights in a group of their own.
+        root = file["model_weights"] if "layer_names" not in file.attrs and "model_weights" in file else file
+        for layer in _read_names(root, "layer_names"):
+            for name in _read_names(root[layer], "weight_names"):
+                short = name.removesuffix(":0")  # as Keras 2 wrote it
+                # van-port writes names below the layer, Keras the variable's whole path, which may begin elsewhere.
+                for known in (f"{layer}/{short}", short):
+                    if known in variables:
+                        break
+                else:
+                    known = f"{layer}/{short}"
+                found[known] = np.asarray(root[layer][name])
+    missing, unexpected = sorted(variables.keys() - found.keys()), sorted(found.keys() - variables.keys())
+    other_shapes = [
+        f"{name}: {found[name].shape} instead of {tuple(variables[name].shape)}"
+        for name in variables
+        if name in found and found[name].shape != tuple(variables[name].shape)
+    ]
+    if missing or unexpected or other_shapes:
+        lists = (("missing", missing), ("not in the model", unexpected), ("of another shape", other_shapes))
+        details = "; ".join(
+            f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''}"
+            for what, names in lists
+            if names
+        )
+        raise WeightsFileError(
+            f"{path}: its variables are not those of the model: {details}",
+            hint="Check --variant and the number of classes; `van-port inspect` shows what the file holds.",
+        )
+    for name, variable in variables.items():
+        variable.assign(found[name])
+
+
+def _read_names(group: Any, attribute: str) -> list[str]:
+    """A list of names as `_write_names` and Keras write it, over one attribute or several numbered ones."""
+    if attribute in group.attrs:
+        names = list(group.attrs[attribute])
+    else:
+        names, number = [], 0
+        while f"{attribute}{number}" in group.attrs:
+            names += list(group.attrs[f"{attribute}{number}"])
+            number += 1
+    return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
 
 
 def write_h5(path: Path, layers: Mapping[str, Mapping[str, Shape]], weights: Mapping[str, Array]) -> None:

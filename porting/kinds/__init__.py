@@ -1,1 +1,39 @@
-"""What is known of each kind of layer, one file a kind."""
+"""What is known of each kind of layer, one file a kind: its tensors, its settings and the mistakes people make.
+
+A new kind is a file in this folder, with a `Kind` called `KIND`, and a line in `_FILES`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from porting.kinds.base import Kind
+
+if TYPE_CHECKING:
+    import keras
+    from torch import nn
+
+# Where a module is of two kinds, the earlier one counts: a depthwise convolution is also a grouped one.
+_FILES = (
+    "depthwise",
+    "convolution",
+    "dense",
+    "batch_norm",
+    "layer_norm",
+    "group_norm",
+    "parameter",
+    "activation",
+    "dropout",
+)
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (import_module(f"{__name__}.{file}").KIND for file in _FILES)}
+
+
+def kind_of_module(module: nn.Module) -> Kind | None:
+    """The kind of a PyTorch module; None for one that is not known."""
+    return next((kind for kind in KINDS.values() if kind.is_module(module)), None)
+
+
+def kind_of_layer(layer: keras.layers.Layer) -> Kind | None:
+    """The kind of a Keras layer; None for one that is not known."""
+    return next((kind for kind in KINDS.values() if kind.is_layer(layer)), None)

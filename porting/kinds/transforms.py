@@ -1,8 +1,8 @@
-"""How an axis order in PyTorch becomes one in Keras. A row of the key map names its layout; none is ever guessed."""
+"""How the axes of a tensor in PyTorch become those in Keras. A row's kind states its transforms; none is guessed."""
 
 from __future__ import annotations
 
-from enum import Enum
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,54 +12,45 @@ Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
 
 
-class Layout(Enum):
+@dataclass(frozen=True)
+class Transform:
     """A permutation of axes from PyTorch's order to Keras's.
 
-    O and I are output and input channels, H and W the kernel's height and width. A depthwise kernel is
-    (channels, 1, H, W) in PyTorch and (H, W, channels, 1) in Keras; with a plain convolution's permutation a
-    square one would keep its values in the wrong places.
+    `last` are PyTorch's axes that come last in Keras, in Keras's order; all others come first, in their own order.
+    `ranks` are the numbers of axes that it takes. Without `last` every array stays as it is.
     """
 
-    IDENTITY = "identity"
-    OIHW_TO_HWIO = "OIHW to HWIO"
-    DEPTHWISE_OIHW_TO_HWIO = "depthwise OIHW to HWIO"
-    OI_TO_IO = "OI to IO"
-
-    @property
-    def axes(self) -> tuple[int, ...] | None:
-        """Arguments for `numpy.transpose`; None leaves every array as it is."""
-        return _AXES[self]
+    name: str
+    last: tuple[int, ...] = ()
+    ranks: tuple[int, ...] = ()
 
     def accepts(self, rank: int) -> bool:
-        return self.axes is None or len(self.axes) == rank
+        return not self.last or rank in self.ranks
 
     def apply(self, array: Array) -> Array:
         """PyTorch's order to Keras's, as a view; raises ValueError for another number of axes."""
-        return _permute(array, self.axes, self)
+        return array.transpose(self._axes(array.shape))
 
     def invert(self, array: Array) -> Array:
         """Keras's order back to PyTorch's, as a view; raises ValueError for another number of axes."""
-        axes = None if self.axes is None else tuple(int(i) for i in np.argsort(self.axes))
-        return _permute(array, axes, self)
+        return array.transpose(np.argsort(self._axes(array.shape)))
 
-    def source_shape(self, target_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape in PyTorch of what has `target_shape` in Keras."""
-        if self.axes is None:
-            return target_shape
-        return tuple(target_shape[self.axes.index(i)] for i in range(len(target_shape)))
+    def source_shape(self, target_shape: Shape) -> Shape:
+        """The shape in PyTorch of what has `target_shape` in Keras; raises ValueError for another number of axes."""
+        return tuple(target_shape[axis] for axis in np.argsort(self._axes(target_shape)))
 
-
-_AXES: dict[Layout, tuple[int, ...] | None] = {
-    Layout.IDENTITY: None,
-    Layout.OIHW_TO_HWIO: (2, 3, 1, 0),
-    Layout.DEPTHWISE_OIHW_TO_HWIO: (2, 3, 0, 1),
-    Layout.OI_TO_IO: (1, 0),
-}
+    def _axes(self, shape: Shape) -> tuple[int, ...]:
+        if not self.accepts(len(shape)):
+            needed = " or ".join(map(str, self.ranks))
+            raise ValueError(f"transform {self.name} needs {needed} axes, the array has shape {shape}")
+        return tuple(axis for axis in range(len(shape)) if axis not in self.last) + self.last
 
 
-def _permute(array: Array, axes: tuple[int, ...] | None, layout: Layout) -> Array:
-    if axes is None:
-        return array
-    if array.ndim != len(axes):
-        raise ValueError(f"layout {layout.value} needs {len(axes)} axes, the array has shape {array.shape}")
-    return array.transpose(axes)
+IDENTITY = Transform("identity")
+# (out, in, *spatial) to (*spatial, in, out).
+CONVOLUTION = Transform("convolution kernel", (1, 0), (3, 4, 5))
+# (channels, 1, *spatial) to (*spatial, channels, 1). With a plain convolution's transform a square kernel would keep
+# its shape and have its values in the wrong places.
+DEPTHWISE = Transform("depthwise kernel", (0, 1), (3, 4))
+# (out, in) to (in, out).
+DENSE = Transform("dense kernel", (1, 0), (2,))

@@ -79,7 +79,7 @@ def diff_keys(state_dict: Mapping[str, Array], key_map: KeyMap, target_shapes: M
         if entry.source not in state_dict or entry.target not in target_shapes:
             continue
         array = state_dict[entry.source]
-        expected = entry.layout.source_shape(target_shapes[entry.target])
+        expected = entry.transform.source_shape(target_shapes[entry.target])
         if array.shape != expected:
             mismatched.append(Mismatch(entry.source, str(expected), str(array.shape)))
         elif not is_float(array):
@@ -112,7 +112,7 @@ def convert(
     refuse_other_keys(state_dict, key_map, target_shapes, hint=hint)
     weights = {}
     for entry in key_map.entries:
-        weights[entry.target] = entry.layout.apply(to_float32(state_dict[entry.source]))
+        weights[entry.target] = entry.transform.apply(to_float32(state_dict[entry.source]))
     by_source = {entry.source: weights[entry.target] for entry in key_map.entries}
     non_finite = refuse_non_finite(by_source, allowed=allow_non_finite)
     return Conversion(weights, key_map.dropped(state_dict), non_finite)
@@ -120,7 +120,7 @@ def convert(
 
 def invert(weights: Mapping[str, Array], key_map: KeyMap) -> dict[str, Array]:
     """The state_dict that `convert` would make these weights of, without what it drops; raises KeyError for a lack."""
-    return {entry.source: entry.layout.invert(weights[entry.target]) for entry in key_map.entries}
+    return {entry.source: entry.transform.invert(weights[entry.target]) for entry in key_map.entries}
 
 
 def refuse_other_keys(

@@ -1,7 +1,4 @@
-"""How the publishers of a model name its tensors, and telling from the names whose checkpoint one is.
-
-Not to be confused with `porting.kinds.transforms`, which is about the axes of one tensor.
-"""
+"""How the publishers of a model name its tensors, and telling a checkpoint's publisher from its tensors' names."""
 
 from __future__ import annotations
 
@@ -9,25 +6,27 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from porting.errors import KeyMapError
-from porting.mapping.key_map import KeyMap, KeyRule
+from porting.mapping.key_map import KeyMap
+from porting.mapping.rules import KeyRule
 
-# Of a checkpoint's tensors, at least this share must have a layout's names for the layout to be recognised.
+# Of a checkpoint's tensors, at least this share must have a naming's names for it to be recognised.
 _ENOUGH = 0.5
 
 
 @dataclass(frozen=True)
-class CheckpointLayout:
+class Naming:
     """One publisher's names for a family's tensors, and what its model does differently.
 
-    `rules` are the family's rows in its own order, with this publisher's names; `head` is the source name of the row
-    for the classifier, "" where there is none. `prefix` stands before all names but the head's; a part of the model
-    saved alone lacks it. `headless` is whether a checkpoint without a head is taken for this publisher's. `drops` and
-    `foreign` are what `KeyMap` has under these names. `settings` are arguments for the family's builders, such as an
-    epsilon.
+    `rules` are the family's rows, under the reference's own names, and `sources` this publisher's names for them, one
+    for each row; None where they are the same. `head` is this publisher's name of the row for the classifier, "" where
+    there is none. `prefix` stands before all names but the head's; a part of the model saved alone lacks it.
+    `headless` is whether a checkpoint without a head is taken for this publisher's. `drops` and `foreign` are what
+    `KeyMap` has under these names. `settings` are arguments for the family's builders, such as an epsilon.
     """
 
     name: str
     rules: tuple[KeyRule, ...]
+    sources: tuple[str, ...] | None = None
     head: str = "head"
     prefix: str = ""
     headless: bool = True
@@ -35,46 +34,59 @@ class CheckpointLayout:
     foreign: tuple[str, ...] = ()
     settings: Mapping[str, float] = field(default_factory=dict)
 
-    def without_head(self) -> CheckpointLayout:
-        return replace(self, rules=tuple(rule for rule in self.rules if rule.source != self.head), head="")
+    @property
+    def own_sources(self) -> tuple[str, ...]:
+        """This publisher's names of the rows."""
+        return tuple(rule.source for rule in self.rules) if self.sources is None else self.sources
 
-    def without_prefix(self) -> CheckpointLayout:
+    def key_map(self, names: Collection[str]) -> KeyMap:
+        """The key map for a model whose reference has tensors of these names, under this publisher's names."""
+        return KeyMap.match(self.rules, names, sources=self.own_sources, drops=self.drops, foreign=self.foreign)
+
+    def without_head(self) -> Naming:
+        kept = [pair for pair in zip(self.rules, self.own_sources, strict=True) if pair[1] != self.head]
+        return replace(
+            self, rules=tuple(rule for rule, _ in kept), sources=tuple(source for _, source in kept), head=""
+        )
+
+    def without_prefix(self) -> Naming:
         """The names of the model's body saved alone."""
-        rules = tuple(replace(rule, source=rule.source.removeprefix(self.prefix)) for rule in self.rules)
-        return replace(self, rules=rules, prefix="", drops=tuple(name.removeprefix(self.prefix) for name in self.drops))
+        sources = tuple(source.removeprefix(self.prefix) for source in self.own_sources)
+        drops = tuple(name.removeprefix(self.prefix) for name in self.drops)
+        return replace(self, sources=sources, prefix="", drops=drops)
 
     def described(self) -> str:
-        """The layout in words, for the user."""
+        """The naming in words, for the user."""
         facts = [f"{name} {value:g}" for name, value in self.settings.items()]
         return ", ".join([f"{self.name} names", *facts, "with a head" if self.head else "without a head"])
 
 
-def layout_named(layouts: Sequence[CheckpointLayout], name: str) -> CheckpointLayout:
-    """The layout of that name; raises KeyMapError where there is none."""
-    for layout in layouts:
-        if layout.name == name:
-            return layout
-    raise KeyMapError(f"there is no layout {name!r}", hint=f"There are {', '.join(layout.name for layout in layouts)}.")
+def naming_called(namings: Sequence[Naming], name: str) -> Naming:
+    """The naming of that name; raises KeyMapError where there is none."""
+    for naming in namings:
+        if naming.name == name:
+            return naming
+    raise KeyMapError(f"there is no layout {name!r}", hint=f"There are {', '.join(naming.name for naming in namings)}.")
 
 
-def recognise_layout(
-    layouts: Sequence[CheckpointLayout],
-    key_map: Callable[[CheckpointLayout], KeyMap],
+def recognise_naming(
+    namings: Sequence[Naming],
+    key_map: Callable[[Naming], KeyMap],
     names: Collection[str],
     *,
     forced: str | None = None,
-) -> CheckpointLayout:
-    """The layout whose names a checkpoint has, in the form that fits it: with or without prefix and head.
+) -> Naming:
+    """The naming that a checkpoint has, in the form that fits it: with or without prefix and head.
 
     Where several fit equally, the first is taken; where none fits, also the first, so that the differences from it are
-    what the user is told. `forced` is the name of the layout to take in any case; raises KeyMapError where there is
+    what the user is told. `forced` is the name of the naming to take in any case; raises KeyMapError where there is
     none of that name.
     """
     if forced is not None:
-        layouts = [layout_named(layouts, forced)]
-    best, most = layouts[0], 0.0
-    for layout in layouts:
-        for form in (layout, layout.without_prefix()) if layout.prefix else (layout,):
+        namings = [naming_called(namings, forced)]
+    best, most = namings[0], 0.0
+    for naming in namings:
+        for form in (naming, naming.without_prefix()) if naming.prefix else (naming,):
             bare = form.head and (form.headless or forced is not None)
             for variation in (form, form.without_head()) if bare else (form,):
                 table = key_map(variation)
@@ -84,4 +96,4 @@ def recognise_layout(
                 fit = len(known & own) / max(len(known | own), 1)
                 if fit > most:
                     best, most = variation, fit
-    return best if most >= _ENOUGH or forced is not None else layouts[0]
+    return best if most >= _ENOUGH or forced is not None else namings[0]

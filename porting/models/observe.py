@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from porting.models.traverse import named_layers
+
 if TYPE_CHECKING:
     import keras
     from torch import Tensor, nn
@@ -130,7 +132,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 @contextlib.contextmanager
 def observe_layers(model: keras.Model, observer: Observer) -> Iterator[None]:
-    """Shows the observer every eager call of a layer inside `model`, at any depth, by its path.
+    """Shows the observer every eager call of a layer inside `model`, at any depth, by its name in `named_layers`.
 
     Keras has no hooks of its own, so the one method that every layer's call goes through is wrapped, for the whole
     process, while the context is open.
@@ -141,12 +143,13 @@ def observe_layers(model: keras.Model, observer: Observer) -> Iterator[None]:
     original = layer_class.__call__
     calls = _Calls()
     bridge = _Bridge()
+    names = {id(layer): name for name, layer in named_layers(model).items()}
 
     def observed_call(self: keras.layers.Layer, *args: Any, **kwargs: Any) -> Any:
         if self is model:
             return original(self, *args, **kwargs)
-        # A layer that needs no build has no path; at the top level its name would be the same.
-        name = calls.begin(self.path or self.name)
+        # A layer that is made in the midst of a call hangs nowhere.
+        name = calls.begin(names.get(id(self)) or self.path or self.name)
         if observer.watches_inputs:
             args, kwargs = bridge.steer((args, kwargs), lambda found: observer.before(name, found))
         else:

@@ -21,7 +21,7 @@ import numpy as np
 from porting.kinds.transforms import Array
 from porting.models.float64 import in_float64
 from porting.models.observe import Replacement, keras_tensors_in, observe_layers, observe_modules, tensors_in
-from porting.parity.locate import Diagnosis, diagnose
+from porting.parity.locate import diagnose
 from porting.parity.measure import DifferenceSum, DistanceSum, measure_candidate, measure_truth
 from porting.parity.report import (
     ACCUMULATED,
@@ -31,6 +31,7 @@ from porting.parity.report import (
     ISOLATED,
     OUTPUT,
     VIEWS,
+    Diagnosis,
     Divergence,
     LayerComparison,
     Limits,
@@ -38,7 +39,7 @@ from porting.parity.report import (
     ParityReport,
     View,
 )
-from porting.parity.settings import audit_settings
+from porting.parity.settings import compare_settings
 from porting.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -498,7 +499,7 @@ def check_parity(
         input_shapes=tuple(tuple(array.shape) for array in arrays),
         limits=limits,
         name=name,
-        audit=audit_settings(reference, candidate, targets),
+        audit=compare_settings(reference, candidate, targets),
     )
     first = report.first_divergence
     if first is None:
@@ -640,7 +641,7 @@ def _softmax(logits: Array) -> Array:
     return probabilities
 
 
-def check_outputs(
+def compare_outputs(
     reference: nn.Module,
     run: Callable[[Array], Mapping[str, Array]],
     images: Array,

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from porting.parity.report import Difference, Distance
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,42 +20,6 @@ if TYPE_CHECKING:
 ULP_SAMPLE = 4_096
 # Elements that are worked on at once: enough for PyTorch to use all cores, few enough to stay in their caches.
 CHUNK = 65_536
-
-
-@dataclass(frozen=True)
-class Distance:
-    """Greatest absolute and root mean square value, over all elements."""
-
-    max: float = 0.0
-    rms: float = 0.0
-
-
-@dataclass(frozen=True)
-class Difference:
-    """`actual` (Keras) against `expected` (PyTorch), both float32, over all elements of all batches.
-
-    `relative` is the RMS difference over the RMS of `expected`; `sqnr_db` the same as a ratio of powers. ULP
-    distances are counted in float32's units in the last place. `worst_index` is in Keras's axis order, with the
-    image's number first. `share_over` is the share of elements whose distance to the truth is over the limit.
-    `ulp_histogram` counts the sampled elements that are 0, 1, 2 to 3, 4 to 7, ... units apart.
-    """
-
-    max: float = 0.0
-    mean: float = 0.0
-    rms: float = 0.0
-    relative: float = 0.0
-    cosine: float = 1.0
-    sqnr_db: float = math.inf
-    ulp_median: float = 0.0
-    ulp_p999: float = 0.0
-    ulp_max: float = 0.0
-    nonfinite_expected: int = 0
-    nonfinite_actual: int = 0
-    worst_index: tuple[int, ...] = ()
-    worst_expected: float = 0.0
-    worst_actual: float = 0.0
-    share_over: float = 0.0
-    ulp_histogram: tuple[int, ...] = ()
 
 
 class DistanceSum:

@@ -21,10 +21,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from porting.parity.locate import Diagnosis
-from porting.parity.measure import Difference, Distance
-from porting.parity.settings import Audit
-
 # The name under which the models' own results are compared, after all layers.
 OUTPUT = "output"
 # Half the distance between 1 and the next float32: what one rounding can do, relative to the value.
@@ -34,6 +30,84 @@ DEFAULT_MAX_RATIO = 8.0
 FEW_ELEMENTS = 1024
 ACCUMULATED, ISOLATED, INPUT = "accumulated", "isolated", "input"
 VIEWS = (ACCUMULATED, ISOLATED, INPUT)
+# A cause that leaves at most this share of a difference has reproduced it but for rounding.
+REPRODUCED = 1e-3
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Greatest absolute and root mean square value, over all elements."""
+
+    max: float = 0.0
+    rms: float = 0.0
+
+
+@dataclass(frozen=True)
+class Difference:
+    """`actual` (Keras) against `expected` (PyTorch), both float32, over all elements of all batches.
+
+    `relative` is the RMS difference over the RMS of `expected`; `sqnr_db` the same as a ratio of powers. ULP
+    distances are counted in float32's units in the last place. `worst_index` is in Keras's axis order, with the
+    image's number first. `share_over` is the share of elements whose distance to the truth is over the limit.
+    `ulp_histogram` counts the sampled elements that are 0, 1, 2 to 3, 4 to 7, ... units apart.
+    """
+
+    max: float = 0.0
+    mean: float = 0.0
+    rms: float = 0.0
+    relative: float = 0.0
+    cosine: float = 1.0
+    sqnr_db: float = math.inf
+    ulp_median: float = 0.0
+    ulp_p999: float = 0.0
+    ulp_max: float = 0.0
+    nonfinite_expected: int = 0
+    nonfinite_actual: int = 0
+    worst_index: tuple[int, ...] = ()
+    worst_expected: float = 0.0
+    worst_actual: float = 0.0
+    share_over: float = 0.0
+    ulp_histogram: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class SettingDifference:
+    """One setting of one layer that is not the same on both sides."""
+
+    layer: str
+    setting: str
+    expected: str
+    actual: str
+
+    def __str__(self) -> str:
+        return f"{self.layer}: {self.setting} is {self.actual} in Keras, {self.expected} in PyTorch"
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was compared, in how many layers, and every difference."""
+
+    layers: int
+    settings: int
+    differences: tuple[SettingDifference, ...]
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """A cause in plain words.
+
+    `unexplained` is the share of the RMS difference that it leaves; `checked` is all that was tried.
+    """
+
+    layer: str
+    cause: str
+    unexplained: float
+    checked: tuple[str, ...]
+
+    @property
+    def confidence(self) -> str:
+        """How sure it is: a reproduced mistake leaves next to nothing."""
+        return "certain" if self.unexplained <= REPRODUCED else "likely"
 
 
 @dataclass(frozen=True)

@@ -23,17 +23,21 @@ import numpy as np
 from porting.kinds.transforms import Array
 from porting.mapping.key_map import KeyMap
 from porting.models.observe import to_torch
-from porting.parity.measure import DifferenceSum, Distance, measure_truth
+from porting.models.traverse import named_layers, named_variables
+from porting.parity.measure import DifferenceSum, measure_truth
 from porting.parity.report import (
     ACCUMULATED,
     FEW_ELEMENTS,
     FLOAT32_ROUNDOFF,
+    Audit,
+    Distance,
     LayerComparison,
     Limits,
     ParityReport,
+    SettingDifference,
     View,
 )
-from porting.parity.settings import Audit, SettingDifference, layers_by_path, module_settings
+from porting.parity.settings import settings_of_module
 from porting.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -92,7 +96,7 @@ def usual_optimizers(adamw: Callable[..., Any] | None = None) -> tuple[Optimizer
 
 @dataclass
 class _Run:
-    """What one training shows, by PyTorch's names and in PyTorch's layouts; steps count from 1.
+    """What one training shows, by PyTorch's names and in PyTorch's order of axes; steps count from 1.
 
     The gradients are those of the first step: later ones belong to other weights on each side.
     """
@@ -102,7 +106,7 @@ class _Run:
     values: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
 
-def check_training(
+def compare_training(
     reference: nn.Module,
     candidate: keras.Model,
     key_map: KeyMap,
@@ -202,6 +206,7 @@ def _train_keras(
     before = [np.array(variable) for variable in model.weights]
     optimizer = pair.candidate()
     trained = model.trainable_variables
+    names = {id(variable): name for name, variable in named_variables(model).items()}
     run = _Run()
     try:
         for step in range(1, max(steps) + 1):
@@ -215,27 +220,29 @@ def _train_keras(
             gradients = tape.gradient(loss, [variable.value for variable in trained])
             if step == 1:
                 shown = {
-                    variable.path: np.zeros(variable.shape, np.float32) if gradient is None else np.array(gradient)
+                    names[id(variable)]: np.zeros(variable.shape, np.float32)
+                    if gradient is None
+                    else np.array(gradient)
                     for variable, gradient in zip(trained, gradients, strict=True)
                 }
-                run.gradients = _in_torchs_layout(shown, key_map)
+                run.gradients = _in_torchs_order(shown, key_map)
             pairs = [(g, v) for g, v in zip(gradients, trained, strict=True) if g is not None]
             optimizer.apply([g for g, _ in pairs], [v for _, v in pairs])
             if step in steps:
                 run.losses[step] = to_torch(keras.ops.reshape(loss, (1,))).clone()
-                values = {variable.path: np.array(variable) for variable in model.weights}
-                run.values[step] = _in_torchs_layout(values, key_map)
+                values = {name: np.array(variable) for name, variable in named_variables(model).items()}
+                run.values[step] = _in_torchs_order(values, key_map)
             yield run
     finally:
         for variable, value in zip(model.weights, before, strict=True):
             variable.assign(value)
 
 
-def _in_torchs_layout(arrays: Mapping[str, Array], key_map: KeyMap) -> dict[str, Tensor]:
+def _in_torchs_order(arrays: Mapping[str, Array], key_map: KeyMap) -> dict[str, Tensor]:
     import torch
 
     return {
-        entry.source: torch.from_numpy(np.ascontiguousarray(entry.layout.invert(arrays[entry.target])))
+        entry.source: torch.from_numpy(np.ascontiguousarray(entry.transform.invert(arrays[entry.target])))
         for entry in key_map.entries
         if entry.target in arrays
     }
@@ -345,18 +352,18 @@ def training_batch(images: Array, classes: int, seed: int = 0) -> tuple[Array, A
     return np.ascontiguousarray(np.stack(crops)), rng.integers(0, max(classes, 1), BATCH)
 
 
-def audit_masks(reference: nn.Module, candidate: keras.Model) -> Audit:
+def compare_masks(reference: nn.Module, candidate: keras.Model) -> Audit:
     """Compares what dropout and drop path draw, in every paired layer with a rate above 0.
 
     On both sides the share that is dropped must be the rate, as far as chance allows, what is kept must be scaled up by
     it, a mask must cover a whole sample or single numbers on both, and two calls must draw two masks. Modules and
     layers pair by name.
     """
-    layers = {path.replace("/", "."): layer for path, layer in layers_by_path(candidate).items()}
+    layers = {path.replace("/", "."): layer for path, layer in named_layers(candidate).items()}
     differences: list[SettingDifference] = []
     compared = 0
     for source, module in reference.named_modules():
-        rate = module_settings(module).get("rate", 0.0)
+        rate = settings_of_module(module).get("rate", 0.0)
         if not rate or source not in layers:
             continue
         compared += 1

@@ -31,10 +31,18 @@ from pathlib import Path
 from typing import Any
 
 from porting.errors import ReportError
-from porting.parity.locate import Diagnosis
-from porting.parity.measure import Difference, Distance
-from porting.parity.report import LayerComparison, Limits, LogitsComparison, ParityReport, View
-from porting.parity.settings import Audit, SettingDifference
+from porting.parity.report import (
+    Audit,
+    Diagnosis,
+    Difference,
+    Distance,
+    LayerComparison,
+    Limits,
+    LogitsComparison,
+    ParityReport,
+    SettingDifference,
+    View,
+)
 
 SCHEMA_VERSION = 2
 

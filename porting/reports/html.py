@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from importlib import resources
@@ -10,6 +9,7 @@ from typing import Any
 
 from porting.parity.report import ACCUMULATED, FLOAT32_ROUNDOFF, INPUT, ISOLATED, VIEWS, LayerComparison, ParityReport
 from porting.reports.document import encoded, layer_document
+from porting.reports.plot import GREY, Series, log_plot
 from porting.reports.terminal import findings, title, verdict
 
 
@@ -66,32 +66,25 @@ def _facts(context: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _plot(report: ParityReport) -> str:
-    """Relative error along depth as SVG text, in colours that are readable on light and dark ground."""
-    from matplotlib.figure import Figure
+    """Relative error along depth."""
+    curves = ((ACCUMULATED, "#3b82f6", "dot"), (ISOLATED, "#e08a00", "square"), (INPUT, "#10a37f", "triangle"))
+    series = [
+        Series(f"Keras, {name}", colour, marker, _points(report, name, "actual_error"))
+        for name, colour, marker in curves
+    ]
+    series.append(Series("PyTorch in float32", GREY, "line", _points(report, ACCUMULATED, "expected_error")))
+    return log_plot(
+        series,
+        count=len(report.layers),
+        lines=[("one float32 rounding", FLOAT32_ROUNDOFF)],
+        x="layer, in data flow",
+        y="RMS error / RMS of the truth",
+    )
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    axes = figure.subplots()
-    grey = "#808890"
-    curves = ((ACCUMULATED, "#3b82f6", "o"), (ISOLATED, "#e08a00", "s"), (INPUT, "#10a37f", "^"))
-    for name, colour, marker in curves:
-        points = [(i, y) for i, layer in enumerate(report.layers) if (y := _relative(layer, name, "actual_error"))]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker, color=colour, markersize=3, label=f"Keras, {name}", alpha=0.8)
-    floor = [_relative(layer, ACCUMULATED, "expected_error") or math.nan for layer in report.layers]
-    axes.plot(range(len(floor)), floor, "-", color=grey, linewidth=1, label="PyTorch in float32")
-    axes.axhline(FLOAT32_ROUNDOFF, color=grey, linestyle=":", linewidth=1, label="one float32 rounding")
-    axes.set_yscale("log")
-    axes.set_xlabel("layer, in data flow", color=grey)
-    axes.set_ylabel("RMS error / RMS of the truth", color=grey)
-    axes.tick_params(colors=grey, which="both")
-    axes.grid(visible=True, color=grey, alpha=0.2)
-    for spine in axes.spines.values():
-        spine.set_color(grey)
-    figure.legend(frameon=False, labelcolor=grey, fontsize=9, ncols=5, loc="outside upper center")
-    stream = io.StringIO()
-    figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = stream.getvalue()
-    return text[text.index("<svg") :]
+
+def _points(report: ParityReport, name: str, side: str) -> list[tuple[float, float]]:
+    found = ((index, _relative(layer, name, side)) for index, layer in enumerate(report.layers))
+    return [(index, value) for index, value in found if value is not None]
 
 
 def _relative(layer: LayerComparison, name: str, side: str) -> float | None:

@@ -75,7 +75,7 @@ def download(
                 part = folder / "part"
                 _fetch(url, part, stall_timeout, progress)
                 try:
-                    check_sha256(shown(url), part, sha256)
+                    require_sha256(shown(url), part, sha256)
                     verify(part)
                 except BaseException:
                     _forget(part)
@@ -83,7 +83,7 @@ def download(
                 part.replace(target)
                 _etag_of(part).unlink(missing_ok=True)
             else:
-                check_sha256(shown(url), target, sha256)
+                require_sha256(shown(url), target, sha256)
     return target
 
 
@@ -179,7 +179,7 @@ def _retry_after(response: httpx.Response) -> float | None:
     return float(value) if value.isdigit() else None
 
 
-def check_sha256(name: str, found: str | Path, sha256: str | None) -> None:
+def require_sha256(name: str, found: str | Path, sha256: str | None) -> None:
     """Raises SourceError where a file, or the hash that it has, does not begin as expected; None expects nothing."""
     if sha256 is None:
         return

@@ -13,29 +13,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from porting.errors import ExportError, FailedParityError, OutputError, PortingError
+from porting.exporting import FORMATS, NEEDED, open_runtime, write
 from porting.exporting.precision import PRECISIONS, in_precision
-from porting.exporting.run import open_runtime
-from porting.exporting.write import FORMATS, NEEDED, write
 from porting.families.base import Family
 from porting.files import weights_file
 from porting.files.atomic import (
-    check_writable,
     move_into_place,
     output_errors,
     report_path_of,
+    require_writable,
     temporary_file,
     write_text,
 )
 from porting.files.survey import survey_file
 from porting.kinds.transforms import Array
 from porting.mapping.convert import refuse_other_keys
-from porting.mapping.naming import layout_named
 from porting.models.frameworks import start_tensorflow
-from porting.parity.compare import check_outputs
+from porting.parity.compare import compare_outputs
 from porting.parity.report import ParityReport, refusal
 from porting.progress import SILENT, Progress
 from porting.reports.document import to_json
-from porting.tasks.check import CheckOptions, load_candidate, model_of_file, open_checkpoint, parity_images
+from porting.tasks.case import case_of_file, open_case
+from porting.tasks.options import CheckOptions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -94,26 +93,20 @@ def export(
     options = options or CheckOptions()
     if split_kernels is None:
         split_kernels = precision != "int8"
-    subject = None
     if check:
-        subject = open_checkpoint(family, variant, checkpoint, layout=layout, ema=False, progress=progress)
-        refuse_other_keys(subject.checkpoint.state_dict, subject.key_map, subject.shapes)
-        names, num_classes = subject.layout, subject.num_classes
+        case = open_case(family, variant, checkpoint, layout=layout, progress=progress)
+        refuse_other_keys(case.state_dict, case.key_map, case.shapes)
     else:
-        names, num_classes = model_of_file(family, variant, survey)
-        if layout is not None:
-            names = layout_named(family.layouts, layout)
+        case = case_of_file(family, variant, survey, layout=layout)
     progress("starting TensorFlow")
     start_tensorflow()
     progress("reading the weights")
-    how_to_build = family.how_to_build(variant, num_classes, names)
-    model = load_candidate(weights, lambda: family.build_candidate(variant, num_classes, names), how_to_build)
-    size = input_size or family.preprocessing(variant, names).input_size
-    images = parity_images(family, variant, options, names, size)
+    model = case.load_candidate(weights)
+    images = options.load_images(case.preprocessing, input_size)
     if fused:
         progress("fusing")
         with _export_errors("the model cannot be fused"):
-            model = family.fuse(model, form)
+            model = case.fuse(model, form)
     with temporary_file(out, FORMATS[form]) as temporary:
         progress(f"exporting to {form}")
         with _quiet(), output_errors(out), _export_errors(f"the model cannot be converted for {form}"):
@@ -124,14 +117,14 @@ def export(
         layers = [layer.name for layer in model.layers if layer.name not in last]
         with open_runtime(form, temporary, layers) as runtime:
             operators = runtime.operators()
-            if subject is not None:
-                reference = subject.load_reference()
+            if check:
+                reference = case.load_reference()
 
                 def run(image: Array) -> Mapping[str, Array]:
                     with _export_errors(f"the {form} runtime cannot run the result"):
                         return runtime.run(image)
 
-                report = check_outputs(
+                report = compare_outputs(
                     reference,
                     run,
                     images,
@@ -142,7 +135,7 @@ def export(
                 )
                 how = {"fused": fused} | ({"split_kernels": split_kernels} if form == "litert" else {})
                 exported = {"format": form, "precision": precision, **how, "operators": dict(operators)}
-                report = replace(report, context={**subject.describe(), "weights": weights.name, "export": exported})
+                report = replace(report, context={**case.describe(), "weights": weights.name, "export": exported})
         if report is not None and not report.passed:
             raise FailedParityError(f"{out} was not written: {refusal(report)}", report)
         with output_errors(out):
@@ -174,9 +167,9 @@ def _check_arguments(form: str, precision: str, out: Path) -> None:
             raise OutputError(f"{out} has no name", hint="Give the SavedModel's folder a name.")
         if out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= _OF_A_SAVED_MODEL):
             raise OutputError(f"{out} is there and is no SavedModel", hint="Give the folder another name.")
-        check_writable(out.with_name(f"{out.name}.parity.json"))
+        require_writable(out.with_name(f"{out.name}.parity.json"))
     else:
-        check_writable(out)
+        require_writable(out)
 
 
 def _in_precision(reference: nn.Module, form: str, precision: str, images: Array) -> nn.Module | None:

@@ -16,20 +16,23 @@ from porting.errors import FailedParityError, ParityError
 from porting.families.base import Family
 from porting.files import weights_file
 from porting.files.atomic import (
-    check_writable,
     move_into_place,
     output_errors,
     report_path_of,
+    require_writable,
     temporary_file,
     write_text,
 )
 from porting.kinds.transforms import Array
 from porting.mapping.convert import Conversion, convert
 from porting.models.frameworks import start_tensorflow
+from porting.models.traverse import named_variables
 from porting.parity.report import ParityReport, refusal
 from porting.progress import SILENT, Progress
 from porting.reports.document import to_json
-from porting.tasks.check import CheckOptions, Subject, check_models, open_checkpoint
+from porting.tasks.case import Case, open_case
+from porting.tasks.check import compare_models
+from porting.tasks.options import CheckOptions
 
 if TYPE_CHECKING:
     import keras
@@ -41,7 +44,7 @@ class PortResult:
 
     path: Path
     provenance: dict[str, Any]
-    subject: Subject
+    case: Case
     conversion: Conversion
     report: ParityReport | None = None
     report_path: Path | None = None
@@ -64,29 +67,29 @@ def port(
     """Ports one checkpoint to the file `out`, whose suffix names the format.
 
     `checkpoint` is a path or an address, by default the variant's official file, and has the hash `sha256` if that is
-    given; its layout is recognised by its names, or is the one called `layout`. With `check`, the file is written under
-    a temporary name, read back through Keras and compared with PyTorch as `options` say; it gets its name only at
-    parity, with the report beside it as `OUT.parity.json`.
+    given; its publisher is recognised by its names, or is the one called `layout`. With `check`, the file is written
+    under a temporary name, read back through Keras and compared with PyTorch as `options` say; it gets its name only
+    at parity, with the report beside it as `OUT.parity.json`.
 
     Raises SourceError, CheckpointError, KeyMapError, OutputError, or FailedParityError; then `out` is untouched,
     and the refused file is kept as `keep_failed` where that is given.
     """
     suffix = weights_file.suffix_of(out)
-    check_writable(out)
+    require_writable(out)
     if keep_failed is not None:
-        check_writable(keep_failed)
+        require_writable(keep_failed)
     options = options or CheckOptions()
-    subject = open_checkpoint(family, variant, checkpoint, layout=layout, ema=ema, sha256=sha256, progress=progress)
+    case = open_case(family, variant, checkpoint, layout=layout, ema=ema, sha256=sha256, progress=progress)
     progress("converting")
     conversion = convert(
-        subject.checkpoint.state_dict,
-        subject.key_map,
-        subject.shapes,
-        hint=lambda: _variant_hint(subject),
+        case.state_dict,
+        case.key_map,
+        case.shapes,
+        hint=case.variant_hint,
         allow_non_finite=options.allow_non_finite,
     )
     provenance: dict[str, Any] = {
-        **subject.describe(),
+        **case.describe(),
         "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "non_finite": list(conversion.non_finite),
         "parity": {"status": "not checked"},
@@ -94,14 +97,14 @@ def port(
     provenance["source"]["dropped"] = len(conversion.dropped)
     report = None
     with temporary_file(out, suffix) as temporary:
-        _write(temporary, out, subject, conversion, progress)
+        _write(temporary, out, case, conversion, progress)
         if check:
             progress("starting TensorFlow")
             start_tensorflow()
             progress("reading back")
-            candidate = weights_file.load_model(temporary, subject.build_candidate)
+            candidate = weights_file.load_model(temporary, case.build_candidate)
             _refuse_other_weights(candidate, conversion.weights)
-            report = check_models(subject, candidate, options, progress)
+            report = compare_models(case, candidate, options, progress)
             provenance["parity"] = _verdict(report)
             report = replace(report, context=provenance)
         with output_errors(out):
@@ -114,42 +117,31 @@ def port(
     if report is None:
         # A report of an earlier port must not vouch for this file.
         report_path_of(out).unlink(missing_ok=True)
-        return PortResult(out, provenance, subject, conversion)
+        return PortResult(out, provenance, case, conversion)
     write_text(report_path_of(out), to_json(report))
-    return PortResult(out, provenance, subject, conversion, report, report_path_of(out))
+    return PortResult(out, provenance, case, conversion, report, report_path_of(out))
 
 
-def _variant_hint(subject: Subject) -> str:
-    family, variant = subject.family, subject.variant
-    guess = family.guess_variant(subject.checkpoint.state_dict)
-    if guess is not None and guess != variant:
-        return f"These tensors are those of {family.name} {guess}: use --variant {guess}."
-    layouts = ", ".join(layout.name for layout in family.layouts)
-    return (
-        f"Expected the weights of {family.name} {variant}, taken to have {subject.layout.name} names; --layout takes "
-        f"others ({layouts}), and `van-port inspect` shows what the file holds."
-    )
-
-
-def _write(temporary: Path, out: Path, subject: Subject, conversion: Conversion, progress: Progress) -> None:
+def _write(temporary: Path, out: Path, case: Case, conversion: Conversion, progress: Progress) -> None:
     """Writes the weights; Keras is needed only for the formats that are its own affair."""
     if weights_file.suffix_of(out) == ".h5":
         progress("writing")
         with output_errors(out):
-            layers = subject.family.weight_shapes(subject.variant, subject.num_classes)
+            layers = case.layers
             weights_file.write_h5(temporary, layers, conversion.weights)
         return
     progress("starting TensorFlow")
     start_tensorflow()
     progress("writing")
     with output_errors(out):
-        weights_file.write_weights(temporary, subject.build_candidate(), conversion.weights)
+        weights_file.write_weights(temporary, case.build_candidate(), conversion.weights)
     gc.collect()  # a model's layers refer to each other in circles, and a large one counts
 
 
 def _refuse_other_weights(candidate: keras.Model, weights: Mapping[str, Array]) -> None:
     """What Keras read must be, bit for bit, what was meant to be written."""
-    differing = [v.path for v in candidate.weights if not _same(np.asarray(v), weights[v.path])]
+    found = named_variables(candidate)
+    differing = [name for name, variable in found.items() if not _same(np.asarray(variable), weights[name])]
     if differing:
         raise ParityError(
             f"{len(differing)} weights read back from the file differ from those written, first {differing[0]}",

@@ -12,7 +12,7 @@ from pathlib import Path
 from porting.errors import PortingError
 from porting.families.base import Family
 from porting.progress import SILENT, Progress
-from porting.tasks.check import CheckOptions
+from porting.tasks.options import CheckOptions
 from porting.tasks.port import PortResult, port
 
 

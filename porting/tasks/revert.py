@@ -15,10 +15,10 @@ from porting.errors import FailedParityError, OutputError, ParityError
 from porting.families.base import Family
 from porting.files import weights_file
 from porting.files.atomic import (
-    check_writable,
     move_into_place,
     output_errors,
     report_path_of,
+    require_writable,
     reserve,
     temporary_file,
     write_text,
@@ -26,12 +26,15 @@ from porting.files.atomic import (
 from porting.files.survey import survey_file
 from porting.kinds.transforms import Array
 from porting.mapping.convert import invert, refuse_non_finite
-from porting.mapping.naming import CheckpointLayout, layout_named
+from porting.mapping.naming import Naming
 from porting.models.frameworks import start_tensorflow
+from porting.models.traverse import named_variables
 from porting.parity.report import ParityReport, refusal
 from porting.progress import SILENT, Progress
 from porting.reports.document import to_json
-from porting.tasks.check import CheckOptions, Subject, check_models, load_candidate, model_of_file, open_checkpoint
+from porting.tasks.case import Case, case_of_file, open_case, without_head
+from porting.tasks.check import compare_models
+from porting.tasks.options import CheckOptions
 
 if TYPE_CHECKING:
     import keras
@@ -46,7 +49,7 @@ class RevertResult:
     """What a way back has made. `report` is None without a check; `report_path` is where its JSON lies."""
 
     path: Path
-    layout: CheckpointLayout
+    naming: Naming
     num_classes: int
     state_dict: dict[str, Array]
     report: ParityReport | None = None
@@ -77,41 +80,34 @@ def revert(
     layout, OutputError, or FailedParityError; then `out` is untouched.
     """
     suffix = _suffix_of(out)
-    check_writable(out)
+    require_writable(out)
     weights_file.require_file(weights)
-    ported_from, found = model_of_file(family, variant, survey_file(weights))
-    if num_classes is None:
-        num_classes = found
-    target = layout_named(family.layouts, layout) if layout is not None else ported_from
-    if not num_classes:
-        # The body saved alone, as its publisher would: no name has a prefix that stands before all of them.
-        target, ported_from = (each.without_head().without_prefix() for each in (target, ported_from))
+    survey = survey_file(weights)
+    ported_from = case_of_file(family, variant, survey, num_classes=num_classes)
+    target = case_of_file(family, variant, survey, layout=layout, num_classes=num_classes)
+    if not ported_from.num_classes:
+        target, ported_from = without_head(target), without_head(ported_from)
     progress("starting TensorFlow")
     start_tensorflow()
     progress("reading the weights")
-    candidate = load_candidate(
-        weights,
-        lambda: family.build_candidate(variant, num_classes, ported_from),
-        family.how_to_build(variant, num_classes, ported_from),
-    )
+    candidate = ported_from.load_candidate(weights)
     progress("converting")
-    key_map = family.key_map(variant, target)
-    state_dict = invert(_values(candidate), key_map)
+    state_dict = invert(_values(candidate), target.key_map)
     options = options or CheckOptions()
     non_finite = refuse_non_finite(state_dict, allowed=options.allow_non_finite)
     state_dict = {name: _cast(name, array, dtype) for name, array in state_dict.items()}
-    state_dict |= family.unused_tensors(variant, target)
+    state_dict |= target.unused_tensors()
     with temporary_file(out, suffix) as temporary:
         progress("writing")
         with output_errors(out):
             _save(temporary, state_dict)
         report = None
         progress("reading back")
-        subject = open_checkpoint(family, variant, temporary, layout=target.name, ema=False, progress=progress)
-        _refuse_other_tensors(subject, state_dict)
+        case = open_case(family, variant, temporary, layout=target.naming.name, progress=progress)
+        _refuse_other_tensors(case, state_dict)
         if check:
-            report = check_models(subject, candidate, options, progress)
-            context = {**subject.describe(), "weights": weights.name, "non_finite": list(non_finite)}
+            report = compare_models(case, candidate, options, progress)
+            context = {**case.describe(), "weights": weights.name, "non_finite": list(non_finite)}
             context["source"]["name"] = out.name
             report = replace(report, context=context)
             if not report.passed:
@@ -119,9 +115,9 @@ def revert(
         move_into_place(temporary, out)
     if report is None:
         report_path_of(out).unlink(missing_ok=True)
-        return RevertResult(out, target, num_classes, state_dict)
+        return RevertResult(out, target.naming, target.num_classes, state_dict)
     write_text(report_path_of(out), to_json(report))
-    return RevertResult(out, target, num_classes, state_dict, report, report_path_of(out))
+    return RevertResult(out, target.naming, target.num_classes, state_dict, report, report_path_of(out))
 
 
 def _suffix_of(path: Path) -> str:
@@ -135,7 +131,7 @@ def _suffix_of(path: Path) -> str:
 
 
 def _values(model: keras.Model) -> dict[str, Array]:
-    return {variable.path: np.asarray(variable) for variable in model.weights}
+    return {name: np.asarray(variable) for name, variable in named_variables(model).items()}
 
 
 def _cast(name: str, array: Array, dtype: str) -> Array:
@@ -170,9 +166,9 @@ def _tensor(array: Array) -> Any:
     return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
-def _refuse_other_tensors(subject: Subject, state_dict: Mapping[str, Array]) -> None:
+def _refuse_other_tensors(case: Case, state_dict: Mapping[str, Array]) -> None:
     """What is read back must be, bit for bit, what was meant to be written."""
-    found = subject.checkpoint.state_dict
+    found = case.state_dict
     differing = [name for name, array in state_dict.items() if not _same_bits(found.get(name), array)]
     if differing or found.keys() != state_dict.keys():
         raise ParityError(

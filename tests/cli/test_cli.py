@@ -17,7 +17,7 @@ from click.testing import Result
 import van_tf
 from porting.files import weights_file
 from porting.references.van import build_van
-from porting.tasks import check as check_module
+from porting.tasks import case as case_module
 
 RunCli = Callable[..., Result]
 
@@ -178,7 +178,7 @@ def test_interrupted(run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.Monkey
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(check_module, "read_checkpoint", interrupt)
+    monkeypatch.setattr(case_module, "read_checkpoint", interrupt)
     result = run_cli("--variant", "nano", "--out", tmp_path / "x.h5")
     assert result.exit_code == 130
     assert result.output.strip() == "Interrupted; nothing was written."

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from porting.errors import SourceError
-from porting.families import family_names, get_family
+from porting.errors import FamilyError
+from porting.families.registry import family_names, get_family
 from porting.families.van import RULES, VanFamily
 from porting.references.van import VARIANTS, build_van
 
@@ -13,7 +13,7 @@ from porting.references.van import VARIANTS, build_van
 def test_registered_families() -> None:
     assert family_names() == ("van",)
     assert isinstance(get_family("van"), VanFamily)
-    with pytest.raises(SourceError, match="no family 'resnet'"):
+    with pytest.raises(FamilyError, match="no family 'resnet'"):
         get_family("resnet")
 
 
@@ -25,7 +25,7 @@ def test_the_key_map_is_sixteen_rows() -> None:
 def test_the_key_map_covers_the_state_dict_exactly(family: VanFamily, variant: str) -> None:
     with torch.device("meta"):
         keys = set(build_van(variant).state_dict())
-    key_map = family.key_map(variant)
+    key_map = family.key_map(family.spec(variant))
     assert {entry.source for entry in key_map.entries} | key_map.drops == keys
     assert all(name.endswith(".num_batches_tracked") for name in key_map.drops)
 
@@ -46,5 +46,5 @@ def test_other_state_dicts_give_no_variant(family: VanFamily) -> None:
 
 
 def test_preprocessing_is_the_official_one(family: VanFamily) -> None:
-    b1 = family.preprocessing("b1")
+    b1 = family.preprocessing(family.spec("b1"))
     assert (b1.resize_size, b1.input_size, b1.mean, b1.std) == (248, 224, (0.5,) * 3, (0.5,) * 3)

@@ -1,11 +1,19 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from porting.errors import OutputError
-from porting.files.atomic import check_writable, move_into_place, output_errors, temporary_file, write_text
+from porting.files.atomic import (
+    move_into_place,
+    output_errors,
+    require_writable,
+    reserve,
+    temporary_file,
+    write_text,
+)
 
 
 def names_in(folder: Path) -> list[str]:
@@ -46,17 +54,17 @@ def test_moving_takes_the_temporary_name_away(tmp_path: Path) -> None:
 
 def test_a_folder_that_does_not_exist_is_found_before_the_work(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="the folder .*missing does not exist") as caught:
-        check_writable(tmp_path / "missing" / "x.h5")
+        require_writable(tmp_path / "missing" / "x.h5")
     assert caught.value.hint == f"mkdir -p {tmp_path / 'missing'}"
 
 
 def test_a_folder_as_the_file(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="is a folder"):
-        check_writable(tmp_path)
+        require_writable(tmp_path)
 
 
-def test_check_writable_leaves_nothing(tmp_path: Path) -> None:
-    check_writable(tmp_path / "x.h5")
+def test_require_writable_leaves_nothing(tmp_path: Path) -> None:
+    require_writable(tmp_path / "x.h5")
     assert names_in(tmp_path) == []
 
 
@@ -67,3 +75,12 @@ def test_what_the_system_says_becomes_the_message(tmp_path: Path) -> None:
 
     with pytest.raises(OutputError, match="x.h5: cannot be written: No space left on device"):
         fill_the_disk()
+
+
+def test_room_is_asked_for_where_it_cannot_be_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on macOS and Windows."""
+    monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    reserve(tmp_path / "x", 1000)
+    with pytest.raises(OSError, match="No space left"):
+        reserve(tmp_path / "x", 1 << 60)
+    assert list(tmp_path.iterdir()) == []

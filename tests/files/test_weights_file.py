@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -9,10 +10,11 @@ import numpy as np
 import pytest
 
 import van_tf
-from porting.errors import OutputError
+from porting.errors import OutputError, WeightsFileError
 from porting.files.survey import survey_file
 from porting.files.weights_file import (
     SUFFIXES,
+    assign_weights,
     is_weights_file,
     load_model,
     suffix_of,
@@ -20,6 +22,7 @@ from porting.files.weights_file import (
     write_provenance,
     write_weights,
 )
+from porting.models.traverse import named_variables
 
 NAMES = ["van_nano.h5", "van_nano.weights.h5", "van_nano.keras"]
 
@@ -111,3 +114,78 @@ def test_a_torch_archive_is_no_weights_file(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
         archive.writestr("x/data.pkl", b"")
     assert not is_weights_file(tmp_path / "x.pth")
+
+
+def freeze_all(model: keras.Model) -> None:
+    model.trainable = False
+
+
+def freeze_a_stage(model: keras.Model) -> None:
+    for layer in model.layers:
+        if "1" in layer.name.partition(".")[0]:
+            layer.trainable = False
+
+
+def freeze_norms(model: keras.Model) -> None:
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.trainable = False
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".weights.h5", ".keras"])
+@pytest.mark.parametrize("freeze", [freeze_all, freeze_a_stage, freeze_norms])
+@pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file")
+def test_what_keras_saves_of_a_frozen_model_loads_into_the_right_variables(
+    tmp_path: Path, weights: dict[str, np.ndarray], freeze: Callable[[keras.Model], None], suffix: str
+) -> None:
+    model = van_tf.van_nano()
+    assign_weights(model, weights)
+    freeze(model)
+    path = tmp_path / f"x{suffix}"
+    if suffix == ".weights.h5":
+        model.save_weights(path)
+    else:
+        model.save(path)
+    assert_same_weights(load_model(path, van_tf.van_nano), weights)
+    built = van_tf.van_nano(weights=path)
+    for variable in built.weights:
+        np.testing.assert_array_equal(variable.numpy(), weights[variable.path])
+
+
+def nested() -> keras.Model:
+    def encoder(name: str) -> keras.Model:
+        inputs = keras.Input((4,))
+        x = keras.layers.BatchNormalization(name="norm")(keras.layers.Dense(4, name="dense")(inputs))
+        return keras.Model(inputs, x, name=name)
+
+    inputs = keras.Input((4,))
+    return keras.Model(inputs, encoder("right")(encoder("left")(inputs)))
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".weights.h5", ".keras"])
+def test_nested_models_are_written_and_read(tmp_path: Path, suffix: str) -> None:
+    rng = np.random.default_rng(1)
+    values = {name: rng.normal(size=shape).astype(np.float32) for name, shape in variable_shapes(nested()).items()}
+    assert len(values) == 12
+    path = tmp_path / f"x{suffix}"
+    write_weights(path, nested(), values)
+    read = load_model(path, nested)
+    for name, variable in named_variables(read).items():
+        np.testing.assert_array_equal(variable.numpy(), values[name])
+
+
+def test_a_file_of_another_model_says_which_variables_differ(tmp_path: Path) -> None:
+    def build(width: int, name: str) -> keras.Model:
+        inputs = keras.Input((4,))
+        x = keras.layers.Dense(width, name="a")(inputs)
+        return keras.Model(inputs, keras.layers.Dense(2, use_bias=False, name=name)(x))
+
+    path = tmp_path / "x.h5"
+    model = build(3, "b")
+    write_weights(path, model, {name: variable.numpy() for name, variable in named_variables(model).items()})
+    with pytest.raises(WeightsFileError) as caught:
+        load_model(path, lambda: build(5, "c"))
+    assert caught.value.message == (
+        f"{path}: its variables are not those of the model: 1 missing: c/kernel; 1 not in the model: b/kernel; "
+        "2 of another shape: a/kernel: (4, 3) instead of (4, 5), a/bias: (3,) instead of (5,)"
+    )

@@ -8,11 +8,13 @@ import pytest
 
 from porting.errors import CheckpointError, KeyMapError
 from porting.mapping.convert import convert, diff_keys
-from porting.mapping.key_map import KeyMap, KeyRule, Kind
+from porting.mapping.key_map import KeyMap
+from porting.mapping.rules import KeyRule
 
-KEY_MAP = KeyMap.expand(
-    [KeyRule("conv", "conv", Kind.CONV), KeyRule("bn", "bn", Kind.BATCH_NORM), KeyRule("head", "head", Kind.DENSE)],
-    [{}],
+NAMES = ["conv.weight", "conv.bias", "head.weight", "head.bias"]
+NAMES += [f"bn.{leaf}" for leaf in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
+KEY_MAP = KeyMap.match(
+    [KeyRule("conv", "conv", "conv"), KeyRule("bn", "bn", "batch_norm"), KeyRule("head", "head", "dense")], NAMES
 )
 SHAPES = {
     "conv/kernel": (3, 3, 2, 4),
@@ -28,7 +30,7 @@ SHAPES = {
 
 def make_state_dict(dtype: Any = np.float32) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    shapes = {entry.source: entry.layout.source_shape(SHAPES[entry.target]) for entry in KEY_MAP.entries}
+    shapes = {entry.source: entry.transform.source_shape(SHAPES[entry.target]) for entry in KEY_MAP.entries}
     tensors = {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
     return {**tensors, "bn.num_batches_tracked": np.array(7)}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,13 @@ from torch import Tensor
 import van_tf
 from porting.errors import KeyMapError
 from porting.families.base import by_path
-from porting.families.van import LAYOUTS, VanFamily
+from porting.families.van import NAMINGS, VanFamily
 from porting.files.weights_file import variable_shapes, weight_shapes
-from porting.mapping.naming import recognise_layout
 from porting.models.synthetic import fill_with_synthetic_weights
-from porting.progress import SILENT
 from porting.references.van import VARIANTS, build_van
-from porting.tasks.check import CheckOptions, check_file, open_checkpoint
+from porting.tasks.case import open_case
+from porting.tasks.check import check
+from porting.tasks.options import CheckOptions
 from porting.tasks.port import port
 
 Tensors = dict[str, Tensor]
@@ -98,7 +97,7 @@ def test_a_layout_is_recognised_and_ported(family: VanFamily, tmp_path: Path, ca
     checkpoint, out = tmp_path / "x.pth", tmp_path / "x.h5"
     torch.save({"state_dict": renamed(tensors)}, checkpoint)
     result = port(family, "nano", out, checkpoint=checkpoint, options=CheckOptions(samples=1))
-    assert (result.subject.layout.name, result.subject.num_classes) == (layout, classes)
+    assert (result.case.naming.name, result.case.num_classes) == (layout, classes)
     assert result.provenance["layout"] == layout
     assert result.provenance["settings"] == {"layer_norm_eps": epsilon}
     built = eval(result.provenance["build"], {"van_tf": van_tf})
@@ -109,7 +108,7 @@ def test_a_layout_is_recognised_and_ported(family: VanFamily, tmp_path: Path, ca
         expected = model(batch) if classes else model.forward_features(batch).permute(0, 2, 3, 1)
     np.testing.assert_allclose(built(images), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
     # The file is checked against the same checkpoint with the same settings.
-    assert check_file(family, "nano", out, checkpoint=checkpoint, options=CheckOptions(samples=1)).passed
+    assert check(family, "nano", out, checkpoint=checkpoint, options=CheckOptions(samples=1)).passed
 
 
 @pytest.mark.parametrize("with_head", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["classifier", "body"])
@@ -118,7 +117,7 @@ def test_the_class_of_transformers_is_ported_and_agrees(family: VanFamily, tmp_p
     path, out = tmp_path / "pytorch_model.bin", tmp_path / "x.h5"
     torch.save((model if with_head else model.van).state_dict(), path)
     result = port(family, "nano", out, checkpoint=path, options=CheckOptions(samples=1))
-    assert (result.subject.layout.name, result.subject.num_classes) == ("transformers", 7 if with_head else 0)
+    assert (result.case.naming.name, result.case.num_classes) == ("transformers", 7 if with_head else 0)
     assert [name for name in result.conversion.dropped if "num_batches" not in name] == [
         f"{'van.' if with_head else ''}layernorm.{leaf}" for leaf in ("bias", "weight")
     ]
@@ -138,12 +137,12 @@ def test_the_class_of_transformers_is_ported_and_agrees(family: VanFamily, tmp_p
 def test_a_forced_layout_settles_what_names_cannot(family: VanFamily, tmp_path: Path) -> None:
     tensors = body(build_van("nano", 10).state_dict())
     torch.save(tensors, tmp_path / "x.pth")
-    subject = open_checkpoint(family, "nano", tmp_path / "x.pth", layout="official", ema=False, progress=SILENT)
-    assert subject.layout.settings == {"layer_norm_eps": 1e-6}
-    assert subject.num_classes == 0
-    assert subject.layout.described() == "official names, layer_norm_eps 1e-06, without a head"
+    case = open_case(family, "nano", tmp_path / "x.pth", layout="official")
+    assert case.naming.settings == {"layer_norm_eps": 1e-6}
+    assert case.num_classes == 0
+    assert case.naming.described() == "official names, layer_norm_eps 1e-06, without a head"
     with pytest.raises(KeyMapError, match="there is no layout 'caffe'"):
-        open_checkpoint(family, "nano", tmp_path / "x.pth", layout="caffe", ema=False, progress=SILENT)
+        open_case(family, "nano", tmp_path / "x.pth", layout="caffe")
 
 
 def test_differences_are_told_in_the_names_of_the_file(family: VanFamily, tmp_path: Path) -> None:
@@ -159,24 +158,25 @@ def test_differences_are_told_in_the_names_of_the_file(family: VanFamily, tmp_pa
 
 def test_names_of_nobody_are_compared_with_the_official_ones(family: VanFamily) -> None:
     names = {f"features.{index}.weight" for index in range(50)}
-    assert recognise_layout(LAYOUTS, partial(family.key_map, "nano"), names) is LAYOUTS[0]
+    found = family.recognise("nano", dict.fromkeys(names, np.zeros(1)))
+    assert found.naming is NAMINGS[0]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_all_layouts_write_the_same_variables_in_the_same_order(family: VanFamily, variant: str) -> None:
-    targets = [entry.target for entry in family.key_map(variant).entries]
-    assert set(targets) == by_path(family.weight_shapes(variant, 1000)).keys()
-    for layout in LAYOUTS:
-        table = family.key_map(variant, layout)
-        assert [entry.target for entry in table.entries] == (targets if layout.head else targets[:-2])
+    targets = [entry.target for entry in family.key_map(family.spec(variant)).entries]
+    assert set(targets) == by_path(family.weight_shapes(family.spec(variant))).keys()
+    for naming in NAMINGS:
+        table = family.key_map(family.spec(variant, naming=naming) if naming.head else family.spec(variant, 0, naming))
+        assert [entry.target for entry in table.entries] == (targets if naming.head else targets[:-2])
 
 
 @pytest.mark.parametrize("classes", [10, 0], ids=["classifier", "body"])
 @pytest.mark.parametrize("variant", ["nano", "b0"])
 def test_the_family_knows_what_keras_builds(family: VanFamily, variant: str, classes: int) -> None:
-    model = family.build_candidate(variant, classes)
+    model = family.build(variant, classes)
     expected = weight_shapes(model)
-    shapes = family.weight_shapes(variant, classes)
+    shapes = family.weight_shapes(family.spec(variant, classes))
     assert shapes == expected
     assert [list(layer) for layer in shapes.values()] == [list(layer) for layer in expected.values()]
     assert list(shapes) == list(expected)
@@ -186,8 +186,8 @@ def test_the_family_knows_what_keras_builds(family: VanFamily, variant: str, cla
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["b1", "b2", "b3", "b4", "b5", "b6"])
 def test_the_family_knows_what_keras_builds_when_it_is_large(family: VanFamily, variant: str) -> None:
-    expected = weight_shapes(family.build_candidate(variant, 1000))
-    shapes = family.weight_shapes(variant, 1000)
+    expected = weight_shapes(family.build(variant, 1000))
+    shapes = family.weight_shapes(family.spec(variant, 1000))
     assert {layer: list(names.items()) for layer, names in shapes.items()} == {
         layer: list(names.items()) for layer, names in expected.items()
     }

@@ -3,8 +3,7 @@ from __future__ import annotations
 import math
 
 from porting.parity.baseline import regressions
-from porting.parity.measure import Difference, Distance
-from porting.parity.report import ACCUMULATED, LayerComparison, ParityReport, View
+from porting.parity.report import ACCUMULATED, Difference, Distance, LayerComparison, ParityReport, View
 
 
 def report(**errors: float) -> ParityReport:

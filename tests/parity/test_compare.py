@@ -28,7 +28,7 @@ check_parity = porting.check_parity
 @pytest.fixture
 def candidate(family: VanFamily, state_dict: dict[str, np.ndarray]) -> keras.Model:
     model = van_tf.van_nano()
-    weights = convert(state_dict, family.key_map("nano"), variable_shapes(model)).weights
+    weights = convert(state_dict, family.key_map(family.spec("nano")), variable_shapes(model)).weights
     for variable in model.weights:
         variable.assign(weights[variable.path])
     return model

@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 import torch
 
+from porting.families.base import Spec
 from porting.families.van import VanFamily
 from porting.files.weights_file import assign_weights
 from porting.mapping.convert import convert
-from porting.mapping.naming import CheckpointLayout
 from porting.parity.report import ParityReport
 from porting.parity.stress import stress_cases, with_small_variances
-from porting.progress import SILENT
 from porting.references.van import VAN
-from porting.tasks.check import CheckOptions, check_models, open_checkpoint
+from porting.tasks.case import open_case
+from porting.tasks.check import compare_models
+from porting.tasks.options import CheckOptions
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +48,8 @@ def test_cases_cover_weights_and_shapes(family: VanFamily, reference: VAN, image
 class WrongEpsilons(VanFamily):
     """A LayerNorm epsilon from other published code, which ordinary weights hide."""
 
-    def build_candidate(self, variant: str, num_classes: int, layout: CheckpointLayout | None = None) -> keras.Model:
-        model = super().build_candidate(variant, num_classes, layout)
+    def build_candidate(self, spec: Spec) -> keras.Model:
+        model = super().build_candidate(spec)
         for layer in model.layers:
             if isinstance(layer, keras.layers.LayerNormalization):
                 layer.epsilon = 1e-5
@@ -56,10 +57,10 @@ class WrongEpsilons(VanFamily):
 
 
 def run(family: VanFamily, checkpoint: Path) -> ParityReport:
-    subject = open_checkpoint(family, "nano", checkpoint, layout=None, ema=False, progress=SILENT)
-    candidate = subject.build_candidate()
-    assign_weights(candidate, convert(subject.checkpoint.state_dict, subject.key_map, subject.shapes).weights)
-    return check_models(subject, candidate, CheckOptions(samples=2, stress=True))
+    case = open_case(family, "nano", checkpoint)
+    candidate = case.build_candidate()
+    assign_weights(candidate, convert(case.state_dict, case.key_map, case.shapes).weights)
+    return compare_models(case, candidate, CheckOptions(samples=2, stress=True))
 
 
 def test_a_faithful_port_stands_the_stress(family: VanFamily, checkpoint: Path) -> None:

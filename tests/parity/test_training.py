@@ -16,7 +16,7 @@ from torch import nn
 import van_tf
 from porting.families.van import VanFamily
 from porting.parity.report import ParityReport
-from porting.parity.training import OptimizerPair, audit_masks, check_training, training_batch, usual_optimizers
+from porting.parity.training import OptimizerPair, compare_masks, compare_training, training_batch, usual_optimizers
 from porting.references.van import VAN
 from van_tf.layers import BatchNorm
 
@@ -33,8 +33,8 @@ def train(family: VanFamily, reference: VAN, ported: Path) -> Callable[..., dict
         for weight in candidate.trainable_weights:
             weight.trainable = weight.path != freeze
         before = [np.array(weight) for weight in candidate.weights]
-        key_map = family.key_map("nano")
-        reports = check_training(reference, candidate, key_map, IMAGES, LABELS, optimizers, steps=steps)
+        key_map = family.key_map(family.spec("nano"))
+        reports = compare_training(reference, candidate, key_map, IMAGES, LABELS, optimizers, steps=steps)
         for weight, value in zip(candidate.weights, before, strict=True):
             np.testing.assert_array_equal(weight, value)
         return {report.name: report for report in reports}
@@ -132,9 +132,9 @@ def keras_both(rate: float, path_rate: float | None = None, noise_shape: Any = (
 
 
 def test_masks_of_the_same_kind_agree() -> None:
-    audit = audit_masks(Both(0.2), keras_both(0.2))
+    audit = compare_masks(Both(0.2), keras_both(0.2))
     assert (audit.layers, audit.differences) == (2, ())
-    assert audit_masks(Both(0.0), keras_both(0.0)).layers == 0
+    assert compare_masks(Both(0.0), keras_both(0.0)).layers == 0
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_masks_of_the_same_kind_agree() -> None:
     ],
 )
 def test_other_masks_are_found(candidate: Callable[[], keras.Model], layer: str, actual: str) -> None:
-    (difference,) = audit_masks(Both(0.2), candidate()).differences
+    (difference,) = compare_masks(Both(0.2), candidate()).differences
     assert difference.layer == layer
     assert actual in difference.actual
     assert difference.expected == "0.2 dropped, a whole sample at once, the rest scaled up"

@@ -11,10 +11,20 @@ import pytest
 from rich.console import Console
 
 from porting.errors import OutputError, ReportError
-from porting.parity.locate import Diagnosis
-from porting.parity.measure import Difference, Distance
-from porting.parity.report import INPUT, ISOLATED, LayerComparison, Limits, LogitsComparison, ParityReport, View
-from porting.parity.settings import Audit, SettingDifference
+from porting.parity.report import (
+    INPUT,
+    ISOLATED,
+    Audit,
+    Diagnosis,
+    Difference,
+    Distance,
+    LayerComparison,
+    Limits,
+    LogitsComparison,
+    ParityReport,
+    SettingDifference,
+    View,
+)
 from porting.reports import format_of, render
 from porting.reports.document import from_json, read_report
 from porting.reports.terminal import print_report

@@ -14,15 +14,22 @@ from pathlib import Path
 import pytest
 
 from porting.errors import SourceError
-from porting.sources.table import fetch, find_source, load_sources, variants_of
+from porting.families.van import VanFamily
+from porting.files.checkpoint import verify_container
+from porting.sources.fetch import fetch
+from porting.sources.table import embedded_table, read_table
 from tests.hub import Hub, serve_hub
+
+family = VanFamily()
 
 B0 = "/Visual-Attention-Network/VAN-Tiny-original/resolve/main/van_tiny_754.pth.tar"
 FETCH = """
 from porting.errors import SourceError
-from porting.sources.table import fetch, find_source
+from porting.families.van import VanFamily
+from porting.files.checkpoint import verify_container
+from porting.sources.fetch import fetch
 try:
-    print(fetch(find_source("van", "b0")))
+    print(fetch(VanFamily().source_of("b0"), verify=verify_container))
 except SourceError as error:
     print("SourceError:", error.message)
     print("hint:", error.hint)
@@ -45,8 +52,8 @@ def run_fetch(endpoint: str, cache: Path, **environment: str) -> str:
 
 
 def test_the_table_is_complete() -> None:
-    assert variants_of("van") == ("nano", "b0", "b1", "b2", "b3", "b4", "b5", "b6")
-    for source in load_sources():
+    assert family.variants == ("nano", "b0", "b1", "b2", "b3", "b4", "b5", "b6")
+    for source in family.table:
         assert source.kind in {"embedded", "huggingface", "url", "none"}
         assert bool(source.file) == (source.kind != "none")
         assert bool(source.repo) == (source.kind == "huggingface")
@@ -54,30 +61,52 @@ def test_the_table_is_complete() -> None:
         assert source.kind == "none" or source.license == "Apache-2.0"
 
 
+def test_a_family_brings_a_table_and_files_of_its_own(tmp_path: Path) -> None:
+    table = tmp_path / "sources.toml"
+    table.write_text('[[source]]\nfamily = "toy"\nvariant = "s"\nkind = "embedded"\nfile = "s.pth"\nclasses = 3\n')
+    (tmp_path / "s.pth").write_bytes(b"weights")
+    (source,) = read_table(table, "toy")
+    assert source.classes == 3
+    assert fetch(source, verify=verify_container) == tmp_path / "s.pth"
+    assert read_table(embedded_table(), "toy") == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("[[source", ""), ("x = 1", "source"), ('[[source]]\nfamily = "toy"\nsize = 3', "unknown keys: size")],
+    ids=["no TOML", "no rows", "an unknown key"],
+)
+def test_a_table_that_is_none_is_refused_by_name(tmp_path: Path, text: str, reason: str) -> None:
+    table = tmp_path / "sources.toml"
+    table.write_text(text)
+    with pytest.raises(SourceError, match=rf"sources.toml: not a table of sources: .*{reason}"):
+        read_table(table, "toy")
+
+
 def test_embedded_weights_are_a_file() -> None:
-    source = find_source("van", "nano")
-    assert fetch(source).is_file()
+    source = family.source_of("nano")
+    assert fetch(source, verify=verify_container).is_file()
     assert source.label == "van_nano.pth.tar"
 
 
 @pytest.mark.parametrize("variant", ["b5", "b6"])
 def test_variants_without_an_official_file_say_what_is_known(variant: str) -> None:
     with pytest.raises(SourceError) as caught:
-        fetch(find_source("van", variant))
+        fetch(family.source_of(variant), verify=verify_container)
     assert f"no official checkpoint of van {variant} is known" in caught.value.message
     assert "VAN-Segmentation publishes" in caught.value.message
     assert "--checkpoint FILE" in caught.value.hint
 
 
 def test_openmmlab_names_the_beginning_of_the_hash() -> None:
-    source = find_source("van", "b4")
+    source = family.source_of("b4")
     assert source.kind == "url"
     assert source.file.endswith(f"-{source.sha256}.pth")
 
 
 def test_a_variant_that_does_not_exist() -> None:
     with pytest.raises(SourceError, match="van has no variant 'b9'") as caught:
-        find_source("van", "b9")
+        family.source_of("b9")
     assert caught.value.hint == "Its variants are nano, b0, b1, b2, b3, b4, b5, b6."
 
 

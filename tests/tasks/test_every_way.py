@@ -13,7 +13,7 @@ from porting.families.van import VanFamily
 from porting.files.checkpoint import read_checkpoint
 from porting.models.synthetic import fill_with_synthetic_weights
 from porting.references.van import build_van
-from porting.tasks.check import CheckOptions
+from porting.tasks.options import CheckOptions
 from porting.tasks.port import port
 from porting.tasks.revert import revert
 from tests.mapping.test_naming import Tensors, body, mmpretrain, transformers_model

@@ -17,15 +17,16 @@ from click.testing import Result
 
 import van_tf
 from porting.errors import ExportError, FailedParityError, OutputError
+from porting.exporting import open_runtime, write
+from porting.exporting.litert import kernels_in_parts
 from porting.exporting.precision import in_precision
-from porting.exporting.run import open_runtime
-from porting.exporting.write import kernels_in_parts, stored, write
+from porting.exporting.saved_model import stored
 from porting.families.van import VanFamily
-from porting.parity.compare import check_outputs
+from porting.parity.compare import compare_outputs
 from porting.parity.report import OUTPUT
 from porting.references.van import VAN
-from porting.tasks.check import CheckOptions
 from porting.tasks.export import export
+from porting.tasks.options import CheckOptions
 from porting.tasks.port import port
 
 TWO = CheckOptions(samples=2)
@@ -233,9 +234,9 @@ def test_eight_bits_are_not_a_licence(reference: VAN) -> None:
             output = rounded(torch.from_numpy(image.transpose(0, 3, 1, 2).copy())).numpy()
         return {OUTPUT: output + scale * np.abs(output).max() * np.array([1, -1] * 5, np.float32)}
 
-    assert check_outputs(reference, run, images, rounded=rounded).passed
+    assert compare_outputs(reference, run, images, rounded=rounded).passed
     scale = 3.0
-    assert not check_outputs(reference, run, images, rounded=rounded).passed
+    assert not compare_outputs(reference, run, images, rounded=rounded).passed
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from porting.errors import CheckpointError
 from porting.families.van import VanFamily
 from porting.files.survey import survey_file
 from porting.references.van import VAN
-from porting.tasks.check import CheckOptions, check_file
+from porting.tasks.check import check
+from porting.tasks.options import CheckOptions
 from porting.tasks.port import port
 from porting.tasks.revert import revert
 
@@ -59,12 +60,12 @@ def test_they_are_carried_over(ported: Path, diverged: Path, family: VanFamily, 
 
 
 def test_the_rest_is_still_checked(ported: Path, diverged: Path, family: VanFamily, tmp_path: Path) -> None:
-    model = family.build_candidate("nano", 10)
+    model = family.build("nano", 10)
     model.load_weights(ported)
     weight = next(variable for variable in model.weights if variable.path == "block2.1/mlp/fc2/kernel")
     weight.assign(weight * 1.01)
     model.save_weights(tmp_path / "x.weights.h5")
-    report = check_file(family, "nano", tmp_path / "x.weights.h5", checkpoint=diverged, options=ALLOWED)
+    report = check(family, "nano", tmp_path / "x.weights.h5", checkpoint=diverged, options=ALLOWED)
     assert report.first_divergence is not None
     assert report.first_divergence.layer == "block2.1.mlp.fc2"
 
@@ -73,12 +74,12 @@ def test_the_rest_is_still_checked(ported: Path, diverged: Path, family: VanFami
 def test_another_value_in_the_place_of_a_nan_fails(
     ported: Path, diverged: Path, family: VanFamily, tmp_path: Path, value: float
 ) -> None:
-    model: keras.Model = family.build_candidate("nano", 10)
+    model: keras.Model = family.build("nano", 10)
     model.load_weights(ported)
     bias = model.get_layer("head").bias
     bias.assign(np.nan_to_num(np.asarray(bias), nan=1.0 if value == 0.0 else value, posinf=np.inf))
     model.save_weights(tmp_path / "x.weights.h5")
-    report = check_file(family, "nano", tmp_path / "x.weights.h5", checkpoint=diverged, options=ALLOWED)
+    report = check(family, "nano", tmp_path / "x.weights.h5", checkpoint=diverged, options=ALLOWED)
     assert report.first_divergence is not None
     assert report.first_divergence.layer == "head"
 
@@ -88,7 +89,7 @@ def test_without_the_option_all_commands_refuse(
 ) -> None:
     for run in (
         lambda: port(family, "nano", tmp_path / "x.h5", checkpoint=diverged, check=False),
-        lambda: check_file(family, "nano", ported, checkpoint=diverged),
+        lambda: check(family, "nano", ported, checkpoint=diverged),
         lambda: revert(family, "nano", ported, tmp_path / "x.pth", check=False),
     ):
         with pytest.raises(CheckpointError, match="head.bias: 1 NaN, 0 infinite of 10") as caught:

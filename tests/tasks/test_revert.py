@@ -16,14 +16,15 @@ from safetensors.torch import load_file
 import van_tf
 from porting.errors import FailedParityError, KeyMapError, OutputError, ParityError, SourceError
 from porting.families.base import by_path
-from porting.families.van import LAYOUTS, VanFamily
+from porting.families.van import NAMINGS, VanFamily
 from porting.files.checkpoint import read_checkpoint
 from porting.files.weights_file import write_h5
 from porting.mapping.convert import convert, invert
-from porting.mapping.naming import layout_named
+from porting.mapping.naming import naming_called
 from porting.references.van import VAN, VARIANTS, VanShape
+from porting.sources.table import Source
 from porting.tasks import revert as module
-from porting.tasks.check import CheckOptions
+from porting.tasks.options import CheckOptions
 from porting.tasks.port import port
 from porting.tasks.revert import DTYPES, revert
 from tests.mapping.test_naming import transformers_model
@@ -67,7 +68,7 @@ def test_a_fine_tuned_model_goes_to_the_class_of_transformers(family: VanFamily,
     weights, out = tmp_path / "tuned.weights.h5", tmp_path / "model.safetensors"
     model.save_weights(weights)
     result = revert(family, "nano", weights, out, layout="transformers", options=ONE)
-    assert (result.layout.name, result.num_classes) == ("transformers", 7)
+    assert (result.naming.name, result.num_classes) == ("transformers", 7)
     theirs = transformers_model("nano", 7)
     theirs.load_state_dict(load_file(out), strict=True)
     images = rng.normal(size=(2, 64, 64, 3)).astype(np.float32)
@@ -86,7 +87,7 @@ def shapes(draw: st.DrawFn) -> VanShape:
     shape=shapes(),
     classes=st.integers(0, 3),
     dtype=st.sampled_from(sorted(DTYPES)),
-    layout=st.sampled_from([layout.name for layout in LAYOUTS]),
+    layout=st.sampled_from([naming.name for naming in NAMINGS]),
     seed=st.integers(0, 2**32 - 1),
 )
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -101,17 +102,17 @@ def test_every_tensor_survives_the_round_trip(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(VARIANTS, "drawn", shape)
-        chosen = layout_named(LAYOUTS, layout)
-        if not chosen.head:
-            classes = 0
-        chosen = chosen if classes else chosen.without_head()
-        key_map, layers = family.key_map("drawn", chosen), family.weight_shapes("drawn", classes)
+        chosen = naming_called(NAMINGS, layout)
+        family = VanFamily()  # a family remembers the names that a variant has
+        patch.setattr(family, "table", (Source("van", "drawn", "none"),), raising=False)
+        spec = family.spec("drawn", classes if chosen.head else 0, chosen)
+        key_map, layers = family.key_map(spec), family.weight_shapes(spec)
         targets = by_path(layers)
         rng = np.random.default_rng(seed)
         # Any bits at all that are a finite number of the type.
         state_dict = {}
         for entry in key_map.entries:
-            drawn = rng.integers(0, 2**16, entry.layout.source_shape(targets[entry.target]), dtype=np.uint16)
+            drawn = rng.integers(0, 2**16, entry.transform.source_shape(targets[entry.target]), dtype=np.uint16)
             array = drawn.view(DTYPES[dtype]) if dtype != "float32" else rng.normal(size=drawn.shape).astype(np.float32)
             state_dict[entry.source] = np.where(np.isfinite(array.astype(np.float32)), array, array.dtype.type(0))
         weights = convert(state_dict, key_map, targets).weights

@@ -24,9 +24,8 @@ IMAGES = np.random.default_rng(0).normal(size=(2, 65, 80, 3)).astype(np.float32)
 def keras_model(family: VanFamily, reference: VAN, variant: str = "nano", **arguments: Any) -> keras.Model:
     model = van_tf.van(van_tf.VARIANTS[variant], **arguments)
     tensors = {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
-    assign_weights(
-        model, convert(tensors, family.key_map(variant), variable_shapes(family.build_candidate(variant, 10))).weights
-    )
+    key_map = family.key_map(family.spec(variant))
+    assign_weights(model, convert(tensors, key_map, variable_shapes(family.build(variant, 10))).weights)
     return model
 
 

@@ -32,7 +32,7 @@ SIZES = {
 def model(family: VanFamily, state_dict: dict[str, np.ndarray]) -> keras.Model:
     """A Keras nano with the synthetic reference's weights; tests must not change them."""
     model = van_tf.van_nano()
-    weights = convert(state_dict, family.key_map("nano"), variable_shapes(model)).weights
+    weights = convert(state_dict, family.key_map(family.spec("nano")), variable_shapes(model)).weights
     for variable in model.weights:
         variable.assign(weights[variable.path])
     return model

@@ -1,0 +1,85 @@
+"""`van-port check`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from porting.cli.groups import (
+    FILE,
+    WEIGHTS_HELP,
+    CheckpointChoice,
+    Model,
+    ReportChoice,
+    checkpoint_options,
+    model_options,
+    report_options,
+    thoroughness_options,
+)
+
+if TYPE_CHECKING:
+    from porting.tasks.options import CheckOptions
+
+
+@click.command()
+@model_options(required=False)
+@click.option("--weights", type=FILE, help=WEIGHTS_HELP)
+@checkpoint_options
+@click.option("--from", "from_report", type=FILE, help="Judge this JSON report again; no model is run.")
+@click.option("--baseline", type=FILE, help="Earlier JSON report: fail where a layer has got worse.")
+@click.option("--factor", default=2.0, show_default=True, help="By how much an error may grow over the baseline's.")
+@thoroughness_options
+@report_options
+def check(
+    model: Model,
+    weights: Path | None,
+    checkpoint: CheckpointChoice,
+    from_report: Path | None,
+    baseline: Path | None,
+    factor: float,
+    make_options: Callable[[], CheckOptions],
+    reporting: ReportChoice,
+) -> None:
+    """Compare a file of Keras weights with the checkpoint it should hold: exit code 0 at parity, 1 if not.
+
+    \b
+      van-port check --variant b1 --weights van_b1.h5 --checkpoint van_small_811.pth.tar --report parity.html
+      van-port check --from van_b1.h5.parity.json --max-ratio 4
+    """
+    from porting.cli.terminal import ProgressBar
+    from porting.errors import ParityError
+    from porting.parity.baseline import regressions
+    from porting.reports.document import read_report
+    from porting.reports.terminal import verdict
+
+    reporting.require_writable()
+    options = make_options()
+    earlier = None if baseline is None else read_report(baseline)
+    if from_report is not None:
+        if weights is not None or model.variant is not None:
+            raise click.UsageError("--from judges a report that there is; it goes with no --variant and no --weights")
+        report = read_report(from_report)
+        stress = tuple(replace(run, limits=options.limits) for run in report.stress)
+        report = replace(report, limits=options.limits, stress=stress)
+    else:
+        if weights is None or model.variant is None:
+            raise click.UsageError("--variant and --weights are needed, or --from with a JSON report")
+        from porting.tasks.check import check as check_file
+
+        with ProgressBar() as progress:
+            report = check_file(
+                model.family, model.variant, weights, **checkpoint.arguments, options=options, progress=progress
+            )
+    reporting.show(report)
+    worse = [] if earlier is None else regressions(report, earlier, factor)
+    for line in worse:
+        click.echo(f"Worse than the baseline: {line}")
+    if not report.passed:
+        first = report.first_divergence
+        raise ParityError(str(first) if first else verdict(report), hint="--report parity.html shows every layer.")
+    if worse:
+        raise ParityError(f"{len(worse)} comparisons are worse than {baseline} by more than {factor:g} times")

@@ -1,0 +1,112 @@
+"""`van-port export`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from porting.cli.groups import (
+    CHECK,
+    FILE,
+    WEIGHTS_HELP,
+    CheckpointChoice,
+    Model,
+    ReportChoice,
+    model_options,
+    plain_checkpoint_options,
+    report_options,
+    show_written,
+    thoroughness_options,
+)
+
+if TYPE_CHECKING:
+    from porting.tasks.options import CheckOptions
+
+
+@click.command()
+@model_options()
+@click.option("--weights", type=FILE, required=True, help=WEIGHTS_HELP)
+@click.option("--out", type=FILE, required=True, help="File to write, .tflite or .onnx; for a SavedModel a folder.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["saved_model", "litert", "onnx"]),
+    help="What to write.  [default: as --out ends]",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "float16", "int8"]),
+    default="float32",
+    show_default=True,
+    help="int8 takes its ranges from the images of the check.",
+)
+@click.option("--input-size", type=click.IntRange(min=32), help="Side of the images.  [default: the variant's]")
+@click.option("--fused/--no-fused", default=True, show_default=True, help="Fold normalisations into convolutions.")
+@click.option(
+    "--split-kernels/--no-split-kernels",
+    default=None,
+    help="LiteRT: depthwise kernels of more than 25 taps as sums of smaller ones, quicker on a CPU.  "
+    "[default: unless in int8]",
+)
+@plain_checkpoint_options
+@CHECK
+@thoroughness_options
+@report_options
+def export(
+    model: Model,
+    weights: Path,
+    out: Path,
+    form: str | None,
+    precision: str,
+    input_size: int | None,
+    fused: bool,
+    split_kernels: bool | None,
+    checkpoint: CheckpointChoice,
+    check: bool,
+    make_options: Callable[[], CheckOptions],
+    reporting: ReportChoice,
+) -> None:
+    """Export a ported file to a SavedModel, LiteRT or ONNX, and compare it with PyTorch in its own runtime.
+
+    \b
+      van-port export --variant b1 --weights van_b1.h5 --out van_b1.tflite
+      van-port export --variant b1 --weights van_b1.h5 --out van_b1.onnx --precision int8 --images photos
+      van-port export --variant b1 --weights van_b1.h5 --out van_b1 --format saved_model
+
+    With --no-check no checkpoint is read.
+    """
+    from porting.exporting import FORMATS
+    from porting.tasks.export import export as write_export
+
+    by_suffix = {suffix: name for name, suffix in FORMATS.items()}
+    form = form or by_suffix.get(out.suffix)
+    if form is None:
+        raise click.UsageError("--format is needed, or an --out that ends in .tflite or .onnx")
+    assert model.variant is not None  # a required option
+    reporting.require_writable()
+    options = make_options()
+    if options.stress or options.train or options.allow_non_finite:
+        raise click.UsageError("export has no --stress, --train and --allow-non-finite: use `van-port check`")
+    with reporting.showing_refusal() as progress:
+        result = write_export(
+            model.family,
+            model.variant,
+            weights,
+            out,
+            form=form,
+            precision=precision,
+            input_size=input_size,
+            fused=fused,
+            split_kernels=split_kernels,
+            **checkpoint.arguments,
+            check=check,
+            options=options,
+            progress=progress,
+        )
+    reporting.show(result.report)
+    operators = ", ".join(f"{count} {name}" for name, count in result.operators.most_common())
+    click.echo(f"{form} in {precision}, {result.size / 2**20:.1f} MiB: {operators}")
+    show_written(result.path, result.report_path)

@@ -1,0 +1,32 @@
+"""`van-port families`."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from porting.errors import PortingError
+from porting.families.registry import family_names, get_family
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def families(as_json: bool) -> None:
+    """List the model families and their variants, those of other installed packages too."""
+    found: list[dict[str, object]] = []
+    for name in family_names():
+        try:
+            family = get_family(name)
+        except PortingError as error:
+            found.append({"family": name, "error": error.message})
+        else:
+            layouts = [naming.name for naming in family.namings]
+            found.append({"family": name, "variants": list(family.variants), "layouts": layouts})
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+        return
+    for each in found:
+        variants = each.get("variants")
+        shown = " ".join(variants) if isinstance(variants, list) else f"cannot be used: {each['error']}"
+        click.echo(f"{each['family']}: {shown}")

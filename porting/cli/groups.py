@@ -1,0 +1,317 @@
+"""Groups of options that commands share; each hands a command one object instead of many parameters."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from porting.errors import PortingError
+from porting.families.registry import get_family
+
+if TYPE_CHECKING:
+    from porting.families.base import Family
+    from porting.parity.report import ParityReport
+    from porting.progress import Progress
+    from porting.tasks.options import CheckOptions
+
+DEFAULT_FAMILY = "van"
+FILE = click.Path(path_type=Path)
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def option_group(
+    argument: str, make: Callable[..., Any], *options: Callable[[Command], Command]
+) -> Callable[[Command], Command]:
+    """A decorator that gives a command these options, and hands them on as `argument=make(**options)`."""
+
+    def decorate(command: Command) -> Command:
+        def probe() -> None:
+            pass
+
+        for option in options:
+            option(probe)  # type: ignore[arg-type]
+        names = {parameter.name for parameter in probe.__click_params__}  # type: ignore[attr-defined]
+
+        @functools.wraps(command)
+        def collecting(*args: Any, **values: Any) -> Any:
+            own = {name: values.pop(name) for name in names}
+            return command(*args, **values, **{argument: make(**own)})
+
+        decorated: Any = collecting
+        for option in reversed(options):
+            decorated = option(decorated)
+        return decorated  # type: ignore[no-any-return]
+
+    return decorate
+
+
+class FamilyType(click.ParamType):  # type: ignore[type-arg]
+    """The name of a registered family; the value is the family itself."""
+
+    name = "FAMILY"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return "NAME"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Family:
+        if not isinstance(value, str):
+            return value  # type: ignore[no-any-return]
+        try:
+            return get_family(value)
+        except PortingError as error:
+            self.fail(f"{error.message}. {error.hint}", param, ctx)
+
+
+def family_of(ctx: click.Context | None) -> Family:
+    """The family that a command line names, by default VAN; `--family` is eager, so it is known before all others."""
+    family = ctx.params.get("family") if ctx is not None else None
+    return family if family is not None else get_family(DEFAULT_FAMILY)
+
+
+class OfFamily(click.ParamType):  # type: ignore[type-arg]
+    """One of the names that the family of the command line has."""
+
+    def __init__(self, name: str, choices: Callable[[Family], tuple[str, ...]]) -> None:
+        self.name = name
+        self._choices = choices
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return f"[{'|'.join(self._choices(family_of(ctx)))}]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        family = family_of(ctx)
+        choices = self._choices(family)
+        if value not in choices:
+            self.fail(f"the family {family.name} has no {value!r}; it has {', '.join(choices)}", param, ctx)
+        return str(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(name) for name in self._choices(family_of(ctx)) if name.startswith(incomplete)]
+
+
+VARIANT = OfFamily("variant", lambda family: family.variants)
+LAYOUT = OfFamily("layout", lambda family: tuple(naming.name for naming in family.namings))
+
+
+class LayerLimit(click.ParamType):  # type: ignore[type-arg]
+    """`name:ratio`."""
+
+    name = "NAME:RATIO"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
+        if isinstance(value, tuple):
+            return value
+        layer, _, ratio = str(value).rpartition(":")
+        try:
+            limit = float(ratio)
+        except ValueError:
+            limit = -1.0
+        if not layer or not limit > 0:
+            self.fail(f"{value!r} is not a layer's name, a colon and a positive number, such as head:20", param, ctx)
+        return layer, limit
+
+
+class Sha256(click.ParamType):  # type: ignore[type-arg]
+    """64 hexadecimal digits."""
+
+    name = "HEX"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not re.fullmatch(r"[0-9a-fA-F]{64}", str(value)):
+            self.fail(f"{value!r} is not a sha256: 64 hexadecimal digits", param, ctx)
+        return str(value).lower()
+
+
+@dataclass(frozen=True)
+class Model:
+    """`--family` and `--variant`; `variant` is None where it was not given and need not be."""
+
+    family: Family
+    variant: str | None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """For the functions in porting.tasks."""
+        return {"family": self.family, "variant": self.variant}
+
+
+def family_option(command: Command) -> Command:
+    """`--family`, with VAN as default."""
+    return click.option(
+        "--family",
+        type=FamilyType(),
+        default=DEFAULT_FAMILY,
+        show_default=True,
+        is_eager=True,
+        help="Model family; `van-port families` lists them.",
+    )(command)
+
+
+def model_options(*, required: bool = True) -> Callable[[Command], Command]:
+    """`--family` and `--variant`, handed on as `model`."""
+    return option_group(
+        "model",
+        Model,
+        family_option,
+        click.option("--variant", type=VARIANT, required=required, help="Variant of the family."),
+    )
+
+
+@dataclass(frozen=True)
+class CheckpointChoice:
+    """Which checkpoint, and how to read it; `sha256` and `ema` are absent where a command has no such option."""
+
+    arguments: dict[str, Any]
+
+
+CHECKPOINT = click.option(
+    "--checkpoint",
+    metavar="FILE|URL",
+    help="PyTorch checkpoint: a path, https://... or hf://owner/repo/file[@revision].  "
+    "[default: the variant's official file]",
+)
+LAYOUT_OF_CHECKPOINT = click.option(
+    "--layout", type=LAYOUT, help="Publisher whose tensor names the checkpoint has.  [default: recognised]"
+)
+EMA = click.option(
+    "--ema/--no-ema", default=False, show_default=True, help="Take moving averages where the file has both."
+)
+checkpoint_options = option_group(
+    "checkpoint",
+    lambda **arguments: CheckpointChoice(arguments),
+    CHECKPOINT,
+    click.option("--sha256", type=Sha256(), help="Required hash of the checkpoint."),
+    LAYOUT_OF_CHECKPOINT,
+    EMA,
+)
+plain_checkpoint_options = option_group(
+    "checkpoint", lambda **arguments: CheckpointChoice(arguments), CHECKPOINT, LAYOUT_OF_CHECKPOINT
+)
+
+CHECK = click.option(
+    "--check/--no-check", default=True, show_default=True, help="Prove parity before the file gets its name."
+)
+WEIGHTS_HELP = "File of Keras weights: .h5, .weights.h5 or .keras."
+
+
+def _lazy_options(
+    layer_limits: tuple[tuple[str, float], ...],
+    max_ratio: float | None,
+    atol: float | None,
+    rtol: float | None,
+    **others: Any,
+) -> Callable[[], CheckOptions]:
+    """Not made at once, because that takes an import that `--help` must not wait for."""
+
+    def make() -> CheckOptions:
+        from porting.parity.report import DEFAULT_MAX_RATIO, Limits
+        from porting.tasks.options import CheckOptions
+
+        limits = Limits(DEFAULT_MAX_RATIO if max_ratio is None else max_ratio, atol, rtol, dict(layer_limits))
+        return CheckOptions(limits, **others)
+
+    return make
+
+
+thoroughness_options = option_group(
+    "make_options",
+    _lazy_options,
+    click.option("--images", type=FILE, help="Folder of images for the check.  [default: embedded ones]"),
+    click.option("--samples", type=click.IntRange(min=1), help="Images to use.  [default: 4; all up to 64 pixels]"),
+    click.option(
+        "--isolated/--no-isolated", default=True, show_default=True, help="Also feed each layer PyTorch's own input."
+    ),
+    click.option("--stress", is_flag=True, help="Check on other weights and shapes too, on which mistakes are loud."),
+    click.option("--train", is_flag=True, help="Also compare ten training steps: gradients, statistics, weights."),
+    click.option("--max-ratio", type=click.FloatRange(min=0, min_open=True), help="Limit of parity.  [default: 8]"),
+    click.option("--atol", type=click.FloatRange(min=0), help="Also bound the greatest difference."),
+    click.option("--rtol", type=click.FloatRange(min=0), help="Also bound it relative to the layer's greatest value."),
+    click.option(
+        "--allow-non-finite", is_flag=True, help="Port NaN and infinite weights unchanged; the check uses zeros there."
+    ),
+    click.option("--limit", "layer_limits", type=LayerLimit(), multiple=True, help="Limit of one layer."),
+)
+
+
+@dataclass(frozen=True)
+class ReportChoice:
+    """How a report is shown, and the files that it is also written to."""
+
+    all_layers: bool
+    report_files: tuple[Path, ...]
+
+    def require_writable(self) -> None:
+        """Raises OutputError for a report that could not be written, before the work."""
+        from porting.files.atomic import require_writable
+        from porting.reports import format_of
+
+        for path in self.report_files:
+            format_of(path)
+            require_writable(path)
+
+    def show(self, report: ParityReport | None, *, without: str = "Not checked, as asked.") -> None:
+        """Prints a report and writes it to every file that was asked for, or says that there is none."""
+        from porting.cli.terminal import make_console
+        from porting.files.atomic import write_text
+        from porting.reports import format_of, render
+        from porting.reports.terminal import print_report
+
+        console = make_console()
+        if report is None:
+            console.print(without, style="yellow")
+            return
+        print_report(report, console, all_layers=self.all_layers)
+        show_non_finite(report.context)
+        for path in self.report_files:
+            write_text(path, render(report, format_of(path)))
+
+    @contextlib.contextmanager
+    def showing_refusal(self) -> Iterator[Progress]:
+        """Progress for work that may end in a failed check, whose report is then shown before the error goes on."""
+        from porting.cli.terminal import ProgressBar
+        from porting.errors import FailedParityError
+
+        try:
+            with ProgressBar() as progress:
+                yield progress
+        except FailedParityError as error:
+            self.show(error.report)
+            raise
+
+
+report_options = option_group(
+    "reporting",
+    ReportChoice,
+    click.option("--all-layers", is_flag=True, help="Print every layer, not only the top level and failures."),
+    click.option(
+        "--report",
+        "report_files",
+        type=FILE,
+        multiple=True,
+        help="Also write the report: .html, .md, .xml (JUnit) or .json. Written when the check fails, too.",
+    ),
+)
+
+
+def show_non_finite(facts: Mapping[str, Any]) -> None:
+    """Names the tensors that hold NaN or infinity, if any."""
+    from porting.cli.terminal import make_console
+
+    if names := facts.get("non_finite"):
+        line = f"{len(names)} tensors hold NaN or infinity: {', '.join(names)}"
+        make_console().print(line, style="yellow", soft_wrap=True, markup=False)
+
+
+def show_written(path: Path, report_path: Path | None) -> None:
+    """Says which files were written."""
+    written = [path] if report_path is None else [path, report_path]
+    click.echo("Wrote " + " and ".join(map(str, written)))

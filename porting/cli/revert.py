@@ -1,0 +1,83 @@
+"""`van-port revert`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from porting.cli.groups import (
+    CHECK,
+    FILE,
+    LAYOUT,
+    WEIGHTS_HELP,
+    Model,
+    ReportChoice,
+    model_options,
+    report_options,
+    show_written,
+    thoroughness_options,
+)
+
+if TYPE_CHECKING:
+    from porting.tasks.options import CheckOptions
+
+
+@click.command()
+@model_options()
+@click.option("--weights", type=FILE, required=True, help=WEIGHTS_HELP)
+@click.option("--out", type=FILE, required=True, help="File to write: .pth, .pth.tar, .pt, .bin or .safetensors.")
+@click.option(
+    "--layout",
+    type=LAYOUT,
+    help="Publisher whose tensor names to write.  [default: that of the ported checkpoint, else the family's first]",
+)
+@click.option(
+    "--classes", type=click.IntRange(min=0), help="Classes of the head; 0: no head.  [default: as the file shows]"
+)
+@click.option(
+    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True, help="Type."
+)
+@CHECK
+@thoroughness_options
+@report_options
+def revert(
+    model: Model,
+    weights: Path,
+    out: Path,
+    layout: str | None,
+    classes: int | None,
+    dtype: str,
+    check: bool,
+    make_options: Callable[[], CheckOptions],
+    reporting: ReportChoice,
+) -> None:
+    """Port a file of Keras weights back to PyTorch, fine-tuned or not, and prove that nothing was lost.
+
+    \b
+      van-port revert --variant b1 --weights van_b1.h5 --out van_b1.pth
+      van-port revert --variant b1 --weights tuned.keras --out model.safetensors --layout transformers
+    """
+    from porting.tasks.revert import revert as go_back
+
+    assert model.variant is not None  # a required option
+    reporting.require_writable()
+    options = make_options()
+    with reporting.showing_refusal() as progress:
+        result = go_back(
+            model.family,
+            model.variant,
+            weights,
+            out,
+            layout=layout,
+            num_classes=classes,
+            dtype=dtype,
+            check=check,
+            options=options,
+            progress=progress,
+        )
+    reporting.show(result.report)
+    click.echo(f"{len(result.state_dict)} tensors in {dtype}: {result.naming.described()}.")
+    show_written(result.path, result.report_path)

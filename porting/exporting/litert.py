@@ -1,0 +1,146 @@
+"""LiteRT: written by TensorFlow's converter, and run by its interpreter."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from porting.errors import ExportError
+from porting.exporting.base import OF_WEIGHTS, last_of_each_layer
+from porting.kinds.transforms import Array
+from porting.models.traverse import named_layers
+from porting.parity.report import OUTPUT
+
+if TYPE_CHECKING:
+    import keras
+
+# XNNPACK computes a depthwise convolution of up to so many taps in one pass; with more, each tap takes it five times as
+# long (measured for 25 and 49 taps on x86).
+_TAPS_AT_ONCE = 25
+
+
+def write(model: keras.Model, path: Path, precision: str, images: Array, split_kernels: bool) -> None:
+    import tensorflow as tf
+    from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+
+    with kernels_in_parts(model) if split_kernels else nullcontext():
+        run = tf.function(lambda x: model(x, training=False)).get_concrete_function(
+            tf.TensorSpec((1, *images.shape[1:]), tf.float32, name="images")
+        )
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([convert_variables_to_constants_v2(run)], model)
+    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]  # no Flex
+    if precision != "float32":
+        converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    if precision == "float16":
+        converter.target_spec.supported_types = [tf.float16]
+    if precision == "int8":
+        converter.representative_dataset = lambda: ([image[None]] for image in images)
+    path.write_bytes(converter.convert())
+
+
+@contextmanager
+def kernels_in_parts(model: keras.Model) -> Iterator[None]:
+    """While the model is traced, its large depthwise kernels are sums of smaller ones, over the same positions.
+
+    Rows in the middle make one of them, and every two rows above and below that are as far away another, with so much
+    dilation that it reaches both. Each is padded alike on both sides, so nothing has to be cut or moved. Where a map is
+    so small that a part would only see padding, the kernel is left whole.
+    """
+    import keras
+
+    plain = keras.layers.DepthwiseConv2D
+    found = [
+        layer
+        for layer in named_layers(model).values()
+        if isinstance(layer, plain) and type(layer).call is plain.call and _can_split(layer)
+    ]
+    try:
+        for layer in found:
+            layer.call = functools.partial(_call_in_parts, layer)
+        yield
+    finally:
+        for layer in found:
+            del layer.call
+
+
+def _can_split(layer: keras.layers.DepthwiseConv2D) -> bool:
+    rows, columns = layer.kernel_size
+    aligned = layer.padding == "same" and layer.data_format == "channels_last" and set(layer.strides) == {1}
+    # Two rows must be quick as well.
+    return aligned and rows % 2 == 1 and columns % 2 == 1 and rows * columns > _TAPS_AT_ONCE >= 2 * columns
+
+
+def _call_in_parts(layer: keras.layers.DepthwiseConv2D, inputs: Any) -> Any:
+    from keras import ops
+
+    rows, columns = layer.kernel_size
+    down, right = layer.dilation_rate
+    if inputs.shape[1] is not None and inputs.shape[1] <= rows // 2 * down:
+        return type(layer).call(layer, inputs)
+    middle = (_TAPS_AT_ONCE // columns - 1) // 2 * 2 + 1
+    first = (rows - middle) // 2
+    kernel = ops.convert_to_tensor(layer.kernel)
+    parts = [(kernel[first : first + middle], down)]
+    for row in range(first):
+        apart = rows - 1 - 2 * row
+        parts.append((kernel[row : row + apart + 1 : apart], down * apart))
+    outputs = [
+        ops.depthwise_conv(inputs, part, padding="same", data_format="channels_last", dilation_rate=(dilation, right))
+        for part, dilation in parts
+    ]
+    result = outputs[0] + layer.bias if layer.use_bias else outputs[0]
+    return layer.activation(sum(outputs[1:], start=result))
+
+
+class LiteRTRuntime:
+    """LiteRT's interpreter with XNNPACK for the result, and without it, keeping all tensors, for the layers."""
+
+    def __init__(self, path: Path, layers: Sequence[str]) -> None:
+        from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+        try:
+            self._fast = Interpreter(str(path))
+            self._open = Interpreter(
+                str(path),
+                experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
+                experimental_preserve_all_tensors=True,
+            )
+            for interpreter in (self._fast, self._open):
+                interpreter.allocate_tensors()
+        except (ValueError, RuntimeError) as error:
+            said = str(error).partition("\n")[0]
+            hint = "In int8, --no-split-kernels leaves out sums that XNNPACK refuses." if "XNNPACK" in said else ""
+            raise ExportError(f"LiteRT cannot load the file: {said}", hint=hint) from None
+        details = [each for each in self._open.get_tensor_details() if each["name"] and each["shape"].size > 1]
+        operations = [each for each in self._open._get_ops_details() if each["op_name"] not in OF_WEIGHTS]
+        made = {int(index) for each in operations for index in each["outputs"]}
+        details = [each for each in details if each["index"] in made]
+        names = last_of_each_layer([each["name"].partition(";")[0] for each in details], layers)
+        self._layers = {layer: details[position] for layer, position in names.items()}
+
+    def run(self, image: Array) -> Mapping[str, Array]:
+        found = {layer: _dequantized(self._open, detail) for layer, detail in self._invoke(self._open, image)}
+        (output,) = self._fast.get_output_details()
+        self._invoke(self._fast, image)
+        return {**found, OUTPUT: _dequantized(self._fast, output)}
+
+    def _invoke(self, interpreter: Any, image: Array) -> list[tuple[str, Any]]:
+        (given,) = interpreter.get_input_details()
+        interpreter.set_tensor(given["index"], image.astype(given["dtype"]))
+        interpreter.invoke()
+        return list(self._layers.items())
+
+    def operators(self) -> Counter[str]:
+        return Counter(each["op_name"] for each in self._open._get_ops_details())
+
+
+def _dequantized(interpreter: Any, detail: Any) -> Array:
+    array: Array = interpreter.get_tensor(detail["index"])
+    scale, zero = detail["quantization"]
+    return (array.astype(np.float32) - zero) * scale if scale else array.astype(np.float32)

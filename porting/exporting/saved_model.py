@@ -1,0 +1,170 @@
+"""SavedModel: written by TensorFlow, and run in a TensorFlow process of its own, without Keras."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from porting.errors import ExportError
+from porting.exporting.base import last_of_each_layer
+from porting.kinds.transforms import Array
+from porting.models.traverse import named_layers
+from porting.parity.report import OUTPUT
+
+if TYPE_CHECKING:
+    import keras
+
+# Says which tensors depend on the input, in the order in which they are computed; is told which to show.
+_RUN_SAVED_MODEL = """
+import json, os, sys
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # whatever else is printed is no answer
+import numpy as np
+import tensorflow as tf
+from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+
+path, taken = sys.argv[1:]
+model = tf.saved_model.load(path)
+run = model.signatures["serving_default"]
+(name,) = run.structured_input_signature[1]
+inlined = convert_variables_to_constants_v2(run)
+reached, names = {inlined.inputs[0].op}, []
+for each in inlined.graph.get_operations():  # an imported graph has every operation behind those that it takes from
+    if any(given.op in reached for given in each.inputs):
+        reached.add(each)
+        if len(each.outputs) == 1 and each.outputs[0].dtype == tf.float32 and each.outputs[0].shape.rank:
+            names.append(each.outputs[0].name)
+print(json.dumps(names), file=answers, flush=True)
+wanted = [inlined.graph.get_tensor_by_name(each) for each in json.loads(sys.stdin.readline())]
+show = inlined.prune(inlined.inputs, wanted) if wanted else lambda image: []
+for line in sys.stdin:
+    image = tf.constant(np.load(line.strip()))
+    (result,) = run(**{name: image}).values()
+    np.savez(taken, result.numpy(), *(each.numpy() for each in show(image)))
+    print("done", file=answers, flush=True)
+"""
+
+
+def write(model: keras.Model, path: Path, precision: str, images: Array) -> None:
+    """Weights are constants of the graph, so that TensorFlow can bring them into the order that its kernels like."""
+    import keras
+    import tensorflow as tf
+
+    depthwise = {
+        id(layer.kernel) for layer in named_layers(model).values() if isinstance(layer, keras.layers.DepthwiseConv2D)
+    }
+    constants = {
+        id(variable): stored(np.asarray(variable), precision, depthwise=id(variable) in depthwise)
+        for variable in model.variables
+    }
+
+    def serve(images: Any) -> dict[str, Any]:
+        def of(variables: list[Any]) -> list[Any]:
+            return [_restored(*constants[id(variable)]) for variable in variables]
+
+        trained, others = of(model.trainable_variables), of(model.non_trainable_variables)
+        output, _ = model.stateless_call(trained, others, images, training=False)
+        return {"output_0": output}
+
+    path.unlink(missing_ok=True)
+    # As a signature alone: as a method too, all weights would be in the file twice.
+    signature = tf.TensorSpec((None, *images.shape[1:]), tf.float32, name="images")
+    run = tf.function(serve).get_concrete_function(signature)
+    tf.saved_model.save(tf.Module(), str(path), signatures={"serving_default": run})
+
+
+def stored(values: Array, precision: str, *, depthwise: bool) -> tuple[Array, Array | None]:
+    """A kernel in `precision`, and what it is to be multiplied by: in int8 it has 255 steps a channel.
+
+    What has one axis or none, such as a bias, stays in float32.
+    """
+    if precision == "float32" or values.ndim < 2:
+        return values, None
+    if precision == "float16":
+        return values.astype(np.float16), None
+    # A depthwise kernel is (height, width, channels, multiplier), others end in the channels of their output.
+    others = tuple(range(values.ndim - (2 if depthwise else 1)))
+    scale = np.abs(values).max(axis=others, keepdims=True).clip(1e-12) / 127
+    return np.rint(values / scale).astype(np.int8), scale.astype(np.float32)
+
+
+def _restored(values: Array, scale: Array | None) -> Any:
+    import tensorflow as tf
+
+    tensor = tf.constant(values)
+    if values.dtype == np.float16 or scale is not None:
+        tensor = tf.cast(tensor, tf.float32)
+    return tensor if scale is None else tensor * tf.constant(scale)
+
+
+class SavedModelRuntime:
+    """TensorFlow in a process of its own, which knows nothing of Keras or of this package."""
+
+    def __init__(self, path: Path, layers: Sequence[str]) -> None:
+        self._path, self._wanted = path, layers
+
+    def __enter__(self) -> SavedModelRuntime:
+        self._folder = tempfile.TemporaryDirectory()
+        self._given, self._taken = Path(self._folder.name, "in.npy"), Path(self._folder.name, "out.npz")
+        command = [sys.executable, "-P", "-c", _RUN_SAVED_MODEL, str(self._path), str(self._taken)]
+        self._said = Path(self._folder.name, "stderr").open("w+")  # a pipe that nobody empties would fill up
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True
+        )
+        try:
+            tensors = json.loads(self._answer())
+            self._layers = {
+                layer: tensors[position] for layer, position in last_of_each_layer(tensors, self._wanted).items()
+            }
+            self._say(json.dumps(list(self._layers.values())))
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+        self._said.close()
+        self._folder.cleanup()
+
+    def run(self, image: Array) -> Mapping[str, Array]:
+        np.save(self._given, image)
+        self._say(str(self._given))
+        self._answer()
+        with np.load(self._taken) as found:
+            output, *layers = found.values()
+        return {**dict(zip(self._layers, layers, strict=True)), OUTPUT: output}
+
+    def _say(self, line: str) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(f"{line}\n")
+            self._process.stdin.flush()
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        answer = self._process.stdout.readline()
+        if not answer:
+            self._process.wait()
+            self._said.seek(0)
+            said = self._said.read().strip().splitlines()
+            raise ExportError(f"TensorFlow cannot run the SavedModel: {said[-1] if said else 'the process ended'}")
+        return answer
+
+    def operators(self) -> Counter[str]:
+        from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
+
+        saved = SavedModel()
+        saved.ParseFromString((self._path / "saved_model.pb").read_bytes())
+        functions = saved.meta_graphs[0].graph_def.library.function
+        operators = [Counter(node.op for node in function.node_def) for function in functions]
+        return max(operators, key=lambda found: found["Conv2D"], default=Counter())

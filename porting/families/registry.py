@@ -1,0 +1,56 @@
+"""The families that can be ported: those of this package, and those that other packages offer as entry points.
+
+A package offers a family in its pyproject.toml:
+
+    [project.entry-points."porting.families"]
+    resnet = "my_package.resnet:ResNetFamily"
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING
+
+from porting.errors import FamilyError
+
+if TYPE_CHECKING:
+    from porting.families.base import Family
+
+ENTRY_POINTS = "porting.families"
+# Ours: a new one is a file in this folder and a line here.
+_FAMILIES = {
+    "van": "porting.families.van:VanFamily",
+}
+
+
+@cache
+def _offered() -> dict[str, metadata.EntryPoint]:
+    return {point.name: point for point in metadata.entry_points(group=ENTRY_POINTS) if point.name not in _FAMILIES}
+
+
+def family_names() -> tuple[str, ...]:
+    """All families, ours first; none is imported."""
+    return (*_FAMILIES, *sorted(_offered()))
+
+
+@cache
+def get_family(name: str) -> Family:
+    """The family of that name; raises FamilyError for one that is not there or cannot be imported."""
+    if name in _FAMILIES:
+        module, _, attribute = _FAMILIES[name].partition(":")
+        family: Family = getattr(import_module(module), attribute)()
+        return family
+    point = _offered().get(name)
+    if point is None:
+        raise FamilyError(f"there is no family {name!r}", hint=f"The families are {', '.join(family_names())}.")
+    try:
+        offered: Family = point.load()()
+        _ = offered.variants
+    except Exception as error:  # another package's code may raise anything
+        package = point.dist.name if point.dist else point.value
+        raise FamilyError(
+            f"the family {name!r} of the package {package} cannot be used: {type(error).__name__}: {error}",
+            hint=f"Update or remove {package}; the other families are not affected.",
+        ) from None
+    return offered

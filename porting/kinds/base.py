@@ -1,0 +1,109 @@
+"""What the engine asks of a kind of layer, and how a kind makes its known mistakes on purpose."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from porting.kinds.transforms import IDENTITY, Transform
+
+if TYPE_CHECKING:
+    import keras
+    from torch import Tensor, nn
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One tensor of a kind: its last name in PyTorch and in Keras, "" for the row's own name, and how it moves."""
+
+    source: str
+    target: str
+    transform: Transform = IDENTITY
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A porting mistake: `cause` in plain words, and `make`, which computes what PyTorch would give with it.
+
+    `make` returns None where the mistake cannot be made with these shapes.
+    """
+
+    cause: str
+    make: Callable[[], Tensor | None]
+
+
+class Kind:
+    """What is known of one kind of layer. A subclass overrides what applies to it.
+
+    `leaves` are its tensors and `drops` the last names of those that Keras does not keep. A setting in
+    `training_settings` changes nothing at inference.
+    """
+
+    name: str
+    leaves: tuple[Leaf, ...] = ()
+    drops: tuple[str, ...] = ()
+    training_settings: frozenset[str] = frozenset()
+
+    def is_module(self, module: nn.Module) -> bool:
+        """Whether a PyTorch module is of this kind."""
+        return False
+
+    def is_layer(self, layer: keras.layers.Layer) -> bool:
+        """Whether a Keras layer is of this kind."""
+        return False
+
+    def module_settings(self, module: nn.Module) -> Settings:
+        """What a module of this kind is set to, under PyTorch's names."""
+        return {}
+
+    def layer_settings(self, layer: keras.layers.Layer) -> Settings:
+        """What a layer of this kind is set to, under PyTorch's names and in PyTorch's conventions."""
+        return {}
+
+    def mistakes(self, module: nn.Module, inputs: list[Tensor]) -> Iterator[Mistake]:
+        """Known porting mistakes of this kind, made on what `module` took, the specific before the general."""
+        return iter(())
+
+
+def with_change(
+    module: nn.Module, inputs: list[Tensor], change: Callable[[Any], object]
+) -> Callable[[], Tensor | None]:
+    """The module's float64 result after one change to a copy of it."""
+
+    def make() -> Tensor | None:
+        import torch
+
+        changed = copy.deepcopy(module).double().eval()
+        with torch.no_grad():
+            try:
+                change(changed)
+                result = changed(*[in_double(tensor) for tensor in inputs])
+            except (RuntimeError, ValueError, TypeError, AttributeError):
+                return None  # the mistake cannot be made with these shapes
+        return result if isinstance(result, torch.Tensor) else None
+
+    return make
+
+
+def with_value(
+    module: nn.Module, inputs: list[Tensor], name: str, value: Callable[[Any], Any]
+) -> Callable[[], Tensor | None]:
+    """The module's float64 result with another value for one tensor or attribute."""
+
+    def change(changed: Any) -> None:
+        new = value(changed)
+        current = getattr(changed, name)
+        if hasattr(current, "data") and hasattr(new, "shape"):
+            current.data = new
+        else:
+            setattr(changed, name, new)
+
+    return with_change(module, inputs, change)
+
+
+def in_double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor

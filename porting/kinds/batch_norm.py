@@ -1,0 +1,106 @@
+"""Batch normalisation in one to three dimensions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from porting.kinds.base import Kind, Leaf, Mistake, Settings, with_change, with_value
+
+if TYPE_CHECKING:
+    import keras
+    from torch import Tensor, nn
+
+# Those of PyTorch, Keras, keras.applications and published models: what an epsilon is when it is wrong.
+USUAL_EPSILONS = (1e-3, 1e-4, 1e-5, 1.001e-5, 1e-6, 1e-12, 0.0)
+
+
+class BatchNorm(Kind):
+    name = "batch_norm"
+    leaves = (
+        Leaf("weight", "gamma"),
+        Leaf("bias", "beta"),
+        Leaf("running_mean", "moving_mean"),
+        Leaf("running_var", "moving_variance"),
+    )
+    # A counter of training steps, which Keras does not keep.
+    drops = ("num_batches_tracked",)
+    training_settings = frozenset({"momentum"})
+
+    def is_module(self, module: nn.Module) -> bool:
+        from torch import nn
+
+        return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+    def is_layer(self, layer: keras.layers.Layer) -> bool:
+        from keras import layers
+
+        return isinstance(layer, layers.BatchNormalization)
+
+    def module_settings(self, module: Any) -> Settings:
+        settings: Settings = {"eps": module.eps, "affine": module.affine, "axis": "channels"}
+        if module.momentum is not None:
+            settings["momentum"] = module.momentum
+        return settings
+
+    def layer_settings(self, layer: Any) -> Settings:
+        axis = layer.axis if isinstance(layer.axis, int) else layer.axis[0]
+        rank = len(layer.gamma.shape) if layer.scale and layer.built else 1
+        # Keras's momentum is the share of the old value, PyTorch's that of the new one.
+        return {
+            "eps": layer.epsilon,
+            "momentum": 1.0 - layer.momentum,
+            "affine": bool(layer.scale and layer.center),
+            "axis": "channels" if axis in (-1, 1, 3) and rank == 1 else f"axis {axis}",
+        }
+
+    def mistakes(self, module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
+        import torch
+
+        yield from norm_mistakes(module, inputs)
+        if module.running_var is None:
+            return
+        values = {
+            "the running variance is stored as standard deviation": ("running_var", lambda m: m.running_var.sqrt()),
+            "the running variance is squared": ("running_var", lambda m: m.running_var.square()),
+            "the running mean is lost": ("running_mean", lambda m: torch.zeros_like(m.running_mean)),
+            "the running variance is lost": ("running_var", lambda m: torch.ones_like(m.running_var)),
+        }
+        for cause, (name, value) in values.items():
+            yield Mistake(cause, with_value(module, inputs, name, value))
+        yield Mistake("the running statistics are the initial ones", with_change(module, inputs, _reset_statistics))
+        yield Mistake(
+            "it runs in training mode, on the batch's own statistics",
+            with_change(module, inputs, lambda m: m.train(True)),
+        )
+
+
+def norm_mistakes(module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
+    """Mistakes of any normalisation with an epsilon, a scale and a shift."""
+    import torch
+
+    for eps in USUAL_EPSILONS:
+        if not math.isclose(eps, module.eps, rel_tol=1e-9):
+            cause = f"an epsilon of {eps:g} instead of {module.eps:g}"
+            yield Mistake(cause, with_value(module, inputs, "eps", partial(_constant, eps)))
+    if module.weight is not None:
+        lost = with_value(module, inputs, "weight", lambda m: torch.ones_like(m.weight))
+        yield Mistake("its scale (gamma) is lost", lost)
+    if module.bias is not None:
+        yield Mistake(
+            "its shift (beta) is lost", with_value(module, inputs, "bias", lambda m: torch.zeros_like(m.bias))
+        )
+
+
+def _constant(value: float, _: Any) -> float:
+    return value
+
+
+def _reset_statistics(module: Any) -> None:
+    module.running_mean.zero_()
+    module.running_var.fill_(1.0)
+
+
+KIND = BatchNorm()

@@ -1,0 +1,206 @@
+"""Convolutions in one to three dimensions, plain and grouped."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from porting.kinds.base import Kind, Leaf, Mistake, Settings, in_double, with_change, with_value
+from porting.kinds.transforms import CONVOLUTION
+
+if TYPE_CHECKING:
+    import keras
+    from torch import Tensor, nn
+
+_AXIS_NAMES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
+
+
+class Convolution(Kind):
+    name = "conv"
+    leaves = (Leaf("weight", "kernel", CONVOLUTION), Leaf("bias", "bias"))
+
+    def is_module(self, module: nn.Module) -> bool:
+        from torch import nn
+
+        return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+
+    def is_layer(self, layer: keras.layers.Layer) -> bool:
+        from keras import layers
+
+        return isinstance(layer, (layers.Conv1D, layers.Conv2D, layers.Conv3D))
+
+    def module_settings(self, module: Any) -> Settings:
+        return convolution_module_settings(module)
+
+    def layer_settings(self, layer: Any) -> Settings:
+        return convolution_layer_settings(layer, groups=layer.groups)
+
+    def mistakes(self, module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
+        yield from bias_mistakes(module, inputs)
+        yield from kernel_mistakes(module, inputs)
+        if module.groups == 1:
+            yield Mistake(
+                "the kernel's input and output channels are swapped",
+                with_value(module, inputs, "weight", lambda m: m.weight.transpose(0, 1).contiguous()),
+            )
+        else:
+            yield from grouped_mistakes(module, inputs)
+        yield from reach_mistakes(module, inputs)
+
+
+def convolution_module_settings(module: Any) -> Settings:
+    """Settings of any PyTorch convolution that is not transposed."""
+    settings: Settings = {
+        "kernel_size": tuple(module.kernel_size),
+        "stride": tuple(module.stride),
+        "dilation": tuple(module.dilation),
+        "groups": module.groups,
+        "bias": module.bias is not None,
+    }
+    if isinstance(module.padding, tuple):
+        settings["padding"] = tuple(module.padding)
+    return settings
+
+
+def convolution_layer_settings(layer: Any, *, groups: int) -> Settings:
+    """Settings of any Keras convolution that is not transposed, in PyTorch's conventions."""
+    kernel, dilation = tuple(layer.kernel_size), tuple(layer.dilation_rate)
+    settings: Settings = {
+        "kernel_size": kernel,
+        "stride": tuple(layer.strides),
+        "dilation": dilation,
+        "bias": bool(layer.use_bias),
+    }
+    if layer.built:
+        settings["groups"] = groups
+    reach = tuple((size - 1) * step for size, step in zip(kernel, dilation, strict=True))
+    if layer.padding == "same":
+        even = all(total % 2 == 0 for total in reach) and all(step == 1 for step in layer.strides)
+        settings["padding"] = tuple(total // 2 for total in reach) if even else "asymmetric (same)"
+    return settings
+
+
+def bias_mistakes(module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
+    import torch
+
+    if module.bias is not None:
+        yield Mistake("the bias is lost", with_value(module, inputs, "bias", lambda m: torch.zeros_like(m.bias)))
+
+
+def kernel_mistakes(module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
+    """Spatial axes in another order or direction."""
+    spatial = len(module.kernel_size)
+    names, axes = _AXIS_NAMES[spatial], range(2, 2 + spatial)
+    for one, other in itertools.combinations(axes, 2):
+        yield Mistake(
+            f"the kernel's {names[one - 2]} and {names[other - 2]} are swapped",
+            with_value(module, inputs, "weight", partial(_swapped, one, other)),
+        )
+    for count in range(spatial, 0, -1):
+        for flipped in itertools.combinations(axes, count):
+            where = " and ".join(names[axis - 2] for axis in flipped)
+            yield Mistake(
+                f"the kernel is flipped in {where}",
+                with_value(module, inputs, "weight", partial(_flipped, flipped)),
+            )
+    if spatial == 3:
+        yield Mistake(
+            "the kernel's depth, height and width are reversed in order",
+            with_value(module, inputs, "weight", lambda m: m.weight.permute(0, 1, 4, 3, 2)),
+        )
+
+
+def _swapped(one: int, other: int, module: Any) -> Tensor:
+    swapped: Tensor = module.weight.transpose(one, other)
+    return swapped
+
+
+def _flipped(axes: tuple[int, ...], module: Any) -> Tensor:
+    flipped: Tensor = module.weight.flip(axes)
+    return flipped
+
+
+def grouped_mistakes(module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
+    yield Mistake(
+        "the depthwise kernel went through a plain convolution's transposition",
+        with_value(module, inputs, "weight", lambda m: _depthwise_as_plain(m.weight)),
+    )
+    yield Mistake(
+        "the groups of the kernel are interleaved",
+        with_value(module, inputs, "weight", lambda m: _interleaved(m.weight, m.groups)),
+    )
+    yield Mistake(
+        "the groups of the kernel are interleaved the other way",
+        with_value(module, inputs, "weight", lambda m: _interleaved(m.weight, m.weight.shape[0] // m.groups)),
+    )
+
+
+def _depthwise_as_plain(weight: Tensor) -> Tensor:
+    # transpose(..., 1, 0) gives (*spatial, 1, C); read back as (*spatial, C, 1) the numbers keep their order in memory.
+    channels, _, *spatial = weight.shape
+    last = weight.movedim((0, 1), (-1, -2))
+    return last.reshape(*spatial, channels, 1).movedim((-2, -1), (0, 1))
+
+
+def _interleaved(weight: Tensor, groups: int) -> Tensor:
+    return weight.reshape(groups, -1, *weight.shape[1:]).transpose(0, 1).reshape(weight.shape)
+
+
+def reach_mistakes(module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
+    """Dilation and padding."""
+    if any(step > 1 for step in module.dilation):
+        yield Mistake("the dilation is lost", lambda: _without_dilation(module, inputs[0]))
+    padding = module.padding
+    if not isinstance(padding, tuple) or not any(padding):
+        return
+    if module.padding_mode != "zeros":
+        yield Mistake(
+            f"the border is padded by zeros, not by {module.padding_mode}",
+            with_value(module, inputs, "padding_mode", lambda _: "zeros"),
+        )
+        return
+    yield Mistake(
+        'zero padding as TensorFlow\'s "same" does it: on the right and bottom first',
+        lambda: _padded_as_same(module, inputs[0]),
+    )
+    for mode in ("reflect", "replicate"):
+        yield Mistake(
+            f"the border is padded by {mode}, not by zeros", with_change(module, inputs, _with_padding_mode(mode))
+        )
+
+
+def _convolve(module: Any, x: Tensor, padding: Any, dilation: Any) -> Tensor:
+    from torch.nn import functional as F
+
+    convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(module.kernel_size)]
+    bias = None if module.bias is None else module.bias.double()
+    return convolve(in_double(x), module.weight.double(), bias, module.stride, padding, dilation, module.groups)
+
+
+def _without_dilation(module: Any, x: Tensor) -> Tensor:
+    return _convolve(module, x, tuple((size - 1) // 2 for size in module.kernel_size), (1,) * len(module.kernel_size))
+
+
+def _padded_as_same(module: Any, x: Tensor) -> Tensor:
+    from torch.nn import functional as F
+
+    pads: list[int] = []
+    sides = x.shape[2:]
+    for side, size, stride, step in zip(sides, module.kernel_size, module.stride, module.dilation, strict=True):
+        reach = (size - 1) * step + 1
+        total = max((-(-side // stride) - 1) * stride + reach - side, 0)
+        pads = [total // 2, total - total // 2, *pads]  # F.pad takes the last axis first
+    return _convolve(module, F.pad(in_double(x), pads), 0, module.dilation)
+
+
+def _with_padding_mode(mode: str) -> Any:
+    def change(module: Any) -> None:
+        module.padding_mode = mode
+        module._reversed_padding_repeated_twice = [int(pad) for pad in reversed(module.padding) for _ in range(2)]
+
+    return change
+
+
+KIND = Convolution()

@@ -1,0 +1,41 @@
+"""Layer normalisation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from porting.kinds.base import Kind, Leaf, Mistake, Settings
+from porting.kinds.batch_norm import norm_mistakes
+
+if TYPE_CHECKING:
+    import keras
+    from torch import Tensor, nn
+
+
+class LayerNorm(Kind):
+    name = "layer_norm"
+    leaves = (Leaf("weight", "gamma"), Leaf("bias", "beta"))
+
+    def is_module(self, module: nn.Module) -> bool:
+        from torch import nn
+
+        return isinstance(module, nn.LayerNorm)
+
+    def is_layer(self, layer: keras.layers.Layer) -> bool:
+        from keras import layers
+
+        return isinstance(layer, layers.LayerNormalization)
+
+    def module_settings(self, module: Any) -> Settings:
+        return {"eps": module.eps, "axes": len(module.normalized_shape)}
+
+    def layer_settings(self, layer: Any) -> Settings:
+        axes = layer.axis if isinstance(layer.axis, (list, tuple)) else [layer.axis]
+        return {"eps": layer.epsilon, "axes": len(axes)}
+
+    def mistakes(self, module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
+        return norm_mistakes(module, inputs)
+
+
+KIND = LayerNorm()

@@ -1,0 +1,139 @@
+"""The rows of a key map: names with placeholders, matched against the names that a model really has.
+
+    KeyRule("block{s}.{j}.attn.proj_1", "block{s}.{j}/attn/proj_1", "conv")
+
+A placeholder stands for a whole number. What one side counts otherwise, its name says:
+
+    {s}, {s-1}, {s+1}   the number itself, or counted from another one
+    {s:letter}          a letter: a for 0
+    {s.j}, {s.j+1}      s and j counted straight through: the place of this pair among all pairs, from 0 or from 1
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from porting.errors import KeyMapError
+from porting.kinds import KINDS
+from porting.kinds.base import Kind
+
+Indices = Mapping[str, int]
+_PLACEHOLDER = re.compile(r"(?P<names>[a-z]\w*(\.[a-z]\w*)*)(?P<offset>[+-]\d+)?")
+
+
+@dataclass(frozen=True)
+class KeyRule:
+    """One row: a module in PyTorch, the layer in Keras that stands for it, and the name of its kind.
+
+    The kind decides which tensors the row covers, what they are called on both sides and how their axes move.
+
+    Raises KeyMapError for a kind that is not known, and for a placeholder that PyTorch's name does not have.
+    """
+
+    source: str
+    target: str
+    kind: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise KeyMapError(
+                f"row {self.source!r}: there is no kind {self.kind!r}", hint=f"The kinds are {', '.join(KINDS)}."
+            )
+        if unknown := sorted(_names_in(self.target) - _names_in(self.source)):
+            raise KeyMapError(f"row {self.source!r}: its target has placeholders that it lacks: {', '.join(unknown)}")
+
+    @property
+    def rules_of_kind(self) -> Kind:
+        return KINDS[self.kind]
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        """The source as a regular expression with one group a placeholder."""
+        parts = []
+        for literal, field, form, _ in string.Formatter().parse(self.source):
+            parts.append(re.escape(literal))
+            if field:
+                parts.append("([a-z])" if form == "letter" else r"(\d+)")
+        leaves = "|".join(re.escape(join_name("", ".", name)) for name in self._leaf_names)
+        return re.compile(f"{''.join(parts)}(?:{leaves})")
+
+    @property
+    def _leaf_names(self) -> tuple[str, ...]:
+        kind = self.rules_of_kind
+        return (*(leaf.source for leaf in kind.leaves), *kind.drops)
+
+    def bindings(self, names: Iterable[str]) -> list[dict[str, int]]:
+        """The numbers for which PyTorch has a tensor of this row, each once, in order."""
+        fields = list(_fields(self.source))
+        found: set[tuple[tuple[str, int], ...]] = set()
+        for name in names:
+            match = self._pattern.fullmatch(name)
+            if match is None:
+                continue
+            numbers: dict[str, int] = {}
+            for (placeholder, offset, _), text in zip(fields, match.groups(), strict=True):
+                number = (int(text) if text.isdigit() else ord(text) - ord("a")) - offset
+                if numbers.setdefault(placeholder, number) != number:
+                    break  # one placeholder twice, with two numbers
+            else:
+                found.add(tuple(numbers.items()))
+        return [dict(numbers) for numbers in sorted(found, key=lambda numbers: [number for _, number in numbers])]
+
+
+def _fields(template: str) -> Iterable[tuple[str, int, str]]:
+    """The placeholders of a name: what it stands for, what is added to that, and its form."""
+    for _, field, form, _ in string.Formatter().parse(template):
+        if field:
+            match = _PLACEHOLDER.fullmatch(field)
+            if match is None:
+                raise KeyMapError(
+                    f"row {template!r}: {{{field}}} is no placeholder", hint="Such are {s}, {s-1}, {s.j}."
+                )
+            yield match["names"], int(match["offset"] or 0), form or ""
+
+
+def _names_in(template: str) -> set[str]:
+    return {name for names, _, _ in _fields(template) for name in names.split(".")}
+
+
+class Counters:
+    """What `{s.j}` stands for: the places of all pairs of numbers that any row has."""
+
+    def __init__(self, bindings: Iterable[Indices]) -> None:
+        self._bindings = list(bindings)
+        self._places: dict[str, dict[tuple[int, ...], int]] = {}
+
+    def place(self, names: str, indices: Indices) -> int:
+        keys = names.split(".")
+        if names not in self._places:
+            tuples = {tuple(each[key] for key in keys) for each in self._bindings if set(keys) <= each.keys()}
+            self._places[names] = {numbers: place for place, numbers in enumerate(sorted(tuples))}
+        return self._places[names][tuple(indices[key] for key in keys)]
+
+
+def fill(template: str, indices: Indices, counters: Counters) -> str:
+    """The name that a template stands for with these numbers."""
+    parts = []
+    for literal, field, form, _ in string.Formatter().parse(template):
+        parts.append(literal)
+        if field:
+            ((names, offset, _),) = _fields(f"{{{field}}}")
+            number = (counters.place(names, indices) if "." in names else indices[names]) + offset
+            parts.append(chr(ord("a") + number) if form == "letter" else str(number))
+    return "".join(parts)
+
+
+def join_name(name: str, separator: str, leaf: str) -> str:
+    return f"{name}{separator}{leaf}" if leaf else name
+
+
+def bind(rules: Sequence[KeyRule], names: Collection[str]) -> list[list[dict[str, int]]]:
+    """For each row the numbers for which PyTorch has its tensors; raises KeyMapError where a row has none at all."""
+    found = [rule.bindings(names) for rule in rules]
+    if unused := [rule.source for rule, bindings in zip(rules, found, strict=True) if not bindings]:
+        raise KeyMapError(f"rows of the key map that no tensor of the PyTorch model matches: {', '.join(unused)}")
+    return found

@@ -1,0 +1,65 @@
+"""Layers and variables of a Keras model, named by where they hang in it.
+
+A variable's own `path` is no identity: it is made when the layer is built, so two submodels built alike have the same
+paths inside. Here a name is the chain of layers' names from the model down, `encoder/block1/dense/kernel`; a layer
+that hangs in two places has the name of the first.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import keras
+
+
+def named_layers(model: keras.Model) -> dict[str, keras.layers.Layer]:
+    """Every layer of a model at any depth, each once; one's sublayers come before the next beside it.
+
+    Names that would be the same have a number behind them, as in `dense~1`.
+    """
+    found: dict[str, keras.layers.Layer] = {}
+    seen: set[int] = {id(model)}
+
+    def walk(owner: Any, prefix: str) -> None:
+        used: Counter[str] = Counter()
+        for layer in _sublayers(owner):
+            name = f"{prefix}{layer.name}"
+            used[name] += 1
+            if id(layer) in seen:
+                continue
+            seen.add(id(layer))
+            name = name if used[name] == 1 else f"{name}~{used[name] - 1}"
+            found[name] = layer
+            walk(layer, f"{name}/")
+
+    walk(model, "")
+    return found
+
+
+def named_variables(model: keras.Model) -> dict[str, keras.Variable]:
+    """Every weight of a model, each once, in Keras's own order; state of random generators is no weight."""
+    names: dict[int, str] = {}
+    used: Counter[str] = Counter()
+    for prefix, layer in (("", model), *((f"{name}/", layer) for name, layer in named_layers(model).items())):
+        for variable in _own_variables(layer):
+            if id(variable) not in names:
+                name = f"{prefix}{variable.name}"
+                used[name] += 1
+                names[id(variable)] = name if used[name] == 1 else f"{name}~{used[name] - 1}"
+    return {names.get(id(variable), variable.path): variable for variable in model.weights}
+
+
+def _sublayers(owner: Any) -> Iterator[keras.layers.Layer]:
+    """The layers right below a model or layer: a model's listing first, then what else it has as attributes."""
+    listed = list(getattr(owner, "layers", ())) if hasattr(owner, "layers") else []
+    # Sublayers of a layer have no public listing; this is what Keras's own summary walks over.
+    for layer in (*listed, *getattr(owner, "_layers", ())):
+        if hasattr(layer, "name") and hasattr(layer, "weights"):
+            yield layer
+
+
+def _own_variables(layer: Any) -> list[keras.Variable]:
+    return [*getattr(layer, "_trainable_variables", ()), *getattr(layer, "_non_trainable_variables", ())]

@@ -1,0 +1,68 @@
+"""Fetching a file from the Hugging Face hub, by the hub's own client and into its own cache."""
+
+from __future__ import annotations
+
+import socket
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from porting.errors import SourceError
+from porting.sources.table import Source
+
+_REACH_TIMEOUT = 10.0  # seconds
+
+
+def fetch_from_hub(source: Source) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+    from huggingface_hub.utils import logging
+
+    revision = source.revision or None
+    cached = huggingface_hub.try_to_load_from_cache(source.repo, source.file, revision=revision)
+    if isinstance(cached, str):
+        return Path(cached)
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # what it would warn of is said below, once
+    reason = _why_unreachable(huggingface_hub.constants.ENDPOINT)
+    if not reason:
+        try:
+            return Path(huggingface_hub.hf_hub_download(source.repo, source.file, revision=revision))
+        except RevisionNotFoundError:
+            reason = f"the repository has no revision {source.revision!r}"
+        except RepositoryNotFoundError:
+            reason = "the hub has no such repository, or asks for a login"
+        except LocalEntryNotFoundError:
+            reason = "it is not in the cache, and the hub does not answer"
+        except EntryNotFoundError:
+            reason = "the hub's repository has no such file"
+        except Exception as error:  # the client lets through whatever its HTTP library raises
+            first_line = str(error).partition("\n")[0]
+            reason = f"{type(error).__name__}: {first_line[:200]}"
+    raise SourceError(
+        f"cannot get {source.file} from {source.repo} on the Hugging Face hub: {reason}",
+        hint=f"Fetch {source.file} on a machine with access and give it with --checkpoint {source.file}, "
+        "or set HF_HOME to a cache that holds it.",
+    )
+
+
+def _why_unreachable(endpoint: str) -> str:
+    """Why there is no way to a server, "" where there seems to be one.
+
+    The hub's client tries for half a minute before it says so. Only what it could not get around either counts:
+    no name, no connection, no answer, through the proxies that the environment names.
+    """
+    request = urllib.request.Request(endpoint, method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=_REACH_TIMEOUT).close()
+    except urllib.error.HTTPError:
+        return ""
+    except (urllib.error.URLError, OSError) as error:
+        cause = error.reason if isinstance(error, urllib.error.URLError) else error
+        if isinstance(cause, (socket.gaierror, ConnectionError, TimeoutError)):
+            return f"it is not in the cache, and {endpoint} cannot be reached ({cause.strerror or cause})"
+    return ""
