@@ -105,7 +105,7 @@ def load_model(path: Path, build: Callable[[], keras.Model], what: str = "the mo
     errors what `build` makes. Raises WeightsFileError where the file's weights do not fit it.
     """
     try:
-        return _load_model(path, build)
+        return _load_model(path, build, what)
     except WeightsFileError:
         raise
     except Exception as error:  # Keras has no error of its own: a file may end in any
@@ -115,7 +115,7 @@ def load_model(path: Path, build: Callable[[], keras.Model], what: str = "the mo
         ) from None
 
 
-def _load_model(path: Path, build: Callable[[], keras.Model]) -> keras.Model:
+def _load_model(path: Path, build: Callable[[], keras.Model], what: str) -> keras.Model:
     import keras
 
     suffix = suffix_of(path)
@@ -124,13 +124,13 @@ def _load_model(path: Path, build: Callable[[], keras.Model]) -> keras.Model:
         return keras.models.load_model(path, compile=False)
     model = build()
     if suffix == ".h5":
-        _load_by_name(path, model)
+        _load_by_name(path, model, what)
     else:
         model.load_weights(path)
     return model
 
 
-def _load_by_name(path: Path, model: keras.Model) -> None:
+def _load_by_name(path: Path, model: keras.Model, what: str) -> None:
     variables = named_variables(model)
     found: dict[str, Array] = {}
     with h5py.File(path, "r") as file:
@@ -160,7 +160,7 @@ def _load_by_name(path: Path, model: keras.Model) -> None:
             if names
         )
         raise WeightsFileError(
-            f"{path}: its variables are not those of the model: {details}",
+            f"{path}: its variables are not those of {what}: {details}",
             hint="Check --variant and the number of classes; `van-port inspect` shows what the file holds.",
         )
     for name, variable in variables.items():

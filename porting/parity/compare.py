@@ -21,7 +21,7 @@ import numpy as np
 from porting.kinds.transforms import Array
 from porting.models.float64 import in_float64
 from porting.models.observe import Replacement, keras_tensors_in, observe_layers, observe_modules, tensors_in
-from porting.parity.locate import diagnose
+from porting.parity.diagnose import diagnose
 from porting.parity.measure import DifferenceSum, DistanceSum, measure_candidate, measure_truth
 from porting.parity.report import (
     ACCUMULATED,
