@@ -378,7 +378,7 @@ def exports_table(variant: str, folder: Path, rounds: int) -> Table:
     from rich.table import Table
 
     from porting.exporting import FORMATS
-    from porting.exporting.precision import PRECISIONS
+    from porting.models.precision import PRECISIONS
     from porting.reports.document import read_report
 
     made = {(form, precision): f"{precision}{suffix}" for form, suffix in FORMATS.items() for precision in PRECISIONS}

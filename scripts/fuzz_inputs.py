@@ -85,7 +85,7 @@ def healthy() -> dict[str, bytes]:
             own = path.with_name(f"x.{suffix}")
             write_provenance(own, {"family": "van"})
             files[own.name] = own.read_bytes()
-    files["x.parity.json"] = b'{"schema_version": 2, "layers": [], "limits": {"max_ratio": 8}}'
+    files["x.parity.json"] = b'{"schema_version": 3, "layers": [], "limits": {"max_ratio": 8}}'
     return files
 
 

@@ -40,4 +40,6 @@ def test_the_fixture_gates_a_port(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stderr
     assert "1 failed, 1 passed" in done.stdout
     assert "First divergence: 0: " in done.stdout
-    assert "Cause, certain: a constant factor" in done.stdout
+    assert (
+        "Cause, certain: 0.weight is 1.1 times what it should be; 0.bias is 1.1 times what it should be" in done.stdout
+    )

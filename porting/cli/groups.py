@@ -208,15 +208,22 @@ def _lazy_options(
     max_ratio: float | None,
     atol: float | None,
     rtol: float | None,
+    max_exact_ratio: float | None,
     **others: Any,
 ) -> Callable[[], CheckOptions]:
     """Not made at once, because that takes an import that `--help` must not wait for."""
 
     def make() -> CheckOptions:
-        from porting.parity.report import DEFAULT_MAX_RATIO, Limits
+        from porting.parity.report import DEFAULT_MAX_EXACT_RATIO, DEFAULT_MAX_RATIO, Limits
         from porting.tasks.options import CheckOptions
 
-        limits = Limits(DEFAULT_MAX_RATIO if max_ratio is None else max_ratio, atol, rtol, dict(layer_limits))
+        limits = Limits(
+            DEFAULT_MAX_RATIO if max_ratio is None else max_ratio,
+            atol,
+            rtol,
+            dict(layer_limits),
+            DEFAULT_MAX_EXACT_RATIO if max_exact_ratio is None else max_exact_ratio,
+        )
         return CheckOptions(limits, **others)
 
     return make
@@ -228,16 +235,29 @@ thoroughness_options = option_group(
     click.option("--images", type=FILE, help="Folder of images for the check.  [default: embedded ones]"),
     click.option("--samples", type=click.IntRange(min=1), help="Images to use.  [default: 4; all up to 64 pixels]"),
     click.option(
-        "--isolated/--no-isolated", default=True, show_default=True, help="Also feed each layer PyTorch's own input."
+        "--locate/--no-locate", default=True, show_default=True, help="Look for the layers where the models part."
     ),
     click.option("--stress", is_flag=True, help="Check on other weights and shapes too, on which mistakes are loud."),
     click.option("--train", is_flag=True, help="Also compare ten training steps: gradients, statistics, weights."),
-    click.option("--max-ratio", type=click.FloatRange(min=0, min_open=True), help="Limit of parity.  [default: 8]"),
+    click.option(
+        "--max-ratio",
+        type=click.FloatRange(min=0, min_open=True),
+        help="Limit of parity in float32, in units of PyTorch's own rounding.  [default: 64]",
+    ),
+    click.option(
+        "--max-exact-ratio",
+        type=click.FloatRange(min=0, min_open=True),
+        help="Limit for the outputs in float64, in units of float64's rounding.  [default: 256]",
+    ),
     click.option("--atol", type=click.FloatRange(min=0), help="Also bound the greatest difference."),
     click.option("--rtol", type=click.FloatRange(min=0), help="Also bound it relative to the layer's greatest value."),
     click.option(
         "--allow-non-finite", is_flag=True, help="Port NaN and infinite weights unchanged; the check uses zeros there."
     ),
+    click.option(
+        "--strict-settings", is_flag=True, help="Settings that matter only in training, such as a momentum, count too."
+    ),
+    click.option("--waive", multiple=True, metavar="MODULE[:SETTING]", help="Accept a setting that differs."),
     click.option("--limit", "layer_limits", type=LayerLimit(), multiple=True, help="Limit of one layer."),
 )
 

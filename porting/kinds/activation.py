@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,25 @@ if TYPE_CHECKING:
     import keras
     from torch import Tensor, nn
 
-GRID = np.linspace(-6.0, 6.0, 97, dtype=np.float64)
-_WITHOUT_ARGUMENT = {"ReLU", "LeakyReLU", "ELU", "Softmax"}
+# Dense where functions bend, and far enough out for those that saturate late.
+GRID = np.concatenate([np.linspace(-8.0, 8.0, 257), [-1e3, -100.0, -30.0, -12.0, 12.0, 30.0, 100.0, 1e3]])
+_WITHOUT_ARGUMENT = {"ReLU", "LeakyReLU", "ELU"}
+# Functions of several numbers at once: which ones, only the results show.
+_WITH_ACTIVATION = {
+    "Conv1D",
+    "Conv2D",
+    "Conv3D",
+    "DepthwiseConv1D",
+    "DepthwiseConv2D",
+    "Dense",
+    "EinsumDense",
+    "Conv2DTranspose",
+    "Conv1DTranspose",
+    "Conv3DTranspose",
+    "SeparableConv1D",
+    "SeparableConv2D",
+}
+_NOT_ELEMENTWISE = {"Softmax", "Softmax2d", "LogSoftmax", "Softmin", "GLU", "MultiheadAttention"}
 
 
 class Activation(Kind):
@@ -32,13 +50,18 @@ class Activation(Kind):
     def module_settings(self, module: nn.Module) -> Settings:
         import torch
 
+        if type(module).__name__ in _NOT_ELEMENTWISE:
+            return {}
         with torch.no_grad():
-            values: Array = module(torch.from_numpy(GRID.copy()[None])).numpy()[0]
+            values: Array = copy.deepcopy(module)(torch.from_numpy(GRID.copy())).numpy()
         return {"activation": values}
 
     def layer_settings(self, layer: Any) -> Settings:
-        function = layer if type(layer).__name__ in _WITHOUT_ARGUMENT else layer.activation
-        return {"activation": np.asarray(function(GRID.astype(np.float32)[None]))[0]}
+        return _values(layer if type(layer).__name__ in _WITHOUT_ARGUMENT else layer.activation)
+
+    def fused_settings(self, layer: Any) -> Settings:
+        function = getattr(layer, "activation", None)
+        return _values(function) if callable(function) and type(layer).__name__ in _WITH_ACTIVATION else {}
 
     def mistakes(self, module: nn.Module, inputs: list[Tensor]) -> Iterator[Mistake]:
         import torch
@@ -57,11 +80,32 @@ class Activation(Kind):
             "GELU": F.gelu,
             "tanh": torch.tanh,
             "sigmoid": torch.sigmoid,
+            "ReLU6": F.relu6,
+            "hard swish": F.hardswish,
+            "leaky ReLU with Keras's 0.3": lambda x: F.leaky_relu(x, 0.3),
+            "leaky ReLU with PyTorch's 0.01": F.leaky_relu,
+            "Keras 2's hard sigmoid, 0.2 x + 0.5,": lambda x: (0.2 * x + 0.5).clamp(0, 1),
+            "softmax over the last axis": lambda x: x.softmax(-1),
+            "softmax over the channels": lambda x: x.softmax(1),
         }
         for name, compute in others.items():
             if type(module).__name__.lower() != name.lower():
                 yield made(f"{name} instead of {type(module).__name__}", compute)
         yield made("no activation at all", lambda x: x)
+
+
+def _values(function: Any) -> Settings:
+    """The values of a Keras function on `GRID`; {} where it is none of one number."""
+    import keras
+
+    try:
+        given = keras.ops.convert_to_tensor(GRID, dtype=keras.config.floatx())
+        values = np.asarray(function(given)).astype(np.float64)
+    except Exception:  # whatever a function raises on a single axis
+        return {}
+    if getattr(function, "__name__", "") in {"softmax", "log_softmax", "glu"} or values.shape != GRID.shape:
+        return {}
+    return {"activation": values}
 
 
 def name_of_function(values: Array) -> str:
@@ -85,7 +129,7 @@ def name_of_function(values: Array) -> str:
         "linear": x,
     }
     for name, expected in known.items():
-        if np.abs(values - expected.numpy()).max() < 1e-5:
+        if np.allclose(values, expected.numpy(), rtol=1e-5, atol=1e-5):
             return name
     return "another function"
 

@@ -64,6 +64,14 @@ class Kind:
         """What a layer of this kind is set to, under PyTorch's names and in PyTorch's conventions."""
         return {}
 
+    def fused_settings(self, layer: keras.layers.Layer) -> Settings:
+        """What a layer of another kind is set to in this kind's sense, where it has one fused into it."""
+        return {}
+
+    def advice(self, setting: str, expected: Any) -> str:
+        """What to set in Keras, where its convention is another."""
+        return ""
+
     def mistakes(self, module: nn.Module, inputs: list[Tensor]) -> Iterator[Mistake]:
         """Known porting mistakes of this kind, made on what `module` took, the specific before the general."""
         return iter(())

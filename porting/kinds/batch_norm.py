@@ -40,21 +40,23 @@ class BatchNorm(Kind):
         return isinstance(layer, layers.BatchNormalization)
 
     def module_settings(self, module: Any) -> Settings:
-        settings: Settings = {"eps": module.eps, "affine": module.affine, "axis": "channels"}
+        settings: Settings = {"eps": module.eps, "axis": "channels"}
         if module.momentum is not None:
             settings["momentum"] = module.momentum
         return settings
 
     def layer_settings(self, layer: Any) -> Settings:
         axis = layer.axis if isinstance(layer.axis, int) else layer.axis[0]
-        rank = len(layer.gamma.shape) if layer.scale and layer.built else 1
+        rank = layer.input_spec.ndim if layer.built and layer.input_spec is not None else None
         # Keras's momentum is the share of the old value, PyTorch's that of the new one.
         return {
             "eps": layer.epsilon,
             "momentum": 1.0 - layer.momentum,
-            "affine": bool(layer.scale and layer.center),
-            "axis": "channels" if axis in (-1, 1, 3) and rank == 1 else f"axis {axis}",
+            "axis": "channels" if rank is None or axis in (-1, 1, rank - 1) else f"axis {axis}",
         }
+
+    def advice(self, setting: str, expected: Any) -> str:
+        return f"set {1.0 - expected:g} in Keras, which is PyTorch's {expected:g}" if setting == "momentum" else ""
 
     def mistakes(self, module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
         import torch
@@ -68,6 +70,10 @@ class BatchNorm(Kind):
             "the running mean is lost": ("running_mean", lambda m: torch.zeros_like(m.running_mean)),
             "the running variance is lost": ("running_var", lambda m: torch.ones_like(m.running_var)),
         }
+        if module.affine:
+            exchanged = with_change(module, inputs, _exchange_affine)
+            yield Mistake("its scale (gamma) and shift (beta) are exchanged", exchanged)
+        yield Mistake("the running mean and variance are exchanged", with_change(module, inputs, _exchange_statistics))
         for cause, (name, value) in values.items():
             yield Mistake(cause, with_value(module, inputs, name, value))
         yield Mistake("the running statistics are the initial ones", with_change(module, inputs, _reset_statistics))
@@ -96,6 +102,14 @@ def norm_mistakes(module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
 
 def _constant(value: float, _: Any) -> float:
     return value
+
+
+def _exchange_affine(module: Any) -> None:
+    module.weight.data, module.bias.data = module.bias.data, module.weight.data
+
+
+def _exchange_statistics(module: Any) -> None:
+    module.running_mean, module.running_var = module.running_var, module.running_mean
 
 
 def _reset_statistics(module: Any) -> None:

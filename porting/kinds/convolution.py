@@ -57,7 +57,6 @@ def convolution_module_settings(module: Any) -> Settings:
         "stride": tuple(module.stride),
         "dilation": tuple(module.dilation),
         "groups": module.groups,
-        "bias": module.bias is not None,
     }
     if isinstance(module.padding, tuple):
         settings["padding"] = tuple(module.padding)
@@ -71,7 +70,6 @@ def convolution_layer_settings(layer: Any, *, groups: int) -> Settings:
         "kernel_size": kernel,
         "stride": tuple(layer.strides),
         "dilation": dilation,
-        "bias": bool(layer.use_bias),
     }
     if layer.built:
         settings["groups"] = groups

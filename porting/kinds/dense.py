@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from porting.kinds.base import Kind, Leaf, Mistake, Settings, with_value
+from porting.kinds.base import Kind, Leaf, Mistake, with_value
 from porting.kinds.convolution import bias_mistakes
 from porting.kinds.transforms import DENSE
 
@@ -27,12 +27,6 @@ class Dense(Kind):
         from keras import layers
 
         return isinstance(layer, layers.Dense)
-
-    def module_settings(self, module: Any) -> Settings:
-        return {"bias": module.bias is not None}
-
-    def layer_settings(self, layer: Any) -> Settings:
-        return {"bias": bool(layer.use_bias)}
 
     def mistakes(self, module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
         yield from bias_mistakes(module, inputs)

@@ -12,12 +12,15 @@ if TYPE_CHECKING:
 
 # What several libraries call stochastic depth, and its rate.
 _DROP_PATH_CLASSES = {"droppath", "stochasticdepth"}
+_WHOLE_CHANNELS = {"Dropout1d", "Dropout2d", "Dropout3d", "FeatureAlphaDropout"}
+# What a mask drops at once.
+_NUMBER, _CHANNEL, _SAMPLE = "number by number", "a channel at once", "a sample at once"
 _RATES = ("rate", "drop_prob", "p")
 
 
 class Dropout(Kind):
     name = "dropout"
-    training_settings = frozenset({"rate", "per_sample"})
+    training_settings = frozenset({"rate", "mask"})
 
     def is_module(self, module: nn.Module) -> bool:
         from torch import nn
@@ -27,17 +30,27 @@ class Dropout(Kind):
     def is_layer(self, layer: keras.layers.Layer) -> bool:
         from keras import layers
 
-        return isinstance(layer, (layers.Dropout, layers.SpatialDropout2D))
+        return isinstance(
+            layer, (layers.Dropout, layers.SpatialDropout1D, layers.SpatialDropout2D, layers.SpatialDropout3D)
+        )
 
     def module_settings(self, module: Any) -> Settings:
         if not _is_drop_path(module):
-            return {"rate": module.p, "per_sample": False}
+            whole = type(module).__name__ in _WHOLE_CHANNELS
+            return {"rate": module.p, "mask": _CHANNEL if whole else _NUMBER}
         rate = next((getattr(module, name) for name in _RATES if hasattr(module, name)), None)
-        return {} if rate is None else {"rate": float(rate or 0.0), "per_sample": True}
+        return {} if rate is None else {"rate": float(rate or 0.0), "mask": _SAMPLE}
 
     def layer_settings(self, layer: Any) -> Settings:
+        if type(layer).__name__.startswith("SpatialDropout"):
+            return {"rate": float(layer.rate), "mask": _CHANNEL}
         shape = getattr(layer, "noise_shape", None)
-        return {"rate": float(layer.rate), "per_sample": shape is not None and all(side == 1 for side in shape[1:])}
+        if shape is None:
+            return {"rate": float(layer.rate), "mask": _NUMBER}
+        if all(side == 1 for side in shape[1:]):
+            return {"rate": float(layer.rate), "mask": _SAMPLE}
+        whole = shape[-1] != 1 and all(side == 1 for side in shape[1:-1])
+        return {"rate": float(layer.rate), "mask": _CHANNEL if whole else f"of shape {tuple(shape)}"}
 
 
 def _is_drop_path(module: nn.Module) -> bool:

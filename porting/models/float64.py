@@ -21,10 +21,9 @@ def in_float64(model: nn.Module) -> nn.Module:
 
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
-        exact = parameter.detach().double() if parameter.is_floating_point() else parameter.detach().clone()
-        memo[id(parameter)] = nn.Parameter(exact, requires_grad=False)
+        memo[id(parameter)] = nn.Parameter(_exact_copy(parameter.detach()), requires_grad=False)
     for buffer in model.buffers():
-        memo[id(buffer)] = buffer.double() if buffer.is_floating_point() else buffer.clone()
+        memo[id(buffer)] = _exact_copy(buffer)
     # Tensors that are neither, as a model may hold them, are copied as they are and then brought along.
     truth = copy.deepcopy(model, memo).double()
     for module in truth.modules():
@@ -32,6 +31,13 @@ def in_float64(model: nn.Module) -> nn.Module:
         if type(module) is nn.Conv2d and _is_plain_depthwise(module):
             vars(module)["forward"] = partial(_depthwise, module)
     return truth
+
+
+def _exact_copy(tensor: Tensor) -> Tensor:
+    """In memory of its own, also where it is in float64 already."""
+    import torch
+
+    return tensor.to(torch.float64, copy=True) if tensor.is_floating_point() else tensor.clone()
 
 
 def _is_plain_depthwise(module: nn.Conv2d) -> bool:

@@ -63,6 +63,8 @@ class _Calls:
 @contextlib.contextmanager
 def observe_modules(model: nn.Module, observer: Observer) -> Iterator[None]:
     """Shows the observer every call of a submodule of `model`, by its name in `named_modules()`."""
+    import torch
+
     calls = _Calls()
 
     def hooks_for(name: str) -> tuple[Any, Any]:
@@ -83,7 +85,8 @@ def observe_modules(model: nn.Module, observer: Observer) -> Iterator[None]:
 
     handles = []
     for name, module in model.named_modules():
-        if name:
+        # TorchScript takes no such hooks: what runs inside it cannot be seen.
+        if name and not isinstance(module, torch.jit.ScriptModule):
             before, after = hooks_for(name)
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(module.register_forward_hook(after))
@@ -184,7 +187,9 @@ class _Bridge:
         for index, replacement in zip(positions, replaced, strict=True):
             if replacement is not None:
                 array = replacement.contiguous().numpy()
-                leaves[index] = keras.ops.convert_to_tensor(array, dtype=leaves[index].dtype)
+                # A float64 run goes on in float64, whatever the layer made.
+                wide = array.dtype in (np.float64, np.complex128)
+                leaves[index] = keras.ops.convert_to_tensor(array, dtype=None if wide else leaves[index].dtype)
                 self._remember(leaves[index], replacement)
         return keras.tree.pack_sequence_as(value, leaves)
 

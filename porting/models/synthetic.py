@@ -6,18 +6,24 @@ and BatchNorm statistics are the identity.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 _CALIBRATION_SHAPE = (4, 3, 64, 64)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-def fill_with_synthetic_weights(model: nn.Module, seed: int = 0) -> None:
-    """Gives every parameter and statistic of an image model, in place, a value that an error would show in.
+def fill_with_synthetic_weights(
+    model: nn.Module, seed: int = 0, run: Callable[[nn.Module], object] | None = None
+) -> None:
+    """Gives every parameter and statistic of a model, in place, a value that an error would show in.
 
     Kernels keep their random initial values, redrawn from `seed`; biases, norms' scales and single parameters
     become random numbers well away from 0 and 1; BatchNorm statistics are then measured on random images, so that
-    activations keep their scale however deep the model is.
+    activations keep their scale however deep the model is. `run` runs the model on inputs for that, by default on
+    random images.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -27,7 +33,7 @@ def fill_with_synthetic_weights(model: nn.Module, seed: int = 0) -> None:
     with torch.no_grad():
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
-                if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm)):
+                if isinstance(module, (*_BATCH_NORMS, nn.LayerNorm)):
                     draw(parameter, *((0.6, 1.4) if name == "weight" else (-0.3, 0.3)))
                 elif name == "bias":
                     draw(parameter, -0.2, 0.2)
@@ -36,19 +42,20 @@ def fill_with_synthetic_weights(model: nn.Module, seed: int = 0) -> None:
                 else:
                     fan_in = parameter[0].numel()
                     parameter.normal_(0.0, fan_in**-0.5, generator=generator)
-        measure_batch_norms(model, torch.randn(_CALIBRATION_SHAPE, generator=generator))
+        images = torch.randn(_CALIBRATION_SHAPE, generator=generator) if run is None else None
+        measure_batch_norms(model, run or (lambda own: own(images)))
 
 
-def measure_batch_norms(model: nn.Module, images: torch.Tensor) -> None:
-    """Sets every BatchNorm's running statistics, in place, to those of one batch `(N, C, H, W)`."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+def measure_batch_norms(model: nn.Module, run: Callable[[nn.Module], object]) -> None:
+    """Sets every BatchNorm's running statistics, in place, to those of the batch that `run` runs the model on."""
+    norms = [module for module in model.modules() if isinstance(module, _BATCH_NORMS)]
     momenta = [norm.momentum for norm in norms]
     was_training = model.training
     for norm in norms:
         norm.momentum = 1.0  # the statistics of this very batch, not a blend with the initial ones
     model.train()
     with torch.no_grad():
-        model(images)
+        run(model)
     model.train(was_training)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

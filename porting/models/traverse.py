@@ -52,6 +52,11 @@ def named_variables(model: keras.Model) -> dict[str, keras.Variable]:
     return {names.get(id(variable), variable.path): variable for variable in model.weights}
 
 
+def owned_variables(model: keras.Model) -> dict[str, list[keras.Variable]]:
+    """The variables that each layer has by itself, not through a sublayer; those of the model itself under ""."""
+    return {"": _own_variables(model)} | {name: _own_variables(layer) for name, layer in named_layers(model).items()}
+
+
 def _sublayers(owner: Any) -> Iterator[keras.layers.Layer]:
     """The layers right below a model or layer: a model's listing first, then what else it has as attributes."""
     listed = list(getattr(owner, "layers", ())) if hasattr(owner, "layers") else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from porting.parity.report import FLOAT32_ROUNDOFF, LayerComparison, ParityReport, View
+from porting.parity.report import LayerComparison, ParityReport, View
 
 DEFAULT_FACTOR = 2.0
 
@@ -11,7 +11,7 @@ def regressions(report: ParityReport, baseline: ParityReport, factor: float = DE
     """A sentence for every layer whose error has grown by more than `factor`, or that is no longer compared.
 
     What is compared is Keras's RMS distance to the truth relative to the layer's scale, in every view of both reports.
-    Below one float32 rounding nothing counts as an error.
+    Below one rounding of the type that was computed in nothing counts as an error.
     """
     now = {layer.source: layer for layer in report.layers}
     found = []
@@ -41,5 +41,5 @@ def _worse_views(old: LayerComparison, new: LayerComparison, factor: float) -> l
 
 def _relative(view: View) -> float:
     if not view.scale.rms:
-        return FLOAT32_ROUNDOFF if not view.actual_error.rms else float("inf")
-    return max(view.actual_error.rms / view.scale.rms, FLOAT32_ROUNDOFF)
+        return view.roundoff if not view.actual_error.rms else float("inf")
+    return max(view.actual_error.rms / view.scale.rms, view.roundoff)

@@ -72,7 +72,9 @@ def _diagnose(
     hypotheses += _wiring_hypotheses(exact, others)
     checked: list[str] = []
     best: tuple[float, str] = (math.inf, "")
-    for cause, make in itertools.chain(hypotheses, _pattern_hypotheses(exact, found)):
+    best_is_pattern = False
+    tried = [(*hypothesis, False) for hypothesis in hypotheses]
+    for cause, make, is_pattern in itertools.chain(tried, _patterns(exact, found)):
         checked.append(cause)
         guess = make()
         if guess is None or guess.shape != found.shape:
@@ -80,12 +82,12 @@ def _diagnose(
         left = _rms(found - guess.double()) / total
         # An earlier hypothesis is the more specific one; a later one must be clearly better.
         if left < best[0] * 0.1 or (left < best[0] and best[0] > EXPLAINED):
-            best = (left, cause)
+            best, best_is_pattern = (left, cause), is_pattern
         if left <= REPRODUCED:
             break
     if best[0] > EXPLAINED:
         return None
-    return Diagnosis(layer, best[1], best[0], tuple(checked))
+    return Diagnosis(layer, best[1], best[0], tuple(checked), best_is_pattern)
 
 
 def _rms(values: Tensor) -> float:
@@ -143,6 +145,11 @@ def _combined(base: Tensor, *, plus: Tensor | None = None, minus: Tensor | None 
     if plus is not None:
         result = result + plus.double()
     return result if minus is None else result - minus.double()
+
+
+def _patterns(exact: Tensor, found: Tensor) -> Iterator[tuple[str, Callable[[], Tensor | None], bool]]:
+    for cause, make in _pattern_hypotheses(exact, found):
+        yield cause, make, True
 
 
 def _pattern_hypotheses(exact: Tensor, found: Tensor) -> Iterator[Hypothesis]:

@@ -75,6 +75,23 @@ def measure_truth(expected: Tensor, truth: Tensor) -> tuple[Tensor, DistanceSum,
     return error.permute([order.index(axis) for axis in range(expected.ndim)]), size, scale
 
 
+def measure_size(tensor: Tensor) -> DistanceSum:
+    """How large a tensor is: its distance to zero."""
+    size = DistanceSum()
+    for (chunk,) in _chunks(tensor):
+        size.add_chunk(chunk)
+    return size
+
+
+def measure_distance(actual: Tensor, truth: Tensor) -> DistanceSum:
+    """The distance of `actual` to `truth`, taken in float64, in the order in which `truth` lies in memory."""
+    order = sorted(range(truth.ndim), key=lambda axis: -truth.stride()[axis])
+    size = DistanceSum()
+    for mine, exact in _chunks(actual.permute(order), truth.permute(order)):
+        size.add_chunk(exact - mine)
+    return size
+
+
 def measure_candidate(actual: Tensor, expected: Tensor, expected_error: Tensor | None) -> DistanceSum:
     """The distance of `actual` to the truth, from which `expected` is `expected_error` away (None: not at all)."""
     size = DistanceSum()

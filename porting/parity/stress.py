@@ -63,7 +63,8 @@ def with_small_variances(reference: nn.Module, images: Array, shrinkable: Callab
         for name, parameter in model.named_parameters():
             if shrinkable(name):
                 parameter.mul_(SMALL)
-    measure_batch_norms(model, torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, 1))))
+    tensor = torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, 1)))
+    measure_batch_norms(model, lambda own: own(tensor))
     return model.eval()
 
 

@@ -26,8 +26,8 @@ from porting.models.observe import to_torch
 from porting.models.traverse import named_layers, named_variables
 from porting.parity.measure import DifferenceSum, measure_truth
 from porting.parity.report import (
-    ACCUMULATED,
     FEW_ELEMENTS,
+    FLOAT32,
     FLOAT32_ROUNDOFF,
     Audit,
     Distance,
@@ -309,11 +309,11 @@ def _one(
     if actual is None or actual.shape != truth.shape:
         problem = "Keras does not train it" if actual is None else f"shape {tuple(actual.shape)} instead of {shape}"
         view = View(scale.total(), noise, noise, problem)
-        return LayerComparison(name, target, kind, shape, dtype, "none", {ACCUMULATED: view}, difference.total())
+        return LayerComparison(name, target, kind, shape, dtype, "none", {FLOAT32: view}, difference.total())
     limit = limits.of(name) * max(noise.max, scale.total().max * FLOAT32_ROUNDOFF)
     found = difference.add(actual, expected[0], error, limit)
     view = View(scale.total(), noise, found.total())
-    return LayerComparison(name, target, kind, shape, dtype, dtype, {ACCUMULATED: view}, difference.total())
+    return LayerComparison(name, target, kind, shape, dtype, dtype, {FLOAT32: view}, difference.total())
 
 
 def _with_usual_rounding(layers: list[LayerComparison]) -> Iterator[LayerComparison]:
@@ -323,15 +323,15 @@ def _with_usual_rounding(layers: list[LayerComparison]) -> Iterator[LayerCompari
     """
     found: dict[str, list[float]] = {}
     for layer in layers:
-        rounding = layer.views[ACCUMULATED].relative_rounding
+        rounding = layer.views[FLOAT32].relative_rounding
         if layer.kind != "loss" and math.isfinite(rounding):
             found.setdefault(_kind(layer), []).append(rounding)
     usual = {kind: statistics.median(roundings) for kind, roundings in found.items()}
     usual["loss"] = max(usual.values(), default=0.0)
     for layer in layers:
         if math.prod(layer.shape) < FEW_ELEMENTS:
-            view = replace(layer.views[ACCUMULATED], usual_rounding=usual.get(_kind(layer), 0.0))
-            layer = replace(layer, views={ACCUMULATED: view})
+            view = replace(layer.views[FLOAT32], usual_rounding=usual.get(_kind(layer), 0.0))
+            layer = replace(layer, views={FLOAT32: view})
         yield layer
 
 

@@ -1,20 +1,28 @@
 """The report as a versioned JSON document, out and in again.
 
-schema_version   2; a reader refuses any other
-passed           the verdict with the limits below
+schema_version   3; a reader refuses any other
+passed           the verdict with the limits below; objections lists every reason why it is not parity
 name             "as ported", or the name of a stress run
-first_divergence {layer, culprit, view, reason}, or null
-diagnosis        {layer, cause, confidence, unexplained, checked}, or null
-limits           {max_ratio, atol, rtol, per_layer}
+problem          why nothing could be compared, else ""
+layers           in data flow: {source, target, kind, shape, expected_dtype, actual_dtype, views, difference,
+                 rewritten}
+  views          exact, float32: {scale, expected_error, actual_error, problem, usual_rounding, roundoff, ratio}, the
+                 first three as {max, rms}; ratio is derived, and read by nobody
+  difference     Keras in float32 against PyTorch in float64: see porting.parity.report.Difference
+  rewritten      how a layer was written in another way, else ""
+culprits         in data flow: {layer, target, reason, relative, is_input, culprit, diagnosis}
+  diagnosis      {layer, cause, confidence, unexplained, checked, pattern}, or null
+audit            {layers, settings, differences: [{layer, setting, expected, actual, advice, training, counts}]}, or
+                 null
+verified         {weights, verified, unverified, differing, through_layers, compared_bits}, or null
+loud             {what, relative, limit}, or null
+exact_model      how the Keras model became float64; float32_inside names layers that compute in float32 all the same
+axes, notes      sentences on orders of axes, and on what was written in another way
+precision        what the Keras model computes in
+limits           {max_ratio, atol, rtol, per_layer, max_exact_ratio}
 input_shapes     one shape an input, with the number of samples first
 logits           {samples, top1_agreement, top5_agreement, max_probability_change}, or null
-audit            {layers, settings, differences: [{layer, setting, expected, actual}]}, or null
-unpaired_source  PyTorch modules that ran and have no Keras layer; unpaired_target the other way round
-layers           in data flow: {source, target, kind, shape, expected_dtype, actual_dtype, views, difference}
-  views          accumulated, isolated, input: {scale, expected_error, actual_error, problem, ratio}, each of the
-                 first three as {max, rms}; ratio is derived, and read by nobody; usual_rounding is absent in
-                 reports of versions before 0.2 and then 0
-  difference     Keras against PyTorch in float32, accumulated: see porting.statistics.Difference
+unpaired_source  PyTorch modules that ran and have no Keras tensor; unpaired_target the other way round
 stress           reports of the same form
 context          provenance: family, variant, source, versions, time
 
@@ -30,21 +38,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from porting.errors import ReportError
-from porting.parity.report import (
-    Audit,
-    Diagnosis,
-    Difference,
-    Distance,
-    LayerComparison,
-    Limits,
-    LogitsComparison,
-    ParityReport,
-    SettingDifference,
-    View,
-)
+import msgspec
 
-SCHEMA_VERSION = 2
+from porting.errors import ReportError
+from porting.parity.report import LayerComparison, ParityReport
+
+SCHEMA_VERSION = 3
 
 
 def to_json(report: ParityReport) -> str:
@@ -54,22 +53,19 @@ def to_json(report: ParityReport) -> str:
 
 def to_document(report: ParityReport) -> dict[str, Any]:
     """The report as plain values, infinities and all."""
-    first, cause = report.first_divergence, report.diagnosis
+    own = asdict(report)
+    own["limits"]["per_layer"] = dict(report.limits.per_layer)
+    own["layers"] = [layer_document(layer) for layer in report.layers]
+    own["stress"] = [to_document(each) for each in report.stress]
+    for culprit, found in zip(own["culprits"], report.culprits, strict=True):
+        culprit["culprit"] = found.culprit
+        if found.diagnosis is not None:
+            culprit["diagnosis"]["confidence"] = found.diagnosis.confidence
     return {
         "schema_version": SCHEMA_VERSION,
         "passed": report.passed,
-        "name": report.name,
-        "first_divergence": None if first is None else {**asdict(first), "culprit": first.culprit},
-        "diagnosis": None if cause is None else {**asdict(cause), "confidence": cause.confidence},
-        "limits": {**asdict(report.limits), "per_layer": dict(report.limits.per_layer)},
-        "input_shapes": report.input_shapes,
-        "logits": None if report.logits is None else asdict(report.logits),
-        "audit": None if report.audit is None else asdict(report.audit),
-        "unpaired_source": report.unpaired_source,
-        "unpaired_target": report.unpaired_target,
-        "context": report.context,
-        "layers": [layer_document(layer) for layer in report.layers],
-        "stress": [to_document(each) for each in report.stress],
+        "objections": report.objections,
+        **own,
     }
 
 
@@ -92,16 +88,15 @@ def encoded(value: Any) -> Any:
     return value
 
 
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
 def _decoded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _decoded(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_decoded(item) for item in value]
-    return (
-        {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}.get(value, value)
-        if isinstance(value, str)
-        else value
-    )
+    return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
 
 
 def read_report(path: Path) -> ParityReport:
@@ -124,45 +119,6 @@ def from_json(text: str) -> ParityReport:
         version = document["schema_version"]
         if version != SCHEMA_VERSION:
             raise ReportError(f"a report of schema {version}, this version reads {SCHEMA_VERSION}", hint=hint)
-        return _report(document)
+        return msgspec.convert(document, ParityReport)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ReportError(f"not a parity report: {type(error).__name__}: {error}", hint=hint) from None
-
-
-def _report(document: dict[str, Any]) -> ParityReport:
-    logits, audit, cause = document["logits"], document["audit"], document["diagnosis"]
-    if cause is not None:
-        cause = Diagnosis(cause["layer"], cause["cause"], cause["unexplained"], tuple(cause["checked"]))
-    return ParityReport(
-        layers=tuple(_layer(layer) for layer in document["layers"]),
-        unpaired_source=tuple(document["unpaired_source"]),
-        unpaired_target=tuple(document["unpaired_target"]),
-        logits=None if logits is None else LogitsComparison(**logits),
-        input_shapes=tuple(tuple(shape) for shape in document["input_shapes"]),
-        limits=Limits(**document["limits"]),
-        name=document["name"],
-        audit=None if audit is None else _audit(audit),
-        diagnosis=cause,
-        stress=tuple(_report(each) for each in document["stress"]),
-        context=document["context"],
-    )
-
-
-def _audit(document: dict[str, Any]) -> Audit:
-    differences = tuple(SettingDifference(**each) for each in document["differences"])
-    return Audit(document["layers"], document["settings"], differences)
-
-
-def _layer(document: dict[str, Any]) -> LayerComparison:
-    views = {}
-    for name, view in document["views"].items():
-        scale, expected, actual = (Distance(**view[key]) for key in ("scale", "expected_error", "actual_error"))
-        views[name] = View(scale, expected, actual, view["problem"], view.get("usual_rounding", 0.0))
-    difference = {**document["difference"], "worst_index": tuple(document["difference"]["worst_index"])}
-    difference["ulp_histogram"] = tuple(difference["ulp_histogram"])
-    return LayerComparison(
-        **{key: document[key] for key in ("source", "target", "kind", "expected_dtype", "actual_dtype")},
-        shape=tuple(document["shape"]),
-        views=views,
-        difference=Difference(**difference),
-    )

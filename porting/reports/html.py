@@ -7,10 +7,18 @@ import math
 from importlib import resources
 from typing import Any
 
-from porting.parity.report import ACCUMULATED, FLOAT32_ROUNDOFF, INPUT, ISOLATED, VIEWS, LayerComparison, ParityReport
+from porting.parity.report import (
+    EXACT,
+    FLOAT32,
+    FLOAT32_ROUNDOFF,
+    FLOAT64_ROUNDOFF,
+    VIEWS,
+    LayerComparison,
+    ParityReport,
+)
 from porting.reports.document import encoded, layer_document
 from porting.reports.plot import GREY, Series, log_plot
-from porting.reports.terminal import findings, title, verdict
+from porting.reports.terminal import findings, remarks, title, verdict
 
 
 def to_html(report: ParityReport) -> str:
@@ -25,6 +33,7 @@ def to_html(report: ParityReport) -> str:
         title=title(report),
         verdict=verdict(report),
         findings=findings(report),
+        remarks=remarks(report),
         runs=[(run.name, run.passed, verdict(run)) for run in report.stress],
         rows=[_row(report, layer) for layer in report.layers],
         plot=_plot(report),
@@ -35,12 +44,15 @@ def to_html(report: ParityReport) -> str:
 
 
 def _row(report: ParityReport, layer: LayerComparison) -> dict[str, Any]:
-    failed = {view: bool(report.limits.objection(layer, view)) for view in layer.views}
+    off = report.failed(layer)
+    failed = {view: off and bool(report.limits.objection(layer, view)) for view in layer.views}
     return {
         "layer": layer,
         "shape": " x ".join(map(str, layer.shape)),
-        "failed": any(failed.values()),
+        "failed": off,
+        "culprit": any(culprit.layer == layer.source for culprit in report.culprits),
         "ratios": [_cell(layer, view, failed.get(view, False)) for view in VIEWS],
+        "rewritten": layer.rewritten,
     }
 
 
@@ -50,6 +62,8 @@ def _cell(layer: LayerComparison, name: str, failed: bool) -> dict[str, Any]:
         return {"sort": -1.0, "text": "-", "failed": False}
     if not math.isfinite(view.ratio):
         return {"sort": 1e308, "text": view.problem or "∞", "failed": failed}
+    if name == EXACT:
+        return {"sort": view.relative_error, "text": f"{view.relative_error:.1e}", "failed": failed}
     text = f"{view.ratio:.2f}" if view.ratio < 1000 else f"{view.ratio:.1e}"
     return {"sort": view.ratio, "text": text, "failed": failed}
 
@@ -66,18 +80,24 @@ def _facts(context: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _plot(report: ParityReport) -> str:
-    """Relative error along depth."""
-    curves = ((ACCUMULATED, "#3b82f6", "dot"), (ISOLATED, "#e08a00", "square"), (INPUT, "#10a37f", "triangle"))
+    """Relative error along depth, in both views."""
     series = [
-        Series(f"Keras, {name}", colour, marker, _points(report, name, "actual_error"))
-        for name, colour, marker in curves
+        Series("Keras in float64", "#3b82f6", "dot", _points(report, EXACT, "actual_error")),
+        Series("Keras in float32", "#e08a00", "square", _points(report, FLOAT32, "actual_error")),
+        Series("PyTorch in float32", GREY, "line", _points(report, FLOAT32, "expected_error")),
     ]
-    series.append(Series("PyTorch in float32", GREY, "line", _points(report, ACCUMULATED, "expected_error")))
+    marks = [
+        (index, culprit.relative)
+        for culprit in report.culprits
+        for index, layer in enumerate(report.layers)
+        if layer.source == culprit.layer and 0 < culprit.relative < math.inf
+    ]
+    series.append(Series("culprit", "#dc2626", "triangle", marks))
     return log_plot(
         series,
         count=len(report.layers),
-        lines=[("one float32 rounding", FLOAT32_ROUNDOFF)],
-        x="layer, in data flow",
+        lines=[("one float32 rounding", FLOAT32_ROUNDOFF), ("one float64 rounding", FLOAT64_ROUNDOFF)],
+        x="tensor, in data flow",
         y="RMS error / RMS of the truth",
     )
 

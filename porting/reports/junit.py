@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from porting.parity.report import ParityReport
+from porting.parity.report import OUTPUT, ParityReport
 from porting.reports.terminal import verdict
 
 
@@ -25,16 +25,21 @@ def _suite(report: ParityReport) -> object:
     for layer in report.layers:
         case = TestCase(layer.source, classname=f"parity.{layer.kind}", time=0)
         reasons = [f"{view}: {reason}" for view in layer.views if (reason := report.limits.objection(layer, view))]
-        if reasons:
+        if reasons and report.failed(layer):
             case.result = [Failure("; ".join(reasons), "not at parity")]
         suite.add_testcase(case)
     if report.audit is not None:
         case = TestCase("settings", classname="parity.audit", time=0)
-        if report.audit.differences:
-            case.result = [Failure("; ".join(map(str, report.audit.differences)), "settings differ")]
+        if report.audit.failures:
+            case.result = [Failure("; ".join(map(str, report.audit.failures)), "settings differ")]
         suite.add_testcase(case)
-    if not report.layers:
-        case = TestCase("layers", classname="parity", time=0)
-        case.result = [Failure(verdict(report), "nothing compared")]
+    for number, culprit in enumerate(report.culprits, start=1):
+        case = TestCase(f"divergence {number}: {culprit.culprit or OUTPUT}", classname="parity.culprit", time=0)
+        cause = f"; cause, {culprit.diagnosis.confidence}: {culprit.diagnosis.cause}" if culprit.diagnosis else ""
+        case.result = [Failure(f"{culprit}{cause}", "the models part here")]
+        suite.add_testcase(case)
+    if not report.passed and not any(case.result for case in suite):
+        case = TestCase("verdict", classname="parity", time=0)
+        case.result = [Failure("; ".join(report.objections) or verdict(report), "not at parity")]
         suite.add_testcase(case)
     return suite

@@ -2,41 +2,39 @@
 
 from __future__ import annotations
 
-from porting.parity.report import VIEWS, LayerComparison, ParityReport
-from porting.reports.terminal import findings, title, verdict
+from porting.parity.report import FLOAT32, ParityReport
+from porting.reports.terminal import exact_text, findings, ratio_text, remarks, title, verdict
 
 WORST = 10
 
 
 def to_markdown(report: ParityReport) -> str:
     """A heading with the verdict, what is wrong, and a table of the worst layers."""
-    lines = [f"## {'✅' if report.passed else '❌'} {title(report)}", "", verdict(report), ""]
+    lines = [f"## {'✅' if report.passed else '❌'} {_escaped(title(report))}", "", _escaped(verdict(report)), ""]
     lines += [f"- {_escaped(line)}" for line in findings(report)]
     if report.stress:
         lines += ["", "| stress | verdict |", "|---|---|"]
         lines += [f"| {_escaped(run.name)} | {_escaped(verdict(run))} |" for run in report.stress]
+    worst = sorted(report.layers, key=lambda layer: (not report.failed(layer), -layer.ratio))[:WORST]
     lines += [
         "",
-        f"The {min(WORST, len(report.layers))} worst of {len(report.layers)} layers, by Keras's error in units of "
-        "PyTorch's own rounding:",
+        f"The {len(worst)} worst of {len(report.layers)} tensors: how far Keras is from PyTorch in float64, and in "
+        "float32 its error in units of PyTorch's own rounding.",
         "",
-        "| layer | shape | accumulated | isolated | input | parity |",
-        "|---|---|---:|---:|---:|---|",
+        "| layer | shape | exact | float32 | parity |",
+        "|---|---|---:|---:|---|",
     ]
-    for layer in sorted(report.layers, key=lambda each: -each.ratio)[:WORST]:
-        ratios = " | ".join(_ratio(layer, view) for view in VIEWS)
+    for layer in worst:
         shape = "x".join(map(str, layer.shape))
-        lines.append(f"| `{layer.source}` | {shape} | {ratios} | {'**no**' if report.failed(layer) else 'yes'} |")
-    for side, names in (("PyTorch only", report.unpaired_source), ("Keras only", report.unpaired_target)):
-        if names:
-            lines += ["", f"{side}, not compared: {', '.join(f'`{name}`' for name in names)}"]
+        parity = "**no**" if report.failed(layer) else ("written otherwise" if layer.rewritten else "yes")
+        cells = (f"`{layer.source}`", shape, exact_text(layer), ratio_text(layer, FLOAT32), parity)
+        lines.append(f"| {' | '.join(_escaped(cell) for cell in cells)} |")
+    if notes := remarks(report):
+        lines += ["", *(f"- {_escaped(line)}" for line in notes)]
     return "\n".join(lines) + "\n"
 
 
-def _ratio(layer: LayerComparison, name: str) -> str:
-    view = layer.views.get(name)
-    return "-" if view is None else f"{view.ratio:.3g}"
-
-
 def _escaped(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;")
+    """Nothing from a file is Markdown or HTML: `*` and backticks are ours."""
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return text.replace("|", "\\|").replace("\n", " ")

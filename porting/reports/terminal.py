@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import TYPE_CHECKING
 
-from porting.parity.report import ACCUMULATED, INPUT, ISOLATED, OUTPUT, LayerComparison, ParityReport
+from porting.parity.report import EXACT, FLOAT32, LayerComparison, ParityReport
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,14 +20,14 @@ def print_report(report: ParityReport, console: Console, *, all_layers: bool = F
 
     The table has the top-level layers and every one that failed, at most the first `WORST`; `all_layers` prints all.
     """
-    rows = report.layers if all_layers else _prominent(report)
-    console.print(_layer_table(rows, report))
-    left_out = len(report.layers) - len(rows)
-    if left_out:
-        console.print(f"{left_out} more layers are not shown; --all-layers shows them.", style="dim")
-    for side, names in (("PyTorch only", report.unpaired_source), ("Keras only", report.unpaired_target)):
-        if names:
-            console.print(f"{side}, not compared: {', '.join(names)}", style="dim", markup=False)
+    if report.layers:
+        rows = report.layers if all_layers else _prominent(report)
+        console.print(_layer_table(rows, report))
+        left_out = len(report.layers) - len(rows)
+        if left_out:
+            console.print(f"{left_out} more layers are not shown; --all-layers shows them.", style="dim")
+    for line in remarks(report):
+        console.print(line, style="dim", markup=False)
     for line in findings(report):
         console.print(line, style="red", markup=False)
     for run in report.stress:
@@ -41,18 +42,88 @@ def title(report: ParityReport) -> str:
     return f"Parity of {model}" if model else "Parity"
 
 
+def remarks(report: ParityReport) -> list[str]:
+    """What is worth knowing and wrong in nothing: how things were compared, and what has no partner."""
+    lines = list(report.axes)
+    if report.exact_model:
+        lines.append(f"For the exact view the Keras model was {report.exact_model}.")
+    if report.float32_inside:
+        lines.append(f"Computed in float32 inside, and judged so: {_listed(report.float32_inside)}")
+    rewritten = Counter(layer.rewritten for layer in report.layers if layer.rewritten)
+    for how, count in rewritten.items():
+        those = [layer.source for layer in report.layers if layer.rewritten == how]
+        lines.append(f"Written in another way, {count}: {how}: {_listed(those)}")
+    if report.notes:
+        lines.append(f"Written in another way, {len(report.notes)}: {_listed(report.notes, '; ')}")
+    for side, names in (("PyTorch only", report.unpaired_source), ("Keras only", report.unpaired_target)):
+        if names:
+            lines.append(f"{side}, not compared by themselves: {_listed(names)}")
+    if report.verified is not None:
+        lines.append(_verified(report))
+    if report.audit is not None:
+        noted = [difference for difference in report.audit.differences if not difference.counts]
+        lines += [f"Note: {line}" for line in grouped([str(difference) for difference in noted])]
+    return lines
+
+
+def _verified(report: ParityReport) -> str:
+    verified = report.verified
+    assert verified is not None  # the caller has seen to it
+    share = 100 * verified.verified / verified.weights if verified.weights else 100.0
+    line = f"Weights seen at work: {share:.4g} % of {verified.weights:,}"
+    if verified.compared_bits:
+        line += f"; {verified.compared_bits} tensors compared bit by bit"
+    if not verified.through_layers:
+        line += "; the verdict rests on the outputs alone"
+    if verified.unverified:
+        line += f"; never used: {_listed(verified.unverified)}"
+    return line
+
+
+def _listed(names: tuple[str, ...] | list[str], separator: str = ", ") -> str:
+    shown = separator.join(names[:WORST])
+    return shown if len(names) <= WORST else f"{shown}, and {len(names) - WORST} more"
+
+
 def findings(report: ParityReport) -> list[str]:
-    """What is wrong, in sentences: the first divergence, its cause where one fits, and settings that differ."""
+    """What is wrong, in sentences: every culprit with its cause, settings that differ, and all that objects."""
     lines = []
-    if first := report.first_divergence:
-        lines.append(f"First divergence: {first} (seen in the {first.view} view)")
-    if cause := report.diagnosis:
-        lines.append(f"Cause, {cause.confidence}: {cause.cause} ({cause.unexplained:.2g} of the difference left over)")
+    if report.problem:
+        lines.append(f"Not compared: {report.problem}")
+    for number, culprit in enumerate(report.culprits):
+        lines.append(f"{'First divergence' if number == 0 else f'Divergence {number + 1}'}: {culprit}")
+        if cause := culprit.diagnosis:
+            if cause.pattern:
+                lines.append(f"What it looks like: {cause.cause} ({cause.unexplained:.2g} of the difference left over)")
+            else:
+                left = f" ({cause.unexplained:.2g} of the difference left over)" if cause.unexplained else ""
+                lines.append(f"Cause, {cause.confidence}: {cause.cause}{left}")
+    if not report.culprits and (first := report.first_divergence):
+        lines.append(f"First divergence: {first}")
+    if report.loud is not None and not report.loud.passed:
+        lines.append(f"On {report.loud.what} the outputs differ by {report.loud.relative:.2g} of their size")
+    if report.verified is not None and report.verified.differing:
+        names = _listed(report.verified.differing)
+        lines.append(f"Weights that are not the checkpoint's bit by bit, {len(report.verified.differing)}: {names}")
+    if report.verified is not None and report.verified.weights and not report.verified.verified:
+        lines.append("No weight of the Keras model was seen at work")
     if report.audit:
-        lines += [f"Setting: {difference}" for difference in report.audit.differences]
+        lines += [f"Setting: {line}" for line in grouped([str(each) for each in report.audit.failures])]
     for run in report.stress:
         lines += [f"Under stress, {run.name}: {line}" for line in findings(run)]
     return lines
+
+
+def grouped(lines: list[str]) -> list[str]:
+    """Equal differences of many layers as one line with a count: what stands behind the first colon is the same."""
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        layer, _, rest = line.partition(": ")
+        found.setdefault(rest, []).append(layer)
+    return [
+        f"{layers[0]}: {rest}" if len(layers) == 1 else f"{len(layers)} layers ({_listed(layers)}): {rest}"
+        for rest, layers in found.items()
+    ]
 
 
 def verdict(report: ParityReport) -> str:
@@ -60,56 +131,83 @@ def verdict(report: ParityReport) -> str:
     agreement = ""
     if logits := report.logits:
         agreement = f"; top-1 agrees on {logits.top1_agreement} of {logits.samples} samples"
-    if not report.layers:
-        return "NOT AT PARITY: nothing could be compared"
-    failed = sum(report.failed(layer) for layer in report.layers)
-    if failed:
-        return f"NOT AT PARITY: {failed} of {len(report.layers)} layers{agreement}"
-    if report.audit and report.audit.differences:
-        return f"NOT AT PARITY: {len(report.audit.differences)} settings differ; all numbers agree{agreement}"
+    if report.problem or not report.layers:
+        return f"NOT AT PARITY: {report.problem or 'nothing could be compared'}"
+    if report.divergences:
+        failed = [layer for layer in report.layers if report.failed(layer)]
+        results = sum(layer.is_output for layer in failed)
+        inside = len(failed) - results
+        what = " and ".join(
+            part for part in (f"{results} outputs" if results else "", f"{inside} layers" if inside else "") if part
+        )
+        return f"NOT AT PARITY: {what} of {len(report.layers)} compared{agreement}"
+    if report.objections and not any(not run.passed for run in report.stress):
+        return f"NOT AT PARITY: {report.objections[0]}; the numbers of this run agree{agreement}"
     if not report.passed:
-        return f"NOT AT PARITY under stress; as ported, all layers agree{agreement}"
-    worst = report.worst
-    return (
-        f"AT PARITY: {len(report.layers)} layers, worst ratio {worst.ratio:.2f} ({worst.source}), "
-        f"limit {report.limits.of(worst.source):g}{agreement}"
-    )
+        return f"NOT AT PARITY under stress; as ported, all agree{agreement}"
+    exact, worst = report.worst_exact, report.worst
+    said = [f"{len(report.layers)} tensors"]
+    if exact is not None:
+        said.append(f"outputs exact to {exact.relative_error:.1e} in float64")
+    if FLOAT32 in worst.views:
+        ratio = worst.views[FLOAT32].ratio
+        said.append(f"worst ratio in float32 {ratio:.2f} ({worst.source}), limit {report.limits.of(worst.source):g}")
+    return f"AT PARITY: {', '.join(said)}{agreement}"
 
 
 def _prominent(report: ParityReport) -> tuple[LayerComparison, ...]:
     failed = [layer for layer in report.layers if report.failed(layer)][:WORST]
+    worst = report.worst
     # A module in a list, block1.0, is as much at the top as patch_embed1: its Keras path has no slash.
     return tuple(
-        layer for layer in report.layers if layer in failed or layer.source == OUTPUT or "/" not in layer.target
+        layer
+        for layer in report.layers
+        if layer in failed
+        or layer is worst
+        or layer.is_output
+        or ("/" not in layer.target and not layer.source.startswith("input of "))
     )
 
 
 def _layer_table(rows: tuple[LayerComparison, ...], report: ParityReport) -> Table:
     from rich.table import Table
 
-    caption = "error: RMS distance to PyTorch in float64; ratios: Keras's error in units of PyTorch's own"
+    caption = (
+        "exact: RMS distance to PyTorch, both in float64, relative to the result; errors and ratio: in float32, "
+        "Keras's error in units of PyTorch's own"
+    )
     table = Table(caption=caption)
     table.add_column("layer", overflow="fold", ratio=1, min_width=12)
     table.add_column("shape", overflow="fold")
-    for heading in ("PyTorch error", "Keras error", "accum.", "isol.", "input"):
+    for heading in ("exact", "PyTorch error", "Keras error", "ratio"):
         table.add_column(heading, justify="right")
     table.add_column("parity")
     for row in rows:
-        view = row.views.get(ACCUMULATED)
+        view = row.views.get(FLOAT32)
         failed = report.failed(row)
         table.add_row(
             row.source,
             "x".join(map(str, row.shape)),
+            exact_text(row),
             f"{view.expected_error.rms:.1e}" if view else "-",
             (view.problem or f"{view.actual_error.rms:.1e}") if view else "-",
-            *(_ratio(row, name) for name in (ACCUMULATED, ISOLATED, INPUT)),
-            "NO" if failed else "yes",
+            ratio_text(row, FLOAT32),
+            "NO" if failed else ("written otherwise" if row.rewritten else "yes"),
             style="red" if failed else None,
         )
     return table
 
 
-def _ratio(layer: LayerComparison, name: str) -> str:
+def exact_text(layer: LayerComparison) -> str:
+    """The relative error in the exact view, or why there is none."""
+    view = layer.views.get(EXACT)
+    if view is None:
+        return "-"
+    return view.problem or f"{view.relative_error:.1e}"
+
+
+def ratio_text(layer: LayerComparison, name: str) -> str:
+    """A ratio in a few characters."""
     view = layer.views.get(name)
     if view is None or not math.isfinite(view.ratio):
         return "-"

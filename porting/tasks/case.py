@@ -64,8 +64,8 @@ class Case:
 
     @property
     def reference_pairs(self) -> dict[str, str]:
-        """The Keras layer of every module of the reference."""
-        return {pair.source: pair.target for pair in self.reference_map.layers}
+        """The Keras layer of every module of the reference; a parameter that a module holds by itself is none."""
+        return {pair.source: pair.target for pair in self.reference_map.layers if pair.kind != "parameter"}
 
     @cached_property
     def layers(self) -> dict[str, dict[str, Shape]]:

@@ -15,6 +15,7 @@ from porting.files.survey import survey_file
 from porting.kinds.transforms import Array
 from porting.mapping.convert import refuse_non_finite, refuse_other_keys
 from porting.models.frameworks import start_tensorflow
+from porting.models.inputs import moved
 from porting.models.traverse import named_variables
 from porting.parity.compare import check_parity
 from porting.parity.report import Limits, ParityReport
@@ -61,14 +62,17 @@ def check(
     start_tensorflow()
     progress("reading the weights")
     candidate = case.load_candidate(weights)
-    report = compare_models(case, candidate, options, progress)
+    report = compare_models(case, candidate, options, progress, strict=options.strict_settings)
     return replace(report, context={**case.describe(), "weights": weights.name, "non_finite": list(non_finite)})
 
 
 def compare_models(
-    case: Case, candidate: keras.Model, options: CheckOptions, progress: Progress = SILENT
+    case: Case, candidate: keras.Model, options: CheckOptions, progress: Progress = SILENT, *, strict: bool = True
 ) -> ParityReport:
-    """Compares a Keras model with the PyTorch model of a case, layer by layer, and under stress if asked."""
+    """Compares a Keras model with the PyTorch model of a case, layer by layer, and under stress if asked.
+
+    `strict` is for a model that was built here: its settings of training count as well.
+    """
     reference = case.load_reference()
     if options.allow_non_finite:
         _put_zeros_for_non_finite(candidate, reference, case)
@@ -81,9 +85,13 @@ def compare_models(
             keras_model,
             batch,
             pairs=pairs,
-            isolated=options.isolated,
+            key_map=case.reference_map,
+            input_axes=[moved(batch.ndim)],
             limits=options.limits,
             batch_size=max(1, _PIXELS_AT_ONCE // (batch.shape[1] * batch.shape[2])),
+            strict_settings=strict or options.train,
+            waive=options.waive,
+            locate_culprits=options.locate,
             name=name,
             progress=progress,
         )

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from porting.errors import ExportError, FailedParityError, OutputError, PortingError
 from porting.exporting import FORMATS, NEEDED, open_runtime, write
-from porting.exporting.precision import PRECISIONS, in_precision
 from porting.families.base import Family
 from porting.files import weights_file
 from porting.files.atomic import (
@@ -29,7 +28,8 @@ from porting.files.survey import survey_file
 from porting.kinds.transforms import Array
 from porting.mapping.convert import refuse_other_keys
 from porting.models.frameworks import start_tensorflow
-from porting.parity.compare import compare_outputs
+from porting.models.precision import PRECISIONS, in_precision
+from porting.parity.exported import compare_outputs
 from porting.parity.report import ParityReport, refusal
 from porting.progress import SILENT, Progress
 from porting.reports.document import to_json

@@ -20,8 +20,10 @@ class CheckOptions:
     """How thorough a check is.
 
     `images` is a folder, by default the embedded one, and `samples` how many of them: by default all for a small
-    input and four for a large one. `isolated` adds the isolated and input views, `stress` other weights and shapes,
-    `train` ten steps of training with each of the family's optimisers.
+    input and four for a large one. `locate` looks for the layers where the models part, `stress` adds other weights and
+    shapes, `train` ten steps of training with each of the family's optimisers. `strict_settings` makes settings that
+    matter only in training count for a model that a user brings, as they do for one that is built here; `waive` names
+    modules, or "module:setting", whose settings may differ.
     `allow_non_finite` lets NaN and infinity pass: where the same weight has the same on both sides, the check has zero
     in its place on both, so that it can tell anything of the others.
     """
@@ -29,10 +31,12 @@ class CheckOptions:
     limits: Limits = field(default_factory=Limits)
     images: Path | None = None
     samples: int | None = None
-    isolated: bool = True
+    locate: bool = True
     stress: bool = False
     train: bool = False
     allow_non_finite: bool = False
+    strict_settings: bool = False
+    waive: tuple[str, ...] = ()
 
     def load_images(self, preprocessing: Preprocessing, input_size: int | None = None) -> Array:
         """The images of a check, `(N, H, W, 3)`, prepared as the model's authors did; raises SourceError.

@@ -27,7 +27,7 @@ from porting.kinds.transforms import Array
 from porting.mapping.convert import Conversion, convert
 from porting.models.frameworks import start_tensorflow
 from porting.models.traverse import named_variables
-from porting.parity.report import ParityReport, refusal
+from porting.parity.report import FLOAT32, ParityReport, refusal
 from porting.progress import SILENT, Progress
 from porting.reports.document import to_json
 from porting.tasks.case import Case, open_case
@@ -154,14 +154,16 @@ def _same(one: Array, other: Array) -> bool:
 
 
 def _verdict(report: ParityReport) -> dict[str, Any]:
-    worst, logits = report.worst, report.logits
+    worst, logits, exact = report.worst if report.layers else None, report.logits, report.worst_exact
+    ratio = worst.views[FLOAT32].ratio if worst is not None and FLOAT32 in worst.views else None
     return {
         "status": "passed" if report.passed else "failed",
         "layers": len(report.layers),
-        "worst_layer": worst.source,
-        "worst_ratio": worst.ratio if math.isfinite(worst.ratio) else None,
+        "exact_error": exact.relative_error if exact is not None and math.isfinite(exact.relative_error) else None,
+        "worst_layer": worst.source if worst is not None else None,
+        "worst_ratio": ratio if ratio is not None and math.isfinite(ratio) else None,
         "max_ratio": report.limits.max_ratio,
-        "samples": report.input_shapes[0][0],
+        "samples": report.input_shapes[0][0] if report.input_shapes else 0,
         "top1_agreement": logits.top1_agreement if logits else None,
         "stress_runs": len(report.stress),
     }

@@ -106,7 +106,7 @@ def revert(
         case = open_case(family, variant, temporary, layout=target.naming.name, progress=progress)
         _refuse_other_tensors(case, state_dict)
         if check:
-            report = compare_models(case, candidate, options, progress)
+            report = compare_models(case, candidate, options, progress, strict=options.strict_settings)
             context = {**case.describe(), "weights": weights.name, "non_finite": list(non_finite)}
             context["source"]["name"] = out.name
             report = replace(report, context=context)

@@ -26,7 +26,7 @@ def test_a_port(run_cli: RunCli, checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "van_nano.h5"
     result = run_cli("--variant", "nano", "--checkpoint", checkpoint, "--out", out, "--samples", 2)
     assert result.exit_code == 0, result.output
-    assert "AT PARITY: 165 layers" in result.output
+    assert "AT PARITY: 166 tensors, outputs exact to " in result.output
     assert "216 tensors ported, 18 dropped by name, none left over." in result.output
     assert f"Wrote {out} and {out}.parity.json" in result.output
     assert "block3.1" in result.output
@@ -76,7 +76,7 @@ def test_a_report_of_no_known_format_is_found_before_the_work(run_cli: RunCli, t
 @pytest.fixture
 def ported(run_cli: RunCli, checkpoint: Path, tmp_path: Path) -> Path:
     out = tmp_path / "nano.h5"
-    result = run_cli("--variant", "nano", "--checkpoint", checkpoint, "--out", out, "--samples", 1, "--no-isolated")
+    result = run_cli("--variant", "nano", "--checkpoint", checkpoint, "--out", out, "--samples", 1)
     assert result.exit_code == 0, result.output
     return out
 
@@ -91,15 +91,18 @@ def test_check_of_a_file(run_cli: RunCli, checkpoint: Path, ported: Path, tmp_pa
     assert "Error: block2.0.mlp.fc2: " in result.output
     # Judged again from the report alone, by other limits.
     assert run_cli("check", "--from", tmp_path / "r.json").exit_code == 1
-    assert run_cli("check", "--from", tmp_path / "r.json", "--max-ratio", 1e9).exit_code == 0
+    loose = ("--max-ratio", 1e9, "--max-exact-ratio", 1e18)
+    judged = run_cli("check", "--from", tmp_path / "r.json", *loose)
+    assert judged.exit_code == 1
+    assert "Weights that are not the checkpoint's bit by bit, 1: block2.0/mlp/fc2/bias" in judged.output
     assert run_cli("check", "--from", tmp_path / "r.json", "--limit", "block2.0.mlp.fc2:1e9").exit_code == 1
     # And against the report of the port.
     baseline = run_cli(
-        *("check", "--from", tmp_path / "r.json", "--max-ratio", 1e9),
+        *("check", "--from", tmp_path / "r.json", *loose),
         *("--baseline", f"{ported}.parity.json"),
     )
     assert baseline.exit_code == 1
-    assert "Worse than the baseline: block2.0.mlp.fc2 (accumulated)" in baseline.output
+    assert "Worse than the baseline: block2.0.mlp.fc2 (exact)" in baseline.output
 
 
 def test_check_of_what_does_not_fit(run_cli: RunCli, checkpoint: Path, ported: Path, tmp_path: Path) -> None:

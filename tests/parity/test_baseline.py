@@ -3,14 +3,14 @@ from __future__ import annotations
 import math
 
 from porting.parity.baseline import regressions
-from porting.parity.report import ACCUMULATED, Difference, Distance, LayerComparison, ParityReport, View
+from porting.parity.report import FLOAT32, Difference, Distance, LayerComparison, ParityReport, View
 
 
 def report(**errors: float) -> ParityReport:
     layers = tuple(
         LayerComparison(
             name, name, "Linear", (1,), "float32", "float32",
-            {ACCUMULATED: View(Distance(1, 1), Distance(1e-7, 1e-7), Distance(error, error))}, Difference(),
+            {FLOAT32: View(Distance(1, 1), Distance(1e-7, 1e-7), Distance(error, error))}, Difference(),
         )
         for name, error in errors.items()
     )  # fmt: skip
@@ -24,7 +24,7 @@ def test_equal_and_better_is_no_regression() -> None:
 def test_worse_by_more_than_the_factor() -> None:
     old = report(a=1e-6, b=1e-6)
     assert regressions(report(a=1.9e-6, b=2.1e-6), old, 2.0) == [
-        "b (accumulated): relative error 2.1e-06, 1e-06 in the baseline"
+        "b (float32): relative error 2.1e-06, 1e-06 in the baseline"
     ]
     assert regressions(report(a=1.9e-6, b=2.1e-6), old, 3.0) == []
 

@@ -78,6 +78,6 @@ def test_an_epsilon_that_ordinary_weights_hide_is_loud(checkpoint: Path) -> None
     assert small.diagnosis.cause == "an epsilon of 1e-05 instead of 1e-06"
 
     def loudness(each: ParityReport) -> float:
-        return max(layer.views["isolated"].ratio for layer in each.layers if layer.kind == "LayerNorm")
+        return max(layer.views["exact"].relative_error for layer in each.layers if layer.source == "norm1")
 
     assert loudness(small) > 100 * loudness(report)

@@ -105,7 +105,7 @@ def test_a_broken_port_shows_its_first_divergence(browser: webdriver.Chrome, pag
     browser.find_element(By.ID, "only-failed").click()
     failed = shown(browser)
     assert failed
-    assert failed[0][1] == BROKEN
+    assert failed[0][1] == f"{BROKEN} culprit"
     assert text_of(browser, "count").startswith(f"{len(failed)} of ")
     # It is also the layer that is looked at closely, without a click.
     assert text_of(browser, "chosen") == BROKEN
@@ -124,12 +124,12 @@ def test_search(browser: webdriver.Chrome, pages: dict[str, Path]) -> None:
 
 def test_sort(browser: webdriver.Chrome, pages: dict[str, Path]) -> None:
     opened(browser, pages["broken"])
-    sort_by(browser, "isolated")
-    upwards = [float(cells[5].replace(",", "")) for cells in shown(browser) if cells[5] not in {"-", ""}]
+    sort_by(browser, "exact")
+    upwards = [float(cells[4]) for cells in shown(browser) if cells[4] not in {"-", ""}]
     assert upwards == sorted(upwards)
-    sort_by(browser, "isolated")
+    sort_by(browser, "exact")
     downwards = shown(browser)
-    assert downwards[0][1] == BROKEN
+    assert [float(cells[4]) for cells in downwards if cells[4] not in {"-", ""}] == upwards[::-1]
     sort_by(browser, "#")
     assert [int(cells[0]) for cells in shown(browser)] == list(range(1, len(downwards) + 1))
 

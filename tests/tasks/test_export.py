@@ -19,10 +19,10 @@ import van_tf
 from porting.errors import ExportError, FailedParityError, OutputError
 from porting.exporting import open_runtime, write
 from porting.exporting.litert import kernels_in_parts
-from porting.exporting.precision import in_precision
 from porting.exporting.saved_model import stored
 from porting.families.van import VanFamily
-from porting.parity.compare import compare_outputs
+from porting.models.precision import in_precision
+from porting.parity.exported import compare_outputs
 from porting.parity.report import OUTPUT
 from porting.references.van import VAN
 from porting.tasks.export import export

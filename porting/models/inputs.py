@@ -1,0 +1,394 @@
+"""What both models are given and what they give: trees of arrays, and how their axes lie on the two sides.
+
+An order of axes is never chosen because it fits best. It follows from what the PyTorch model does with an input, is
+said in the report, and can be stated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from porting.kinds.transforms import Array
+
+if TYPE_CHECKING:
+    import keras
+    from torch import nn
+
+Axes = tuple[int, ...]
+# Modules that take channels right behind the samples, and those that take features last, by the name of their class or
+# of one that it derives from.
+_CHANNELS_FIRST = frozenset(
+    [
+        "_ConvNd",
+        "_BatchNorm",
+        "_MaxPoolNd",
+        "_AvgPoolNd",
+        "_AdaptiveAvgPoolNd",
+        "_AdaptiveMaxPoolNd",
+        "Upsample",
+        "PixelShuffle",
+        "PixelUnshuffle",
+        "GroupNorm",
+        "_InstanceNorm",
+        "Softmax2d",
+        "_ConstantPadNd",
+        "_ReflectionPadNd",
+        "_ReplicationPadNd",
+        "LocalResponseNorm",
+    ]
+)
+_FEATURES_LAST = frozenset(
+    [
+        "Linear",
+        "RNNBase",
+        "MultiheadAttention",
+        "LayerNorm",
+        "RMSNorm",
+        "Transformer",
+        "TransformerEncoder",
+        "TransformerEncoderLayer",
+        "Embedding",
+        "Bilinear",
+    ]
+)
+
+
+def moved(rank: int) -> Axes:
+    """PyTorch's axes in Keras's order, where channels move from behind the samples to the end."""
+    return (0, *range(2, rank), 1)
+
+
+def inverse(axes: Axes) -> Axes:
+    """The permutation that undoes another."""
+    return tuple(axes.index(axis) for axis in range(len(axes)))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The same inputs for both models, in order.
+
+    `names` are the keys of a dict of inputs, None for inputs given by position. `axes` are PyTorch's axes in Keras's
+    order, None where the two arrays are not one another's permutation.
+    """
+
+    candidate: tuple[Array, ...]
+    reference: tuple[Array, ...]
+    axes: tuple[Axes | None, ...]
+    names: tuple[str, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.candidate[0])
+
+    def batch(self, start: int, stop: int) -> Inputs:
+        return Inputs(
+            tuple(array[start:stop] for array in self.candidate),
+            tuple(_slice(array, axes, start, stop) for array, axes in zip(self.reference, self.axes, strict=True)),
+            self.axes,
+            self.names,
+        )
+
+    def output_axes(self, rank: int) -> Axes:
+        """PyTorch's axes in Keras's order for a result of that many axes: as those of an input of that rank."""
+        for axes in self.axes:
+            if axes is not None and len(axes) == rank and axes != tuple(range(rank)):
+                return axes
+        return tuple(range(rank))
+
+    def described(self) -> tuple[str, ...]:
+        """One line an input that is not the same on both sides."""
+        lines = []
+        for index, (axes, array) in enumerate(zip(self.axes, self.candidate, strict=True)):
+            label = self.names[index] if self.names else f"input {index}"
+            if axes is None:
+                lines.append(f"{label}: given for each side")
+            elif axes != tuple(range(array.ndim)):
+                lines.append(f"{label} and results of {array.ndim} axes: PyTorch's axes in Keras's order are {axes}")
+        return tuple(lines)
+
+    def not_finite(self) -> str:
+        """What is wrong with an input that holds NaN or infinity; "" where none does."""
+        for index, array in enumerate(self.candidate):
+            count = int((~np.isfinite(array)).sum()) if array.dtype.kind == "f" else 0
+            if count:
+                return (
+                    f"{self.names[index] if self.names else f'input {index}'} holds {count} numbers that are not finite"
+                )
+        return ""
+
+    def for_candidate(self, model: keras.Model) -> Any:
+        """The structure that the Keras model takes."""
+        arrays = list(self.candidate)
+        if self.names is not None:
+            return dict(zip(self.names, arrays, strict=True))
+        structure = getattr(model, "_inputs_struct", None)
+        if isinstance(structure, Mapping) and len(structure) == len(arrays):
+            return dict(zip(structure, arrays, strict=True))
+        return arrays[0] if len(arrays) == 1 else arrays
+
+    def call_reference(self, model: nn.Module, dtype: Any) -> Any:
+        """Runs the PyTorch model, floats in `dtype`, on copies of the arrays."""
+        import torch
+
+        tensors = [torch.from_numpy(np.array(array, order="C")) for array in self.reference]
+        tensors = [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors]
+        if self.names is not None:
+            return model(**dict(zip(self.names, tensors, strict=True)))
+        return model(*tensors)
+
+
+def _slice(array: Array, axes: Axes | None, start: int, stop: int) -> Array:
+    """Samples of an array whose samples may not be its first axis."""
+    axis = axes[0] if axes is not None else 0
+    return array[(slice(None),) * axis + (slice(start, stop),)]
+
+
+def make_inputs(
+    reference: nn.Module,
+    candidate: keras.Model,
+    inputs: Any,
+    reference_inputs: Any = None,
+    input_axes: Sequence[Axes | None] | None = None,
+) -> Inputs:
+    """Brings what a caller gave into order.
+
+    Inputs are an array, several, or a dict; arrays are NumPy's, PyTorch's or Keras's. `reference_inputs` are those for
+    PyTorch, by default the same with channels moved where the PyTorch model takes them so. `input_axes` states, for
+    each input, PyTorch's axes in Keras's order.
+
+    Raises ValueError where there are no inputs, or they do not fit each other.
+    """
+    names = tuple(map(str, inputs)) if isinstance(inputs, Mapping) else None
+    theirs_named = isinstance(reference_inputs, Mapping)
+    if names is not None and theirs_named and set(reference_inputs) != set(names):
+        raise ValueError(f"reference_inputs has the keys {sorted(reference_inputs)}, inputs {sorted(names)}")
+    ours = [_array(each) for each in _listed(inputs)]
+    if not ours or not all(len(array) if array.ndim else 0 for array in ours):
+        raise ValueError("at least one input is needed for a parity check")
+    ours = [_fitting(array, shape) for array, shape in zip(ours, _expected_shapes(candidate, len(ours)), strict=True)]
+    ours = [_as_pixels(array, dtype) for array, dtype in zip(ours, _expected_dtypes(candidate, len(ours)), strict=True)]
+    if len({len(array) for array in ours}) > 1:
+        raise ValueError(f"inputs need the same number of samples: got {[len(array) for array in ours]}")
+    if input_axes is not None and len(input_axes) != len(ours):
+        raise ValueError(f"input_axes has {len(input_axes)} entries for {len(ours)} inputs")
+    if reference_inputs is None:
+        stated = list(input_axes) if input_axes is not None else [None] * len(ours)
+        axes = _axes_that_reference_takes(reference, ours, stated, names)
+        theirs = [array.transpose(inverse(order)) for array, order in zip(ours, axes, strict=True)]
+        return Inputs(tuple(ours), tuple(theirs), tuple(axes), names)
+    given = [reference_inputs[name] for name in names] if theirs_named and names else _listed(reference_inputs)
+    theirs = [_array(each) for each in given]
+    theirs = [
+        their.astype(np.float32) if our.dtype.kind == "f" and their.dtype.kind in "iu" and their.ndim > 2 else their
+        for our, their in zip(ours, theirs, strict=False)
+    ]
+    if len(theirs) != len(ours):
+        raise ValueError(f"{len(theirs)} reference_inputs for {len(ours)} inputs")
+    found = [
+        stated if stated is not None else _permutation(our, their)
+        for our, their, stated in zip(ours, theirs, input_axes or [None] * len(ours), strict=True)
+    ]
+    return Inputs(tuple(ours), tuple(theirs), tuple(found), names)
+
+
+def _listed(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    return [value]
+
+
+def _array(value: Any) -> Array:
+    """float64 and half precision become float32, which is what a Keras model takes."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = value.float() if value.dtype.is_floating_point else value
+    array = np.asarray(value)
+    if array.dtype.kind == "f" or array.dtype.name == "bfloat16":
+        return array.astype(np.float32)
+    return array
+
+
+def _expected_shapes(candidate: keras.Model, count: int) -> list[tuple[int | None, ...] | None]:
+    """The shapes that a functional model says it takes, in order; None for each where it says nothing."""
+    tensors = getattr(candidate, "inputs", None) or ()
+    shapes = [tuple(tensor.shape) for tensor in tensors]
+    return list(shapes) if len(shapes) == count else [None] * count
+
+
+def _expected_dtypes(candidate: keras.Model, count: int) -> list[str]:
+    tensors = getattr(candidate, "inputs", None) or ()
+    dtypes = [str(tensor.dtype) for tensor in tensors]
+    return dtypes if len(dtypes) == count else [""] * count
+
+
+def _as_pixels(array: Array, dtype: str) -> Array:
+    """Whole numbers as float32 where they are images, which Keras casts and PyTorch does not."""
+    is_image = array.dtype.kind in "iu" and array.ndim > 2
+    return array.astype(np.float32) if is_image and (dtype.startswith("float") or array.dtype == np.uint8) else array
+
+
+def _fitting(array: Array, shape: tuple[int | None, ...] | None) -> Array:
+    """The array as the model takes it, where there is one sure way: a single sample, or channels first."""
+    if shape is None:
+        return array
+    if array.ndim == len(shape) - 1 and _fits(array[None], shape):
+        return array[None]
+    if (
+        array.ndim == len(shape)
+        and array.ndim > 2
+        and not _fits(array, shape)
+        and _fits(np.moveaxis(array, 1, -1), shape)
+    ):
+        return np.ascontiguousarray(np.moveaxis(array, 1, -1))
+    return array
+
+
+def _fits(array: Array, shape: tuple[int | None, ...]) -> bool:
+    return array.ndim == len(shape) and all(
+        side is None or side == given for side, given in zip(shape, array.shape, strict=True)
+    )
+
+
+def _permutation(ours: Array, theirs: Array) -> Axes | None:
+    """PyTorch's axes in Keras's order, found by the numbers: the arrays are given, and nothing is guessed."""
+    if ours.ndim != theirs.ndim:
+        return None
+    orders = sorted(itertools.permutations(range(ours.ndim)), key=lambda order: order != tuple(range(ours.ndim)))
+    for order in orders:
+        if tuple(theirs.shape[axis] for axis in order) == ours.shape and np.array_equal(theirs.transpose(order), ours):
+            return tuple(order)
+    return None
+
+
+def _axes_that_reference_takes(
+    reference: nn.Module, arrays: list[Array], stated: Sequence[Axes | None], names: tuple[str, ...] | None
+) -> list[Axes]:
+    """For each input the order of axes that the PyTorch model takes.
+
+    Two axes or fewer stay. Otherwise the first module that takes the input says it: a convolution takes channels
+    behind the samples, a dense layer features last. Where no module takes it as it is, images and volumes move.
+    """
+    found = []
+    usual = [axes if axes is not None else _usual(array.ndim) for axes, array in zip(stated, arrays, strict=True)]
+    for index, array in enumerate(arrays):
+        if stated[index] is not None or array.ndim < 3:
+            found.append(usual[index])
+            continue
+        takers = []
+        for axes in (moved(array.ndim), tuple(range(array.ndim))):
+            tried = [*found, axes, *usual[index + 1 :]]
+            theirs = [each.transpose(inverse(order)) for each, order in zip(arrays, tried, strict=True)]
+            takers.append(_first_taker(reference, theirs, index, names))
+            if takers[0].ran and (takers[0].first or (array.ndim > 3 and not takers[0].last)):
+                break
+        found.append(_chosen(array.ndim, *takers))
+    return found
+
+
+def _chosen(rank: int, channels: _Taker, same: _Taker | None = None) -> Axes:
+    """With channels moved, or as it is, by what the first module that took each is for, and which of them ran."""
+    if same is None:
+        return moved(rank)
+    if channels.last or same.last:
+        moves = channels.ran and not same.ran
+    elif channels.first or same.first:
+        moves = channels.ran or not same.ran
+    elif channels.ran != same.ran:
+        moves = channels.ran
+    else:
+        moves = rank > 3
+    return moved(rank) if moves else tuple(range(rank))
+
+
+def _usual(rank: int) -> Axes:
+    return moved(rank) if rank > 3 else tuple(range(rank))
+
+
+@dataclass(frozen=True)
+class _Taker:
+    """Whether the model ran, and whether the first module that took an input takes channels first or features last."""
+
+    ran: bool
+    first: bool
+    last: bool
+
+
+def _first_taker(reference: nn.Module, arrays: list[Array], index: int, names: tuple[str, ...] | None) -> _Taker:
+    import torch
+
+    tensors = [torch.from_numpy(np.ascontiguousarray(array[:1] if array.ndim else array)) for array in arrays]
+    parameter = next((each for each in reference.parameters() if each.is_floating_point()), None)
+    if parameter is not None:
+        tensors = [tensor.to(parameter.dtype) if tensor.is_floating_point() else tensor for tensor in tensors]
+    wanted = tensors[index]
+    taker: list[nn.Module] = []
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not taker and not list(module.children()) and any(each is wanted for each in (*args, *kwargs.values())):
+            taker.append(module)
+
+    with _Watched(reference, before), torch.no_grad():
+        try:
+            reference(**dict(zip(names, tensors, strict=True))) if names is not None else reference(*tensors)
+            ran = True
+        except Exception:  # whatever a model raises on axes that it does not take
+            ran = False
+    bases = {base.__name__ for base in type(taker[0]).__mro__} if taker else set()
+    return _Taker(ran, bool(bases & _CHANNELS_FIRST), bool(bases & _FEATURES_LAST))
+
+
+class _Watched:
+    """Pre-forward hooks on every module while a context lasts; the training flags are as they were behind it."""
+
+    def __init__(self, model: nn.Module, before: Callable[..., None]) -> None:
+        self._model, self._before = model, before
+
+    def __enter__(self) -> None:
+        self._training = [(module, module.training) for module in self._model.modules()]
+        with contextlib.suppress(NotImplementedError):  # an exported module has no modes
+            self._model.eval()
+        self._handles = []
+        for module in self._model.modules():
+            try:
+                self._handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
+            except (RuntimeError, TypeError):  # a TorchScript module takes no such hook
+                continue
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for module, training in self._training:
+            module.training = training
+
+
+def leaves_by_key(value: Any) -> dict[str, Any]:
+    """The tensors in a result, by where they are: dicts and dataclasses by key, sequences by place.
+
+    A single tensor has the key "".
+    """
+    found: dict[str, Any] = {}
+
+    def walk(item: Any, key: str) -> None:
+        if item is None:
+            return
+        if isinstance(item, Mapping):
+            for name, each in item.items():
+                walk(each, f"{key}.{name}" if key else str(name))
+        elif is_dataclass(item) and not isinstance(item, type):
+            for each in fields(item):
+                walk(getattr(item, each.name), f"{key}.{each.name}" if key else each.name)
+        elif isinstance(item, (list, tuple)):
+            for place, each in enumerate(item):
+                walk(each, f"{key}[{place}]")
+        elif hasattr(item, "shape") and hasattr(item, "dtype"):
+            found[key] = item
+
+    walk(value, "")
+    return found

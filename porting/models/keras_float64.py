@@ -1,0 +1,183 @@
+"""A Keras model in double precision.
+
+The model itself is turned to float64 for as long as a context lasts: its variables, and the policies of all its
+layers. Nothing is built anew, so what was changed on a layer after it was built, a method or an activation, is in the
+exact run as well. Where a model cannot be turned so, it is cloned from its config with every dtype in it replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from porting.models.traverse import named_layers, named_variables
+
+if TYPE_CHECKING:
+    import keras
+
+IN_PLACE, CLONED, BUILT = "turned to float64 in place", "cloned from its config", "built by the caller"
+
+
+class Float64Model:
+    """The model in float64 while `active`; as it was, its weights bit for bit, outside.
+
+    `build` makes a fresh model, which is given the same weights and used instead. `how` says which way was taken.
+    """
+
+    def __init__(self, model: keras.Model, build: Callable[[], keras.Model] | None = None) -> None:
+        self.model, self.how = model, IN_PLACE
+        self._turned = build is None
+        if build is not None:
+            with float64_defaults():
+                self.model, self.how = _filled(build(), model), BUILT
+        self._doubles: list[tuple[Any, Any]] = []
+
+    def clone(self) -> None:
+        """Uses a clone from now on; raises whatever Keras raises where there can be none."""
+        self.model, self.how, self._turned = clone_in_float64(self.model), CLONED, False
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[keras.Model]:
+        """The model, computing in float64."""
+        turned = _turned(self.model, self._doubles) if self._turned else contextlib.nullcontext()
+        with float64_defaults(), _exact_functions(), turned:
+            yield self.model
+
+    def substitute(self, find: Callable[[Any], Any]) -> int:
+        """Gives weights other float64 values: `find` takes a weight's and gives another or None. Returns how many."""
+        count = 0
+        with self.active() as model:
+            for variable in named_variables(model).values():
+                other = find(np.asarray(variable))
+                if other is not None:
+                    variable.assign(other)
+                    count += 1
+        return count
+
+
+def clone_in_float64(model: keras.Model) -> keras.Model:
+    """A clone from the config with every dtype in it replaced, and the same weights; raises whatever Keras raises."""
+    import keras
+
+    def clone(layer: keras.layers.Layer) -> keras.layers.Layer:
+        if isinstance(layer, keras.Model):
+            return keras.models.clone_model(layer, clone_function=clone)
+        return layer.__class__.from_config(_with_float64(layer.get_config()))
+
+    with float64_defaults():
+        return _filled(keras.models.clone_model(model, clone_function=clone), model)
+
+
+@contextlib.contextmanager
+def float64_defaults() -> Iterator[None]:
+    """What is built and computed meanwhile is in float64 unless it says otherwise."""
+    import keras
+
+    with contextlib.ExitStack() as stack:
+        if keras.backend.backend() == "jax":
+            import jax
+
+            stack.enter_context(jax.enable_x64(True))
+        floatx, policy = keras.config.floatx(), keras.config.dtype_policy()
+        keras.config.set_floatx("float64")
+        keras.config.set_dtype_policy("float64")
+        try:
+            yield
+        finally:
+            keras.config.set_floatx(floatx)
+            keras.config.set_dtype_policy(policy)
+
+
+@contextlib.contextmanager
+def _exact_functions() -> Iterator[None]:
+    """TensorFlow rounds constants of leaky ReLU and GELU even in float64; here both are what they are defined as."""
+    import keras
+
+    if keras.backend.backend() != "tensorflow":
+        yield
+        return
+    import tensorflow as tf
+    from keras.src.backend import nn
+
+    own = {name: getattr(nn, name) for name in ("leaky_relu", "gelu")}
+
+    def leaky_relu(x: Any, negative_slope: float = 0.2) -> Any:
+        x = keras.ops.convert_to_tensor(x)
+        return keras.ops.where(x < 0, x * negative_slope, x)
+
+    def gelu(x: Any, approximate: bool = True) -> Any:
+        x = keras.ops.convert_to_tensor(x)
+        if not approximate:
+            return 0.5 * x * tf.math.erfc(-x * math.sqrt(0.5))
+        return 0.5 * x * (1.0 + keras.ops.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)))
+
+    try:
+        nn.leaky_relu, nn.gelu = leaky_relu, gelu
+        yield
+    finally:
+        nn.leaky_relu, nn.gelu = own["leaky_relu"], own["gelu"]
+
+
+@contextlib.contextmanager
+def _turned(model: keras.Model, doubles: list[tuple[Any, Any]]) -> Iterator[None]:
+    """All policies and variables at float64; `doubles` keeps the values from one time to the next."""
+    import keras
+
+    policy = keras.dtype_policies.DTypePolicy("float64")
+    layers = [model, *named_layers(model).values()]
+    policies = [(layer, layer._dtype_policy) for layer in layers if hasattr(layer, "_dtype_policy")]
+    if not doubles:
+        for variable in _all_variables(layers):
+            if keras.backend.is_float_dtype(variable.dtype) and variable.dtype != "float64":
+                values = np.asarray(variable).astype(np.float64)
+                doubles.append((variable, keras.Variable(values, dtype="float64", trainable=False)))
+    held = [(variable, variable._value, variable._dtype) for variable, _ in doubles]
+    try:
+        for layer, _ in policies:
+            layer._dtype_policy = policy
+        for variable, double in doubles:
+            variable._value, variable._dtype = double._value, "float64"
+        yield
+    finally:
+        for layer, own in policies:
+            layer._dtype_policy = own
+        for variable, value, dtype in held:
+            variable._value, variable._dtype = value, dtype
+
+
+def _all_variables(layers: list[Any]) -> list[Any]:
+    """Every variable below the layers, each once; those that are no weights too."""
+    found: dict[int, Any] = {}
+    for layer in layers:
+        for variable in (*getattr(layer, "_trainable_variables", ()), *getattr(layer, "_non_trainable_variables", ())):
+            found[id(variable)] = variable
+    return list(found.values())
+
+
+def _filled(fresh: keras.Model, model: keras.Model) -> keras.Model:
+    """`fresh` with the weights of `model`, by name where the two have the same names, else in order.
+
+    Raises ValueError where they do not have the same weights.
+    """
+    given, wanted = named_variables(model), named_variables(fresh)
+    if given.keys() != wanted.keys():
+        given = dict(zip(wanted, given.values(), strict=True))
+    for name, variable in wanted.items():
+        variable.assign(np.asarray(given[name]).astype(np.float64))
+    return fresh
+
+
+def _with_float64(value: Any) -> Any:
+    """A config with every dtype in it replaced."""
+    if isinstance(value, dict):
+        replaced = {key: _with_float64(item) for key, item in value.items()}
+        if replaced.get("class_name") == "DTypePolicy":
+            replaced["config"] = {"name": "float64"}
+        return replaced
+    if isinstance(value, (list, tuple)):
+        return type(value)(_with_float64(item) for item in value)
+    return "float64" if isinstance(value, str) and value in {"float32", "mixed_float16", "mixed_bfloat16"} else value

@@ -1,0 +1,221 @@
+"""Tensors of the two models paired by what is in them.
+
+In float64 a tensor of one model either equals one of the other to about twelve digits or it does not, up to an order of
+axes. Two numbers, root mean square and mean, find the partner among all tensors of as many elements; then every element
+is compared.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from porting.models.inputs import Axes, moved
+from porting.parity.measure import DistanceSum, measure_candidate, measure_size
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Two tensors are the same where their RMS distance is at most this share of their RMS. Healthy models stay below 1e-13
+# at any depth; a mistake that matters to float32 is above 1e-10.
+SAME = 1e-11
+# The same for a layer that computes in float32 whatever it is told: some roundings of 6e-8.
+SAME_IN_FLOAT32 = 1e-5
+# Positions on which an order of axes is tried before all are compared.
+_TRIED = 64
+_MOST_AXES = 5
+# How much further apart than the RMS distance a single element may be.
+_FAR = 1e3
+
+
+@dataclass(eq=False)
+class Truth:
+    """A tensor of the PyTorch model's float64 run, once, however many calls take it and give it.
+
+    `places` are `(call, is_output, index)`, in the order of execution. `noise` is PyTorch's own float32 distance to
+    it, None where that was not measured.
+    """
+
+    tensor: Tensor
+    places: list[tuple[str, bool, int]] = field(default_factory=list)
+    noise: DistanceSum | None = None
+    _size: DistanceSum | None = None
+    _mean: float | None = None
+
+    @property
+    def size(self) -> DistanceSum:
+        """Its own size."""
+        if self._size is None:
+            self._size = measure_size(self.tensor)
+        return self._size
+
+    @property
+    def rms(self) -> float:
+        return self.size.total().rms
+
+    @property
+    def mean(self) -> float:
+        if self._mean is None:
+            self._mean = float(self.tensor.double().mean())
+        return self._mean
+
+    @property
+    def in_float32(self) -> bool:
+        return is_in_float32(self.tensor)
+
+
+@dataclass(frozen=True)
+class Match:
+    """A partner: the tensor, PyTorch's axes in Keras's order, and the distance.
+
+    `reshaped` is whether axes were joined or split besides; `reordered` whether only the numbers are the same, in
+    another order (`axes` then means nothing).
+    """
+
+    truth: Truth
+    axes: Axes
+    distance: DistanceSum
+    reshaped: bool = False
+    reordered: bool = False
+    in_float32: bool = False
+
+    def expected(self, like: Tensor) -> Tensor:
+        """The truth as Keras has it."""
+        return self.truth.tensor.permute(self.axes).reshape(like.shape)
+
+
+class Library:
+    """All tensors of the PyTorch model's float64 run, to be found by their content."""
+
+    def __init__(self, truths: list[Truth], usual: dict[int, Axes]) -> None:
+        self._by_count: dict[int, list[Truth]] = {}
+        for truth in truths:
+            self._by_count.setdefault(truth.tensor.numel(), []).append(truth)
+        self._usual = usual
+
+    def match(self, actual: Tensor, truth: Truth, tolerance: float = SAME) -> Match | None:
+        """Whether Keras's tensor is this one, in some order of axes."""
+        if actual.numel() != truth.tensor.numel():
+            return None
+        actual = actual.double()
+        limit = tolerance * truth.rms
+        for axes in self._orders(truth.tensor, actual):
+            if not _agrees_here_and_there(actual, truth.tensor, axes, tolerance * max(truth.rms, 1e-300)):
+                continue
+            expected = truth.tensor.permute(axes)
+            reshaped = expected.shape != actual.shape
+            distance = measure_candidate(actual, expected.reshape(actual.shape), None)
+            if distance.total().rms <= limit:
+                return Match(truth, axes, distance, reshaped)
+        return None
+
+    def find(self, actual: Tensor, tolerance: float = SAME) -> list[Match]:
+        """All tensors that Keras's equals, in PyTorch's order of execution; first those whose axes lie as well."""
+        actual = actual.double()  # sums in float32 would not find their partner
+        rms, mean = measure_size(actual).total().rms, None
+        found: list[Match] = []
+        coarse = max(tolerance, SAME)  # sums round too
+        for truth in self._by_count.get(actual.numel(), ()):
+            if not math.isclose(truth.rms, rms, rel_tol=coarse, abs_tol=1e-300):
+                continue
+            mean = float(actual.double().mean()) if mean is None else mean
+            if abs(truth.mean - mean) > coarse * max(rms, 1e-300):
+                continue
+            match = self.match(actual, truth, tolerance) or _reordered(actual, truth, tolerance)
+            if match is not None:
+                found.append(match)
+        return sorted(found, key=lambda match: match.reordered)
+
+    def find_part(self, actual: Tensor) -> tuple[Truth, int, int] | None:
+        """A tensor that Keras's is one part of, which part, and of how many; q, k or v of all three, say."""
+        if actual.ndim < 2 or actual.numel() < 2:
+            return None
+        actual = actual.double()
+        size = measure_size(actual).total().rms
+        for count, truths in self._by_count.items():
+            parts, rest = divmod(count, actual.numel())
+            if rest or not 2 <= parts <= 16:
+                continue
+            for truth in truths:
+                for axis in {1, truth.tensor.ndim - 1}:
+                    if axis >= truth.tensor.ndim or truth.tensor.shape[axis] % parts:
+                        continue
+                    for index, part in enumerate(truth.tensor.chunk(parts, axis)):
+                        if not math.isclose(float(part.square().mean().sqrt()), size, rel_tol=SAME):
+                            continue
+                        if self.match(actual, Truth(part.contiguous())) is not None:
+                            return truth, index, parts
+        return None
+
+    def _orders(self, expected: Tensor, actual: Tensor) -> Iterator[Axes]:
+        """Orders of PyTorch's axes that may give Keras's shape: the usual one, unmoved, then all others."""
+        rank = expected.ndim
+        same, channels = tuple(range(rank)), moved(rank) if rank > 1 else tuple(range(rank))
+        known = dict.fromkeys((self._usual.get(rank, same), same, channels))
+        sides = actual.shape
+        for axes in known:
+            yield axes
+        if rank > _MOST_AXES or rank < 2:
+            return
+        for axes in itertools.permutations(range(rank)):
+            if axes in known:
+                continue
+            permuted = tuple(expected.shape[axis] for axis in axes)
+            if permuted == tuple(sides) or rank != actual.ndim:
+                yield axes
+
+
+def _agrees_here_and_there(actual: Tensor, expected: Tensor, axes: Axes, limit: float) -> bool:
+    """Whether some elements spread over both are within `_FAR` times `limit`, which is one of their RMS distance."""
+    import torch
+
+    count = actual.numel()
+    if not count:
+        return True
+    places = torch.linspace(0, count - 1, min(_TRIED, count), dtype=torch.float64).long()
+    shape = tuple(expected.shape[axis] for axis in axes)
+    index: list[Tensor | None] = [None] * expected.ndim
+    rest = places
+    for axis, side in zip(reversed(axes), reversed(shape), strict=True):
+        index[axis] = rest % side
+        rest = rest // side
+    theirs = expected[tuple(index)] if expected.ndim else expected.expand(len(places))
+    ours = actual.reshape(-1)[places] if actual.ndim else actual.expand(len(places))
+    return bool(((ours - theirs).abs() <= _FAR * limit).all())
+
+
+def _reordered(actual: Tensor, truth: Truth, tolerance: float) -> Match | None:
+    """The same numbers in another order within each sample, as behind a Flatten."""
+    if actual.ndim < 1 or truth.tensor.ndim < 1 or len(actual) != len(truth.tensor) or truth.rms == 0.0:
+        return None
+    ours, theirs = (side.reshape(len(side), -1).sort(dim=1).values for side in (actual, truth.tensor))
+    distance = measure_candidate(ours, theirs, None)
+    if distance.total().rms > tolerance * truth.rms:
+        return None
+    return Match(truth, tuple(range(truth.tensor.ndim)), distance, reordered=True)
+
+
+def is_in_float32(tensor: Tensor) -> bool:
+    """Whether every number is one of float32's, which a result of float64 arithmetic is not."""
+    import torch
+
+    if not tensor.is_floating_point() or tensor.numel() < 2:
+        return False
+    if tensor.dtype != torch.float64:
+        return True
+    some = tensor.reshape(-1)[: 4 * _TRIED]
+    if not bool((some.float().double() == some).all()):
+        return False
+    return bool((tensor.float().double() == tensor).all())
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """Complex numbers as pairs of real ones, whole numbers and booleans as float64, all else as it is."""
+    import torch
+
+    if tensor.is_complex():
+        return torch.view_as_real(tensor)
+    return tensor if tensor.is_floating_point() else tensor.double()

@@ -1,0 +1,140 @@
+"""Weights that a port computes from several tensors, exactly.
+
+Keras's LSTM has one bias where PyTorch has two, a weight norm is folded into a kernel, a BatchNorm into the convolution
+before it. Such a weight is rounded to float32 once, when it is stored. In the exact view the Keras model has the number
+before that rounding, where what it has is that number rounded; otherwise it stays as it is, and the outputs differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from porting.kinds import kind_of_module
+from porting.kinds.transforms import CONVOLUTION, DENSE, DEPTHWISE, Array
+from porting.parity.record import Recording
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# A few roundings of the greatest number: sums of terms that cancel are rounded relative to the terms.
+_ROUNDED = 2.0**-21
+
+
+def derived_weights(model: nn.Module, recording: Recording) -> list[Array]:
+    """All weights that a port may compute from this float64 model's tensors, in Keras's order of axes."""
+    return [np.ascontiguousarray(each) for module in model.modules() for each in _of_module(module)] + [
+        np.ascontiguousarray(each) for each in _folded_norms(model, recording)
+    ]
+
+
+def halved_weights(model: nn.Module) -> list[Array]:
+    """The weights of a model in half precision, in every order of axes in which Keras may have them."""
+    import torch
+
+    return [
+        np.ascontiguousarray(each)
+        for tensor in model.state_dict().values()
+        if tensor.dtype in {torch.float16, torch.bfloat16}
+        for each in in_all_orders(tensor.detach().double().numpy())
+    ]
+
+
+def rounds_to(values: Array, halved: list[Array]) -> Array | None:
+    """The half-precision weight that float32 `values` round to; None where there is none, or they are it."""
+    for exact in halved:
+        if exact.shape == values.shape and bool((np.abs(values - exact) <= 2.0**-8 * np.abs(exact) + 2.0**-24).all()):
+            return exact
+    return None
+
+
+def in_all_orders(array: Array) -> Iterator[Array]:
+    """A tensor as it may lie in Keras: as it is, and by the transform of each kind."""
+    yield array
+    for transform in (CONVOLUTION, DEPTHWISE, DENSE):
+        if transform.accepts(array.ndim):
+            yield transform.apply(array)
+
+
+def substitutes(values: Array, stored: set[bytes], derived: list[Array]) -> Array | None:
+    """The derived weight that `values`, float32, are the rounding of; None for a stored tensor, or where none fits."""
+    if values.astype(np.float32).tobytes() in stored:
+        return None
+    for exact in derived:
+        if exact.shape != values.shape:
+            continue
+        limit = _ROUNDED * float(np.abs(exact).max(initial=0.0))
+        if bool((np.abs(values.astype(np.float64) - exact) <= limit).all()):
+            return exact
+    return None
+
+
+def has_derived(model: nn.Module) -> bool:
+    """Whether the model has anything that such weights are computed from."""
+    from torch import nn
+
+    return any(
+        isinstance(module, (nn.RNNBase, nn.modules.batchnorm._BatchNorm)) or _is_parametrized(module)
+        for module in model.modules()
+    )
+
+
+def _of_module(module: nn.Module) -> Iterator[Array]:
+    from torch import nn
+
+    if isinstance(module, nn.RNNBase) and module.bias:
+        for suffix in _directions(module):
+            one, other = (getattr(module, f"bias_{name}_{suffix}").detach().numpy() for name in ("ih", "hh"))
+            yield one + other
+    if _is_parametrized(module):
+        weight = module.weight.detach().numpy()  # type: ignore[operator]
+        kind = kind_of_module(module)
+        for leaf in kind.leaves if kind is not None else ():
+            if leaf.source == "weight" and leaf.transform.accepts(weight.ndim):
+                yield leaf.transform.apply(weight)
+        yield weight
+
+
+def _directions(module: Any) -> Iterator[str]:
+    for layer in range(module.num_layers):
+        yield f"l{layer}"
+        if module.bidirectional:
+            yield f"l{layer}_reverse"
+
+
+def _is_parametrized(module: nn.Module) -> bool:
+    from torch.nn.utils import parametrize
+
+    if parametrize.is_parametrized(module, "weight"):
+        return True
+    return any(type(hook).__name__ in {"WeightNorm", "SpectralNorm"} for hook in module._forward_pre_hooks.values())
+
+
+def _folded_norms(model: nn.Module, recording: Recording) -> Iterator[Array]:
+    """Kernels and biases of convolutions and dense layers with the BatchNorm behind them folded in."""
+    from torch import nn
+
+    modules = dict(model.named_modules())
+    made_by = {id(truth): name for name, call in recording.calls.items() for truth in call.outputs if name in modules}
+    for name, call in recording.calls.items():
+        norm = modules.get(name)
+        if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_var is None or not call.inputs:
+            continue
+        before = modules.get(made_by.get(id(call.inputs[0]), ""))
+        if not isinstance(before, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
+            continue
+        assert norm.running_mean is not None  # with a running variance there is a running mean
+        factor = (norm.running_var + norm.eps).rsqrt()
+        factor = factor if norm.weight is None else factor * norm.weight
+        weight = (before.weight * factor.reshape(-1, *[1] * (before.weight.ndim - 1))).detach().numpy()
+        bias = -norm.running_mean if before.bias is None else before.bias - norm.running_mean
+        bias = bias * factor if norm.bias is None else bias * factor + norm.bias
+        yield bias.detach().numpy()
+        if weight.ndim == 2:
+            yield DENSE.apply(weight)
+            continue
+        yield CONVOLUTION.apply(weight)
+        if weight.shape[1] == 1 and DEPTHWISE.accepts(weight.ndim):
+            yield DEPTHWISE.apply(weight)

@@ -1,0 +1,85 @@
+"""Which layer of the Keras model stands for which module of the PyTorch model, as far as names say it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from rapidfuzz import process
+
+from porting.models.traverse import named_layers
+
+if TYPE_CHECKING:
+    import keras
+    from torch import nn
+
+# In `pairs`: this module has no layer of its own.
+NO_PARTNER = "-"
+
+
+class Names:
+    """What names say: those that a caller or a key map gives, then those that both models have, `/` read as `.`.
+
+    Raises ValueError for names that a model does not have, and for two modules on one layer.
+    """
+
+    def __init__(self, reference: nn.Module, candidate: keras.Model, pairs: Mapping[str, Any] | None) -> None:
+        modules = [name for name, _ in reference.named_modules() if name]
+        layers = named_layers(candidate)
+        given = {source: _layer_name(target, layers) for source, target in (pairs or {}).items()}
+        _refuse_unknown("pairs", [_base(source) for source in given], modules, "module of the PyTorch model")
+        named = [target for target in given.values() if target != NO_PARTNER]
+        known = {_dotted(name) for name in layers} | {_dotted(f"{candidate.name}/{name}") for name in layers}
+        _refuse_unknown(
+            "pairs", [name for name in named if _dotted(_base(name)) not in known], layers, "layer of the Keras model"
+        )
+        if twice := sorted({target for target in named if named.count(target) > 1}):
+            raise ValueError(f"pairs: two modules are paired with one layer: {', '.join(twice)}")
+        self.layers = layers
+        target_of = {module: module for module in modules} | given
+        # A path may begin with the model's own name.
+        self._source_of = {_dotted(f"{candidate.name}/{target}"): source for source, target in target_of.items()}
+        self._source_of |= {_dotted(target): source for source, target in target_of.items() if target != NO_PARTNER}
+        for target in named:
+            self._source_of[_dotted(target)] = next(source for source, own in given.items() if own == target)
+
+    def source(self, call: str, calls: Iterable[str]) -> str | None:
+        """The PyTorch call that a Keras call stands for by its name, if there was one."""
+        base, _, number = call.partition("#")
+        source = self._source_of.get(_dotted(call)) or self._source_of.get(_dotted(base))
+        if source is None:
+            return None
+        name = f"{source}#{number}" if number and "#" not in source else source
+        return name if name in calls else None
+
+
+def _layer_name(target: Any, layers: Mapping[str, Any]) -> str:
+    if isinstance(target, str):
+        return target
+    for name, layer in layers.items():
+        if layer is target:
+            return name
+    raise ValueError(f"pairs: {target!r} is neither a layer of the Keras model nor its name")
+
+
+def _refuse_unknown(what: str, names: list[str], known: Iterable[str], whose: str) -> None:
+    known = list(known)
+    for name in names:
+        if name not in known:
+            nearest = process.extractOne(name, known, score_cutoff=60.0) if known else None
+            hint = f"; the nearest is {nearest[0]!r}" if nearest else ""
+            raise ValueError(f"{what}: {name!r} is no {whose}{hint}")
+
+
+def refuse_unknown_layers(what: str, names: Iterable[str], reference: nn.Module, others: Iterable[str] = ()) -> None:
+    """Raises ValueError for a name that is no module of the PyTorch model, call numbers aside."""
+    known = [*(name for name, _ in reference.named_modules() if name), *others]
+    _refuse_unknown(what, [_base(name) for name in names], known, "module of the PyTorch model")
+
+
+def _base(name: str) -> str:
+    return name.partition("#")[0]
+
+
+def _dotted(path: str) -> str:
+    return path.replace("/", ".")

@@ -1,0 +1,140 @@
+"""The PyTorch model's float64 run, kept: every tensor that a module takes or gives, once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from porting.models.inputs import leaves_by_key
+from porting.models.observe import Replacement, observe_modules
+from porting.parity.content import Truth, as_real
+from porting.parity.report import OUTPUT
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass
+class Call:
+    """What one call of a module took and gave."""
+
+    inputs: list[Truth] = field(default_factory=list)
+    outputs: list[Truth] = field(default_factory=list)
+
+
+@dataclass
+class Recording:
+    """All calls by name, in the order in which they ended, all tensors, and the results by key."""
+
+    calls: dict[str, Call] = field(default_factory=dict)
+    order: dict[str, int] = field(default_factory=dict)
+    truths: list[Truth] = field(default_factory=list)
+    outputs: dict[str, Truth] = field(default_factory=dict)
+
+
+def output_name(key: str) -> str:
+    """What a result is called in reports."""
+    return f"{OUTPUT}[{key}]" if key else OUTPUT
+
+
+class _Recorder:
+    watches_inputs = True
+
+    def __init__(self, *, copies: bool) -> None:
+        self.recording = Recording()
+        self._copies = copies
+        # By identity and version; the tensors are kept with them, so that no identity comes twice.
+        self._kept: dict[tuple[int, int], tuple[Tensor, Truth]] = {}
+
+    def before(self, name: str, inputs: list[Tensor]) -> Replacement:
+        call = self.recording.calls.setdefault(name, Call())
+        call.inputs = [self._keep(tensor, (name, False, index)) for index, tensor in enumerate(inputs)]
+        return None
+
+    def after(self, name: str, outputs: list[Tensor]) -> Replacement:
+        recording = self.recording
+        recording.calls[name].outputs = [self._keep(each, (name, True, index)) for index, each in enumerate(outputs)]
+        recording.order[name] = len(recording.order)
+        return None
+
+    def keep_results(self, result: Any) -> None:
+        for key, leaf in leaves_by_key(result).items():
+            if hasattr(leaf, "detach"):
+                self.recording.outputs[key] = self._keep(leaf, (output_name(key), True, 0))
+
+    def _keep(self, tensor: Tensor, place: tuple[str, bool, int]) -> Truth:
+        key = id(tensor), _version(tensor)
+        if key not in self._kept:
+            detached = tensor.detach()
+            self._kept[key] = tensor, Truth(as_real(detached.clone() if self._copies else detached))
+            self.recording.truths.append(self._kept[key][1])
+        truth = self._kept[key][1]
+        truth.places.append(place)
+        return truth
+
+    def finish(self) -> bool:
+        """Lets go of what only the recording needs; whether it holds, nothing kept having been changed in place since.
+
+        `x += y` and an in-place ReLU make such changes.
+        """
+        kept, self._kept = self._kept, {}
+        return self._copies or all(_version(tensor) == version for (_, version), (tensor, _) in kept.items())
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def record(model: nn.Module, run: Callable[[nn.Module], Any]) -> Recording:
+    """Runs the model; a second time with copies where it overwrites what was kept."""
+    import torch
+
+    for copies in (False, True):
+        recorder = _Recorder(copies=copies)
+        with torch.no_grad(), observe_modules(model, recorder):
+            recorder.keep_results(run(model))
+        if recorder.finish():
+            break
+    return recorder.recording
+
+
+class NoiseObserver:
+    """Runs beside a recording in float32 and notes how far each wanted tensor is from the truth."""
+
+    def __init__(self, recording: Recording, wanted: set[int]) -> None:
+        self.recording = recording
+        self._wanted = wanted
+        self.watches_inputs = any(
+            id(truth) in wanted and not any(is_output for _, is_output, _ in truth.places) for truth in recording.truths
+        )
+
+    def before(self, name: str, inputs: list[Tensor]) -> Replacement:
+        if name in self.recording.calls:
+            self._measure(self.recording.calls[name].inputs, inputs)
+        return None
+
+    def after(self, name: str, outputs: list[Tensor]) -> Replacement:
+        if name in self.recording.calls:
+            self._measure(self.recording.calls[name].outputs, outputs)
+        return None
+
+    def results(self, result: Any) -> None:
+        found = leaves_by_key(result)
+        for key, truth in self.recording.outputs.items():
+            if key in found:
+                self._measure([truth], [found[key]])
+
+    def _measure(self, truths: list[Truth], tensors: list[Tensor]) -> None:
+        from porting.parity.measure import measure_distance
+
+        for truth, tensor in zip(truths, tensors, strict=False):
+            if truth.noise is None and id(truth) in self._wanted:
+                real = as_real(tensor)
+                if real.shape == truth.tensor.shape:
+                    truth.noise = measure_distance(real, truth.tensor)
+
+
+def kinds_of(model: nn.Module) -> Mapping[str, str]:
+    """The class of every module, by its name."""
+    return {path: type(module).__name__ for path, module in model.named_modules()}

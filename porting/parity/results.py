@@ -1,0 +1,21 @@
+"""Which result of one model is which of the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def pair_results(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
+    """Which result of PyTorch's is which of Keras's: by key where the keys are the same, else by place."""
+    if set(theirs) == set(ours):
+        return {key: key for key in theirs}, []
+    common = [key for key in theirs if key in ours]
+    if common and "" not in common and not all(key.startswith("[") for key in common):
+        left = [key for key in (*theirs, *ours) if key not in common]
+        return {key: key for key in common}, [f"results that only one side has: {', '.join(left)}"]
+    notes = []
+    if len(theirs) != len(ours):
+        count = min(len(theirs), len(ours))
+        notes = [f"PyTorch gives {len(theirs)} results and Keras {len(ours)}; the first {count} are compared"]
+    return dict(zip(theirs, ours, strict=False)), notes
