@@ -2,9 +2,9 @@
 
     python scripts/benchmark_check.py b0 b1
 
-The passes are PyTorch in float32, PyTorch in float64 and Keras, once each on one image. They and the check, accumulated
-alone and with the isolated view, take turns in one process; the table gives medians and ratios. The peak of memory is
-that of a whole `van-port` process on the same variant, its check with all views on one image included.
+The passes are PyTorch and Keras in float32 and in float64, over as many images as a port checks, one by one. They and
+the check take turns in one process, with loud weights and without; the table gives medians and ratios. The peak of
+memory is that of a whole `van-port` process on the same variant, its check on one image included.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROUNDS = 5
+_PASSES = ("PyTorch, float32", "PyTorch, float64", "Keras, float32", "Keras, float64")
 
 
 def time_of(run: Callable[[], Any]) -> float:
@@ -47,9 +48,11 @@ def measure_times(variant: str, rounds: int) -> dict[str, float]:
     from porting.families.van import VanFamily
     from porting.files.weights_file import assign_weights, variable_shapes
     from porting.mapping.convert import convert
+    from porting.models.keras_float64 import Float64Model
     from porting.models.synthetic import fill_with_synthetic_weights
     from porting.parity.compare import check_parity
     from porting.references.van import build_van
+    from porting.tasks.options import SAMPLES_OF_LARGE_IMAGES
 
     family = VanFamily()
     torch.manual_seed(0)
@@ -61,19 +64,34 @@ def measure_times(variant: str, rounds: int) -> dict[str, float]:
     state_dict = {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
     key_map = family.key_map(family.spec(variant))
     assign_weights(candidate, convert(state_dict, key_map, variable_shapes(candidate)).weights)
-    image = np.random.default_rng(0).normal(size=(1, 224, 224, 3)).astype(np.float32)
-    tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(0, 3, 1, 2)))
+    images = np.random.default_rng(0).normal(size=(SAMPLES_OF_LARGE_IMAGES, 224, 224, 3)).astype(np.float32)
+    tensors = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    float64 = Float64Model(candidate)
 
     def in_pytorch(model: torch.nn.Module, given: torch.Tensor) -> None:
         with torch.no_grad():
-            model(given)
+            for image in given:
+                model(image[None])
+
+    def in_keras() -> None:
+        for image in images:
+            candidate(image[None], training=False)
+
+    def in_keras_float64() -> None:
+        with float64.active():
+            in_keras()
+
+    def check(**arguments: Any) -> None:
+        report = check_parity(reference, candidate, images, batch_size=1, input_axes=[(0, 2, 3, 1)], **arguments)
+        assert report.passed, report.objections
 
     runs: dict[str, Callable[[], Any]] = {
-        "float32": lambda: in_pytorch(reference, tensor),
-        "float64": lambda: in_pytorch(exact, tensor.double()),
-        "keras": lambda: candidate(image, training=False),
-        "accumulated": lambda: check_parity(reference, candidate, image, isolated=False),
-        "isolated": lambda: check_parity(reference, candidate, image),
+        "PyTorch, float32": lambda: in_pytorch(reference, tensors),
+        "PyTorch, float64": lambda: in_pytorch(exact, tensors.double()),
+        "Keras, float32": in_keras,
+        "Keras, float64": in_keras_float64,
+        "check": lambda: check(key_map=key_map, loud=False),
+        "check with loud weights": lambda: check(key_map=key_map),
     }
     for run in runs.values():
         run()
@@ -110,7 +128,7 @@ def main(variants: tuple[str, ...], rounds: int, times_of: bool) -> None:
     if times_of:
         click.echo(json.dumps(measure_times(variants[0], rounds)))
         return
-    table = Table("variant", "three passes", "accumulated", "ratio", "with isolated", "ratio", "peak memory")
+    table = Table("variant", *_PASSES, "four passes", "check", "ratio", "with loud weights", "ratio", "peak memory")
     console = Console(width=None if sys.stdout.isatty() else 120)
     with tempfile.TemporaryDirectory() as folder, console.status("") as status:
         for variant in variants:
@@ -119,9 +137,9 @@ def main(variants: tuple[str, ...], rounds: int, times_of: bool) -> None:
             times = json.loads(subprocess.run(child, check=True, capture_output=True, text=True).stdout)
             status.update(f"{variant}: memory")
             memory = measure_memory(variant, Path(folder))
-            bare = times["float32"] + times["float64"] + times["keras"]
-            row = [variant, f"{bare:.2f} s"]
-            for name in ("accumulated", "isolated"):
+            bare = sum(times[name] for name in _PASSES)
+            row = [variant, *(f"{times[name]:.2f}" for name in _PASSES), f"{bare:.2f} s"]
+            for name in ("check", "check with loud weights"):
                 row += [f"{times[name]:.2f} s", f"{times[name] / bare:.2f}"]
             table.add_row(*row, f"{memory:.1f} GiB")
     console.print(table)

@@ -10,6 +10,7 @@ try both.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import types
@@ -30,7 +31,7 @@ from porting.mapping.convert import convert
 from porting.models.frameworks import start_tensorflow
 from porting.models.synthetic import fill_with_synthetic_weights
 from porting.parity.compare import check_parity
-from porting.parity.report import ParityReport
+from porting.parity.report import EXACT, FLOAT32, Culprit, ParityReport
 from porting.parity.stress import with_small_variances
 from porting.references.van import VAN, build_van
 
@@ -400,7 +401,8 @@ def study(family: VanFamily, reference: VAN, small: VAN, images: np.ndarray, fau
     first = report.first_divergence
     if first is None:
         return Finding("")
-    return Finding(by, first.culprit, report.diagnosis.cause if report.diagnosis else "")
+    who = first.culprit if isinstance(first, Culprit) else first.layer
+    return Finding(by, who, report.diagnosis.cause if report.diagnosis else "")
 
 
 def run(family: VanFamily, reference: VAN, images: np.ndarray, fault: Fault) -> ParityReport:
@@ -412,7 +414,7 @@ def run(family: VanFamily, reference: VAN, images: np.ndarray, fault: Fault) -> 
 def check_healthy(family: VanFamily, count: int) -> int:
     """Checks healthy ports over seeds, variants and input sizes; prints the greatest ratio and counts false alarms."""
     rng = np.random.default_rng(0)
-    alarms, worst = 0, (0.0, "")
+    alarms, worst, exact, greatest = 0, (0.0, ""), (0.0, ""), 0.0
     for seed in track(range(count), "healthy ports", transient=True):
         variant = ("nano", "nano", "nano", "b0")[seed % 4]
         torch.manual_seed(seed)
@@ -423,10 +425,13 @@ def check_healthy(family: VanFamily, count: int) -> int:
         report = check_parity(reference.eval(), make_candidate(family, variant, reference), images)
         alarms += not report.passed
         label = f"{variant}, seed {seed}, {height}x{width}, {report.worst.source}"
-        worst = max(worst, (report.worst.ratio, label))
+        worst = max(worst, (report.worst.views[FLOAT32].ratio, label))
+        exact = max(exact, (report.worst_exact.ratio if report.worst_exact else math.inf, label))
+        greatest = max(greatest, max(layer.views[EXACT].ratio for layer in report.layers))
     onednn = os.environ.get("TF_ENABLE_ONEDNN_OPTS", "unset")
     click.echo(f"{count} healthy ports, TF_ENABLE_ONEDNN_OPTS {onednn}: {alarms} false alarms")
-    click.echo(f"greatest ratio {worst[0]:.2f} ({worst[1]})")
+    click.echo(f"greatest ratio in float32 {worst[0]:.2f} ({worst[1]})")
+    click.echo(f"greatest exact ratio of the outputs {exact[0]:.2f} ({exact[1]}), of any tensor {greatest:.2f}")
     return alarms
 
 

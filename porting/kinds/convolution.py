@@ -103,11 +103,6 @@ def kernel_mistakes(module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
                 f"the kernel is flipped in {where}",
                 with_value(module, inputs, "weight", partial(_flipped, flipped)),
             )
-    if spatial == 3:
-        yield Mistake(
-            "the kernel's depth, height and width are reversed in order",
-            with_value(module, inputs, "weight", lambda m: m.weight.permute(0, 1, 4, 3, 2)),
-        )
 
 
 def _swapped(one: int, other: int, module: Any) -> Tensor:

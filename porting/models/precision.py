@@ -7,6 +7,7 @@ units of what that precision costs PyTorch itself, here made with PyTorch's own 
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,36 +18,39 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 PRECISIONS = ("float32", "float16", "int8")
+# What Keras computes in under its mixed policies.
+_HALVES = ("float16", "bfloat16")
 
 
 def in_precision(model: nn.Module, precision: str, images: Array, *, results: bool = True) -> nn.Module:
     """A copy of `model` in float32 whose numbers are those that `precision` has.
 
-    float16: weights and every module's result are rounded to it. int8: kernels are rounded to 255 steps a channel of
-    their output, and every result to 256 steps between the least and the greatest that `images` `(N, H, W, C)` make.
-    Without `results` only the weights are rounded.
+    float16, bfloat16: weights and every module's result are rounded to it. int8: kernels are rounded to 255 steps a
+    channel of their output, and every result to 256 steps between the least and the greatest that `images`
+    `(N, H, W, C)` make. Without `results` only the weights are rounded.
 
     Raises ValueError for an unknown precision.
     """
     import torch
 
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is one of {', '.join(PRECISIONS)}: got {precision!r}")
+    known = dict.fromkeys((*PRECISIONS, *_HALVES))
+    if precision not in known:
+        raise ValueError(f"precision is one of {', '.join(known)}: got {precision!r}")
     rounded = copy.deepcopy(model).eval()
     if precision == "float32":
         return rounded
     with torch.no_grad():
         for parameter in rounded.parameters():
-            if precision == "float16":
-                parameter.copy_(parameter.half().float())
+            if precision in _HALVES:
+                parameter.copy_(parameter.to(getattr(torch, precision)).float())
             elif parameter.ndim > 1:
                 parameter.copy_(_in_steps_a_channel(parameter))
     if not results:
         return rounded
     leaves = [module for module in rounded.modules() if not list(module.children())]
-    if precision == "float16":
+    if precision in _HALVES:
         for module in leaves:
-            module.register_forward_hook(lambda _, __, output: output.half().float())
+            module.register_forward_hook(partial(_in_half, getattr(torch, precision)))
         return rounded
     ranges = _ranges(model, images)
     names = {id(module): name for name, module in rounded.named_modules()}
@@ -55,6 +59,10 @@ def in_precision(model: nn.Module, precision: str, images: Array, *, results: bo
             low, high = ranges[names[id(module)]]
             module.register_forward_hook(lambda _, __, output, low=low, high=high: _in_steps(output, low, high))
     return rounded
+
+
+def _in_half(dtype: Any, _: nn.Module, __: Any, output: Any) -> Any:
+    return output.to(dtype).float() if hasattr(output, "to") and output.is_floating_point() else output
 
 
 def _in_steps_a_channel(kernel: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -260,7 +261,7 @@ class _ExactObserver:
 
     def _match(self, actual: Tensor, truth: Truth, pair: Pair) -> Match | None:
         tolerance = SAME_IN_FLOAT32 if pair.in_float32 else SAME
-        found = self.library.match(actual, truth, tolerance)
+        found = self.library.match(actual, truth, tolerance, likely=True)
         if found is None and pair.reordered:
             found = next((each for each in self.library.find(actual) if each.truth is truth), None)
         return found if found is None or not pair.in_float32 else replace(found, in_float32=True)
@@ -271,7 +272,7 @@ class _ExactObserver:
         if known is not None and known[0]() is output:
             return known[1]
         named = self._named_truth(name, index)
-        match = None if named is None else self.library.match(actual, named)
+        match = None if named is None else self.library.match(actual, named, likely=True)
         matches = [match] if match is not None else self.library.find(actual)
         if not matches:
             # Some layers compute in float32 whatever they are told.
@@ -471,6 +472,7 @@ def check_parity(
     waive: Sequence[str] = (),
     precision: str | None = None,
     build_float64: Callable[[], keras.Model] | None = None,
+    loud: bool = True,
     locate_culprits: bool = True,
     name: str = "as ported",
     progress: Progress = SILENT,
@@ -487,17 +489,22 @@ def check_parity(
     `strict_settings=False` makes settings that matter only in training, such as a momentum, a note. `waive` names
     modules whose settings may differ, or settings, `"name"` or `"name:setting"`. `precision` states that the Keras
     model computes in float16 or bfloat16 on purpose. `build_float64` makes the Keras model for the exact view; by
-    default the model itself is turned to float64 meanwhile. `locate_culprits=False` leaves out the search for the
-    layers where the two part.
+    default the model itself is turned to float64 meanwhile. `loud=False` leaves out the outputs on loud weights (on
+    loud inputs, where no key map brings weights over), on which hidden mistakes show. `locate_culprits=False` leaves
+    out the search for the layers where the two part.
 
     Both models are left exactly as they were. One batch of activations is in memory at a time.
 
     Raises ValueError where there are no inputs, or a name is none of the models'.
     """
+    from torch.nn.parameter import is_lazy
+
     limits = limits or Limits()
     reference = _unwrapped(reference)
     refuse_unknown_layers("limits", limits.per_layer, reference, [OUTPUT])
     refuse_unknown_layers("waive", [each.partition(":")[0] for each in waive], reference)
+    if any(is_lazy(tensor) or tensor.is_meta for tensor in (*reference.parameters(), *reference.buffers())):
+        return _without_result("the PyTorch model has weights without values: lazy ones, or on meta", limits, name)
     with _evaluating(reference):
         try:
             given = make_inputs(reference, candidate, inputs, reference_inputs, input_axes)
@@ -518,15 +525,13 @@ def check_parity(
         except CannotRunError as error:
             return _without_result(str(error), limits, name)
         report = _report(session, limits, key_map, name, strict_settings, waive)
-        progress("loud inputs" if key_map is None else "loud weights")
-        loud, on_loud = _loud(session, key_map)
-        report = replace(report, loud=loud)
+        if loud:
+            progress("loud inputs" if key_map is None else "loud weights")
+            found, on_loud = _loud(session, key_map, limits, locate_culprits and not report.divergences)
+            report = replace(report, loud=found, culprits=on_loud)
         if locate_culprits and report.divergences:
             progress("looking for the cause")
-            report = replace(report, culprits=_culprits(session, report, on_loud))
-        elif locate_culprits and loud is not None and not loud.passed and on_loud is not None:
-            progress("looking for the cause")
-            report = replace(report, culprits=tuple(locate(session, on_loud, limits, MAX_CULPRITS)))
+            report = replace(report, culprits=_culprits(session, report))
         progress("done", 1, 1)
         return report
 
@@ -733,53 +738,68 @@ def _other_bits(
     return tuple(differing), compared
 
 
-def _loud(session: Session, key_map: KeyMap | None) -> tuple[Loud | None, Inputs | None]:
+def _loud(
+    session: Session, key_map: KeyMap | None, limits: Limits, locates: bool
+) -> tuple[Loud | None, tuple[Culprit, ...]]:
     """One sample's outputs on loud weights, where a key map brings them over, else on loud inputs.
 
-    Also the inputs on which a search can find where the two part, None for other weights.
+    Where they differ and `locates` says so, also where the two part there.
     """
     one = session.few(1)
     if key_map is not None:
-        return _on_loud_weights(session, one, key_map), None
+        return _on_loud_weights(session, one, key_map, limits, locates)
     if not any(array.dtype.kind == "f" for array in one.candidate):
-        return None, None
-    louder = [
-        tuple(a * np.float32(LOUD_INPUTS) if a.dtype.kind == "f" else a for a in side)
-        for side in (one.candidate, one.reference)
-    ]
-    inputs = replace(one, candidate=louder[0], reference=louder[1])
+        return None, ()
+    inputs = replace(one, candidate=_louder(one.candidate), reference=_louder(one.reference))
+    return _judged_loud(session, inputs, f"inputs {LOUD_INPUTS:g} times as large", limits, locates)
+
+
+def _judged_loud(
+    session: Session, inputs: Inputs, what: str, limits: Limits, locates: bool
+) -> tuple[Loud | None, tuple[Culprit, ...]]:
     relative = _relative_on(session, inputs)
-    what = f"inputs {LOUD_INPUTS:g} times as large"
-    return (None, None) if relative is None else (Loud(what, relative, LOUD_LIMIT), inputs)
+    if relative is None:
+        return None, ()
+    found = Loud(what, relative, LOUD_LIMIT)
+    if found.passed or not locates:
+        return found, ()
+    return found, tuple(locate(session, inputs, limits, MAX_CULPRITS))
 
 
 def _louder(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
     return tuple(array * np.float32(LOUD_INPUTS) if array.dtype.kind == "f" else array for array in arrays)
 
 
-def _on_loud_weights(session: Session, one: Inputs, key_map: KeyMap) -> Loud | None:
+def _on_loud_weights(
+    session: Session, one: Inputs, key_map: KeyMap, limits: Limits, locates: bool
+) -> tuple[Loud | None, tuple[Culprit, ...]]:
     import torch
 
     kept = {name: tensor.clone() for name, tensor in session.truth_model.state_dict().items()}
-    with contextlib.suppress(RuntimeError, ValueError):  # a model that cannot be filled so has no loud weights
-        fill_with_synthetic_weights(session.truth_model, 0, run=lambda model: one.call_reference(model, torch.float64))
+    with session.float64.active() as model:
+        variables = named_variables(model)
+        before = {name: np.array(variable) for name, variable in variables.items()}
+    try:
+        run = partial(_call, one, torch.float64)
+        fill_with_synthetic_weights(session.truth_model, 0, run=run)
         session.truth_model.eval()
         state = session.truth_model.state_dict()
-        with session.float64.active() as model:
-            variables = named_variables(model)
-            before = {name: np.array(variable) for name, variable in variables.items()}
+        with session.float64.active():
             for entry in key_map.entries:
                 if entry.source in state and entry.target in variables:
-                    variables[entry.target].assign(entry.transform.apply(state[entry.source].numpy()))
-            try:
-                relative = _relative_on(session, one)
-            finally:
-                for name, variable in variables.items():
-                    variable.assign(before[name])
+                    variables[entry.target].assign(np.array(entry.transform.apply(state[entry.source].numpy())))
+        return _judged_loud(session, one, "loud random weights", limits, locates)
+    except (RuntimeError, ValueError):  # a model that cannot be filled so has no loud weights
+        return None, ()
+    finally:
         session.truth_model.load_state_dict(kept)
-        return None if relative is None else Loud("loud random weights", relative, LOUD_LIMIT)
-    session.truth_model.load_state_dict(kept)
-    return None
+        with session.float64.active():
+            for name, variable in variables.items():
+                variable.assign(before[name])
+
+
+def _call(inputs: Inputs, dtype: Any, model: nn.Module) -> Any:
+    return inputs.call_reference(model, dtype)
 
 
 def _relative_on(session: Session, inputs: Inputs) -> float | None:
@@ -811,7 +831,7 @@ def _relative_on(session: Session, inputs: Inputs) -> float | None:
     return worst
 
 
-def _culprits(session: Session, report: ParityReport, on_loud: Inputs | None) -> tuple[Culprit, ...]:
+def _culprits(session: Session, report: ParityReport) -> tuple[Culprit, ...]:
     """Where the two part in float64; where they do not, the first layer that rounds too much."""
     if any(divergence.view == EXACT for divergence in report.divergences):
         found = tuple(locate(session, session.few(2), report.limits, MAX_CULPRITS))

@@ -96,15 +96,17 @@ class Library:
             self._by_count.setdefault(truth.tensor.numel(), []).append(truth)
         self._usual = usual
 
-    def match(self, actual: Tensor, truth: Truth, tolerance: float = SAME) -> Match | None:
-        """Whether Keras's tensor is this one, in some order of axes."""
+    def match(self, actual: Tensor, truth: Truth, tolerance: float = SAME, *, likely: bool = False) -> Match | None:
+        """Whether Keras's tensor is this one, in some order of axes; `likely` compares all at once."""
         if actual.numel() != truth.tensor.numel():
             return None
         actual = actual.double()
         limit = tolerance * truth.rms
         for axes in self._orders(truth.tensor, actual):
-            if not _agrees_here_and_there(actual, truth.tensor, axes, tolerance * max(truth.rms, 1e-300)):
+            scale = tolerance * max(truth.rms, 1e-300)
+            if not likely and not _agrees_here_and_there(actual, truth.tensor, axes, scale):
                 continue
+            likely = False
             expected = truth.tensor.permute(axes)
             reshaped = expected.shape != actual.shape
             distance = measure_candidate(actual, expected.reshape(actual.shape), None)

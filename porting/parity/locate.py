@@ -71,8 +71,11 @@ class _Tracer:
         self._stack: list[_Node] = []
         self._producers: dict[int, _Node] = {}
         self._exact: dict[int, tuple[Tensor, Match | None, bool]] = {}
+        # All that has been seen: memory that is freed is given to another tensor, and would be taken for the first.
+        self._alive: list[Tensor] = []
 
     def before(self, name: str, inputs: list[Tensor]) -> Replacement:
+        self._alive += inputs
         parent = self._stack[-1] if self._stack else None
         node = _Node(name, parent, list(inputs), began=len(self.nodes))
         self._stack.append(node)
@@ -80,6 +83,7 @@ class _Tracer:
 
     def after(self, name: str, outputs: list[Tensor]) -> Replacement:
         node = self._stack.pop()
+        self._alive += outputs
         node.outputs = list(outputs)
         self.nodes.append(node)
         if node.parent is not None:
@@ -230,6 +234,7 @@ def _next_culprit(
             break
         call = _partner(session, recording, tracer, first)
         if call is not None:
+            call = _with_what_is_fused(session, recording, first, call)
             taken = _wrongly_taken(tracer, first, recording.calls[call].inputs)
             if taken is not None:
                 return _wrong_input(session, recording, tracer, _Gap(first, taken), began)
@@ -237,9 +242,10 @@ def _next_culprit(
         # PyTorch has no module for it, a padding say: whoever takes its result is to be looked at.
         for output in first.outputs:
             tracer.assume(output)
-        if any(output is tensor or _key(output) == _key(tensor) for _, tensor, _ in wrong for output in first.outputs):
-            text = "gives what no module of the PyTorch model gives, from what PyTorch has too"
-            return None, Culprit(first.name.replace("/", "."), first.name, text, 1.0), None
+        given = {_key(output) for output in first.outputs}
+        result = next((key for key, tensor, _ in wrong if _key(tensor) in given), None)
+        if result is not None:
+            return None, _wrong_result(session, recording, result, wrong), None
     if first.node is None:
         return None, _wrong_result(session, recording, first.key, wrong), None
     return _wrong_input(session, recording, tracer, first, began)
@@ -294,9 +300,9 @@ def _wrongly_taken(tracer: _Tracer, node: _Node, expected: list[Truth]) -> int |
         actual = as_real(tensor)
         if actual.numel() != truth.tensor.numel() or actual.numel() < 2:
             continue
-        match = tracer.match(tensor)
-        same = match is not None and (match.truth is truth or match.reordered)
-        if not same and tracer.library.match(actual, truth, tracer.tolerance) is None:
+        # The same numbers in another order are what a Flatten gives, and whose weights must follow.
+        found = tracer.library.find(actual, tracer.tolerance)
+        if not any(match.truth is truth for match in found) and tracer.library.match(actual, truth) is None:
             return index
     return None
 
@@ -419,21 +425,45 @@ def _partner(session: Session, recording: Recording, tracer: _Tracer, node: _Nod
     return leaves[0] if leaves else None
 
 
+def _with_what_is_fused(session: Session, recording: Recording, node: _Node, call: str) -> str:
+    """The call itself, or one that takes its result alone and whose own is much nearer: an activation in a layer."""
+
+    def distance(name: str) -> float:
+        outputs = recording.calls[name].outputs
+        actual = as_real(node.outputs[0])
+        axes = _axes(session, outputs[0].tensor, actual) if outputs else None
+        if axes is None:
+            return float("inf")
+        expected = outputs[0].tensor.permute(axes).reshape(actual.shape)
+        return float((actual - expected).square().mean().nan_to_num(float("inf")))
+
+    mine = recording.calls[call].outputs
+    behind = [
+        name
+        for name, each in recording.calls.items()
+        if mine
+        and len(each.inputs) == 1
+        and each.inputs[0] is mine[0]
+        and name != call
+        and not list(session.modules[name.partition("#")[0]].children())
+    ]
+    nearest = min((call, *behind), key=distance)
+    return nearest if distance(nearest) < 0.01 * distance(call) else call
+
+
 def _agreeing(tracer: _Tracer) -> list[Truth]:
     matches = [tracer.match(output) for node in tracer.nodes for output in node.outputs]
     return [match.truth for match in matches if match is not None]
 
 
 def _axes(session: Session, expected: Tensor, actual: Tensor) -> Axes | None:
-    """PyTorch's axes in Keras's order, by shape: the convention first; of those that fit the nearer one."""
+    """PyTorch's axes in Keras's order: the first that fits the shape, the convention before all others."""
     rank = expected.ndim
     if expected.numel() != actual.numel():
         return None
     same = tuple(range(rank))
     orders = dict.fromkeys((session.inputs.output_axes(rank), same, (0, *range(2, rank), 1) if rank > 2 else same))
     fitting = [axes for axes in orders if tuple(expected.shape[axis] for axis in axes) == tuple(actual.shape)]
-    if len(fitting) > 1:
-        return min(fitting, key=lambda axes: float((actual - expected.permute(axes)).abs().nan_to_num().sum()))
     return fitting[0] if fitting else session.inputs.output_axes(rank)
 
 
@@ -498,13 +528,16 @@ def _other_order(
     tracer: _Tracer, node: _Node, module: Any, inputs: list[Tensor], found: Tensor, call: str
 ) -> Diagnosis | None:
     """Keras's layer takes the same numbers in another order, and its weights were not permuted to match."""
-    match = tracer.match(node.inputs[0]) if len(node.inputs) == 1 and len(inputs) == 1 else None
-    if match is None or not match.reordered or node.inputs[0].numel() != inputs[0].numel():
-        return None
     import torch
 
+    if len(node.inputs) != 1 or len(inputs) != 1 or node.inputs[0].numel() != inputs[0].numel():
+        return None
+    found_by = [match for match in tracer.library.find(as_real(node.inputs[0])) if match.truth.tensor is inputs[0]]
+    if not found_by or not found_by[0].reordered:
+        return None
+
     with torch.no_grad():
-        guess = module(node.inputs[0].reshape(inputs[0].shape))
+        guess = module(node.inputs[0].double().reshape(inputs[0].shape))
     if guess.shape != found.shape or float((guess - found).square().mean().sqrt()) > 1e-9 * float(found.std() + 1e-300):
         return None
     cause = (

@@ -73,7 +73,7 @@ def test_an_epsilon_that_ordinary_weights_hide_is_loud(checkpoint: Path) -> None
     report = run(WrongEpsilons(), checkpoint)
     small = report.stress[0]
     assert small.first_divergence is not None
-    assert small.first_divergence.culprit == "norm1"
+    assert small.first_divergence.layer == "norm1"
     assert small.diagnosis is not None
     assert small.diagnosis.cause == "an epsilon of 1e-05 instead of 1e-06"
 

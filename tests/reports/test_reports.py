@@ -39,7 +39,9 @@ def view(ratio: float, problem: str = "") -> View:
 
 
 def exact(relative: float) -> View:
-    return View(Distance(3.0, 1.5), Distance(0.0, 0.0), Distance(3 * relative, 1.5 * relative), roundoff=FLOAT64_ROUNDOFF)
+    return View(
+        Distance(3.0, 1.5), Distance(0.0, 0.0), Distance(3 * relative, 1.5 * relative), roundoff=FLOAT64_ROUNDOFF
+    )
 
 
 def layer(
