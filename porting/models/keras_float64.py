@@ -94,7 +94,7 @@ def float64_defaults() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _exact_functions() -> Iterator[None]:
-    """TensorFlow rounds constants of leaky ReLU and GELU even in float64; here both are what they are defined as."""
+    """TensorFlow rounds some constants to float32 even in float64; here functions are what they are defined as."""
     import keras
 
     if keras.backend.backend() != "tensorflow":
@@ -103,7 +103,7 @@ def _exact_functions() -> Iterator[None]:
     import tensorflow as tf
     from keras.src.backend import nn
 
-    own = {name: getattr(nn, name) for name in ("leaky_relu", "gelu")}
+    cast = tf.cast
 
     def leaky_relu(x: Any, negative_slope: float = 0.2) -> Any:
         x = keras.ops.convert_to_tensor(x)
@@ -115,11 +115,19 @@ def _exact_functions() -> Iterator[None]:
             return 0.5 * x * tf.math.erfc(-x * math.sqrt(0.5))
         return 0.5 * x * (1.0 + keras.ops.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)))
 
-    try:
-        nn.leaky_relu, nn.gelu = leaky_relu, gelu
+    def exact_cast(x: Any, dtype: Any, name: str | None = None) -> Any:
+        # A Python number becomes a float32 on its way otherwise.
+        return tf.constant(x, dtype) if isinstance(x, float) else cast(x, dtype, name)
+
+    with contextlib.ExitStack() as stack:
+        for module, name, function in (
+            (nn, "leaky_relu", leaky_relu),
+            (nn, "gelu", gelu),
+            (tf, "cast", exact_cast),
+        ):
+            stack.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, function)
         yield
-    finally:
-        nn.leaky_relu, nn.gelu = own["leaky_relu"], own["gelu"]
 
 
 @contextlib.contextmanager
@@ -136,15 +144,27 @@ def _turned(model: keras.Model, doubles: list[tuple[Any, Any]]) -> Iterator[None
                 values = np.asarray(variable).astype(np.float64)
                 doubles.append((variable, keras.Variable(values, dtype="float64", trainable=False)))
     held = [(variable, variable._value, variable._dtype) for variable, _ in doubles]
+    # A functional model casts what it takes to what it was built for; a nested one takes tensors of the middle.
+    inputs = [
+        tensor
+        for layer in layers
+        for tensor in getattr(layer, "_inputs", None) or ()
+        if isinstance(tensor, keras.KerasTensor) and keras.backend.is_float_dtype(tensor.dtype)
+    ]
+    dtypes = [(tensor, tensor._dtype) for tensor in inputs]
     try:
         for layer, _ in policies:
             layer._dtype_policy = policy
+        for tensor in inputs:
+            tensor._dtype = "float64"
         for variable, double in doubles:
             variable._value, variable._dtype = double._value, "float64"
         yield
     finally:
         for layer, own in policies:
             layer._dtype_policy = own
+        for tensor, own in dtypes:
+            tensor._dtype = own
         for variable, value, dtype in held:
             variable._value, variable._dtype = value, dtype
 

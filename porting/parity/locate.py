@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -187,7 +187,22 @@ def locate(session: Session, inputs: Inputs, limits: Limits, most: int) -> Itera
             break
         last = place[0], place[1], place[3] if len(place) > 3 else 0
         fixes[last] = truth
-    yield from (culprit for _, culprit in found)
+    yield from _once_a_layer([culprit for _, culprit in found])
+
+
+def _once_a_layer(culprits: list[Culprit]) -> Iterator[Culprit]:
+    """A layer that is called several times is one culprit, under its own name."""
+    calls: dict[tuple[str, bool], list[Culprit]] = {}
+    for culprit in culprits:
+        calls.setdefault((culprit.layer.partition("#")[0], culprit.is_input), []).append(culprit)
+    for (layer, _), several in calls.items():
+        if len(several) == 1:
+            yield several[0]
+        else:
+            target = several[0].target.partition("#")[0]
+            yield replace(
+                several[0], layer=layer, target=target, reason=f"{several[0].reason}, in {len(several)} calls"
+            )
 
 
 def _wrong_results(
@@ -246,9 +261,30 @@ def _next_culprit(
         result = next((key for key, tensor, _ in wrong if _key(tensor) in given), None)
         if result is not None:
             return None, _wrong_result(session, recording, result, wrong), None
+    other = _gives_anothers(session, recording, tracer, first, innocent)
+    if other is not None:
+        return _own_mistake(session, recording, tracer, *other, other[0].began)
     if first.node is None:
         return None, _wrong_result(session, recording, first.key, wrong), None
     return _wrong_input(session, recording, tracer, first, began)
+
+
+def _gives_anothers(
+    session: Session, recording: Recording, tracer: _Tracer, gap: _Gap, innocent: set[_Place]
+) -> tuple[_Node, str] | None:
+    """A call before a gap, within the same layer, that gives a tensor of PyTorch's, but not that of its namesake."""
+    parent = gap.node.parent if gap.node is not None else None
+    limit = gap.node.began if gap.node is not None else len(tracer.nodes)
+    for node in tracer.nodes:
+        if node.parent is not parent or node.began >= limit or (node.name, True, 0) in innocent or not node.outputs:
+            continue
+        call = session.names.source(node.name, recording.calls)
+        outputs = recording.calls[call].outputs if call is not None else []
+        if call is None or not outputs or outputs[0].tensor.numel() != node.outputs[0].numel():
+            continue
+        if tracer.library.match(as_real(node.outputs[0]), outputs[0]) is None:
+            return node, call
+    return None
 
 
 def _search(tracer: _Tracer, tensor: Tensor, gap: _Gap, innocent: set[_Place]) -> _Node | _Gap:
@@ -297,7 +333,7 @@ def _wrongly_taken(tracer: _Tracer, node: _Node, expected: list[Truth]) -> int |
     if len(expected) != len(node.inputs):
         return None
     for index, (tensor, truth) in enumerate(zip(node.inputs, expected, strict=True)):
-        actual = as_real(tensor)
+        actual = as_real(_behind_paddings(tracer, tensor, truth))
         if actual.numel() != truth.tensor.numel() or actual.numel() < 2:
             continue
         # The same numbers in another order are what a Flatten gives, and whose weights must follow.
@@ -305,6 +341,16 @@ def _wrongly_taken(tracer: _Tracer, node: _Node, expected: list[Truth]) -> int |
         if not any(match.truth is truth for match in found) and tracer.library.match(actual, truth) is None:
             return index
     return None
+
+
+def _behind_paddings(tracer: _Tracer, tensor: Tensor, truth: Truth) -> Tensor:
+    """The tensor, or what a layer that PyTorch has no module for made it of, where that is as large as the truth."""
+    while tensor.numel() != truth.tensor.numel():
+        producer = tracer.producer(tensor)
+        if producer is None or len(producer.inputs) != 1 or tracer.match(tensor) is not None or producer.children:
+            return tensor
+        tensor = producer.inputs[0]
+    return tensor
 
 
 def _own_mistake(
@@ -329,18 +375,23 @@ def _own_mistake(
 def _wrong_input(
     session: Session, recording: Recording, tracer: _Tracer, gap: _Gap, began: int
 ) -> tuple[Any, Culprit, Tensor | None]:
-    node = gap.node
+    node, index = gap.node, gap.index
     assert node is not None  # the caller has seen to it
-    actual = as_real(node.inputs[gap.index])
     call = _partner(session, recording, tracer, node)
     inputs = recording.calls[call].inputs if call is not None else []
-    if call is None or gap.index >= len(inputs):
+    while index < len(inputs) and node.inputs[index].numel() != inputs[index].tensor.numel():
+        producer = tracer.producer(node.inputs[index])
+        if producer is None or len(producer.inputs) != 1 or producer.children:
+            break
+        node, index, inputs = producer, 0, [inputs[index]]
+    actual = as_real(node.inputs[index])
+    if call is None or index >= len(inputs):
         return (
             None,
             Culprit(node.name.replace("/", "."), node.name, "is fed what PyTorch does not have", 1.0, True),
             None,
         )
-    truth = inputs[gap.index]
+    truth = inputs[index]
     axes = _axes(session, truth.tensor, actual)
     if axes is None:
         text = f"shape {tuple(actual.shape)} for PyTorch's {tuple(truth.tensor.shape)}"
@@ -351,19 +402,48 @@ def _wrong_input(
     if expected.ndim == truth.tensor.ndim:
         others = _others(recording, call)
         cause = diagnose(call, None, [], truth.tensor, actual.permute(inverse(axes)), others)
-    maker = next((place[0] for place in truth.places if place[1]), None)
     said = cause or _exchanged(tracer, node, call)
-    culprit = Culprit(maker or call, node.name, _by_how_much(relative), relative, maker is None, said)
-    return _place_of_input(tracer, node, gap.index, began, truth), culprit, expected
+    label, is_input = _to_blame(session, recording, tracer, call, truth)
+    culprit = Culprit(label, node.name, _by_how_much(relative), relative, is_input, said)
+    return _place_of_input(tracer, node, index, began, truth), culprit, expected
+
+
+def _to_blame(session: Session, recording: Recording, tracer: _Tracer, call: str, truth: Truth) -> tuple[str, bool]:
+    """Whose mistake it is that `call` takes something else than `truth`: a call, and whether it is only fed wrongly."""
+    same = [match.truth for match in tracer.library.find(truth.tensor)]
+    makers = [
+        name
+        for each in dict.fromkeys((truth, *same))
+        for name, is_output, _ in each.places
+        if is_output and name in session.modules and each not in recording.calls[name].inputs
+    ]
+    nodes = {session.names.source(node.name, recording.calls): node for node in tracer.nodes}
+    for maker in makers:
+        node = nodes.get(maker)
+        if node is not None and _wrongly_taken(tracer, node, recording.calls[maker].inputs) is None:
+            return maker, False
+    for maker in makers:
+        if maker not in nodes and list(session.modules[maker].children()):
+            return maker, False
+    parent = call.partition("#")[0].rpartition(".")[0]
+    while parent in recording.calls and truth in recording.calls[parent].inputs:
+        call, parent = parent, parent.rpartition(".")[0]
+    return call, True
 
 
 def _place_of_input(tracer: _Tracer, node: _Node, index: int, began: int, truth: Truth) -> tuple[str, bool, int, int]:
     """Where to put the truth in: at the call that made the wrong tensor, unless what it gives is right elsewhere."""
     producer = tracer.producer(node.inputs[index])
-    made = any(match is truth for match in _agreeing(tracer))
-    if producer is None or made or producer is node.parent:
-        return node.name, False, began, index
     key = _key(node.inputs[index])
+    match = tracer.match(node.inputs[index])
+    elsewhere = match is not None and any(
+        _key(output) != key and tracer.is_exact(output) and (own := tracer.match(output)) and own.truth is match.truth
+        for other in tracer.nodes
+        for output in other.outputs
+    )
+    made = any(each is truth for each in _agreeing(tracer))
+    if producer is None or made or producer is node.parent or not (match is None or elsewhere):
+        return node.name, False, began, index
     return producer.name, True, began, next((i for i, each in enumerate(producer.outputs) if _key(each) == key), 0)
 
 

@@ -55,7 +55,9 @@ class Names:
 
 def _layer_name(target: Any, layers: Mapping[str, Any]) -> str:
     if isinstance(target, str):
-        return target
+        # A layer inside another may be named without its place where the name is the only one.
+        inside = [name for name in layers if name.rpartition("/")[2] == target]
+        return inside[0] if target not in layers and len(inside) == 1 else target
     for name, layer in layers.items():
         if layer is target:
             return name
