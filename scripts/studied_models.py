@@ -72,7 +72,7 @@ class Writer:
 
         def weights() -> list[Array]:
             kernel = module.weight.detach().double().numpy().transpose(2, 3, 1, 0)
-            bias = 0.0 if module.bias is None else module.bias.detach().double().numpy()
+            bias: Array = np.zeros(1) if module.bias is None else module.bias.detach().double().numpy()
             if norm is None:
                 return [kernel] if module.bias is None else [kernel, bias]
             bn = self.module(norm)
@@ -289,7 +289,7 @@ def recurrent(seed: int, style: str) -> Studied:
                 for leaf in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
             }
             biases = [gates["bias_ih"], gates["bias_hh"]]
-            return [gates["weight_ih"].T, gates["weight_hh"].T, sum(biases) if together else np.stack(biases)]
+            return [gates["weight_ih"].T, gates["weight_hh"].T, biases[0] + biases[1] if together else np.stack(biases)]
 
         return make
 

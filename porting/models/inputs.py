@@ -183,12 +183,12 @@ def make_inputs(
         return Inputs(tuple(ours), tuple(theirs), tuple(axes), names)
     given = [reference_inputs[name] for name in names] if theirs_named and names else _listed(reference_inputs)
     theirs = [_array(each) for each in given]
-    theirs = [
-        their.astype(np.float32) if our.dtype.kind == "f" and their.dtype.kind in "iu" and their.ndim > 2 else their
-        for our, their in zip(ours, theirs, strict=False)
-    ]
     if len(theirs) != len(ours):
         raise ValueError(f"{len(theirs)} reference_inputs for {len(ours)} inputs")
+    theirs = [
+        their.astype(np.float32) if our.dtype.kind == "f" and their.dtype.kind in "iu" and their.ndim > 2 else their
+        for our, their in zip(ours, theirs, strict=True)
+    ]
     found = [
         stated if stated is not None else _permutation(our, their)
         for our, their, stated in zip(ours, theirs, input_axes or [None] * len(ours), strict=True)

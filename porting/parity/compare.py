@@ -30,7 +30,7 @@ from porting.models.observe import Replacement, observe_layers, observe_modules,
 from porting.models.precision import in_precision
 from porting.models.synthetic import fill_with_synthetic_weights
 from porting.models.traverse import named_layers, named_variables, owned_variables
-from porting.parity.content import SAME, SAME_IN_FLOAT32, Library, Match, Truth, as_real, is_in_float32
+from porting.parity.content import SAME, SAME_IN_FLOAT32, Library, Match, Truth, as_real, computes_in_float32
 from porting.parity.derived import derived_weights, halved_weights, has_derived, in_all_orders, rounds_to, substitutes
 from porting.parity.locate import locate
 from porting.parity.measure import DifferenceSum, DistanceSum
@@ -276,10 +276,11 @@ class _ExactObserver:
         matches = [match] if match is not None else self.library.find(actual)
         if not matches:
             # Some layers compute in float32 whatever they are told.
-            inside = is_in_float32(actual)
-            for each in self.library.find(actual, SAME_IN_FLOAT32):
-                if (inside or each.truth.in_float32) and not each.reordered:
-                    matches.append(replace(each, in_float32=True))
+            matches += [
+                replace(each, in_float32=True)
+                for each in self.library.find(actual, SAME_IN_FLOAT32)
+                if computes_in_float32(output, each)
+            ]
         self._known[id(output)] = weakref.ref(output), matches
         return matches
 
@@ -371,7 +372,7 @@ class _ExactObserver:
                 pair.exact.problem = f"shape {tuple(actual.shape)} instead of {tuple(expected.shape)}"
                 continue
             distance = measure_candidate(actual, expected, None)
-            in_float32 = is_in_float32(actual) or truth.in_float32
+            in_float32 = computes_in_float32(found[ours], Match(truth, axes, distance))
             pair.in_float32 |= in_float32 and not distance.total().rms <= SAME * truth.rms
             pair.exact.scale.include(truth.size)
             pair.exact.actual_error.include(distance)

@@ -214,6 +214,21 @@ def is_in_float32(tensor: Tensor) -> bool:
     return bool((tensor.float().double() == tensor).all())
 
 
+def computes_in_float32(output: Tensor, match: Match) -> bool:
+    """Whether one side computes a tensor in float32 inside, so that a loose match is all there can be.
+
+    Its numbers are then float32's, and the other side's are not. Where both are, as a row of an embedding is, nothing
+    was computed, and they must be the same; unless the type itself says float32.
+    """
+    import torch
+
+    if match.reordered:
+        return False
+    if output.dtype in {torch.float32, torch.complex64}:
+        return True
+    return is_in_float32(as_real(output)) != match.truth.in_float32
+
+
 def as_real(tensor: Tensor) -> Tensor:
     """Complex numbers as pairs of real ones, whole numbers and booleans as float64, all else as it is."""
     import torch

@@ -9,7 +9,7 @@ with the next, until the outputs agree.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,15 @@ import numpy as np
 from porting.kinds import kind_of_layer, kind_of_module
 from porting.models.inputs import Axes, Inputs, inverse, leaves_by_key
 from porting.models.observe import Replacement, observe_layers, to_torch
-from porting.parity.content import SAME, SAME_IN_FLOAT32, Library, Match, Truth, as_real, is_in_float32
+from porting.parity.content import (
+    SAME,
+    SAME_IN_FLOAT32,
+    Library,
+    Match,
+    Truth,
+    as_real,
+    computes_in_float32,
+)
 from porting.parity.diagnose import diagnose
 from porting.parity.measure import measure_candidate
 from porting.parity.record import Recording, output_name
@@ -111,10 +119,10 @@ class _Tracer:
 
     def _inside(self, output: Tensor) -> Tensor | None:
         """The truth in the place of a result that was computed in float32."""
-        if self.is_exact(output) or not is_in_float32(as_real(output)):
+        if self.is_exact(output):
             return None
         for match in self.library.find(as_real(output), SAME_IN_FLOAT32):
-            if not match.reordered:
+            if computes_in_float32(output, match):
                 expected = match.expected(as_real(output)).contiguous()
                 self._exact[_key(expected)] = expected, match, True
                 return expected
@@ -222,7 +230,8 @@ def _wrong_results(
             continue
         distance = measure_candidate(actual, expected, None).total().rms
         relative = distance / truth.rms if truth.rms else float(distance > 0)
-        limit = SAME_IN_FLOAT32 if is_in_float32(actual) or truth.in_float32 else min(tolerance, 1e-13)
+        inside = computes_in_float32(ours[own], Match(truth, axes, measure_candidate(actual, expected, None)))
+        limit = SAME_IN_FLOAT32 if inside else min(tolerance, 1e-13)
         if not relative <= limit:
             wrong.append((theirs, ours[own], relative))
     return wrong
@@ -236,10 +245,14 @@ def _next_culprit(
     innocent: set[_Place],
 ) -> tuple[Any, Culprit | None, Tensor | None]:
     """The first culprit behind the results that differ: where it is, what is to be said, and the truth to put in."""
+
+    def known(node: _Node) -> bool:
+        return _partner(session, recording, tracer, node) is not None
+
     while True:
         candidates: list[tuple[int, _Node | _Gap]] = []
         for key, tensor, _ in wrong:
-            found = _search(tracer, tensor, _Gap(None, 0, key), innocent)
+            found = _search(tracer, tensor, _Gap(None, 0, key), innocent, known)
             if isinstance(found, _Node):
                 candidates.append((found.began, found))
             else:
@@ -287,8 +300,13 @@ def _gives_anothers(
     return None
 
 
-def _search(tracer: _Tracer, tensor: Tensor, gap: _Gap, innocent: set[_Place]) -> _Node | _Gap:
-    """Back from a tensor that differs to the call that made it of what agrees, or to where nothing is known."""
+def _search(
+    tracer: _Tracer, tensor: Tensor, gap: _Gap, innocent: set[_Place], known: Callable[[_Node], bool]
+) -> _Node | _Gap:
+    """Back from a tensor that differs to the call that made it of what agrees, or to where nothing is known.
+
+    A call that PyTorch has no partner for, such as a recurrent layer's cell, is a part of the one around it.
+    """
     seen: set[int] = set()
     while True:
         seen.add(_key(tensor))
@@ -297,6 +315,14 @@ def _search(tracer: _Tracer, tensor: Tensor, gap: _Gap, innocent: set[_Place]) -
             # No layer made it, so what made it took what layers gave: those beside the one that takes it.
             before = _beside(tracer, gap, innocent)
             step = next((each for each in before if _key(each) not in seen), None)
+            around = gap.node.parent if gap.node is not None else None
+            if step is None and gap.node is not None and around is not None and not known(gap.node):
+                step = next(
+                    (each for each in around.inputs if not tracer.is_exact(each) and _key(each) not in seen), None
+                )
+                if step is None:
+                    return around
+                gap = _Gap(around, next(i for i, each in enumerate(around.inputs) if each is step))
             if step is None:
                 return gap
             tensor = step

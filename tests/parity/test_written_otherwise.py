@@ -304,6 +304,14 @@ def bidirectional_lstm_with_directions_exchanged() -> Port:
     return recurrent(nn.LSTM, layer, lambda rnn: lstm_weights(rnn, "_reverse") + lstm_weights(rnn), bidirectional=True)
 
 
+@wrong()
+def an_embedding_off_below_float32s_rounding() -> Port:
+    port = tokens()
+    table = port.candidate.layers[1] if hasattr(port.candidate.layers[1], "embeddings") else port.candidate.layers[2]
+    table.set_weights([np.asarray(table.embeddings) * np.float32(1 + 2e-7)])
+    return port
+
+
 # Attention.
 
 

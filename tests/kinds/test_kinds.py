@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import torch
+from keras import layers
+from torch import nn
+
+from porting.kinds import KINDS, kind_of_layer, kind_of_module
+
+# A kind, a module and a layer of it, and what the module takes.
+CASES: dict[str, tuple[str, Callable[[], nn.Module], Callable[[], Any], tuple[int, ...]]] = {
+    "convolution": ("conv", lambda: nn.Conv2d(3, 6, 3, 2, 1), lambda: layers.Conv2D(6, 3, 2), (2, 3, 8, 8)),
+    "grouped": ("conv", lambda: nn.Conv2d(4, 6, 3, groups=2), lambda: layers.Conv2D(6, 3, groups=2), (2, 4, 8, 8)),
+    "1-D": ("conv", lambda: nn.Conv1d(3, 6, 3), lambda: layers.Conv1D(6, 3), (2, 3, 8)),
+    "3-D": ("conv", lambda: nn.Conv3d(3, 4, 3), lambda: layers.Conv3D(4, 3), (2, 3, 5, 5, 5)),
+    "depthwise": ("depthwise", lambda: nn.Conv2d(4, 4, 3, groups=4), lambda: layers.DepthwiseConv2D(3), (2, 4, 8, 8)),
+    "dense": ("dense", lambda: nn.Linear(5, 5), lambda: layers.Dense(5), (2, 5)),
+    "batch norm": ("batch_norm", lambda: nn.BatchNorm2d(4), layers.BatchNormalization, (2, 4, 6, 6)),
+    "batch norm without scale": (
+        "batch_norm",
+        lambda: nn.BatchNorm1d(4, affine=False),
+        lambda: layers.BatchNormalization(scale=False, center=False),
+        (2, 4, 6),
+    ),
+    "layer norm": ("layer_norm", lambda: nn.LayerNorm(5), layers.LayerNormalization, (2, 5)),
+    "group norm": ("group_norm", lambda: nn.GroupNorm(2, 4), lambda: layers.GroupNormalization(2), (2, 4, 6, 6)),
+    "activation": ("activation", nn.GELU, lambda: layers.Activation("gelu"), (2, 5)),
+    "ReLU": ("activation", nn.ReLU, layers.ReLU, (2, 5)),
+    "dropout": ("dropout", lambda: nn.Dropout(0.1), lambda: layers.Dropout(0.1), (2, 5)),
+    "dropout of channels": ("dropout", lambda: nn.Dropout2d(0.1), lambda: layers.SpatialDropout2D(0.1), (2, 4, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_sides_are_of_the_kind(case: str) -> None:
+    name, module, layer, _ = CASES[case]
+    assert kind_of_module(module()) is KINDS[name]
+    assert kind_of_layer(layer()) is KINDS[name]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_mistake_gives_other_numbers_of_the_same_shape_or_none(case: str) -> None:
+    _, build, _, shape = CASES[case]
+    torch.manual_seed(0)
+    module = build().eval()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.uniform_(0.2, 0.9)
+        for name, buffer in module.named_buffers():
+            if name != "num_batches_tracked":
+                buffer.uniform_(0.3, 0.8)
+    given = torch.randn(shape)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    with torch.no_grad():
+        right = module.double()(given.double())
+        module.float()
+    kind = kind_of_module(module)
+    assert kind is not None
+    mistakes = list(kind.mistakes(module, [given]))
+    assert len({mistake.cause for mistake in mistakes}) == len(mistakes)
+    made = 0
+    for mistake in mistakes:
+        result = mistake.make()
+        if result is not None and result.shape == right.shape:
+            made += not torch.equal(result.double(), right)
+    if kind.name != "dropout":
+        assert made >= len(mistakes) / 2
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_settings_agree_where_the_two_are_set_alike(case: str) -> None:
+    name, module, layer, shape = CASES[case]
+    kind, built = KINDS[name], layer()
+    built(np.zeros((shape[0], *shape[2:], shape[1]) if len(shape) > 2 else shape, np.float32))
+    expected, actual = kind.module_settings(module()), kind.layer_settings(built)
+    common = [key for key in expected if key in actual and key not in {"eps", "momentum", "padding"}]
+    assert common or name in {"dense", "layer_norm"}
+    for key in common:
+        assert np.allclose(expected[key], actual[key]) if key == "activation" else expected[key] == actual[key], key
+
+
+def test_an_activation_inside_another_layer_has_its_function() -> None:
+    kind = KINDS["activation"]
+    fused = kind.fused_settings(layers.Conv2D(3, 3, activation="relu"))["activation"]
+    assert np.allclose(fused, kind.module_settings(nn.ReLU())["activation"])
+    assert kind.fused_settings(layers.LSTM(3)) == {}
+
+
+def test_functions_of_several_numbers_have_no_values() -> None:
+    kind = KINDS["activation"]
+    for module in (nn.Softmax(dim=2), nn.Softmax2d(), nn.GLU(1), nn.LogSoftmax(3)):
+        assert kind.module_settings(module) == {}
+    assert kind.layer_settings(layers.Activation(keras.activations.softmax)) == {}
+
+
+@pytest.mark.parametrize(("axis", "rank", "said"), [(-1, 4, "channels"), (2, 3, "channels"), (4, 5, "channels")])
+def test_the_axis_of_a_norm_is_told_by_its_rank(axis: int, rank: int, said: str) -> None:
+    layer = layers.BatchNormalization(axis=axis)
+    layer.build((None, *[4] * (rank - 1)))
+    assert KINDS["batch_norm"].layer_settings(layer)["axis"] == said
+    odd = layers.BatchNormalization(axis=2)
+    odd.build((None, 4, 4, 4))
+    assert KINDS["batch_norm"].layer_settings(odd)["axis"] == "axis 2"
