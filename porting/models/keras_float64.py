@@ -76,12 +76,15 @@ def clone_in_float64(model: keras.Model) -> keras.Model:
 def float64_defaults() -> Iterator[None]:
     """What is built and computed meanwhile is in float64 unless it says otherwise."""
     import keras
+    from keras.src.backend.common import dtypes
 
     with contextlib.ExitStack() as stack:
         if keras.backend.backend() == "jax":
             import jax
 
             stack.enter_context(jax.enable_x64(True))
+        # Outside TensorFlow, Keras's own promotions make float32 of float64.
+        stack.enter_context(_item_set(dtypes.BIT64_TO_BIT32_DTYPE, "float64", "float64"))
         floatx, policy = keras.config.floatx(), keras.config.dtype_policy()
         keras.config.set_floatx("float64")
         keras.config.set_dtype_policy("float64")
@@ -90,6 +93,16 @@ def float64_defaults() -> Iterator[None]:
         finally:
             keras.config.set_floatx(floatx)
             keras.config.set_dtype_policy(policy)
+
+
+@contextlib.contextmanager
+def _item_set(table: dict[str, str], key: str, value: str) -> Iterator[None]:
+    own = table[key]
+    table[key] = value
+    try:
+        yield
+    finally:
+        table[key] = own
 
 
 @contextlib.contextmanager

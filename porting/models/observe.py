@@ -134,8 +134,10 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 @contextlib.contextmanager
-def observe_layers(model: keras.Model, observer: Observer) -> Iterator[None]:
+def observe_layers(model: keras.Model, observer: Observer) -> Iterator[Callable[[Any], Tensor]]:
     """Shows the observer every eager call of a layer inside `model`, at any depth, by its name in `named_layers`.
+
+    Gives a function that brings a Keras tensor over as the observer has seen it: the same one, where it has.
 
     Keras has no hooks of its own, so the one method that every layer's call goes through is wrapped, for the whole
     process, while the context is open.
@@ -163,7 +165,7 @@ def observe_layers(model: keras.Model, observer: Observer) -> Iterator[None]:
 
     layer_class.__call__ = observed_call
     try:
-        yield
+        yield bridge.to_torch
     finally:
         layer_class.__call__ = original
 
@@ -181,7 +183,7 @@ class _Bridge:
 
         leaves = keras.tree.flatten(value)
         positions = [index for index, leaf in enumerate(leaves) if keras.ops.is_tensor(leaf)]
-        replaced = ask([self._to_torch(leaves[index]) for index in positions])
+        replaced = ask([self.to_torch(leaves[index]) for index in positions])
         if replaced is None or all(replacement is None for replacement in replaced):
             return value
         for index, replacement in zip(positions, replaced, strict=True):
@@ -193,7 +195,8 @@ class _Bridge:
                 self._remember(leaves[index], replacement)
         return keras.tree.pack_sequence_as(value, leaves)
 
-    def _to_torch(self, leaf: Any) -> Tensor:
+    def to_torch(self, leaf: Any) -> Tensor:
+        """The Keras tensor as a torch tensor."""
         known = self._known.get(id(leaf))
         if known is not None and known[0]() is leaf:
             return known[1]
@@ -223,6 +226,9 @@ def to_torch(value: Any) -> Tensor:
     """A Keras tensor as a torch tensor, only to be read, half precision as float32."""
     import torch
 
+    if isinstance(value, torch.Tensor):  # of Keras on PyTorch
+        own: Tensor = value.detach()
+        return own.float() if own.dtype in {torch.bfloat16, torch.float16} else own
     dtype = getattr(value, "dtype", None)
     # Other types than numbers, text say, would end the process there.
     if hasattr(value, "__dlpack__") and (getattr(dtype, "is_floating", False) or getattr(dtype, "is_integer", False)):

@@ -17,7 +17,7 @@ import numpy as np
 
 from porting.kinds import kind_of_layer, kind_of_module
 from porting.models.inputs import Axes, Inputs, inverse, leaves_by_key
-from porting.models.observe import Replacement, observe_layers, to_torch
+from porting.models.observe import Replacement, observe_layers
 from porting.parity.content import (
     SAME,
     SAME_IN_FLOAT32,
@@ -167,16 +167,15 @@ def locate(session: Session, inputs: Inputs, limits: Limits, most: int) -> Itera
     tolerance = SAME
     for _ in range(3 * most):
         tracer = _Tracer(library, fixes, tolerance)
-        with session.float64.active() as model, observe_layers(model, tracer):
+        with session.float64.active() as model, observe_layers(model, tracer) as seen:
             result = model(inputs.for_candidate(model), training=False)
-        ours = {key: to_torch(leaf) for key, leaf in leaves_by_key(result).items()}
+            ours = {key: seen(leaf) for key, leaf in leaves_by_key(result).items()}
         wrong = _wrong_results(session, recording, ours, tolerance)
         if not wrong:
             break
         worst = max(relative for _, _, relative in wrong)
-        if previous is None:
-            tolerance = min(SAME, max(_FINEST, worst / 10))
-            tracer.tolerance = tolerance
+        # What is left may be smaller than all before.
+        tracer.tolerance = tolerance = min(SAME, max(_FINEST, worst / 10))
         agreeing = sum(any(tracer.is_exact(output) for output in node.outputs) for node in tracer.nodes)
         if last is not None and previous is not None and agreeing <= previous[1] and worst >= 0.5 * previous[0]:
             # The truth there did no good: the layer was only written in another way.
@@ -292,8 +291,10 @@ def _gives_anothers(
         if node.parent is not parent or node.began >= limit or (node.name, True, 0) in innocent or not node.outputs:
             continue
         call = session.names.source(node.name, recording.calls)
-        outputs = recording.calls[call].outputs if call is not None else []
-        if call is None or not outputs or outputs[0].tensor.numel() != node.outputs[0].numel():
+        if call is None or f"{call.partition('#')[0]}#1" in recording.calls:
+            continue  # of several calls the order says nothing
+        outputs = recording.calls[call].outputs
+        if not outputs or outputs[0].tensor.numel() != node.outputs[0].numel():
             continue
         if tracer.library.match(as_real(node.outputs[0]), outputs[0]) is None:
             return node, call
@@ -382,11 +383,13 @@ def _behind_paddings(tracer: _Tracer, tensor: Tensor, truth: Truth) -> Tensor:
 def _own_mistake(
     session: Session, recording: Recording, tracer: _Tracer, node: _Node, call: str, began: int
 ) -> tuple[Any, Culprit, Tensor | None]:
-    index = next((i for i, output in enumerate(node.outputs) if not tracer.is_exact(output)), 0)
-    index = index if index < len(recording.calls[call].outputs) else 0
-    actual = as_real(node.outputs[index])
-    truth = recording.calls[call].outputs[index]
-    label = call if index == 0 else f"{call}[{index}]"
+    own = next((i for i, output in enumerate(node.outputs) if not tracer.is_exact(output)), 0)
+    actual, given = as_real(node.outputs[own]), recording.calls[call].outputs
+    # Keras may give the last step where PyTorch gives all of them, and the last beside them.
+    as_large = [i for i, each in enumerate(given) if each.tensor.numel() == actual.numel()]
+    index = own if own in as_large else next(iter(as_large), min(own, len(given) - 1))
+    truth = given[index]
+    label = call if own == 0 else f"{call}[{index}]"
     axes = _axes(session, truth.tensor, actual)
     if axes is None:
         text = f"shape {tuple(actual.shape)} for PyTorch's {tuple(truth.tensor.shape)}"
@@ -395,7 +398,7 @@ def _own_mistake(
     relative = _relative(actual, expected, truth)
     cause = _cause(session, recording, tracer, node, call, index, axes, actual)
     culprit = Culprit(label, node.name, _by_how_much(relative), relative, diagnosis=cause)
-    return (node.name, True, began, index), culprit, expected
+    return (node.name, True, began, own), culprit, expected
 
 
 def _wrong_input(

@@ -35,7 +35,7 @@ class Recording:
 
 def output_name(key: str) -> str:
     """What a result is called in reports."""
-    return f"{OUTPUT}[{key}]" if key else OUTPUT
+    return f"{OUTPUT}{key}" if not key or key.startswith("[") else f"{OUTPUT}[{key}]"
 
 
 class _Recorder:
