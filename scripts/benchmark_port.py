@@ -86,7 +86,6 @@ def main(variants: tuple[str, ...], rounds: int) -> None:
             runs = {
                 "plain script": ([PLAIN, variant, str(checkpoint), str(Path(folder, "x.weights.h5"))], True),
                 "van-port --no-check": ([*ours, "--no-check"], False),
-                "van-port --no-isolated": ([*ours, "--no-isolated"], True),
                 "van-port": (ours, True),
             }
             found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}

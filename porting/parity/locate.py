@@ -79,6 +79,8 @@ class _Tracer:
         self._stack: list[_Node] = []
         self._producers: dict[int, _Node] = {}
         self._exact: dict[int, tuple[Tensor, Match | None, bool]] = {}
+        # What was put in or assumed is right whatever the tolerance.
+        self._given: set[int] = set()
         # All that has been seen: memory that is freed is given to another tensor, and would be taken for the first.
         self._alive: list[Tensor] = []
 
@@ -114,7 +116,7 @@ class _Tracer:
         for index, each in enumerate(found):
             if each is not None:
                 tensors[index] = each
-                self._exact[_key(each)] = each, None, True
+                self._give(each, None)
         return found
 
     def _inside(self, output: Tensor) -> Tensor | None:
@@ -124,13 +126,23 @@ class _Tracer:
         for match in self.library.find(as_real(output), SAME_IN_FLOAT32):
             if computes_in_float32(output, match):
                 expected = match.expected(as_real(output)).contiguous()
-                self._exact[_key(expected)] = expected, match, True
+                self._give(expected, match)
                 return expected
         return None
 
+    def refine(self, tolerance: float) -> None:
+        """Asks again, with a finer tolerance, for all that the library was asked for."""
+        if tolerance < self.tolerance:
+            self.tolerance = tolerance
+            self._exact = {key: each for key, each in self._exact.items() if key in self._given}
+
     def assume(self, tensor: Tensor) -> None:
         """Takes a tensor for right: nothing is known of it."""
-        self._exact[_key(tensor)] = tensor, None, True
+        self._give(tensor, None)
+
+    def _give(self, tensor: Tensor, match: Match | None) -> None:
+        self._exact[_key(tensor)] = tensor, match, True
+        self._given.add(_key(tensor))
 
     def producer(self, tensor: Tensor) -> _Node | None:
         return self._producers.get(_key(tensor))
@@ -175,7 +187,8 @@ def locate(session: Session, inputs: Inputs, limits: Limits, most: int) -> Itera
             break
         worst = max(relative for _, _, relative in wrong)
         # What is left may be smaller than all before.
-        tracer.tolerance = tolerance = min(SAME, max(_FINEST, worst / 10))
+        tolerance = min(SAME, max(_FINEST, worst / 10))
+        tracer.refine(tolerance)
         agreeing = sum(any(tracer.is_exact(output) for output in node.outputs) for node in tracer.nodes)
         if last is not None and previous is not None and agreeing <= previous[1] and worst >= 0.5 * previous[0]:
             # The truth there did no good: the layer was only written in another way.
@@ -681,8 +694,8 @@ def _few_numbers(call: str, module: Any, layer: Any) -> Diagnosis | None:
             for place in differing:
                 one, other = float(expected[tuple(place)]), float(actual[tuple(place)])
                 index = ", ".join(str(int(each)) for each in place)
-                times = f", {other / one:.6g} times what it should be" if one else ""
-                said.append(f"{call}.{name}[{index}] is {other:.6g}{times or ', which should be 0'}")
+                times = f", {other / one:.9g} times what it should be" if one else ""
+                said.append(f"{call}.{name}[{index}] is {other:.9g}{times or ', which should be 0'}")
             channel = f"output channel {int(differing[0][0])}: " if expected.ndim > 1 else ""
             cause = channel + "; ".join(said)
             return Diagnosis(call, cause, 0.0, (cause,))

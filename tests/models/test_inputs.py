@@ -83,7 +83,7 @@ def test_single_samples_and_channels_first_arrays_are_taken_where_that_is_sure()
     model = candidate((6, 5, 3))
     for shape in ((6, 5, 3), (3, 6, 5)):
         given = np.ones(shape, np.float32)
-        if shape[0] == 3:
+        if shape == (3, 6, 5):
             given = given[None]
         assert make_inputs(nn.Conv2d(3, 4, 1), model, given).candidate[0].shape == (1, 6, 5, 3)
 

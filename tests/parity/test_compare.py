@@ -321,7 +321,7 @@ def test_a_single_number_is_named(toy: nn.Module, candidate: keras.Model, images
     assert isinstance(weight, torch.Tensor)
     value = float(weight.detach()[3, 0, 0, 0]) * 1.5
     assert report.diagnosis.cause == (
-        f"output channel 3: blocks.1.pw.weight[3, 0, 0, 0] is {value:.6g}, 1.5 times what it should be"
+        f"output channel 3: blocks.1.pw.weight[3, 0, 0, 0] is {value:.9g}, 1.5 times what it should be"
     )
     assert report.diagnosis.confidence == "certain"
 
