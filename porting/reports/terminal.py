@@ -80,6 +80,10 @@ def _verified(report: ParityReport) -> str:
     return line
 
 
+def _count(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def _listed(names: tuple[str, ...] | list[str], separator: str = ", ") -> str:
     shown = separator.join(names[:WORST])
     return shown if len(names) <= WORST else f"{shown}, and {len(names) - WORST} more"
@@ -105,7 +109,8 @@ def findings(report: ParityReport) -> list[str]:
     if report.verified is not None and report.verified.differing:
         names = _listed(report.verified.differing)
         lines.append(f"Weights that are not the checkpoint's bit by bit, {len(report.verified.differing)}: {names}")
-    if report.verified is not None and report.verified.weights and not report.verified.verified:
+    at_work = report.verified is None or not report.verified.weights or report.verified.verified
+    if not at_work and not report.divergences:
         lines.append("No weight of the Keras model was seen at work")
     if report.audit:
         lines += [f"Setting: {line}" for line in grouped([str(each) for each in report.audit.failures])]
@@ -137,9 +142,7 @@ def verdict(report: ParityReport) -> str:
         failed = [layer for layer in report.layers if report.failed(layer)]
         results = sum(layer.is_output for layer in failed)
         inside = len(failed) - results
-        what = " and ".join(
-            part for part in (f"{results} outputs" if results else "", f"{inside} layers" if inside else "") if part
-        )
+        what = " and ".join(_count(count, noun) for count, noun in ((results, "output"), (inside, "layer")) if count)
         return f"NOT AT PARITY: {what} of {len(report.layers)} compared{agreement}"
     if report.objections and not any(not run.passed for run in report.stress):
         return f"NOT AT PARITY: {report.objections[0]}; the numbers of this run agree{agreement}"
