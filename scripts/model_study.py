@@ -189,7 +189,7 @@ def study(sample: int, seed: int) -> int:
         row = rows.setdefault(f"{name}, {style}", Counter())
         row["planted"] += 1
         row["found"] += not report.passed
-        named = who(report)[:1] == [fault.module] or (style == "folded" and bool(who(report)))
+        named = who(report)[:1] == [fault.module]
         row["named"] += named
         causes = told(report)
         said = " ".join(
@@ -200,7 +200,7 @@ def study(sample: int, seed: int) -> int:
             right = any(cause in said for cause in fault.causes)
             row["told"] += right
             certain = any(each.confidence == "certain" for each in causes)
-            row["wrong, certain"] += certain and not right and style != "folded"
+            row["wrong, certain"] += certain and not right
         if report.passed or not named:
             wrong.append(
                 f"{name}, {style}: {fault.kind} in {fault.module}: passed {report.passed}, named {who(report)[:3]}"

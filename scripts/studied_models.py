@@ -80,7 +80,7 @@ class Writer:
             shift = bn.bias.detach().double().numpy() - bn.running_mean.double().numpy() * factor
             return [kernel * factor, bias * factor + shift]
 
-        return self.keep(norm or name, layer, weights)(x)
+        return self.keep(name, layer, weights)(x)
 
     def batch_norm(self, name: str, x: Any) -> Any:
         from keras import layers

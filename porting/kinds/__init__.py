@@ -22,6 +22,8 @@ _FILES = (
     "batch_norm",
     "layer_norm",
     "group_norm",
+    "recurrent",
+    "attention",
     "parameter",
     "activation",
     "dropout",

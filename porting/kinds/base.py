@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     import keras
     from torch import Tensor, nn
 
+    # What a module gives: one tensor or several; None where a mistake cannot be made.
+    Made = Tensor | tuple[Tensor, ...] | None
+
 Settings = dict[str, Any]
 
 
@@ -29,11 +32,11 @@ class Leaf:
 class Mistake:
     """A porting mistake: `cause` in plain words, and `make`, which computes what PyTorch would give with it.
 
-    `make` returns None where the mistake cannot be made with these shapes.
+    `make` returns all tensors where a module gives several, None where the mistake cannot be made with these shapes.
     """
 
     cause: str
-    make: Callable[[], Tensor | None]
+    make: Callable[[], Made]
 
 
 class Kind:
@@ -77,12 +80,10 @@ class Kind:
         return iter(())
 
 
-def with_change(
-    module: nn.Module, inputs: list[Tensor], change: Callable[[Any], object]
-) -> Callable[[], Tensor | None]:
-    """The module's float64 result after one change to a copy of it."""
+def with_change(module: nn.Module, inputs: list[Tensor], change: Callable[[Any], object]) -> Callable[[], Made]:
+    """The module's float64 result after one change to a copy of it; all tensors of it where it is no single one."""
 
-    def make() -> Tensor | None:
+    def make() -> Made:
         import torch
 
         changed = copy.deepcopy(module).double().eval()
@@ -92,14 +93,22 @@ def with_change(
                 result = changed(*[in_double(tensor) for tensor in inputs])
             except (RuntimeError, ValueError, TypeError, AttributeError):
                 return None  # the mistake cannot be made with these shapes
-        return result if isinstance(result, torch.Tensor) else None
+        return result if isinstance(result, torch.Tensor) else _tensors(result)
 
     return make
 
 
-def with_value(
-    module: nn.Module, inputs: list[Tensor], name: str, value: Callable[[Any], Any]
-) -> Callable[[], Tensor | None]:
+def _tensors(result: Any) -> tuple[Tensor, ...]:
+    """The tensors in what a module gives, such as a recurrent layer's sequence and states."""
+    import torch
+
+    if isinstance(result, torch.Tensor):
+        return (result,)
+    inner = result.values() if isinstance(result, dict) else result if isinstance(result, (tuple, list)) else ()
+    return tuple(tensor for each in inner for tensor in _tensors(each))
+
+
+def with_value(module: nn.Module, inputs: list[Tensor], name: str, value: Callable[[Any], Any]) -> Callable[[], Made]:
     """The module's float64 result with another value for one tensor or attribute."""
 
     def change(changed: Any) -> None:

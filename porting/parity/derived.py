@@ -17,7 +17,7 @@ from porting.kinds.transforms import CONVOLUTION, DENSE, DEPTHWISE, Array
 from porting.parity.record import Recording
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 # A few roundings of the greatest number: sums of terms that cancel are rounded relative to the terms.
 _ROUNDED = 2.0**-21
@@ -112,6 +112,22 @@ def _is_parametrized(module: nn.Module) -> bool:
     return any(type(hook).__name__ in {"WeightNorm", "SpectralNorm"} for hook in module._forward_pre_hooks.values())
 
 
+def fold(module: nn.Module, norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor] | None:
+    """Kernel and bias of a convolution or dense layer with the norm behind it; None for other modules."""
+    from torch import nn
+
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
+        return None
+    if norm.running_var is None or norm.running_mean is None:
+        return None
+    factor = (norm.running_var + norm.eps).rsqrt()
+    factor = factor if norm.weight is None else factor * norm.weight
+    weight = module.weight * factor.reshape(-1, *[1] * (module.weight.ndim - 1))
+    bias = -norm.running_mean if module.bias is None else module.bias - norm.running_mean
+    bias = bias * factor if norm.bias is None else bias * factor + norm.bias
+    return weight.detach(), bias.detach()
+
+
 def _folded_norms(model: nn.Module, recording: Recording) -> Iterator[Array]:
     """Kernels and biases of convolutions and dense layers with the BatchNorm behind them folded in."""
     from torch import nn
@@ -123,15 +139,11 @@ def _folded_norms(model: nn.Module, recording: Recording) -> Iterator[Array]:
         if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_var is None or not call.inputs:
             continue
         before = modules.get(made_by.get(id(call.inputs[0]), ""))
-        if not isinstance(before, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
+        folded = None if before is None else fold(before, norm)
+        if folded is None:
             continue
-        assert norm.running_mean is not None  # with a running variance there is a running mean
-        factor = (norm.running_var + norm.eps).rsqrt()
-        factor = factor if norm.weight is None else factor * norm.weight
-        weight = (before.weight * factor.reshape(-1, *[1] * (before.weight.ndim - 1))).detach().numpy()
-        bias = -norm.running_mean if before.bias is None else before.bias - norm.running_mean
-        bias = bias * factor if norm.bias is None else bias * factor + norm.bias
-        yield bias.detach().numpy()
+        weight, bias = (tensor.numpy() for tensor in folded)
+        yield bias
         if weight.ndim == 2:
             yield DENSE.apply(weight)
             continue

@@ -20,6 +20,8 @@ from porting.parity.report import REPRODUCED, Diagnosis
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from porting.kinds.base import Made
+
 # A cause must leave at most this share of the difference unexplained.
 EXPLAINED = 0.05
 # A factor and an offset fit two points of a channel always; only many say anything.
@@ -29,7 +31,7 @@ _POINTS_A_CHANNEL = 16
 # Every ordered pair of so many tensors is tried; a whole deep model has hundreds of one shape.
 _MOST_PAIRED = 20
 
-Hypothesis = tuple[str, Callable[[], "Tensor | None"]]
+Hypothesis = tuple[str, Callable[[], "Made"]]
 
 
 def diagnose(
@@ -39,18 +41,20 @@ def diagnose(
     expected: Tensor,
     actual: Tensor,
     others: Mapping[str, Tensor],
+    behind: Callable[[Tensor], Tensor] | None = None,
 ) -> Diagnosis | None:
     """Looks for the cause of the difference between two tensors in PyTorch's axis order.
 
     `module` is what PyTorch ran on `inputs` to get `expected`, None for tensors that no module made, such as a layer's
-    input. `others` are tensors of the same run that might have been taken by mistake, by name.
+    input. `others` are tensors of the same run that might have been taken by mistake, by name. `behind` is what comes
+    between the module and the tensors.
     """
     import torch
 
     if expected.shape != actual.shape:
         return None
     with torch.no_grad():
-        return _diagnose(layer, module, inputs, expected.double(), actual.double(), others)
+        return _diagnose(layer, module, inputs, expected.double(), actual.double(), others, behind)
 
 
 def _diagnose(
@@ -60,6 +64,7 @@ def _diagnose(
     exact: Tensor,
     found: Tensor,
     others: Mapping[str, Tensor],
+    behind: Callable[[Tensor], Tensor] | None,
 ) -> Diagnosis | None:
     total = _rms(found - exact)
     if not math.isfinite(total) or total == 0.0:
@@ -68,7 +73,9 @@ def _diagnose(
     if module is not None:
         kind = kind_of_module(module)
         hypotheses += [(each.cause, each.make) for each in (kind.mistakes(module, inputs) if kind else ())]
-    hypotheses += _precision_hypotheses(module, inputs, exact)
+    if behind is not None:
+        hypotheses = [(cause, partial(_with_behind, make, behind)) for cause, make in hypotheses]
+    hypotheses += _precision_hypotheses(module if behind is None else None, inputs, exact)
     hypotheses += _wiring_hypotheses(exact, others)
     checked: list[str] = []
     best: tuple[float, str] = (math.inf, "")
@@ -76,10 +83,10 @@ def _diagnose(
     tried = [(*hypothesis, False) for hypothesis in hypotheses]
     for cause, make, is_pattern in itertools.chain(tried, _patterns(exact, found)):
         checked.append(cause)
-        guess = make()
-        if guess is None or guess.shape != found.shape:
+        fitting = [_rms(found - guess.double()) for guess in _as_tensors(make()) if guess.shape == found.shape]
+        if not fitting:
             continue
-        left = _rms(found - guess.double()) / total
+        left = min(fitting) / total
         # An earlier hypothesis is the more specific one; a later one must be clearly better.
         if left < best[0] * 0.1 or (left < best[0] and best[0] > EXPLAINED):
             best, best_is_pattern = (left, cause), is_pattern
@@ -88,6 +95,19 @@ def _diagnose(
     if best[0] > EXPLAINED:
         return None
     return Diagnosis(layer, best[1], best[0], tuple(checked), best_is_pattern)
+
+
+def _with_behind(make: Callable[[], Made], behind: Callable[[Tensor], Tensor]) -> Made:
+    import torch
+
+    guess = make()
+    return behind(guess) if isinstance(guess, torch.Tensor) else None
+
+
+def _as_tensors(made: Made) -> tuple[Tensor, ...]:
+    if made is None:
+        return ()
+    return made if isinstance(made, tuple) else (made,)
 
 
 def _rms(values: Tensor) -> float:
@@ -147,7 +167,7 @@ def _combined(base: Tensor, *, plus: Tensor | None = None, minus: Tensor | None 
     return result if minus is None else result - minus.double()
 
 
-def _patterns(exact: Tensor, found: Tensor) -> Iterator[tuple[str, Callable[[], Tensor | None], bool]]:
+def _patterns(exact: Tensor, found: Tensor) -> Iterator[tuple[str, Callable[[], Made], bool]]:
     for cause, make in _pattern_hypotheses(exact, found):
         yield cause, make, True
 

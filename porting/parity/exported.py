@@ -11,7 +11,6 @@ import numpy as np
 from porting.kinds.transforms import Array
 from porting.models.float64 import in_float64
 from porting.models.inputs import Inputs, moved
-from porting.parity.compare import compare_logits, with_usual_rounding
 from porting.parity.measure import DifferenceSum, DistanceSum, measure_distance, measure_size
 from porting.parity.record import kinds_of, record
 from porting.parity.report import (
@@ -23,6 +22,7 @@ from porting.parity.report import (
     ParityReport,
     View,
 )
+from porting.parity.summary import compare_logits, with_usual_rounding
 from porting.progress import SILENT, Progress
 
 if TYPE_CHECKING:

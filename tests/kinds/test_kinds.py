@@ -29,6 +29,20 @@ CASES: dict[str, tuple[str, Callable[[], nn.Module], Callable[[], Any], tuple[in
     ),
     "layer norm": ("layer_norm", lambda: nn.LayerNorm(5), layers.LayerNormalization, (2, 5)),
     "group norm": ("group_norm", lambda: nn.GroupNorm(2, 4), lambda: layers.GroupNormalization(2), (2, 4, 6, 6)),
+    "attention": (
+        "attention",
+        lambda: nn.MultiheadAttention(6, 2, batch_first=True),
+        lambda: layers.MultiHeadAttention(2, 3),
+        (2, 4, 6),
+    ),
+    "LSTM": ("recurrent", lambda: nn.LSTM(3, 4, batch_first=True), lambda: layers.LSTM(4), (2, 5, 3)),
+    "GRU": ("recurrent", lambda: nn.GRU(3, 4, batch_first=True), lambda: layers.GRU(4), (2, 5, 3)),
+    "GRU both ways": (
+        "recurrent",
+        lambda: nn.GRU(3, 4, bidirectional=True),
+        lambda: layers.Bidirectional(layers.GRU(4)),
+        (5, 2, 3),
+    ),
     "activation": ("activation", nn.GELU, lambda: layers.Activation("gelu"), (2, 5)),
     "ReLU": ("activation", nn.ReLU, layers.ReLU, (2, 5)),
     "dropout": ("dropout", lambda: nn.Dropout(0.1), lambda: layers.Dropout(0.1), (2, 5)),
@@ -45,7 +59,7 @@ def test_both_sides_are_of_the_kind(case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_mistake_gives_other_numbers_of_the_same_shape_or_none(case: str) -> None:
-    _, build, _, shape = CASES[case]
+    name, build, _, shape = CASES[case]
     torch.manual_seed(0)
     module = build().eval()
     with torch.no_grad():
@@ -57,17 +71,20 @@ def test_every_mistake_gives_other_numbers_of_the_same_shape_or_none(case: str) 
     given = torch.randn(shape)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     with torch.no_grad():
-        right = module.double()(given.double())
+        taken = [given] * 3 if name == "attention" else [given]
+        right = module.double()(*[each.double() for each in taken])
+        right = right[0] if isinstance(right, tuple) else right
         module.float()
     kind = kind_of_module(module)
     assert kind is not None
-    mistakes = list(kind.mistakes(module, [given]))
+    mistakes = list(kind.mistakes(module, taken))
     assert len({mistake.cause for mistake in mistakes}) == len(mistakes)
     made = 0
     for mistake in mistakes:
         result = mistake.make()
-        if result is not None and result.shape == right.shape:
-            made += not torch.equal(result.double(), right)
+        tensor = result[0] if isinstance(result, tuple) else result
+        if tensor is not None and tensor.shape == right.shape:
+            made += not torch.equal(tensor.double(), right)
     if kind.name != "dropout":
         assert made >= len(mistakes) / 2
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
@@ -77,7 +94,8 @@ def test_every_mistake_gives_other_numbers_of_the_same_shape_or_none(case: str) 
 def test_settings_agree_where_the_two_are_set_alike(case: str) -> None:
     name, module, layer, shape = CASES[case]
     kind, built = KINDS[name], layer()
-    built(np.zeros((shape[0], *shape[2:], shape[1]) if len(shape) > 2 else shape, np.float32))
+    given = np.zeros((shape[0], *shape[2:], shape[1]) if len(shape) > 2 else shape, np.float32)
+    built(given, given) if name == "attention" else built(given)
     expected, actual = kind.module_settings(module()), kind.layer_settings(built)
     common = [key for key in expected if key in actual and key not in {"eps", "momentum", "padding"}]
     assert common or name in {"dense", "layer_norm"}

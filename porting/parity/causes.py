@@ -1,0 +1,256 @@
+"""Why a layer gives something else: its weights, what it was fed, or an activation behind it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from porting.kinds import kind_of_layer, kind_of_module
+from porting.kinds.base import with_value
+from porting.models.inputs import Axes, inverse
+from porting.parity.content import as_real
+from porting.parity.diagnose import EXPLAINED, diagnose
+from porting.parity.fused import Core, core_of
+from porting.parity.record import Recording
+from porting.parity.report import OUTPUT, Diagnosis
+from porting.parity.trace import Node, Tracer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from porting.parity.session import Session
+
+# A few roundings of the greatest number: who folds in float32 has as many.
+_FOLDED = 2.0**-21
+_NORM = ", with the norm behind it folded in,"
+# Numbers of a weight that differ, up to which they are named one by one.
+_FEW = 3
+
+
+def as_an_activation(label: str, expected: Tensor, actual: Tensor) -> Diagnosis | None:
+    """A softmax or sigmoid behind the last layer, on one side alone."""
+    for cause, guess, target in (
+        ("a softmax follows it in Keras alone", expected.softmax(-1), actual),
+        ("a softmax follows it in PyTorch alone", actual.softmax(-1), expected),
+        ("a sigmoid follows it in Keras alone", expected.sigmoid(), actual),
+        ("a sigmoid follows it in PyTorch alone", actual.sigmoid(), expected),
+    ):
+        left = float((guess - target).square().mean().sqrt())
+        if left <= 1e-9 * float(target.square().mean().sqrt()):
+            return Diagnosis(label, cause, 0.0, (cause,))
+    return None
+
+
+def tensors_near(recording: Recording, call: str) -> dict[str, Tensor]:
+    """Tensors near a call that might have been taken by mistake, by name."""
+    parent = call.partition("#")[0].rpartition(".")[0]
+    scope = f"{parent}." if parent else ""
+    near = {
+        name: each.outputs[0].tensor
+        for name, each in recording.calls.items()
+        if name.startswith(scope) and name != call and each.outputs and name.partition("[")[0] != OUTPUT
+    }
+    if parent in recording.calls and recording.calls[parent].inputs:
+        near[f"the input of {parent}"] = recording.calls[parent].inputs[0].tensor
+    return near
+
+
+def cause_of(
+    session: Session,
+    recording: Recording,
+    tracer: Tracer,
+    node: Node,
+    call: str,
+    index: int,
+    axes: Axes,
+    actual: Tensor,
+) -> Diagnosis | None:
+    base = call.partition("#")[0]
+    module = dict(session.truth_model.named_modules()).get(base)
+    layer = session.names.layers.get(node.name.partition("#")[0])
+    inputs = [truth.tensor for truth in recording.calls[call].inputs]
+    truth = recording.calls[call].outputs[index].tensor
+    if module is None:
+        return None
+    if truth.ndim == actual.ndim:
+        found = actual.permute(inverse(axes))
+    elif [side for side in truth.shape if side > 1] == [side for side in actual.shape if side > 1]:
+        found = actual.reshape(truth.shape)  # a state has an axis for its layers in PyTorch
+    else:
+        return None
+    core = core_of(session, recording, call, layer)
+    cause = None if core is None else _cause_in_core(core, layer, truth, found)
+    if cause is not None:
+        return cause
+    few = _few_numbers(base, session.modules[base], layer)
+    if few is not None:
+        return few
+    other_order = _other_order(tracer, node, module, inputs, found, call)
+    if other_order is not None:
+        return other_order
+    known = kind_of_module(module) is not None or not list(module.children())
+    near = tensors_near(recording, call)
+    diagnosis = diagnose(call, module if known else None, inputs if known else [], truth, found, near)
+    if diagnosis is None or diagnosis.pattern:
+        differing = _other_epsilon(call, module, layer, inputs, truth, found)
+        differing = differing or _differing_weights(base, session.modules[base], layer)
+        diagnosis = differing or diagnosis
+    return diagnosis
+
+
+def _cause_in_core(core: Core, layer: Any, truth: Tensor, found: Tensor) -> Diagnosis | None:
+    """A mistake in the weights of a layer that has more inside than their module."""
+    slack = _FOLDED if core.is_folded else 0.0
+    few = _few_numbers(core.name, core.module, layer, slack)
+    if few is not None:
+        return few
+    diagnosis = diagnose(core.name, core.module, core.inputs, truth, found, {}, core.behind)
+    if diagnosis is None or diagnosis.pattern:
+        return _differing_weights(core.name, core.module, layer, slack)
+    return replace(diagnosis, cause=f"{diagnosis.cause}{_NORM.rstrip(',')}") if core.is_folded else diagnosis
+
+
+def _other_epsilon(
+    call: str, module: Any, layer: Any, inputs: list[Tensor], truth: Tensor, found: Tensor
+) -> Diagnosis | None:
+    """The very epsilon that the Keras layer has, which may be too near to PyTorch's for any guess."""
+    import torch
+
+    expected, actual = getattr(module, "eps", None), getattr(layer, "epsilon", None)
+    if expected is None or actual is None or expected == actual:
+        return None
+    guess = with_value(module, inputs, "eps", lambda _: actual)()
+    if not isinstance(guess, torch.Tensor) or guess.shape != found.shape:
+        return None
+    left = float((found - guess).square().mean().sqrt() / (found - truth).square().mean().sqrt())
+    text = f"its epsilon is {actual!r} in Keras, {expected!r} in PyTorch"
+    return Diagnosis(call, text, left, (text,)) if left <= EXPLAINED else None
+
+
+def _other_order(
+    tracer: Tracer, node: Node, module: Any, inputs: list[Tensor], found: Tensor, call: str
+) -> Diagnosis | None:
+    """Keras's layer takes the same numbers in another order, and its weights were not permuted to match."""
+    import torch
+
+    if len(node.inputs) != 1 or len(inputs) != 1 or node.inputs[0].numel() != inputs[0].numel():
+        return None
+    found_by = [match for match in tracer.library.find(as_real(node.inputs[0])) if match.truth.tensor is inputs[0]]
+    if not found_by or not found_by[0].reordered:
+        return None
+
+    with torch.no_grad():
+        guess = module(node.inputs[0].double().reshape(inputs[0].shape))
+    if guess.shape != found.shape or float((guess - found).square().mean().sqrt()) > 1e-9 * float(found.std() + 1e-300):
+        return None
+    cause = (
+        f"the rows of {call} are in PyTorch's order (channels, height, width), and what comes in is in Keras's "
+        "(height, width, channels): permute the rows, or the tensor before it"
+    )
+    return Diagnosis(call, cause, 0.0, (cause,))
+
+
+def _weights(module: Any, layer: Any) -> Iterator[tuple[str, np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+    """The weights that both sides have, in PyTorch's order of axes: name, expected, actual."""
+    kind = kind_of_module(module)
+    if kind is None or layer is None or kind is not kind_of_layer(layer):
+        return
+    own = {variable.name: variable for variable in layer.weights}
+    for leaf in kind.leaves:
+        tensor, variable = getattr(module, leaf.source, None), own.get(leaf.target)
+        if tensor is None or variable is None or not leaf.transform.accepts(len(variable.shape)):
+            continue
+        expected = tensor.detach().float().numpy()
+        actual = leaf.transform.invert(np.asarray(variable).astype(np.float32))
+        if expected.shape == actual.shape:
+            yield leaf.source, expected, actual
+
+
+def _few_numbers(call: str, module: Any, layer: Any, slack: float = 0.0) -> Diagnosis | None:
+    """Single numbers of a weight that are not the checkpoint's, by more than `slack` of its greatest number."""
+    note = _NORM if slack else ""
+    for name, expected, actual in _weights(module, layer):
+        differing = np.argwhere(~_same(expected, actual, slack))
+        if 0 < len(differing) <= _FEW and len(differing) < expected.size / 2:
+            said = []
+            for place in differing:
+                one, other = float(expected[tuple(place)]), float(actual[tuple(place)])
+                index = ", ".join(str(int(each)) for each in place)
+                times = f", {other / one:.9g} times what it should be" if one else ""
+                said.append(f"{call}.{name}[{index}]{note} is {other:.9g}{times or ', which should be 0'}")
+            channel = f"output channel {int(differing[0][0])}: " if expected.ndim > 1 else ""
+            cause = channel + "; ".join(said)
+            return Diagnosis(call, cause, 0.0, (cause,))
+    return None
+
+
+def _same(expected: np.ndarray[Any, Any], actual: np.ndarray[Any, Any], slack: float) -> np.ndarray[Any, Any]:
+    near = np.abs(expected - actual) <= slack * float(np.abs(expected).max(initial=0.0))
+    same: np.ndarray[Any, Any] = (expected == actual) | (np.isnan(expected) & np.isnan(actual)) | near
+    return same
+
+
+def _differing_weights(call: str, module: Any, layer: Any, slack: float = 0.0) -> Diagnosis | None:
+    note = _NORM if slack else ""
+    weights = list(_weights(module, layer))
+    for (name, expected, actual), (other, theirs, ours) in itertools.combinations(weights, 2):
+        if np.array_equal(expected, ours) and np.array_equal(theirs, actual) and not np.array_equal(expected, actual):
+            text = f"its {name} and {other} are exchanged"
+            return Diagnosis(call, text, 0.0, (text,))
+    factors = {name: _factor(expected, actual, slack) for name, expected, actual in weights}
+    if any(factor is not None for factor in factors.values()):
+        said = [
+            f"{call}.{name}{note} is {factor:.6g} times what it should be" for name, factor in factors.items() if factor
+        ]
+        return Diagnosis(call, "; ".join(said), 0.0, tuple(said))
+    for name, expected, actual in weights:
+        same = _same(expected, actual, slack)
+        if not same.all():
+            count = int((~same).sum())
+            scale = float(np.sqrt(np.square(expected, dtype=np.float64).mean())) or 1.0
+            greatest = float(np.abs(expected.astype(np.float64) - actual).max())
+            text = (
+                f"{call}.{name}{note} is not the checkpoint's: {count} of {expected.size} numbers differ, by at most "
+                f"{greatest / scale:.2g} of its size"
+            )
+            return Diagnosis(call, text, 0.0, (text,))
+    return None
+
+
+def _factor(expected: np.ndarray[Any, Any], actual: np.ndarray[Any, Any], slack: float) -> float | None:
+    """What every number of a weight was multiplied by, but for rounding; None where it was not, or by 1."""
+    one, other = expected.astype(np.float64), actual.astype(np.float64)
+    power = float(np.square(one).sum())
+    if not power or not np.isfinite(other).all():
+        return None
+    factor = float((one * other).sum()) / power
+    left = float(np.abs(other - factor * one).max())
+    if not factor or abs(factor - 1.0) < max(1e-6, slack) or left > max(2.0**-22, slack) * float(np.abs(other).max()):
+        return None
+    return factor
+
+
+def exchanged_parts(tracer: Tracer, node: Node, call: str) -> Diagnosis | None:
+    """Parts of one PyTorch tensor, q, k and v say, that layers beside this one give in another order than their own."""
+    if node.parent is None:
+        return None
+    parts: list[tuple[str, int, int]] = []
+    for child in node.parent.children:
+        for output in child.outputs[:1]:
+            part = tracer.library.find_part(as_real(output))
+            if part is not None and tracer.match(output) is None:
+                parts.append((child.name, part[1], id(part[0])))
+    indices = [index for _, index, _ in parts]
+    if len(parts) < 2 or len({owner for *_, owner in parts}) != 1 or indices == sorted(indices):
+        return None
+    moved = [
+        name.rpartition("/")[2]
+        for (name, index, _), right in zip(parts, sorted(indices), strict=True)
+        if index != right
+    ]
+    cause = f"{' and '.join(moved)} are exchanged: each gives another's part of one PyTorch tensor"
+    return Diagnosis(call, cause, 0.0, (cause,))

@@ -1,0 +1,127 @@
+"""One more look at the outputs, where mistakes that the given weights and inputs hide are loud."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from porting.kinds.transforms import Array
+from porting.mapping.key_map import KeyMap
+from porting.models.inputs import Inputs, leaves_by_key
+from porting.models.observe import to_torch
+from porting.models.synthetic import fill_with_synthetic_weights
+from porting.models.traverse import named_variables
+from porting.parity.content import Truth, as_real
+from porting.parity.locate import locate
+from porting.parity.report import (
+    FLOAT32_ROUNDOFF,
+    Culprit,
+    Limits,
+    Loud,
+)
+from porting.parity.results import pair_results
+from porting.parity.session import Session
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# On loud weights and inputs rounding grows too; a mistake that they are for is above a hundredth.
+LOUD_LIMIT = 1e-9
+LOUD_INPUTS = 16.0
+
+
+def compare_loud_outputs(
+    session: Session, key_map: KeyMap | None, limits: Limits, locates: bool
+) -> tuple[Loud | None, tuple[Culprit, ...]]:
+    """One sample's outputs on loud weights, where a key map brings them over, else on loud inputs.
+
+    Where they differ and `locates` says so, also where the two part there.
+    """
+    one = session.few(1)
+    if key_map is not None:
+        return _on_loud_weights(session, one, key_map, limits, locates)
+    if not any(array.dtype.kind == "f" for array in one.candidate):
+        return None, ()
+    inputs = replace(one, candidate=_louder(one.candidate), reference=_louder(one.reference))
+    return _judged_loud(session, inputs, f"inputs {LOUD_INPUTS:g} times as large", limits, locates)
+
+
+def _judged_loud(
+    session: Session, inputs: Inputs, what: str, limits: Limits, locates: bool
+) -> tuple[Loud | None, tuple[Culprit, ...]]:
+    relative = _relative_on(session, inputs)
+    if relative is None:
+        return None, ()
+    found = Loud(what, relative, LOUD_LIMIT)
+    if found.passed or not locates:
+        return found, ()
+    return found, tuple(locate(session, inputs, limits))
+
+
+def _louder(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+    return tuple(array * np.float32(LOUD_INPUTS) if array.dtype.kind == "f" else array for array in arrays)
+
+
+def _on_loud_weights(
+    session: Session, one: Inputs, key_map: KeyMap, limits: Limits, locates: bool
+) -> tuple[Loud | None, tuple[Culprit, ...]]:
+    import torch
+
+    kept = {name: tensor.clone() for name, tensor in session.truth_model.state_dict().items()}
+    with session.float64.active() as model:
+        variables = named_variables(model)
+        before = {name: np.array(variable) for name, variable in variables.items()}
+    try:
+        run = partial(_call, one, torch.float64)
+        fill_with_synthetic_weights(session.truth_model, 0, run=run)
+        session.truth_model.eval()
+        state = session.truth_model.state_dict()
+        with session.float64.active():
+            for entry in key_map.entries:
+                if entry.source in state and entry.target in variables:
+                    variables[entry.target].assign(np.array(entry.transform.apply(state[entry.source].numpy())))
+        return _judged_loud(session, one, "loud random weights", limits, locates)
+    except (RuntimeError, ValueError):  # a model that cannot be filled so has no loud weights
+        return None, ()
+    finally:
+        session.truth_model.load_state_dict(kept)
+        with session.float64.active():
+            for name, variable in variables.items():
+                variable.assign(before[name])
+
+
+def _call(inputs: Inputs, dtype: Any, model: nn.Module) -> Any:
+    return inputs.call_reference(model, dtype)
+
+
+def _relative_on(session: Session, inputs: Inputs) -> float | None:
+    """How far the outputs are apart in float64, the worst of them; None where PyTorch's are not finite."""
+    import torch
+
+    with torch.no_grad():
+        theirs = {
+            key: as_real(leaf)
+            for key, leaf in leaves_by_key(inputs.call_reference(session.truth_model, torch.float64)).items()
+            if hasattr(leaf, "detach")
+        }
+    with session.float64.active() as model:
+        result = model(inputs.for_candidate(model), training=False)
+        ours = {key: as_real(to_torch(leaf)) for key, leaf in leaves_by_key(result).items()}
+    partners, _ = pair_results({key: Truth(tensor) for key, tensor in theirs.items()}, ours)
+    worst = 0.0
+    inside = any(pair.in_float32 for pair in (*session.pairs.values(), *session.results.values()))
+    for key, own in partners.items():
+        expected, actual = theirs[key].permute(session.axes_of_result(key, theirs[key].ndim)), ours[own]
+        if not bool(expected.isfinite().all()) or expected.shape != actual.shape:
+            return None
+        scale = float(expected.square().mean().sqrt())
+        distance = float((actual - expected).square().mean().sqrt())
+        relative = distance / scale if scale else (math.inf if distance else 0.0)
+        if inside:  # what is float32 inside cannot be finer
+            relative = 0.0 if relative < 1e3 * FLOAT32_ROUNDOFF else relative
+        worst = max(worst, relative) if not math.isnan(relative) else math.inf
+    return worst

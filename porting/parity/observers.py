@@ -1,0 +1,266 @@
+"""Compare every Keras layer while it runs: in float64, where it finds its partner, and in float32."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from porting.models.inputs import Axes, Inputs, leaves_by_key
+from porting.models.observe import Replacement, to_torch
+from porting.parity.content import SAME, SAME_IN_FLOAT32, Match, Truth, as_real, computes_in_float32
+from porting.parity.measure import DifferenceSum, DistanceSum, measure_candidate
+from porting.parity.record import Recording, output_name
+from porting.parity.report import (
+    FLOAT32_ROUNDOFF,
+    OUTPUT,
+    Limits,
+)
+from porting.parity.results import pair_results
+from porting.parity.session import Pair, Session
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class ExactObserver:
+    """Compares every Keras layer in float64 as it runs, and finds the partner of its result by content."""
+
+    watches_inputs = False
+
+    def __init__(self, session: Session, recording: Recording, samples_before: int) -> None:
+        self.session, self.recording = session, recording
+        self.samples_before = samples_before
+        self.library = session.library(recording)
+        self.wanted: set[int] = set()
+        self.matched: set[int] = set()
+        self._known: dict[int, tuple[weakref.ref[Any], list[Match]]] = {}
+
+    def before(self, name: str, inputs: list[Tensor]) -> Replacement:
+        return None
+
+    def after(self, name: str, outputs: list[Tensor]) -> Replacement:
+        self.session.called[name] = None
+        replacements: list[Tensor | None] = [self._compare(name, *pair) for pair in enumerate(outputs)]
+        return replacements if any(each is not None for each in replacements) else None
+
+    def _compare(self, name: str, index: int, output: Tensor) -> Tensor | None:
+        session, actual = self.session, as_real(output)
+        if actual.numel() < 2:
+            return None
+        pair = session.pairs.get((name, index))
+        if pair is not None and not pair.named:
+            truth = pair.truth(self.recording)
+            found = None if truth is None else self._match(actual, truth, pair)
+            if found is not None:
+                self._include(pair, found, actual)
+                return _steered(found, output) if pair.in_float32 else None
+        matches = self._matches(name, index, output, actual)
+        if not matches:
+            self._without_partner(name, index, actual)
+            return None
+        place = self._choose(name, index, matches)
+        for match in matches:
+            self.matched.add(id(match.truth))
+        if place is None:
+            return _steered(matches[0], output) if matches[0].in_float32 else None
+        match = next(match for match in matches if place in match.truth.places)
+        if pair is None or pair.named:
+            pair = self._new_pair(name, index, place, match)
+        self._include(pair, match, actual)
+        return _steered(match, output) if match.in_float32 else None
+
+    def _match(self, actual: Tensor, truth: Truth, pair: Pair) -> Match | None:
+        tolerance = SAME_IN_FLOAT32 if pair.in_float32 else SAME
+        found = self.library.match(actual, truth, tolerance, likely=True)
+        if found is None and pair.reordered:
+            found = next((each for each in self.library.find(actual) if each.truth is truth), None)
+        return found if found is None or not pair.in_float32 else replace(found, in_float32=True)
+
+    def _matches(self, name: str, index: int, output: Tensor, actual: Tensor) -> list[Match]:
+        """All partners by content; the one by name, where its content agrees, is enough."""
+        known = self._known.get(id(output))
+        if known is not None and known[0]() is output:
+            return known[1]
+        named = self._named_truth(name, index)
+        match = None if named is None else self.library.match(actual, named, likely=True)
+        matches = [match] if match is not None else self.library.find(actual)
+        if not matches:
+            # Some layers compute in float32 whatever they are told.
+            matches += [
+                replace(each, in_float32=True)
+                for each in self.library.find(actual, SAME_IN_FLOAT32)
+                if computes_in_float32(output, each)
+            ]
+        self._known[id(output)] = weakref.ref(output), matches
+        return matches
+
+    def _named_truth(self, name: str, index: int) -> Truth | None:
+        source = self.session.names.source(name, self.recording.calls)
+        if source is None:
+            return None
+        outputs = self.recording.calls[source].outputs
+        return outputs[index] if index < len(outputs) else None
+
+    def _choose(self, name: str, index: int, matches: list[Match]) -> tuple[str, bool, int] | None:
+        """The place that this tensor stands for: by name, else the first of the same kind that is still free."""
+        session = self.session
+        source = session.names.source(name, self.recording.calls)
+        places = [place for match in matches for place in match.truth.places if place[0].partition("[")[0] != OUTPUT]
+        if (source, True, index) in places:
+            return source, True, index  # type: ignore[return-value]  # in `places`, so not None
+        free = [place for place in places if place not in session.used]
+        results = [place for place in free if place[1]]
+        own_kind = [place for place in results if session.kind_matches(place[0], name)]
+        return next(iter((*own_kind, *results, *free)), None)
+
+    def _new_pair(self, name: str, index: int, place: tuple[str, bool, int], match: Match) -> Pair:
+        session, (call, is_output, number) = self.session, place
+        label = call if is_output else f"input of {call}"
+        source = label if number == 0 else f"{label}[{number}]"
+        order = self.recording.order.get(call, len(self.recording.order)) - (0.0 if is_output else 0.5)
+        pair = Pair(name, index, source, place, order, in_float32=match.in_float32, reordered=match.reordered)
+        session.pairs[name, index] = pair
+        session.used.add(place)
+        if match.reordered:
+            session.written[source] = "the same numbers in another order"
+        named = session.names.source(name, self.recording.calls)
+        if named is not None and is_output and named != call and index == 0:
+            session.notes[f"{name} in Keras gives what {source} gives in PyTorch"] = None
+        return pair
+
+    def _without_partner(self, name: str, index: int, actual: Tensor) -> None:
+        """By name it may have one all the same: then the difference is measured, and the outputs say what it means."""
+        session = self.session
+        source = session.names.source(name, self.recording.calls)
+        truth = self._named_truth(name, index)
+        if source is None or truth is None:
+            session.lone[name] = None
+            return
+        pair = session.pairs.get((name, index))
+        if pair is None:
+            label = source if index == 0 else f"{source}[{index}]"
+            pair = Pair(name, index, label, (source, True, index), self.recording.order[source], named=True)
+            session.pairs[name, index] = pair
+        expected = _in_shape(truth.tensor, actual, session.inputs)
+        pair.shape = tuple(actual.shape)
+        self.wanted.add(id(truth))
+        if expected is None:
+            pair.exact.problem = f"shape {tuple(actual.shape)} for PyTorch's {tuple(truth.tensor.shape)}"
+            return
+        pair.exact.scale.include(truth.size)
+        pair.exact.actual_error.include(measure_candidate(actual, expected, None))
+
+    def _include(self, pair: Pair, match: Match, actual: Tensor) -> None:
+        pair.exact.scale.include(match.truth.size)
+        pair.exact.actual_error.include(match.distance)
+        pair.shape = (self.samples_before + actual.shape[0], *actual.shape[1:]) if actual.ndim else ()
+        self.wanted.add(id(match.truth))
+        self.matched.add(id(match.truth))
+
+    def results(self, result: Any) -> dict[str, Any]:
+        """Compares the model's own results; axes lie as the convention says, never as they fit."""
+        session = self.session
+        found = {key: to_torch(leaf) for key, leaf in leaves_by_key(result).items()}
+        partners, notes = pair_results(self.recording.outputs, found)
+        session.notes.update(dict.fromkeys(notes))
+        for theirs, ours in partners.items():
+            truth, actual = self.recording.outputs[theirs], as_real(found[ours])
+            source = output_name(theirs)
+            pair = session.results.get(theirs)
+            if pair is None:
+                target = output_name(ours)
+                pair = session.results[theirs] = Pair(target, 0, source, (source, True, 0), math.inf)
+            axes = session.axes_of_result(theirs, truth.tensor.ndim)
+            expected = truth.tensor.permute(axes) if len(axes) == truth.tensor.ndim else truth.tensor
+            pair.shape = (self.samples_before + actual.shape[0], *actual.shape[1:]) if actual.ndim else ()
+            self.wanted.add(id(truth))
+            if expected.shape != actual.shape:
+                pair.exact.problem = f"shape {tuple(actual.shape)} instead of {tuple(expected.shape)}"
+                continue
+            distance = measure_candidate(actual, expected, None)
+            in_float32 = computes_in_float32(found[ours], Match(truth, axes, distance))
+            pair.in_float32 |= in_float32 and not distance.total().rms <= SAME * truth.rms
+            pair.exact.scale.include(truth.size)
+            pair.exact.actual_error.include(distance)
+        return found
+
+
+def _steered(match: Match, output: Tensor) -> Tensor:
+    """The truth in the place of a result that was computed in float32."""
+    import torch
+
+    expected = match.expected(as_real(output))
+    return torch.view_as_complex(expected.contiguous()) if output.is_complex() else expected
+
+
+def _in_shape(expected: Tensor, actual: Tensor, inputs: Inputs) -> Tensor | None:
+    """PyTorch's tensor in Keras's shape: by the convention, as it is, or the one other order that fits."""
+    rank = expected.ndim
+    orders = [inputs.output_axes(rank), tuple(range(rank))]
+    orders += [(0, *range(2, rank), 1), (0, rank - 1, *range(1, rank - 1))] if rank > 2 else []
+    for axes in orders:
+        if tuple(expected.shape[axis] for axis in axes) == tuple(actual.shape):
+            return expected.permute(axes)
+    return expected.permute(orders[0]).reshape(actual.shape) if expected.numel() == actual.numel() else None
+
+
+class RoundingObserver:
+    """Compares every paired Keras layer in float32."""
+
+    watches_inputs = False
+
+    def __init__(self, session: Session, recording: Recording, limits: Limits, samples_before: int) -> None:
+        self.session, self.recording, self.limits = session, recording, limits
+        self.samples_before = samples_before
+        self._known: dict[tuple[int, int], tuple[weakref.ref[Any], DifferenceSum, DistanceSum]] = {}
+
+    def before(self, name: str, inputs: list[Tensor]) -> Replacement:
+        return None
+
+    def after(self, name: str, outputs: list[Tensor]) -> Replacement:
+        for index, output in enumerate(outputs):
+            pair = self.session.pairs.get((name, index))
+            if pair is not None and not pair.named and not pair.reordered:
+                self._compare(pair, output, None)
+        return None
+
+    def results(self, found: Mapping[str, Any], partners: Mapping[str, str]) -> None:
+        for theirs, ours in partners.items():
+            pair, output = self.session.results.get(theirs), found.get(ours)
+            if pair is not None and output is not None:
+                truth = self.recording.outputs[theirs]
+                self._compare(pair, output, self.session.axes_of_result(theirs, truth.tensor.ndim))
+
+    def _compare(self, pair: Pair, output: Tensor, axes: Axes | None) -> None:
+        truth = pair.truth(self.recording)
+        if truth is None or truth.noise is None:
+            return
+        actual = as_real(output)
+        if axes is None:
+            expected = _in_shape(truth.tensor, actual, self.session.inputs)
+        else:
+            expected = truth.tensor.permute(axes)
+            expected = expected if expected.shape == actual.shape else None
+        if expected is None:
+            pair.float32.problem = f"shape {tuple(actual.shape)} for PyTorch's {tuple(truth.tensor.shape)}"
+            return
+        sums = pair.float32
+        sums.scale.include(truth.size)
+        sums.expected_error.include(truth.noise)
+        pair.exact.expected_error.include(truth.noise)
+        known = self._known.get((id(output), id(truth)))
+        if known is not None and known[0]() is output:
+            difference, size = known[1:]
+        else:
+            total = truth.noise.total()
+            limit = self.limits.of(pair.source) * max(total.max, FLOAT32_ROUNDOFF * truth.size.total().max)
+            difference = DifferenceSum(self.samples_before)
+            size = difference.add(actual, expected.contiguous(), None, limit)
+            self._known[id(output), id(truth)] = weakref.ref(output), difference, size
+        sums.actual_error.include(size)
+        pair.difference.include(difference)
+        pair.dtype = str(output.dtype).removeprefix("torch.")
+        pair.measured = True

@@ -1,0 +1,191 @@
+"""What the passes of one check share: the models, their inputs, and the pairs of tensors found so far."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from porting.kinds import kind_of_layer, kind_of_module
+from porting.kinds.transforms import Array
+from porting.models.float64 import in_float64
+from porting.models.inputs import Axes, Inputs
+from porting.models.keras_float64 import Float64Model
+from porting.parity.content import Library, Truth
+from porting.parity.derived import rounds_to
+from porting.parity.measure import DifferenceSum, DistanceSum
+from porting.parity.pairing import Names
+from porting.parity.record import Recording, output_name, record
+from porting.parity.report import (
+    EXACT,
+    FLOAT32,
+    FLOAT32_ROUNDOFF,
+    FLOAT64_ROUNDOFF,
+    OUTPUT,
+    LayerComparison,
+    View,
+)
+
+if TYPE_CHECKING:
+    import keras
+    from torch import Tensor, nn
+
+# What float64 makes of an error that float32 makes.
+_FINER = FLOAT64_ROUNDOFF / FLOAT32_ROUNDOFF
+
+
+@dataclass
+class Sums:
+    """One view of a pair, summed up over batches."""
+
+    scale: DistanceSum = field(default_factory=DistanceSum)
+    expected_error: DistanceSum = field(default_factory=DistanceSum)
+    actual_error: DistanceSum = field(default_factory=DistanceSum)
+    problem: str = ""
+
+
+@dataclass
+class Pair:
+    """A Keras tensor and the PyTorch tensor that it is, by the place where that stands.
+
+    `order` is PyTorch's order of execution. `named` is whether only the names say so: the numbers differ.
+    """
+
+    target: str
+    index: int
+    source: str
+    place: tuple[str, bool, int]
+    order: float
+    named: bool = False
+    in_float32: bool = False
+    reordered: bool = False
+    exact: Sums = field(default_factory=Sums)
+    float32: Sums = field(default_factory=Sums)
+    difference: DifferenceSum = field(default_factory=DifferenceSum)
+    shape: tuple[int, ...] = ()
+    dtype: str = "float32"
+    measured: bool = False
+
+    def truth(self, recording: Recording) -> Truth | None:
+        """The tensor at its place in this recording."""
+        call, is_output, index = self.place
+        if call.partition("[")[0] == OUTPUT and call not in recording.calls:
+            return next((each for key, each in recording.outputs.items() if output_name(key) == call), None)
+        found = recording.calls.get(call)
+        tensors = [] if found is None else found.outputs if is_output else found.inputs
+        return tensors[index] if index < len(tensors) else None
+
+    def total(self, kinds: Mapping[str, str], *, exact: bool) -> LayerComparison:
+        views = {}
+        if exact:
+            # A layer that computes in float32 inside is judged by float32's rounding.
+            finer = 1.0 if self.in_float32 else _FINER
+            noise = self.exact.expected_error.total()
+            unit = replace(noise, max=noise.max * finer, rms=noise.rms * finer)
+            roundoff = FLOAT32_ROUNDOFF if self.in_float32 else FLOAT64_ROUNDOFF
+            distance = self.exact.actual_error.total()
+            views[EXACT] = View(self.exact.scale.total(), unit, distance, self.exact.problem, 0.0, roundoff)
+        if self.measured or self.float32.problem:
+            sums = self.float32
+            views[FLOAT32] = View(
+                sums.scale.total(), sums.expected_error.total(), sums.actual_error.total(), sums.problem
+            )
+        kind = kinds.get(self.place[0].partition("#")[0], "output")
+        source = self.source
+        return LayerComparison(
+            source, self.target, kind, self.shape, "float32", self.dtype, views, self.difference.total()
+        )
+
+
+class Session:
+    """Two models, their inputs, and what the passes over all batches have shown."""
+
+    def __init__(
+        self,
+        reference: nn.Module,
+        candidate: keras.Model,
+        inputs: Inputs,
+        names: Names,
+        output_axes: Mapping[str, Axes],
+        float64: Float64Model,
+        rounded: nn.Module,
+    ) -> None:
+        self.reference, self.candidate, self.inputs, self.names = reference, candidate, inputs, names
+        self.output_axes, self.float64, self.rounded = output_axes, float64, rounded
+        self.truth_model = in_float64(reference)
+        self.modules = dict(reference.named_modules())
+        self.pairs: dict[tuple[str, int], Pair] = {}
+        self.results: dict[str, Pair] = {}
+        self.lone: dict[str, None] = {}
+        self.called: dict[str, None] = {}
+        self.unseen: dict[str, None] = {}
+        self.written: dict[str, str] = {}
+        self.notes: dict[str, None] = {}
+        self.logits: list[tuple[Array, Array]] = []
+        self.halved: list[Array] = []
+        self.used: set[tuple[str, bool, int]] = set()
+
+    def record_truth(self, batch: Inputs) -> Recording:
+        import torch
+
+        return record(self.truth_model, lambda model: batch.call_reference(model, torch.float64))
+
+    def few(self, count: int) -> Inputs:
+        """The first samples; all of them where the PyTorch model takes only batches of a fixed size."""
+        import torch
+
+        some = self.inputs.batch(0, count)
+        try:
+            with torch.no_grad():
+                some.call_reference(self.truth_model, torch.float64)
+        except Exception:  # an exported model may have a guard on the size
+            return self.inputs
+        return some
+
+    @contextlib.contextmanager
+    def as_precise_as_reference(self) -> Iterator[None]:
+        """The Keras model with the weights of a reference in half precision, where its own round to them."""
+        held = []
+        for variable in self.candidate.weights if self.halved else ():
+            values = np.array(variable)
+            other = rounds_to(values.astype(np.float64), self.halved)
+            if other is not None:
+                held.append((variable, values))
+                variable.assign(other.astype(np.float32))
+        try:
+            yield
+        finally:
+            for variable, values in held:
+                variable.assign(values)
+
+    def library(self, recording: Recording) -> Library:
+        ranks = {truth.tensor.ndim for truth in recording.truths}
+        return Library(recording.truths, {rank: self.inputs.output_axes(rank) for rank in ranks})
+
+    def axes_of_result(self, key: str, rank: int) -> Axes:
+        """PyTorch's axes in Keras's order for a result: as stated, or by the convention."""
+        return self.output_axes.get(key, self.inputs.output_axes(rank))
+
+    def axes_in_keras(self, expected: Tensor, actual: Tensor) -> Axes | None:
+        """PyTorch's axes in Keras's order: the first that fits the shape, the convention before all others.
+
+        None where the two have not as many numbers.
+        """
+        rank = expected.ndim
+        if expected.numel() != actual.numel():
+            return None
+        same = tuple(range(rank))
+        orders = dict.fromkeys((self.inputs.output_axes(rank), same, (0, *range(2, rank), 1) if rank > 2 else same))
+        fitting = [axes for axes in orders if tuple(expected.shape[axis] for axis in axes) == tuple(actual.shape)]
+        return fitting[0] if fitting else self.inputs.output_axes(rank)
+
+    def kind_matches(self, call: str, layer_name: str) -> bool:
+        module = self.modules.get(call.partition("#")[0])
+        layer = self.names.layers.get(layer_name.partition("#")[0])
+        if module is None or layer is None:
+            return False
+        kind = kind_of_module(module)
+        return kind is not None and kind is kind_of_layer(layer)

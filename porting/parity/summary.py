@@ -1,0 +1,180 @@
+"""What the passes have shown, as a report."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from porting.kinds.transforms import Array
+from porting.mapping.key_map import KeyMap
+from porting.models.traverse import named_variables, owned_variables
+from porting.parity.record import kinds_of
+from porting.parity.report import (
+    EXACT,
+    FEW_ELEMENTS,
+    FLOAT32,
+    FLOAT32_ROUNDOFF,
+    LayerComparison,
+    Limits,
+    LogitsComparison,
+    ParityReport,
+    Verified,
+)
+from porting.parity.session import Session
+from porting.parity.settings import compare_settings
+
+if TYPE_CHECKING:
+    import keras
+    from torch import nn
+
+# So many of them tell a small tensor what rounding has come to.
+_LAYERS_BEFORE = 16
+
+
+def summarize(
+    session: Session,
+    limits: Limits,
+    key_map: KeyMap | None,
+    name: str,
+    strict_settings: bool,
+    waive: Sequence[str],
+) -> ParityReport:
+    kinds = kinds_of(session.reference)
+    results = [pair.total(kinds, exact=True) for pair in session.results.values()]
+    ordered = sorted(session.pairs.values(), key=lambda pair: pair.order)
+    layers = [pair.total(kinds, exact=True) for pair in ordered]
+    everything = list(with_usual_rounding([*layers, *results], session.reference))
+    report = ParityReport(
+        layers=tuple(everything),
+        unpaired_source=tuple(session.unseen),
+        unpaired_target=tuple(each for each in session.lone),
+        logits=compare_logits(session.logits),
+        input_shapes=tuple(tuple(array.shape) for array in session.inputs.candidate),
+        limits=limits,
+        name=name,
+        exact_model=session.float64.how,
+        float32_inside=tuple(pair.source for pair in ordered if pair.in_float32),
+        axes=session.inputs.described(),
+        precision=precision_of(session.candidate),
+        notes=tuple(session.notes),
+    )
+    agreed = not any(divergence.view == EXACT for divergence in report.divergences)
+    if agreed:
+        report = replace(report, layers=tuple(_written(layer, session) for layer in report.layers))
+    targets = {
+        pair.place[0].partition("#")[0]: pair.target.partition("#")[0]
+        for pair in session.pairs.values()
+        if pair.place[1] and pair.index == 0
+    }
+    with session.float64.active() as model:
+        audit = compare_settings(session.reference, model, targets, strict=strict_settings, waive=waive)
+    return replace(report, audit=audit, verified=_verified(session, agreed, key_map))
+
+
+def _written(layer: LayerComparison, session: Session) -> LayerComparison:
+    """Marks a layer whose own result differs though the outputs agree: it was written in another way."""
+    how = session.written.get(layer.source, "")
+    pair = next((each for each in session.pairs.values() if each.source == layer.source and each.named), None)
+    if pair is not None and not layer.is_output and pair.target == layer.target:
+        how = how or "its result differs, and what follows agrees again"
+    return replace(layer, rewritten=how)
+
+
+def _verified(session: Session, agreed: bool, key_map: KeyMap | None) -> Verified:
+    variables = named_variables(session.candidate)
+    called = {name.partition("#")[0] for name in session.called}
+    if not agreed:
+        called = {pair.target.partition("#")[0] for pair in session.pairs.values() if not pair.named}
+    seen: set[int] = set()
+    for layer_name, own in owned_variables(session.candidate).items():
+        # The model itself runs whenever anything does.
+        if layer_name in called or (agreed and not layer_name):
+            seen |= {id(variable) for variable in own}
+    sizes = {name: math.prod(variable.shape) for name, variable in variables.items()}
+    unverified = tuple(name for name, variable in variables.items() if id(variable) not in seen)
+    differing, compared = _other_bits(session.reference, variables, key_map)
+    through = any(not pair.named for pair in session.pairs.values())
+    total = sum(sizes.values())
+    verified = total - sum(sizes[name] for name in unverified)
+    return Verified(total, verified, unverified, differing, through, compared)
+
+
+def _other_bits(
+    reference: nn.Module, variables: Mapping[str, Any], key_map: KeyMap | None
+) -> tuple[tuple[str, ...], int]:
+    """Keras variables that are not the checkpoint's tensor bit by bit, and how many were compared."""
+    if key_map is None:
+        return (), 0
+    state = reference.state_dict()
+    differing, compared = [], 0
+    for entry in key_map.entries:
+        if entry.source in state and entry.target in variables:
+            compared += 1
+            expected = entry.transform.apply(state[entry.source].detach().float().numpy())
+            actual = np.asarray(variables[entry.target])
+            if not (expected.shape == actual.shape and np.array_equal(expected, actual, equal_nan=True)):
+                differing.append(entry.target)
+    return tuple(differing), compared
+
+
+def precision_of(candidate: keras.Model) -> str:
+    """The narrowest type that a layer with weights computes in."""
+    dtypes = {str(layer.compute_dtype) for layer in candidate._flatten_layers(include_self=False) if layer.weights} or {
+        "float32"
+    }
+    narrow = [dtype for dtype in ("bfloat16", "float16") if dtype in dtypes]
+    return narrow[0] if narrow else "float32"
+
+
+def with_usual_rounding(layers: list[LayerComparison], reference: nn.Module) -> Iterator[LayerComparison]:
+    """Tells small tensors what rounding does as a rule.
+
+    That is what a plain sum makes, over as many terms as the layer's largest product has: n additions of independent
+    terms have an RMS error of about sqrt(n) / 4 roundings of the sum; or the median of the layers just before, if that
+    is more.
+    """
+    modules = dict(reference.named_modules())
+    before: deque[float] = deque(maxlen=_LAYERS_BEFORE)
+    for layer in layers:
+        view = layer.views.get(FLOAT32)
+        if math.prod(layer.shape) >= FEW_ELEMENTS:
+            if view is not None and math.isfinite(view.relative_rounding):
+                before.append(view.relative_rounding)
+            yield layer
+            continue
+        module = modules.get(layer.source.partition("#")[0], reference)  # the models' own result is no module's
+        summed = max((weight[0].numel() for weight in module.parameters() if weight.ndim > 1), default=1)
+        own = math.sqrt(summed) / 4 * FLOAT32_ROUNDOFF
+        usual = max(own, statistics.median(before) if before else 0.0)
+        finer = {name: each.roundoff / FLOAT32_ROUNDOFF for name, each in layer.views.items()}
+        views = {name: replace(each, usual_rounding=usual * finer[name]) for name, each in layer.views.items()}
+        yield replace(layer, views=views)
+
+
+def compare_logits(pairs: list[tuple[Array, Array]]) -> LogitsComparison | None:
+    """None where the output is not one row of numbers a sample."""
+    if not pairs or any(one.ndim != 2 or one.shape != other.shape or one.shape[1] < 2 for one, other in pairs):
+        return None
+    expected, actual = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    kept = min(5, expected.shape[1])
+    best = [np.sort(np.argsort(side, axis=1, kind="stable")[:, -kept:], axis=1) for side in (expected, actual)]
+    with np.errstate(invalid="ignore"):  # infinite logits give NaN, and say so
+        change = np.abs(_softmax(expected) - _softmax(actual))
+    return LogitsComparison(
+        samples=len(expected),
+        top1_agreement=int((expected.argmax(1) == actual.argmax(1)).sum()),
+        top5_agreement=int((best[0] == best[1]).all(1).sum()),
+        max_probability_change=float(change.max()),
+    )
+
+
+def _softmax(logits: Array) -> Array:
+    exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    probabilities: Array = exponentials / exponentials.sum(axis=1, keepdims=True)
+    return probabilities

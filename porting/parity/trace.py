@@ -1,0 +1,142 @@
+"""A run of the Keras model with every tensor kept, and the truth put in where it is told to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from porting.models.observe import Replacement
+from porting.parity.content import (
+    SAME_IN_FLOAT32,
+    Library,
+    Match,
+    as_real,
+    computes_in_float32,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+# Where a truth is put in: a call, whether it is its result, and which.
+Place = tuple[str, bool, int]
+
+
+@dataclass(eq=False)
+class Node:
+    """A call of a Keras layer: what it took and gave, and the calls inside it."""
+
+    name: str
+    parent: Node | None
+    inputs: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    children: list[Node] = field(default_factory=list)
+    began: int = 0
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A tensor that no layer made and that is wrong: what feeds `node` (None: the result `key`)."""
+
+    node: Node | None
+    index: int
+    key: str = ""
+
+
+class Tracer:
+    """Keeps every tensor of a Keras run, and puts the truth in at the places in `fixes`."""
+
+    watches_inputs = True
+
+    def __init__(self, library: Library, fixes: dict[Place, Tensor], tolerance: float) -> None:
+        self.library, self.fixes, self.tolerance = library, fixes, tolerance
+        self.nodes: list[Node] = []
+        self._stack: list[Node] = []
+        self._producers: dict[int, Node] = {}
+        self._exact: dict[int, tuple[Tensor, Match | None, bool]] = {}
+        # What was put in or assumed is right whatever the tolerance.
+        self._given: set[int] = set()
+        # All that has been seen: memory that is freed is given to another tensor, and would be taken for the first.
+        self._alive: list[Tensor] = []
+
+    def before(self, name: str, inputs: list[Tensor]) -> Replacement:
+        self._alive += inputs
+        parent = self._stack[-1] if self._stack else None
+        node = Node(name, parent, list(inputs), began=len(self.nodes))
+        self._stack.append(node)
+        return self._fixed(name, False, node.inputs)
+
+    def after(self, name: str, outputs: list[Tensor]) -> Replacement:
+        node = self._stack.pop()
+        self._alive += outputs
+        node.outputs = list(outputs)
+        self.nodes.append(node)
+        if node.parent is not None:
+            node.parent.children.append(node)
+        for output in outputs:
+            self._producers.setdefault(key_of(output), node)
+        replaced = self._fixed(name, True, node.outputs)
+        if replaced is not None:
+            return replaced
+        inside = [self._inside(output) for output in outputs]
+        for index, each in enumerate(inside):
+            if each is not None:
+                node.outputs[index] = each
+        return inside if any(each is not None for each in inside) else None
+
+    def _fixed(self, name: str, is_output: bool, tensors: list[Tensor]) -> Replacement:
+        found = [self.fixes.get((name, is_output, index)) for index in range(len(tensors))]
+        if all(each is None for each in found):
+            return None
+        for index, each in enumerate(found):
+            if each is not None:
+                tensors[index] = each
+                self._give(each, None)
+        return found
+
+    def _inside(self, output: Tensor) -> Tensor | None:
+        """The truth in the place of a result that was computed in float32."""
+        if self.is_exact(output):
+            return None
+        for match in self.library.find(as_real(output), SAME_IN_FLOAT32):
+            if computes_in_float32(output, match):
+                expected = match.expected(as_real(output)).contiguous()
+                self._give(expected, match)
+                return expected
+        return None
+
+    def refine(self, tolerance: float) -> None:
+        """Asks again, with a finer tolerance, for all that the library was asked for."""
+        if tolerance < self.tolerance:
+            self.tolerance = tolerance
+            self._exact = {key: each for key, each in self._exact.items() if key in self._given}
+
+    def assume(self, tensor: Tensor) -> None:
+        """Takes a tensor for right: nothing is known of it."""
+        self._give(tensor, None)
+
+    def _give(self, tensor: Tensor, match: Match | None) -> None:
+        self._exact[key_of(tensor)] = tensor, match, True
+        self._given.add(key_of(tensor))
+
+    def producer(self, tensor: Tensor) -> Node | None:
+        return self._producers.get(key_of(tensor))
+
+    def match(self, tensor: Tensor) -> Match | None:
+        self.is_exact(tensor)
+        return self._exact[key_of(tensor)][1]
+
+    def is_exact(self, tensor: Tensor) -> bool:
+        """Whether the PyTorch model has this tensor, or one that it is a part of; a single number says nothing."""
+        key = key_of(tensor)
+        if key not in self._exact:
+            actual = as_real(tensor)
+            matches = self.library.find(actual, self.tolerance) if actual.numel() > 1 else []
+            exact = actual.numel() < 2 or bool(matches) or self.library.find_part(actual) is not None
+            self._exact[key] = tensor, next(iter(matches), None), exact
+        return self._exact[key][2]
+
+
+def key_of(tensor: Tensor) -> int:
+    """Keras's tensors come over without a copy, so the memory tells which is which."""
+    return int(tensor.data_ptr()) or id(tensor)
