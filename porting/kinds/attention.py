@@ -1,0 +1,117 @@
+"""Attention with several heads."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from porting.kinds.base import Kind, Mistake, Settings, with_change
+
+if TYPE_CHECKING:
+    import keras
+    from torch import Tensor, nn
+
+_PARTS = ("query", "key", "value")
+# What the rows hold is written (heads, size) in PyTorch.
+_ROWS = {"heads": "(heads, size) read as (size, heads)", "size": "(size, heads) read as (heads, size)"}
+
+
+class Attention(Kind):
+    name = "attention"
+
+    def is_module(self, module: nn.Module) -> bool:
+        from torch import nn
+
+        return isinstance(module, nn.MultiheadAttention)
+
+    def is_layer(self, layer: keras.layers.Layer) -> bool:
+        from keras import layers
+
+        return isinstance(layer, layers.MultiHeadAttention)
+
+    def module_settings(self, module: Any) -> Settings:
+        return {"num_heads": module.num_heads, "head_dim": module.head_dim}
+
+    def layer_settings(self, layer: Any) -> Settings:
+        return {"num_heads": layer.num_heads, "head_dim": layer.key_dim}
+
+    def mistakes(self, module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
+        made = partial(_made, module, inputs)
+        if module.in_proj_weight is not None:
+            for order in itertools.permutations(range(3)):
+                moved = [part for index, part in enumerate(_PARTS) if order[index] != index]
+                if moved:
+                    text = f"its {' and '.join(moved)} are exchanged"
+                    if len(moved) == 3:
+                        text = f"its query, key and value have come in the order {', '.join(_PARTS[i] for i in order)}"
+                    yield made(text, partial(_reorder, order, True))
+                    yield made(f"{text} in the kernels, not in the biases", partial(_reorder, order, False))
+            for parts in ((0,), (1,), (2,), (0, 1, 2)):
+                named = "of all three" if len(parts) == 3 else f"of its {_PARTS[parts[0]]}"
+                for first, order_of_rows in _ROWS.items():
+                    text = f"the heads {named} are split wrongly, as {order_of_rows}"
+                    yield made(text, partial(_split_otherwise, parts, first))
+            factor = math.sqrt(module.head_dim)
+            yield made("its scores are not divided by the root of the head's size", partial(_scaled, factor))
+            yield made("its scores are divided by the root of the head's size twice", partial(_scaled, 1 / factor))
+        for first, order_of_rows in _ROWS.items():
+            text = f"the heads that its output takes are split wrongly, as {order_of_rows}"
+            yield made(text, partial(_output_otherwise, first))
+        if module.in_proj_bias is not None:
+            yield made("its bias in front (in_proj_bias) is lost", lambda m: m.in_proj_bias.data.zero_())
+            for index, part in enumerate(_PARTS):
+                yield made(f"its {part}'s bias is lost", partial(_without_bias, index))
+        if module.out_proj.bias is not None:
+            yield made("its output's bias is lost", lambda m: m.out_proj.bias.data.zero_())
+
+
+def _made(module: Any, inputs: list[Tensor], cause: str, change: Callable[[Any], object]) -> Mistake:
+    return Mistake(cause, with_change(module, inputs, change))
+
+
+def _in_front(module: Any) -> list[Any]:
+    return [each for each in (module.in_proj_weight, module.in_proj_bias) if each is not None]
+
+
+def _reorder(order: tuple[int, ...], with_bias: bool, module: Any) -> None:
+    import torch
+
+    for parameter in _in_front(module) if with_bias else _in_front(module)[:1]:
+        chunks = parameter.data.chunk(3)
+        parameter.data = torch.cat([chunks[index] for index in order])
+
+
+def _split_otherwise(parts: tuple[int, ...], first: str, module: Any) -> None:
+    """Rows in the order (size, heads) where they belong in (heads, size), or the other way round."""
+    import torch
+
+    for parameter in _in_front(module)[:1]:
+        chunks = list(parameter.data.chunk(3))
+        for index in parts:
+            chunks[index] = _transposed(chunks[index], module, first)
+        parameter.data = torch.cat(chunks)
+
+
+def _output_otherwise(first: str, module: Any) -> None:
+    weight = module.out_proj.weight
+    weight.data = _transposed(weight.data.T, module, first).T
+
+
+def _transposed(rows: Tensor, module: Any, first: str) -> Tensor:
+    shape = (module.num_heads, module.head_dim) if first == "heads" else (module.head_dim, module.num_heads)
+    return rows.reshape(*shape, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)
+
+
+def _without_bias(index: int, module: Any) -> None:
+    module.in_proj_bias.data.chunk(3)[index].zero_()
+
+
+def _scaled(factor: float, module: Any) -> None:
+    for parameter in _in_front(module):
+        parameter.data[: module.embed_dim] *= factor
+
+
+KIND = Attention()

@@ -1,0 +1,121 @@
+"""Recurrent layers: LSTM, GRU and the plain one, in one direction or both."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from porting.kinds.base import Kind, Mistake, Settings, in_double, with_change
+
+if TYPE_CHECKING:
+    import keras
+    from torch import Tensor, nn
+
+# The order in which PyTorch stacks the gates' weights.
+_GATES = {"LSTM": ("input", "forget", "cell", "output"), "GRU": ("reset", "update", "new")}
+
+
+class Recurrent(Kind):
+    name = "recurrent"
+
+    def is_module(self, module: nn.Module) -> bool:
+        from torch import nn
+
+        return isinstance(module, nn.RNNBase)
+
+    def is_layer(self, layer: keras.layers.Layer) -> bool:
+        from keras import layers
+
+        own = layer.forward_layer if isinstance(layer, layers.Bidirectional) else layer
+        return isinstance(own, (layers.LSTM, layers.GRU, layers.SimpleRNN))
+
+    def module_settings(self, module: Any) -> Settings:
+        settings = {"hidden_size": module.hidden_size, "bias": module.bias, "bidirectional": module.bidirectional}
+        return {**settings, "reset_after": True} if type(module).__name__ == "GRU" else settings
+
+    def layer_settings(self, layer: Any) -> Settings:
+        own = getattr(layer, "forward_layer", layer)
+        settings = {"hidden_size": own.units, "bias": own.use_bias, "bidirectional": own is not layer}
+        return {**settings, "reset_after": own.reset_after} if hasattr(own, "reset_after") else settings
+
+    def mistakes(self, module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
+        names = list(dict(module.named_parameters()))
+        gates = _GATES.get(type(module).__name__, ())
+        for one, other in itertools.combinations(range(len(gates)), 2):
+            text = f"the {gates[one]} gate and the {gates[other]} gate are exchanged"
+            exchange = partial(_exchanged, len(gates), one, other)
+            yield _changed(module, inputs, text, names, exchange)
+            for name in names:
+                yield _changed(module, inputs, f"{text} in {name}", [name], exchange)
+        biases = [name for name in names if name.startswith("bias")]
+        for name in biases:
+            yield _changed(module, inputs, f"{name} is lost", [name], lambda values: values * 0)
+        yield _changed(module, inputs, "the biases are lost", biases, lambda values: values * 0)
+        if module.bidirectional:
+            yield Mistake("its two directions are exchanged", with_change(module, inputs, _exchange_directions))
+        if type(module).__name__ == "GRU" and module.num_layers == 1 and not module.bidirectional:
+            yield Mistake(
+                "reset_after=False in Keras, where PyTorch resets after", partial(_reset_before, module, inputs)
+            )
+        sequence = inputs[0]
+        if sequence.ndim == 3 and len(inputs) == 1:
+            time = 1 if module.batch_first else 0
+            backwards = with_change(module, [sequence.flip(time)], lambda _: None)
+            yield Mistake("it goes backwards through the sequence", backwards)
+
+
+def _changed(
+    module: Any, inputs: list[Tensor], cause: str, names: list[str], change: Callable[[Tensor], Tensor]
+) -> Mistake:
+    def apply(changed: Any) -> None:
+        for name in names:
+            parameter = getattr(changed, name)
+            parameter.data = change(parameter.data)
+
+    return Mistake(cause, with_change(module, inputs, apply))
+
+
+def _exchanged(count: int, one: int, other: int, values: Tensor) -> Tensor:
+    import torch
+
+    if values.shape[0] % count:
+        return values  # an LSTM's projection has no gates
+    parts = list(values.chunk(count))
+    parts[one], parts[other] = parts[other], parts[one]
+    return torch.cat(parts)
+
+
+def _exchange_directions(module: Any) -> None:
+    for name, parameter in list(module.named_parameters()):
+        reverse = getattr(module, f"{name}_reverse", None)
+        if reverse is not None:
+            parameter.data, reverse.data = reverse.data, parameter.data
+
+
+def _reset_before(module: Any, inputs: list[Tensor]) -> tuple[Tensor, Tensor] | None:
+    """A GRU that resets the state before it is multiplied, as the first version of the paper did."""
+    import torch
+
+    if len(inputs) != 1 or inputs[0].ndim != 3 or not module.bias:
+        return None
+    with torch.no_grad():
+        x = in_double(inputs[0]) if module.batch_first else in_double(inputs[0]).transpose(0, 1)
+        given = x @ module.weight_ih_l0.double().T + module.bias_ih_l0.double()
+        kernel, bias = module.weight_hh_l0.double(), module.bias_hh_l0.double()
+        size = module.hidden_size
+        state = x.new_zeros(x.shape[0], size)
+        steps = []
+        for step in given.unbind(1):
+            reset, update = torch.sigmoid(step[:, : 2 * size] + state @ kernel[: 2 * size].T + bias[: 2 * size]).chunk(
+                2, 1
+            )
+            new = torch.tanh(step[:, 2 * size :] + (reset * state) @ kernel[2 * size :].T + bias[2 * size :])
+            state = update * state + (1 - update) * new
+            steps.append(state)
+        result = torch.stack(steps, 1)
+        return (result if module.batch_first else result.transpose(0, 1)), state[None]
+
+
+KIND = Recurrent()
