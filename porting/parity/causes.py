@@ -71,7 +71,7 @@ def cause_of(
 ) -> Diagnosis | None:
     base = call.partition("#")[0]
     module = dict(session.truth_model.named_modules()).get(base)
-    layer = session.names.layers.get(node.name.partition("#")[0])
+    layer = session.layer(node.name)
     inputs = [truth.tensor for truth in recording.calls[call].inputs]
     truth = recording.calls[call].outputs[index].tensor
     if module is None:

@@ -49,10 +49,7 @@ def last_of_fused(session: Session, recording: Recording, tracer: Tracer, node: 
     """The PyTorch call whose result a Keras layer gives, if the layer's own module is `call`."""
     from torch import nn
 
-    layer = session.names.layers.get(node.name.partition("#")[0])
-    module = session.modules[call.partition("#")[0]]
-    kind = kind_of_layer(layer) if layer is not None else None
-    if kind is None or kind is not kind_of_module(module):
+    if not session.kind_matches(call, node.name):
         return _nearest(session, recording, node, call)
     current = call
     for _ in range(_MOST_BEHIND):
@@ -63,7 +60,7 @@ def last_of_fused(session: Session, recording: Recording, tracer: Tracer, node: 
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             if _is_taken_by_a(tracer, node, kind_of_module(module), session):
                 break
-        elif not (ACTIVATION.is_module(module) and _has_activation(layer)):
+        elif not (ACTIVATION.is_module(module) and _has_activation(session.layer(node.name))):
             break
         current = behind
     return current if current != call else _nearest(session, recording, node, call)
@@ -121,10 +118,8 @@ def _behind(session: Session, recording: Recording, call: str) -> Iterator[str]:
 def _is_taken_by_a(tracer: Tracer, node: Node, kind: Any, session: Session) -> bool:
     given = {key_of(output) for output in node.outputs}
     return any(
-        kind_of_layer(session.names.layers[other.name.partition("#")[0]]) is kind
+        session.layer_kind(other.name) is kind and any(key_of(taken) in given for taken in other.inputs)
         for other in tracer.nodes
-        if other.name.partition("#")[0] in session.names.layers
-        and any(key_of(taken) in given for taken in other.inputs)
     )
 
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from porting.kinds import kind_of_layer
 from porting.models.inputs import Inputs, inverse, leaves_by_key
 from porting.models.observe import observe_layers
 from porting.parity.causes import as_an_activation, cause_of, exchanged_parts, tensors_near
@@ -150,7 +149,7 @@ def _next_culprit(
             break
         call = _partner(session, recording, tracer, first)
         around = first.parent
-        if call is None and around is not None and _is_of_a_kind(session, around):
+        if call is None and around is not None and session.layer_kind(around.name) is not None:
             # A recurrent layer's cell has no partner, and the layer has.
             first, call = around, _partner(session, recording, tracer, around)
         if call is not None:
@@ -172,11 +171,6 @@ def _next_culprit(
     if first.node is None:
         return None, _wrong_result(session, recording, first.key, wrong), None
     return _wrong_input(session, recording, tracer, first, began)
-
-
-def _is_of_a_kind(session: Session, node: Node) -> bool:
-    layer = session.names.layers.get(node.name.partition("#")[0])
-    return layer is not None and kind_of_layer(layer) is not None
 
 
 def _gives_anothers(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -27,7 +26,7 @@ from porting.parity.results import pair_results
 from porting.parity.session import Session
 
 if TYPE_CHECKING:
-    from torch import nn
+    pass
 
 # On loud weights and inputs rounding grows too; a mistake that they are for is above a hundredth.
 LOUD_LIMIT = 1e-9
@@ -76,8 +75,7 @@ def _on_loud_weights(
         variables = named_variables(model)
         before = {name: np.array(variable) for name, variable in variables.items()}
     try:
-        run = partial(_call, one, torch.float64)
-        fill_with_synthetic_weights(session.truth_model, 0, run=run)
+        fill_with_synthetic_weights(session.truth_model, 0, run=lambda model: one.call_reference(model, torch.float64))
         session.truth_model.eval()
         state = session.truth_model.state_dict()
         with session.float64.active():
@@ -92,10 +90,6 @@ def _on_loud_weights(
         with session.float64.active():
             for name, variable in variables.items():
                 variable.assign(before[name])
-
-
-def _call(inputs: Inputs, dtype: Any, model: nn.Module) -> Any:
-    return inputs.call_reference(model, dtype)
 
 
 def _relative_on(session: Session, inputs: Inputs) -> float | None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from porting.kinds import kind_of_layer, kind_of_module
+from porting.kinds.base import Kind
 from porting.kinds.transforms import Array
 from porting.models.float64 import in_float64
 from porting.models.inputs import Axes, Inputs
@@ -184,8 +185,13 @@ class Session:
 
     def kind_matches(self, call: str, layer_name: str) -> bool:
         module = self.modules.get(call.partition("#")[0])
-        layer = self.names.layers.get(layer_name.partition("#")[0])
-        if module is None or layer is None:
-            return False
-        kind = kind_of_module(module)
-        return kind is not None and kind is kind_of_layer(layer)
+        kind = None if module is None else kind_of_module(module)
+        return kind is not None and kind is self.layer_kind(layer_name)
+
+    def layer(self, name: str) -> Any:
+        """The Keras layer of a call; None for one that the model does not hold."""
+        return self.names.layers.get(name.partition("#")[0])
+
+    def layer_kind(self, name: str) -> Kind | None:
+        layer = self.layer(name)
+        return None if layer is None else kind_of_layer(layer)
