@@ -66,6 +66,12 @@ class OutputError(PortingError):
     exit_code = 6
 
 
+class ClashError(OutputError):
+    """A file that a command would write is one that it reads, or writes already."""
+
+    exit_code = 2
+
+
 class WeightsFileError(PortingError):
     """A file of Keras weights cannot be read."""
 

@@ -50,19 +50,27 @@ def check(
       van-port check --variant b1 --weights van_b1.h5 --checkpoint van_small_811.pth.tar --report parity.html
       van-port check --from van_b1.h5.parity.json --max-ratio 4
     """
-    from porting.cli.terminal import ProgressBar
+    from porting.cli.terminal import ProgressBar, say
     from porting.errors import ParityError
     from porting.parity.baseline import regressions
-    from porting.reports.document import read_report
+    from porting.reports.document import file_beside, read_report
     from porting.reports.terminal import verdict
 
-    reporting.require_writable()
+    inputs = {
+        "--weights": [weights],
+        "--checkpoint": checkpoint.files,
+        "--from": [from_report],
+        "--baseline": [baseline],
+    }
+    reporting.require_writable({}, inputs)
     options = make_options()
     earlier = None if baseline is None else read_report(baseline)
     if from_report is not None:
         if weights is not None or model.variant is not None:
             raise click.UsageError("--from judges a report that there is; it goes with no --variant and no --weights")
         report = read_report(from_report)
+        if remark := file_beside(report, from_report):
+            say(remark)
         stress = tuple(replace(run, limits=options.limits) for run in report.stress)
         report = replace(report, limits=options.limits, stress=stress)
     else:
@@ -77,7 +85,7 @@ def check(
     reporting.show(report)
     worse = [] if earlier is None else regressions(report, earlier, factor)
     for line in worse:
-        click.echo(f"Worse than the baseline: {line}")
+        say(f"Worse than the baseline: {line}")
     if not report.passed:
         first = report.first_divergence
         raise ParityError(str(first) if first else verdict(report), hint="--report parity.html shows every layer.")

@@ -18,6 +18,7 @@ from porting.cli.groups import (
     model_options,
     plain_checkpoint_options,
     report_options,
+    result_paths,
     show_written,
     thoroughness_options,
 )
@@ -78,6 +79,7 @@ def export(
 
     With --no-check no checkpoint is read.
     """
+    from porting.cli.terminal import say
     from porting.exporting import FORMATS
     from porting.tasks.export import export as write_export
 
@@ -86,7 +88,7 @@ def export(
     if form is None:
         raise click.UsageError("--format is needed, or an --out that ends in .tflite or .onnx")
     assert model.variant is not None  # a required option
-    reporting.require_writable()
+    reporting.require_writable(result_paths(out), {"--weights": [weights], "--checkpoint": checkpoint.files})
     options = make_options()
     if options.stress or options.train or options.allow_non_finite:
         raise click.UsageError("export has no --stress, --train and --allow-non-finite: use `van-port check`")
@@ -108,5 +110,5 @@ def export(
         )
     reporting.show(result.report)
     operators = ", ".join(f"{count} {name}" for name, count in result.operators.most_common())
-    click.echo(f"{form} in {precision}, {result.size / 2**20:.1f} MiB: {operators}")
+    say(f"{form} in {precision}, {result.size / 2**20:.1f} MiB: {operators}")
     show_written(result.path, result.report_path)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
 from porting.errors import PortingError
@@ -14,6 +12,8 @@ from porting.families.registry import family_names, get_family
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def families(as_json: bool) -> None:
     """List the model families and their variants, those of other installed packages too."""
+    from porting.cli.terminal import say, say_json
+
     found: list[dict[str, object]] = []
     for name in family_names():
         try:
@@ -24,9 +24,9 @@ def families(as_json: bool) -> None:
             layouts = [naming.name for naming in family.namings]
             found.append({"family": name, "variants": list(family.variants), "layouts": layouts})
     if as_json:
-        click.echo(json.dumps(found, indent=1))
+        say_json(found)
         return
     for each in found:
         variants = each.get("variants")
         shown = " ".join(variants) if isinstance(variants, list) else f"cannot be used: {each['error']}"
-        click.echo(f"{each['family']}: {shown}")
+        say(f"{each['family']}: {shown}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 DEFAULT_FAMILY = "van"
 FILE = click.Path(path_type=Path)
+Paths = Mapping[str, Iterable[Path | None]]
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -168,9 +169,16 @@ def model_options(*, required: bool = True) -> Callable[[Command], Command]:
 
 @dataclass(frozen=True)
 class CheckpointChoice:
-    """Which checkpoint, and how to read it; `sha256` and `ema` are absent where a command has no such option."""
+    """Which checkpoint, and how to read it; the arguments are those of the options that a command has."""
 
     arguments: dict[str, Any]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What is read, where that is given by path."""
+        from porting.tasks.case import files_of
+
+        return files_of(self.arguments["checkpoint"])
 
 
 CHECKPOINT = click.option(
@@ -185,6 +193,8 @@ LAYOUT_OF_CHECKPOINT = click.option(
 EMA = click.option(
     "--ema/--no-ema", default=False, show_default=True, help="Take moving averages where the file has both."
 )
+KEY = click.option("--key", help="Entry of the file that holds the weights, such as model or ema.module.")
+PREFIX = click.option("--prefix", help="Take the tensors whose names begin so, without it; drop all others.")
 checkpoint_options = option_group(
     "checkpoint",
     lambda **arguments: CheckpointChoice(arguments),
@@ -192,6 +202,8 @@ checkpoint_options = option_group(
     click.option("--sha256", type=Sha256(), help="Required hash of the checkpoint."),
     LAYOUT_OF_CHECKPOINT,
     EMA,
+    KEY,
+    PREFIX,
 )
 plain_checkpoint_options = option_group(
     "checkpoint", lambda **arguments: CheckpointChoice(arguments), CHECKPOINT, LAYOUT_OF_CHECKPOINT
@@ -269,20 +281,34 @@ class ReportChoice:
     all_layers: bool
     report_files: tuple[Path, ...]
 
-    def require_writable(self) -> None:
-        """Raises OutputError for a report that could not be written, before the work."""
-        from porting.files.atomic import require_writable
-        from porting.reports import format_of
+    def require_writable(self, outputs: Paths | None = None, inputs: Paths | None = None) -> None:
+        """Raises OutputError, before the work, for a report that could not be written, or is another file in use.
 
-        for path in self.report_files:
+        `outputs` and `inputs` are by option. A report to standard output sends results for people elsewhere.
+        """
+        from porting.cli.terminal import route_results
+        from porting.files.atomic import refuse_clashes, require_writable
+        from porting.reports import format_of, is_stream
+
+        files = [path for path in self.report_files if not is_stream(path)]
+        route_results(to_stderr=len(files) < len(self.report_files))
+        for path in files:
             format_of(path)
+        chosen = {
+            label: [path for path in paths if path is not None]
+            for label, paths in {**(outputs or {}), "--report": files}.items()
+        }
+        refuse_clashes(
+            chosen,
+            {label: [path for path in paths if path is not None] for label, paths in (inputs or {}).items()},
+        )
+        for path in files:
             require_writable(path)
 
     def show(self, report: ParityReport | None, *, without: str = "Not checked, as asked.") -> None:
         """Prints a report and writes it to every file that was asked for, or says that there is none."""
         from porting.cli.terminal import make_console
-        from porting.files.atomic import write_text
-        from porting.reports import format_of, render
+        from porting.reports import write_report
         from porting.reports.terminal import print_report
 
         console = make_console()
@@ -292,7 +318,7 @@ class ReportChoice:
         print_report(report, console, all_layers=self.all_layers)
         show_non_finite(report.context)
         for path in self.report_files:
-            write_text(path, render(report, format_of(path)))
+            write_report(report, path)
 
     @contextlib.contextmanager
     def showing_refusal(self) -> Iterator[Progress]:
@@ -317,7 +343,8 @@ report_options = option_group(
         "report_files",
         type=FILE,
         multiple=True,
-        help="Also write the report: .html, .md, .xml (JUnit) or .json. Written when the check fails, too.",
+        help="Also write the report: .html, .md, .xml (JUnit) or .json; - for JSON on standard output. Written when "
+        "the check fails, too.",
     ),
 )
 
@@ -328,10 +355,19 @@ def show_non_finite(facts: Mapping[str, Any]) -> None:
 
     if names := facts.get("non_finite"):
         line = f"{len(names)} tensors hold NaN or infinity: {', '.join(names)}"
-        make_console().print(line, style="yellow", soft_wrap=True, markup=False)
+        make_console().print(line, style="yellow", soft_wrap=True)
 
 
 def show_written(path: Path, report_path: Path | None) -> None:
     """Says which files were written."""
+    from porting.cli.terminal import say
+
     written = [path] if report_path is None else [path, report_path]
-    click.echo("Wrote " + " and ".join(map(str, written)))
+    say("Wrote " + " and ".join(map(str, written)))
+
+
+def result_paths(out: Path) -> dict[str, list[Path]]:
+    """What a command with `--out` writes."""
+    from porting.files.atomic import report_path_of
+
+    return {"--out": [out], "the report of --out": [report_path_of(out)]}

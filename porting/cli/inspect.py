@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
-from porting.cli.groups import EMA, FILE
+from porting.cli.groups import EMA, FILE, KEY, PREFIX
 
 
 @click.command()
 @click.argument("file", type=FILE)
 @EMA
+@KEY
+@PREFIX
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(file: Path, ema: bool, as_json: bool) -> None:
+def inspect(file: Path, ema: bool, key: str | None, prefix: str | None, as_json: bool) -> None:
     """Print the provenance and the tensors of FILE, a checkpoint or a file of Keras weights."""
-    from porting.cli.terminal import make_console
+    from porting.cli.terminal import make_console, say_json
+    from porting.files.atomic import report_path_of
     from porting.files.inspection import inspect_file
 
-    inspection = inspect_file(file, ema=ema)
+    inspection = inspect_file(file, ema=ema, key=key, prefix=prefix)
     if as_json:
         tensors = [{"name": name, "shape": shape, "dtype": dtype} for name, shape, dtype in inspection.tensors]
         facts = {**inspection.facts, "provenance": inspection.provenance, "tensors": tensors}
-        click.echo(json.dumps(facts, indent=1))
+        say_json(facts)
         return
     from rich.table import Table
 
     console = make_console()
     for name, value in inspection.facts.items():
-        console.print(f"{name}: {value}", soft_wrap=True, markup=False)
+        console.print(f"{name}: {value}", soft_wrap=True)
     if inspection.provenance is not None:
         console.print("provenance:")
-        click.echo(json.dumps(inspection.provenance, indent=2))
+        say_json(inspection.provenance)
     elif inspection.facts["format"] == "Keras weights":
         console.print("provenance: none; this file was not written by van-port")
     table = Table()
@@ -42,4 +44,20 @@ def inspect(file: Path, ema: bool, as_json: bool) -> None:
     for name, shape, dtype in inspection.tensors:
         table.add_row(name, "x".join(map(str, shape)) or "scalar", dtype)
     console.print(table)
+    if (report := report_path_of(file)).is_file():
+        console.print(f"{report.name}: {_standing(report)}", soft_wrap=True)
     console.print(f"{len(inspection.tensors)} tensors, {inspection.parameters:,} values")
+
+
+def _standing(path: Path) -> str:
+    """What the report beside a file says of that file, or why it says nothing."""
+    from porting.errors import ReportError
+    from porting.reports.document import file_beside, read_report
+    from porting.reports.terminal import verdict
+
+    try:
+        report = read_report(path)
+        remark = file_beside(report, path)
+    except ReportError as error:
+        return f"does not count: {error.message}"
+    return f"{verdict(report)}. {remark}".strip()

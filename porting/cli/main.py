@@ -5,10 +5,13 @@ Everything heavy is imported inside the commands: `van-port --help` must answer 
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -31,10 +34,13 @@ from porting.cli.port import run_port
 from porting.cli.port_all import port_all
 from porting.cli.report import report
 from porting.cli.revert import revert
-from porting.errors import PortingError
+from porting.cli.terminal import route_results, say
+from porting.errors import OutputError, PortingError
 
 if TYPE_CHECKING:
     from porting.tasks.options import CheckOptions
+
+_BROKEN_PIPE = 141  # as a shell says of a program that SIGPIPE ends
 
 EPILOG = """\b
 Exit codes: 0 done and at parity; 1 not at parity; 2 wrong usage; 3 bad checkpoint;
@@ -50,12 +56,14 @@ class PortGroup(click.Group):
         try:
             return super().invoke(ctx)
         except PortingError as error:
-            click.secho(f"Error: {error.message}", fg="red", err=True)
+            say(f"Error: {error.message}", err=True, colour="red")
             if error.hint:
-                click.echo(error.hint, err=True)
+                say(error.hint, err=True)
             sys.exit(error.exit_code)
+        except BrokenPipeError:
+            _end_at_a_closed_pipe()
         except KeyboardInterrupt:
-            click.echo("Interrupted; nothing was written.", err=True)
+            say("Interrupted; nothing was written.", err=True)
             sys.exit(130)
 
 
@@ -88,6 +96,7 @@ def cli(
       van-port check --variant b1 --weights van_b1.h5      # a file made earlier or elsewhere
       van-port inspect van_b1.h5                           # where a file comes from
     """
+    route_results(to_stderr=False)
     if ctx.invoked_subcommand is not None:
         if model.variant is not None:
             raise click.UsageError(f"the options of a port go after {ctx.invoked_subcommand}, where it has them")
@@ -103,7 +112,32 @@ for command in (check, export, families, inspect, port_all, report, revert):
 
 def main() -> None:
     """Entry point of the console script."""
-    cli(prog_name="van-port")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal's encoding lacks must not end the program
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            cli(prog_name="van-port")
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except OSError as error:  # all others have become errors of ours; this one is of standard output itself
+        if error.errno == errno.EPIPE:
+            _end_at_a_closed_pipe()
+        _forget_stdout()
+        say(f"Error: standard output cannot be written: {error.strerror or error}", err=True)
+        sys.exit(OutputError.exit_code)
+
+
+def _end_at_a_closed_pipe() -> NoReturn:
+    """As of `| head`: nobody reads, so nothing is said."""
+    _forget_stdout()
+    sys.exit(_BROKEN_PIPE)
+
+
+def _forget_stdout() -> None:
+    """What is still buffered could not be written at exit either."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
-from porting.cli.groups import CheckpointChoice, Model, ReportChoice, show_non_finite, show_written
+from porting.cli.groups import CheckpointChoice, Model, ReportChoice, result_paths, show_non_finite, show_written
 
 if TYPE_CHECKING:
     from porting.tasks.options import CheckOptions
@@ -24,17 +22,20 @@ def run_port(
     keep_failed: Path | None,
 ) -> None:
     """Ports, shows the report and says what was written and how to load it."""
-    from porting.cli.terminal import make_console
+    from porting.cli.terminal import make_console, say
     from porting.tasks.port import port
 
     assert model.variant is not None  # the command has seen to it
-    reporting.require_writable()
+    out = out if out is not None else Path(f"{model.family.name}_{model.variant}.h5")
+    reporting.require_writable(
+        {**result_paths(out), "--keep-failed": [keep_failed]}, {"--checkpoint": checkpoint.files}
+    )
     options = make_options()
     with reporting.showing_refusal() as progress:
         result = port(
             model.family,
             model.variant,
-            out if out is not None else Path(f"{model.family.name}_{model.variant}.h5"),
+            out,
             **checkpoint.arguments,
             check=check,
             options=options,
@@ -42,13 +43,14 @@ def run_port(
             progress=progress,
         )
     case, console = result.case, make_console()
-    console.print(f"The checkpoint has {case.naming.described()}.", markup=False)
-    if case.checkpoint is not None and case.checkpoint.has_ema and not case.checkpoint.is_ema:
-        console.print("The checkpoint also has moving averages of its weights; --ema takes them.")
+    console.print(f"The checkpoint has {case.spec.described()}.")
+    if case.checkpoint is not None:
+        for line in case.checkpoint.remarks():
+            console.print(line, soft_wrap=True)
     reporting.show(result.report, without="Not checked, as asked; the file's provenance says so.")
     if result.report is None:
         show_non_finite(result.provenance)
     tensors, dropped = len(result.conversion.weights), len(result.conversion.dropped)
-    click.echo(f"{tensors} tensors ported, {dropped} dropped by name, none left over.")
+    say(f"{tensors} tensors ported, {dropped} dropped by name, none left over.")
     show_written(result.path, result.report_path)
-    click.echo(f"Load it into {result.provenance['build']}")
+    say(f"Load it into {result.provenance['build']}")

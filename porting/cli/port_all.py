@@ -69,7 +69,7 @@ def port_all(
     """
     from rich.table import Table
 
-    from porting.cli.terminal import ProgressBar, make_console
+    from porting.cli.terminal import ProgressBar, make_console, say
     from porting.files.atomic import make_folder
     from porting.tasks.port_all import port_all as run_all
 
@@ -96,9 +96,9 @@ def port_all(
     make_console().print(table)
     for outcome in failures:
         assert outcome.error is not None  # that is what makes it a failure
-        click.secho(f"{outcome.variant}: {outcome.error.message}", fg="red", err=True)
+        say(f"{outcome.variant}: {outcome.error.message}", err=True, colour="red")
         if outcome.error.hint:
-            click.echo(outcome.error.hint, err=True)
-    click.echo(f"{len(chosen) - len(failures)} of {len(chosen)} ported to {out_dir}")
+            say(outcome.error.hint, err=True)
+    say(f"{len(chosen) - len(failures)} of {len(chosen)} ported to {out_dir}")
     if failures:
         sys.exit(failures[0].error.exit_code if failures[0].error else 1)

@@ -22,20 +22,22 @@ from porting.cli.groups import FILE
 @click.option("--all-layers", is_flag=True, help="On the terminal, print every layer.")
 def report(file: Path, form: str, out: Path | None, all_layers: bool) -> None:
     """Render the JSON report FILE again, in any format. The exit code says only whether that worked."""
-    from porting.cli.terminal import make_console
-    from porting.files.atomic import require_writable, write_text
-    from porting.reports import render
-    from porting.reports.document import read_report
+    from porting.cli.terminal import make_console, say
+    from porting.files.atomic import refuse_clashes, require_writable
+    from porting.reports import is_stream, write_report
+    from porting.reports.document import file_beside, read_report
     from porting.reports.terminal import print_report
 
     parity = read_report(file)
+    if remark := file_beside(parity, file):
+        say(remark, err=True)
     if form == "terminal":
         print_report(parity, make_console(), all_layers=all_layers)
         return
-    text = render(parity, form)
-    if out is None:
-        click.echo(text, nl=False)
-        return
-    require_writable(out)
-    write_text(out, text)
-    click.echo(f"Wrote {out}")
+    out = out or Path("-")
+    if not is_stream(out):
+        refuse_clashes({"--out": [out]}, {"FILE": [file]})
+        require_writable(out)
+    write_report(parity, out, form)
+    if not is_stream(out):
+        say(f"Wrote {out}")

@@ -17,6 +17,7 @@ from porting.cli.groups import (
     ReportChoice,
     model_options,
     report_options,
+    result_paths,
     show_written,
     thoroughness_options,
 )
@@ -60,10 +61,11 @@ def revert(
       van-port revert --variant b1 --weights van_b1.h5 --out van_b1.pth
       van-port revert --variant b1 --weights tuned.keras --out model.safetensors --layout transformers
     """
+    from porting.cli.terminal import say
     from porting.tasks.revert import revert as go_back
 
     assert model.variant is not None  # a required option
-    reporting.require_writable()
+    reporting.require_writable(result_paths(out), {"--weights": [weights]})
     options = make_options()
     with reporting.showing_refusal() as progress:
         result = go_back(
@@ -79,5 +81,5 @@ def revert(
             progress=progress,
         )
     reporting.show(result.report)
-    click.echo(f"{len(result.state_dict)} tensors in {dtype}: {result.naming.described()}.")
+    say(f"{len(result.state_dict)} tensors in {dtype}: {result.spec.described()}.")
     show_written(result.path, result.report_path)

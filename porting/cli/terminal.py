@@ -1,11 +1,18 @@
-"""What the commands share in talking to a terminal."""
+"""What the commands share in talking to a terminal: everything that they print goes through here.
+
+Names and messages come from files that a stranger may have made. On a terminal a control character moves the cursor,
+changes colours or runs a command, and square brackets are markup to rich: here both are plain text.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
+
+import click
 
 from porting.progress import Progress
 
@@ -16,11 +23,52 @@ if TYPE_CHECKING:
 _PIPE_WIDTH = 140
 
 
-def make_console(*, stderr: bool = False) -> Console:
-    from rich.console import Console
+_results_on_stdout = True
 
+
+def route_results(*, to_stderr: bool) -> None:
+    """Where results for people go: to standard error when standard output is one report, for a program to read."""
+    global _results_on_stdout
+    _results_on_stdout = not to_stderr
+
+
+def printable(text: str) -> str:
+    """The text with every character that is not printed as an escape, such as `\\x1b`; lines stay lines."""
+    if text.isprintable():
+        return text
+    return "".join(
+        each if each.isprintable() or each in "\n\t" else each.encode("unicode_escape").decode() for each in text
+    )
+
+
+def say(text: str, *, err: bool = False, colour: str | None = None, end: str = "\n") -> None:
+    """Prints a line, of results or of an error."""
+    click.secho(printable(text) + end, fg=colour, err=err or not _results_on_stdout, nl=False)
+
+
+def say_json(value: Any) -> None:
+    """Prints a value as JSON, always to standard output."""
+    click.echo(json.dumps(value, indent=1))
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """A console on which markup and control characters of a text are plain text."""
+    from rich.console import Console
+    from rich.text import Text
+
+    class PlainConsole(Console):
+        def render_str(self, text: str, **options: Any) -> Text:
+            return super().render_str(printable(text), **{**options, "markup": False, "emoji": False})
+
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    stderr = stderr or not _results_on_stdout
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, width=None if stream.isatty() else _PIPE_WIDTH, highlight=False)
+    on_terminal = stream is not None and stream.isatty()
+    return PlainConsole(
+        stderr=stderr, width=None if on_terminal else _PIPE_WIDTH, highlight=False, markup=False, emoji=False
+    )
 
 
 class ProgressBar(Progress):

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from porting.errors import SourceError
+from porting.errors import KeyMapError, SourceError
 from porting.kinds.transforms import Array, Shape
 from porting.mapping.convert import diff_keys
 from porting.mapping.key_map import KeyMap
-from porting.mapping.naming import Naming, recognise_naming
+from porting.mapping.naming import Naming, Recognition, recognise_naming
 from porting.models.images import Preprocessing
 from porting.parity.training import OptimizerPair, usual_optimizers
 from porting.sources.table import Source, read_table
@@ -26,11 +26,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Spec:
-    """One model of a family: which variant, how many classes (0: no head), and under whose names and settings."""
+    """One model of a family: which variant, how many classes (0: no head), and under whose names.
+
+    `stated` are settings that the checkpoint or what stands beside it states; all others are those of the naming.
+    """
 
     variant: str
     num_classes: int
     naming: Naming
+    stated: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """Arguments for the family's builders, such as an epsilon."""
+        return {**self.naming.settings, **self.stated}
+
+    def described(self) -> str:
+        """Names and settings in words, for the user; a setting that nothing states is said to be assumed."""
+        facts = [
+            f"{name} {value:g}" + ("" if name in self.stated else " (assumed: the file does not state it)")
+            for name, value in self.settings.items()
+        ]
+        head = "with a head" if self.naming.head else "without a head"
+        return ", ".join([f"{self.naming.name} names", *facts, head])
 
     def without_head(self) -> Spec:
         """The model's body saved alone: no name has a prefix that stands before all of them."""
@@ -81,11 +99,17 @@ class Family:
         """The number of classes that the published weights have."""
         return self.source_of(variant).classes
 
-    def spec(self, variant: str, num_classes: int | None = None, naming: Naming | None = None) -> Spec:
+    def spec(
+        self,
+        variant: str,
+        num_classes: int | None = None,
+        naming: Naming | None = None,
+        stated: Mapping[str, float] | None = None,
+    ) -> Spec:
         """By default with the usual number of classes, and under the reference's own names."""
         classes = self.usual_classes(variant) if num_classes is None else num_classes
         naming = naming or self.namings[0]
-        return Spec(variant, classes, naming if classes or not naming.head else naming.without_head())
+        return Spec(variant, classes, naming if classes or not naming.head else naming.without_head(), stated or {})
 
     def reference_names(self, spec: Spec) -> Collection[str]:
         """The names of all tensors of the PyTorch model; by default it is built, without memory for its weights."""
@@ -172,21 +196,67 @@ class Family:
         """
         return False
 
-    def recognise(self, variant: str, state_dict: Mapping[str, Array], *, forced: str | None = None) -> Spec:
-        """What a state_dict is taken for, by its tensors' names, or under the naming called `forced`."""
-        naming = recognise_naming(self.namings, partial(self._key_map_under, variant), state_dict, forced=forced)
-        return Spec(variant, self.num_classes(variant, state_dict, naming), naming)
+    def stated_settings(self, variant: str, facts: Mapping[str, Any]) -> Mapping[str, float]:
+        """Of the settings of this family's builders, those that `facts` state, which `Checkpoint.facts` explains.
+
+        Raises KeyMapError, by name, for a statement that the family cannot build. By default nothing is read.
+        """
+        return {}
+
+    def recognise(
+        self,
+        variant: str,
+        state_dict: Mapping[str, Array],
+        *,
+        forced: str | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> Spec:
+        """What a state_dict is taken for, by its tensors' names and what `facts` state, or under the naming `forced`.
+
+        Raises KeyMapError where the names are those of several publishers whose settings differ, and nothing tells.
+        """
+        recognition = self._recognition(variant, state_dict, forced)
+        stated = self.stated_settings(variant, facts or {})
+        naming = recognition.naming
+        open_settings = naming.settings.keys() - stated.keys()
+        if rivals := [each for each in recognition.rivals if _differ(each, naming, open_settings)]:
+            known = [f"{each.name} ({_settings_text(each)})" for each in (naming, *rivals)]
+            raise KeyMapError(
+                f"the tensors' names are those of {' and of '.join(known)}, and nothing in the file states which",
+                hint="Say whose they are: " + " or ".join(f"--layout {each.name}" for each in (naming, *rivals)) + ".",
+            )
+        return Spec(variant, self.num_classes(variant, state_dict, naming), naming, stated)
+
+    def fit(self, variant: str, names: Collection[str]) -> float:
+        """Which share of the names a checkpoint of this variant has, under the naming that fits best, from 0 to 1."""
+        return self._recognition(variant, names, None).fit
+
+    def _recognition(self, variant: str, names: Collection[str], forced: str | None) -> Recognition:
+        return recognise_naming(self.namings, partial(self._key_map_under, variant), names, forced=forced)
 
     def _key_map_under(self, variant: str, naming: Naming) -> KeyMap:
-        return self.key_map(self.spec(variant, None if naming.head else 0, naming))
+        cache: dict[tuple[str, str, str, str], KeyMap] = vars(self).setdefault("_key_maps", {})
+        key = variant, naming.name, naming.head, naming.prefix
+        if key not in cache:
+            cache[key] = self.key_map(self.spec(variant, None if naming.head else 0, naming))
+        return cache[key]
 
     def guess_variant(self, state_dict: Mapping[str, Array]) -> str | None:
         """The variant whose tensors a state_dict has, under any naming, or None."""
         for variant in self.variants:
-            spec = self.recognise(variant, state_dict)
+            naming = self._recognition(variant, state_dict, None).naming
+            spec = Spec(variant, self.num_classes(variant, state_dict, naming), naming)
             if not diff_keys(state_dict, self.key_map(spec), by_path(self.weight_shapes(spec))):
                 return variant
         return None
+
+
+def _differ(one: Naming, other: Naming, settings: Collection[str]) -> bool:
+    return any(one.settings.get(name) != other.settings.get(name) for name in settings)
+
+
+def _settings_text(naming: Naming) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in naming.settings.items())
 
 
 def by_path(layers: Mapping[str, Mapping[str, Shape]]) -> dict[str, Shape]:

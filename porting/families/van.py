@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -90,8 +90,7 @@ _MMPRETRAIN = (
 )
 
 
-# Official names without a head are those of the backbones that VAN-Segmentation publishes.
-OFFICIAL = Naming("official", RULES, headless=False, settings={"layer_norm_eps": 1e-6})
+OFFICIAL = Naming("official", RULES, settings={"layer_norm_eps": 1e-6})
 _BODY = tuple(rule for rule in RULES if rule.source != "head")
 NAMINGS = (
     OFFICIAL,
@@ -130,13 +129,18 @@ class VanFamily(Family):
     def build_reference(self, spec: Spec) -> nn.Module:
         from porting.references.van import build_van
 
-        return build_van(spec.variant, spec.num_classes, **spec.naming.settings)
+        return build_van(spec.variant, spec.num_classes, **spec.settings)
 
     def build_candidate(self, spec: Spec) -> keras.Model:
         import van_tf
 
-        epsilon = spec.naming.settings["layer_norm_eps"]
+        epsilon = spec.settings["layer_norm_eps"]
         return van_tf.van(van_tf.VARIANTS[spec.variant], layer_norm_epsilon=epsilon, **_top(spec))
+
+    def stated_settings(self, variant: str, facts: Mapping[str, Any]) -> Mapping[str, float]:
+        from porting.families.van_facts import stated_settings
+
+        return stated_settings(variant, _shape(variant), facts)
 
     # What follows is quicker or more than the defaults.
 
@@ -162,7 +166,7 @@ class VanFamily(Family):
         arguments = [] if spec.num_classes else ["include_top=False"]
         if spec.num_classes and spec.num_classes != self.usual_classes(spec.variant):
             arguments.append(f"classes={spec.num_classes}")
-        epsilon = spec.naming.settings["layer_norm_eps"]
+        epsilon = spec.settings["layer_norm_eps"]
         if epsilon != OFFICIAL.settings["layer_norm_eps"]:
             arguments.append(f"layer_norm_epsilon={epsilon:g}")
         return f"van_tf.van_{spec.variant}({', '.join(arguments)})"

@@ -11,27 +11,31 @@ import contextlib
 import hashlib
 import json
 import mmap
-import os
 import pathlib
 import re
-import struct
 import types
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from porting.errors import CheckpointError, SourceError
+from porting.files.containers import (
+    MAX_PICKLE,
+    MAX_TENSORS,
+    open_checkpoint,
+    recognise,
+    refuse_other_folder,
+    save_the_state_dict,
+)
+from porting.files.torchscript import read_torchscript
+from porting.files.unwrap import Fit, find_weights
 from porting.kinds.transforms import Array
-
-PLAIN_WRAPPERS = ("state_dict", "model")
-EMA_WRAPPERS = ("state_dict_ema", "model_ema")
-# Left by DataParallel, torch.compile and detection frameworks; taken off when every tensor has it.
-PREFIXES = ("module.", "_orig_mod.", "backbone.")
 
 _INDEX_SUFFIX = ".index.json"
 _NAMES_IN_FOLDER = (
@@ -40,7 +44,11 @@ _NAMES_IN_FOLDER = (
     "pytorch_model.bin",
     f"pytorch_model.bin{_INDEX_SUFFIX}",
 )
-_SAFETENSORS_MAX_HEADER = 100_000_000  # the format's own limit, in bytes
+_CONFIG = "config.json"
+_MAX_CONFIG = 1 << 20  # bytes
+_MAX_INDEX = 64 << 20  # bytes
+# Of what a checkpoint says of its model, so much is kept: nesting, entries of one dict or list, letters of a text.
+_FACTS_DEPTH, _FACTS_WIDTH, _FACTS_TEXT = 5, 300, 200_000
 
 
 @dataclass(frozen=True)
@@ -48,8 +56,10 @@ class Checkpoint:
     """The weights of one file.
 
     `state_dict` has the tensors by PyTorch's name, in the file's own types (bfloat16 as `ml_dtypes.bfloat16`).
-    `wrapper` is the entry of the file that held them, "" for none; `prefixes` what was taken off the names;
-    `is_ema` whether they are moving averages, and `has_ema` whether the file has such weights at all.
+    `wrapper` is the entry of the file that held them, "" for none; `prefixes` what was taken off the names; `dropped`
+    the entries beside them that no model has; `is_ema` whether they are moving averages, and `has_ema` whether the file
+    has such weights at all; `files` what was read. `facts` are plain values that stand beside the weights and may say
+    how the model is built: by the file's own keys, and under "config.json" what a folder of transformers has.
     """
 
     path: Path
@@ -60,6 +70,25 @@ class Checkpoint:
     prefixes: tuple[str, ...] = ()
     is_ema: bool = False
     has_ema: bool = False
+    files: tuple[Path, ...] = ()
+    dropped: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def remarks(self) -> list[str]:
+        """What a user should know of how the weights were found, in sentences."""
+        lines = []
+        if self.wrapper or self.prefixes:
+            where = f"Weights taken from the entry {self.wrapper!r}" if self.wrapper else "Weights taken"
+            without = f", without {', '.join(map(repr, self.prefixes))} in their names" if self.prefixes else ""
+            lines.append(f"{where}{without}.")
+        if self.dropped:
+            shown = ", ".join(self.dropped[:5]) + (", ..." if len(self.dropped) > 5 else "")
+            lines.append(f"Left out, as no part of the weights: {len(self.dropped)} entries: {shown}")
+        if self.has_ema and not self.is_ema:
+            lines.append("The checkpoint also has moving averages of its weights; --ema takes them.")
+        elif self.is_ema:
+            lines.append("These are moving averages of weights.")
+        return lines
 
 
 def inert_globals() -> list[Any]:
@@ -81,93 +110,183 @@ def inert_globals() -> list[Any]:
     ]
 
 
-def read_checkpoint(path: Path, *, ema: bool = False) -> Checkpoint:
-    """Reads a `.pth`, `.pth.tar`, `.pt`, `.bin` or `.safetensors` file; its content, not its name, says which.
+def read_checkpoint(
+    path: Path, *, ema: bool = False, key: str | None = None, prefix: str | None = None, fit: Fit | None = None
+) -> Checkpoint:
+    """Reads a file of torch.save or torch.jit.save, or safetensors; its content, not its name, says which.
 
     An index of shards (`model.safetensors.index.json`, `pytorch_model.bin.index.json`) stands for all of them, and a
     folder for the index or file in it that has one of the names that transformers gives.
 
     `ema` takes the moving averages where a file has them beside the plain weights; by default the plain ones are
-    taken, or the averages where there is nothing else.
+    taken, or the averages where there is nothing else. `key` is the dotted entry of the file that holds the weights and
+    `prefix` what is taken off their names, dropping all others; by default both are found, with the help of `fit`:
+    which share of some names the model has.
 
     Raises SourceError when there is no such file, and CheckpointError when it is not a whole checkpoint, holds
     anything that would run code, or has no state_dict.
     """
     if path.is_dir():
         path = _file_in(path)
+    shards: tuple[Path, ...] = ()
     if path.name.endswith(_INDEX_SUFFIX):
-        return _read_shards(path)
-    try:
-        with path.open("rb") as file:
-            kind = _recognise(path, file)
-            file.seek(0)
+        shards, contents, kind, sha256 = _read_shards(path)
+    else:
+        contents, kind, sha256 = _read_file(path)
+    weights = find_weights(path, contents, ema=ema, key=key, prefix=prefix, fit=fit)
+    if packed := [name for name in (*weights.tensors, *weights.dropped) if "_packed_params" in name]:
+        raise CheckpointError(
+            f"{path}: {packed[0]} is of a quantised module (torch.ao); only float weights can be ported",
+            hint="Take the checkpoint from before quantisation.",
+        )
+    if len(weights.tensors) > MAX_TENSORS:
+        raise CheckpointError(f"{path}: has {len(weights.tensors):,} tensors, more than {MAX_TENSORS:,}")
+    return Checkpoint(
+        path,
+        sha256,
+        kind,
+        {name: _to_numpy(path, name, tensor) for name, tensor in weights.tensors.items()},
+        weights.key,
+        weights.prefixes,
+        weights.is_ema,
+        weights.has_ema,
+        (path, *shards),
+        weights.dropped,
+        {**_facts_in(contents), **_config_beside(path)},
+    )
+
+
+def checkpoint_files(path: Path) -> tuple[Path, ...]:
+    """The files that `read_checkpoint` would read for a path, as far as that can be told; never raises."""
+    with contextlib.suppress(SourceError, CheckpointError, OSError, ValueError):
+        if path.is_dir():
+            path = _file_in(path)
+        if path.name.endswith(_INDEX_SUFFIX):
+            return (path, *(path.with_name(shard) for shard in sorted(set(_read_index(path)[0].values()))))
+    return (path,)
+
+
+def _read_file(path: Path) -> tuple[Any, str, str]:
+    """What one file holds, its format and its hash."""
+    with open_checkpoint(path) as file:
+        try:
+            kind = recognise(path, file)
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             file.seek(0)
-            contents = _load_safetensors(path) if kind == "safetensors" else _load_pickle(path, file, kind)
-    except FileNotFoundError:
-        raise SourceError(
-            f"{path}: no such file", hint="Check the path, or leave out --checkpoint to use the official weights."
-        ) from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
-    tensors, wrapper, is_ema, has_ema = _unwrap(path, contents, ema)
-    tensors, prefixes = _strip_prefixes(tensors)
-    state_dict = {name: _to_numpy(path, name, tensor) for name, tensor in tensors.items()}
-    return Checkpoint(path, sha256, kind, state_dict, wrapper, prefixes, is_ema, has_ema)
+            if kind == "safetensors":
+                return _load_safetensors(path), kind, sha256
+            if kind == "torchscript":
+                return read_torchscript(path, file), kind, sha256
+            return _load_pickle(path, file, kind), kind, sha256
+        except (zipfile.BadZipFile, EOFError) as error:
+            raise _pickle_error(path, error) from None
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 def _file_in(folder: Path) -> Path:
-    for name in _NAMES_IN_FOLDER:
-        if (folder / name).is_file():
-            return folder / name
+    try:
+        for name in _NAMES_IN_FOLDER:
+            if (folder / name).is_file():
+                return folder / name
+        refuse_other_folder(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read: {error.strerror or error}") from None
     raise SourceError(
         f"{folder}: a folder without a checkpoint in it",
         hint=f"Give the file itself; in a folder, one of {', '.join(_NAMES_IN_FOLDER)} is looked for.",
     )
 
 
-def _read_shards(index: Path) -> Checkpoint:
-    """All shards that an index names, as one checkpoint; its hash is that of the index and the shards' hashes."""
+def _read_index(index: Path) -> tuple[dict[str, str], bytes]:
+    """The shard of every tensor, and the index's own bytes; raises CheckpointError."""
+    with open_checkpoint(index) as file:
+        text = file.read(_MAX_INDEX + 1)
     try:
-        text = index.read_bytes()
+        if len(text) > _MAX_INDEX:
+            raise ValueError
         names = {str(name): str(shard) for name, shard in json.loads(text)["weight_map"].items()}
-    except FileNotFoundError:
-        raise SourceError(f"{index}: no such file", hint="Check the path.") from None
-    except OSError as error:
-        raise CheckpointError(f"{index}: cannot be read: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(
             f"{index}: not an index of shards: a JSON object with `weight_map` was expected", hint="Fetch it again."
         ) from None
-    digest = hashlib.sha256(text)
-    state_dict: dict[str, Array] = {}
-    kinds = set()
-    for shard in sorted(set(names.values())):
+    for shard in set(names.values()):
         # A name with a folder in it could lead anywhere.
-        if Path(shard).name != shard or shard in {"", ".", ".."} or shard.endswith(_INDEX_SUFFIX):
+        if Path(shard).name != shard or shard in {"", ".", ".."} or shard.endswith(_INDEX_SUFFIX) or "\0" in shard:
             raise CheckpointError(f"{index}: {shard!r} is not the name of a file beside it")
-        loaded = read_checkpoint(index.with_name(shard))
+    return names, text
+
+
+def _read_shards(index: Path) -> tuple[tuple[Path, ...], dict[str, Any], str, str]:
+    """The shards, their tensors as one dict, their formats, and a hash of the index and the shards' hashes."""
+    names, text = _read_index(index)
+    digest = hashlib.sha256(text)
+    tensors: dict[str, Any] = {}
+    kinds, shards = set(), tuple(index.with_name(shard) for shard in sorted(set(names.values())))
+    for shard in shards:
+        contents, kind, sha256 = _read_file(shard)
         # Prefixes are taken off the whole, not off a part of it.
-        held = {"".join(loaded.prefixes) + name: array for name, array in loaded.state_dict.items()}
-        if differing := sorted(held.keys() ^ {name for name, place in names.items() if place == shard}):
+        held = {str(name): value for name, value in contents.items()} if isinstance(contents, Mapping) else {}
+        if differing := sorted(held.keys() ^ {name for name, place in names.items() if place == shard.name}):
             raise CheckpointError(
-                f"{index}: {shard} does not hold what the index says: {', '.join(differing[:5])}",
+                f"{index}: {shard.name} does not hold what the index says: {', '.join(differing[:5])}",
                 hint="Index and shards are of different checkpoints; fetch all of them again.",
             )
-        state_dict |= held
-        digest.update(loaded.sha256.encode())
-        kinds.add(loaded.format)
-    if not state_dict:
+        tensors |= held
+        digest.update(sha256.encode())
+        kinds.add(kind)
+    if not tensors:
         raise CheckpointError(f"{index}: names no tensors")
-    tensors, prefixes = _strip_prefixes(state_dict)
-    return Checkpoint(index, digest.hexdigest(), f"shards of {', '.join(sorted(kinds))}", tensors, "", prefixes)
+    return shards, tensors, f"shards of {', '.join(sorted(kinds))}", digest.hexdigest()
+
+
+def _facts_in(contents: Any) -> dict[str, Any]:
+    """The plain values beside the weights: arguments of a training script, hyperparameters, a configuration."""
+
+    def plain(value: Any, depth: int) -> Any:
+        if isinstance(value, (argparse.Namespace, types.SimpleNamespace)):
+            value = vars(value)
+        if isinstance(value, Mapping) and depth:
+            items = [(name, item) for name, item in value.items() if isinstance(name, str)][:_FACTS_WIDTH]
+            pairs = ((name, plain(item, depth - 1)) for name, item in items)
+            return {name: item for name, item in pairs if item is not None}
+        if isinstance(value, (list, tuple)) and depth:
+            return [plain(item, depth - 1) for item in value[:_FACTS_WIDTH]]
+        if isinstance(value, str):
+            return value[:_FACTS_TEXT]
+        if isinstance(value, (bool, int)):
+            return value
+        return float(value) if isinstance(value, float) else None  # NumPy's numbers are floats of another class
+
+    found = plain(contents, _FACTS_DEPTH) if isinstance(contents, Mapping) else {}
+    return {name: value for name, value in found.items() if not isinstance(value, (dict, list)) or value}
+
+
+def _config_beside(path: Path) -> dict[str, Any]:
+    """`config.json` beside a file with one of the names that transformers gives; raises CheckpointError."""
+    config = path.with_name(_CONFIG)
+    if path.name not in _NAMES_IN_FOLDER or not config.is_file():
+        return {}
+    with open_checkpoint(config) as file:
+        text = file.read(_MAX_CONFIG + 1)
+    try:
+        if len(text) > _MAX_CONFIG:
+            raise ValueError
+        found = json.loads(text)
+        if not isinstance(found, dict):
+            raise ValueError
+    except (ValueError, RecursionError):
+        raise CheckpointError(
+            f"{config}: not a JSON object of at most {_MAX_CONFIG >> 20} MiB",
+            hint="It says how the model is built. Fetch it again, or move the weights to a folder without it.",
+        ) from None
+    return {_CONFIG: found}
 
 
 def verify_container(path: Path) -> None:
     """Raises CheckpointError where a file is not a checkpoint, or not a whole one, as far as that shows unread."""
-    with path.open("rb") as file:
-        kind = _recognise(path, file)
-        file.seek(0)
+    with open_checkpoint(path) as file:
+        kind = recognise(path, file)
         if kind == "torch zip":
             try:
                 _verify_checksums(path, file)
@@ -177,33 +296,7 @@ def verify_container(path: Path) -> None:
         _load_safetensors(path)
 
 
-def _recognise(path: Path, file: BinaryIO) -> str:
-    """Names the format by the first bytes, or says what the file is instead."""
-    size = os.fstat(file.fileno()).st_size
-    head = file.read(512)
-    if not head:
-        raise CheckpointError(f"{path}: the file is empty", hint="Fetch it again; the download did not begin.")
-    if head.startswith(b"PK\x03\x04"):
-        return "torch zip"
-    if len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] <= min(size, _SAFETENSORS_MAX_HEADER):
-        return "safetensors"
-    if head[:1] == b"\x80":
-        return "torch pickle"
-    text = head.lstrip().lower()
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        what, hint = "a web page", "The download gave a page, perhaps a login or an error; fetch the file itself."
-    elif text.startswith(b"version https://git-lfs"):
-        what, hint = "a Git LFS pointer", "Run `git lfs pull` where it came from; the weights were not fetched."
-    elif head.startswith(b"\x89HDF"):
-        what, hint = "an HDF5 file", "Keras weights are read by `van-port inspect`; a checkpoint comes from PyTorch."
-    elif head.startswith(b"\x1f\x8b"):
-        what, hint = "a gzip archive", "Unpack it first; --checkpoint takes the file within."
-    else:
-        what, hint = "no format of PyTorch's", "Expected a file made by torch.save, or safetensors."
-    raise CheckpointError(f"{path}: not a checkpoint: {what}", hint=hint)
-
-
-def _load_pickle(path: Path, file: BinaryIO, kind: str) -> Any:
+def _load_pickle(path: Path, file: BufferedReader, kind: str) -> Any:
     import torch
 
     try:
@@ -223,13 +316,19 @@ def _load_pickle(path: Path, file: BinaryIO, kind: str) -> Any:
         raise _pickle_error(path, error) from None
 
 
-def _verify_checksums(path: Path, file: BinaryIO) -> None:
+def _verify_checksums(path: Path, file: BufferedReader) -> None:
     """torch.load does not look at the archive's checksums, so a flipped bit in a weight would pass unseen."""
     with zipfile.ZipFile(file) as archive:
         if compressed := [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]:
             raise CheckpointError(
                 f"{path}: {compressed[0][:100]} in it is compressed, and torch.save compresses nothing",
                 hint="It may unpack to any size. Where you trust its origin, load it in PyTorch and save it again.",
+            )
+        pickles = [info for info in archive.infolist() if info.filename.endswith(".pkl")]
+        if any(info.file_size > MAX_PICKLE for info in pickles):
+            raise CheckpointError(
+                f"{path}: its list of tensors takes more than {MAX_PICKLE >> 20} MiB, which no model needs",
+                hint=save_the_state_dict(),
             )
         damaged = archive.testzip()
     file.seek(0)
@@ -240,7 +339,7 @@ def _verify_checksums(path: Path, file: BinaryIO) -> None:
         )
 
 
-def _refuse_allocation(path: Path, file: BinaryIO) -> None:
+def _refuse_allocation(path: Path, file: BufferedReader) -> None:
     """torch.load lets a pickle ask for a bytearray of any size, the one way in which a small file takes much memory."""
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         # A pickle is stored uncompressed and names what it builds in plain letters.
@@ -248,7 +347,7 @@ def _refuse_allocation(path: Path, file: BinaryIO) -> None:
             raise CheckpointError(
                 f"{path}: refused: the file asks to build a bytearray, and a checkpoint may hold only tensors and "
                 "plain values; nothing in it was run",
-                hint="Where you trust its origin, load it there and save only `model.state_dict()`.",
+                hint=save_the_state_dict(),
             )
 
 
@@ -260,7 +359,12 @@ def _pickle_error(path: Path, error: Exception) -> CheckpointError:
         return CheckpointError(
             f"{path}: refused: the file asks to run or build {name}, and a checkpoint may hold only tensors and "
             "plain values; nothing in it was run",
-            hint="Where you trust its origin, load it there and save only `model.state_dict()`.",
+            hint=save_the_state_dict(),
+        )
+    if "qtensor" in text or "per_channel" in text or "quantized" in text:
+        return CheckpointError(
+            f"{path}: a quantised checkpoint; only float weights can be ported",
+            hint="Take the checkpoint from before quantisation.",
         )
     if (
         "central directory" in text
@@ -285,6 +389,9 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
     import safetensors.torch
 
     try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            if (count := len(file.keys())) > MAX_TENSORS:
+                raise CheckpointError(f"{path}: has {count:,} tensors, more than {MAX_TENSORS:,}")
         return dict(safetensors.torch.load_file(path))
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
@@ -292,58 +399,19 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
         ) from None
 
 
-def _unwrap(path: Path, contents: Any, ema: bool) -> tuple[Mapping[str, Any], str, bool, bool]:
-    """Finds the state_dict in what a file holds: `(tensors, wrapper, is_ema, has_ema)`."""
-    if not isinstance(contents, Mapping):
-        raise CheckpointError(
-            f"{path}: holds a {type(contents).__name__}, not a state_dict", hint="Save `model.state_dict()` instead."
-        )
-    wrappers = {key: value for key, value in contents.items() if isinstance(value, Mapping) and value}
-    plain = [key for key in PLAIN_WRAPPERS if key in wrappers]
-    averaged = [key for key in EMA_WRAPPERS if key in wrappers]
-    if ema and not averaged:
-        raise CheckpointError(
-            f"{path}: has no moving averages of weights (looked for {', '.join(EMA_WRAPPERS)})",
-            hint="Leave out --ema to take the plain weights.",
-        )
-    chosen = averaged if ema or not plain else plain
-    wrapper = chosen[0] if chosen else ""
-    tensors = wrappers[wrapper] if wrapper else contents
-    others = [str(key) for key, value in tensors.items() if not isinstance(key, str) or not _is_tensor(value)]
-    if others or not tensors:
-        found = ", ".join(sorted(others)[:10]) or "nothing"
-        raise CheckpointError(
-            f"{path}: {f'its entry {wrapper!r}' if wrapper else 'the file'} is not a state_dict: "
-            f"these entries are no tensors: {found}",
-            hint=f"Weights are looked for at the top and under {', '.join(PLAIN_WRAPPERS + EMA_WRAPPERS)}.",
-        )
-    return tensors, wrapper, wrapper in EMA_WRAPPERS, bool(averaged)
-
-
-def _strip_prefixes(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Takes off each known prefix that every name has, again and again: they nest."""
-    stripped: list[str] = []
-    tensors = dict(tensors)
-    while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in tensors)), None):
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-        stripped.append(prefix)
-    return tensors, tuple(stripped)
-
-
-def _is_tensor(value: Any) -> bool:
-    import torch
-
-    return isinstance(value, torch.Tensor)
-
-
 def _to_numpy(path: Path, name: str, tensor: Any) -> Array:
     import torch
 
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex() or tensor.device.type != "cpu":
+    if tensor.is_quantized:
         raise CheckpointError(
-            f"{path}: {name} is a {tensor.dtype} tensor of layout {tensor.layout} on {tensor.device.type}; "
-            "only dense, real, unquantised tensors can be ported",
-            hint="Dequantise or densify the model in PyTorch and save its state_dict again.",
+            f"{path}: {name} is quantised ({tensor.dtype}); only float weights can be ported",
+            hint="Take the checkpoint from before quantisation; dequantised weights are not what it was trained to.",
+        )
+    if tensor.is_nested or tensor.layout != torch.strided or tensor.is_complex() or tensor.device.type != "cpu":
+        what = "nested" if tensor.is_nested else f"{tensor.dtype}, {tensor.layout}, on {tensor.device.type}"
+        raise CheckpointError(
+            f"{path}: {name} is a tensor that cannot be ported ({what}); dense, real tensors can",
+            hint="Make it dense and real in PyTorch and save the state_dict again.",
         )
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise CheckpointError(

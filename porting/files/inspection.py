@@ -26,7 +26,7 @@ class Inspection:
         return sum(math.prod(shape) for _, shape, _ in self.tensors)
 
 
-def inspect_file(path: Path, *, ema: bool = False) -> Inspection:
+def inspect_file(path: Path, *, ema: bool = False, key: str | None = None, prefix: str | None = None) -> Inspection:
     """Reads any file that the toolkit reads or writes, by its content.
 
     Raises SourceError when there is none, CheckpointError or WeightsFileError when it is not a whole one.
@@ -36,7 +36,7 @@ def inspect_file(path: Path, *, ema: bool = False) -> Inspection:
     if is_weights_file(path):
         survey = survey_file(path)
         return Inspection({"format": "Keras weights"}, survey.provenance, survey.tensors)
-    checkpoint = read_checkpoint(path, ema=ema)
+    checkpoint = read_checkpoint(path, ema=ema, key=key, prefix=prefix)
     facts = {
         "format": checkpoint.format,
         "sha256": checkpoint.sha256,

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from porting.errors import PortingError, WeightsFileError
+from porting.files.bounds import GREATEST_EXPANSION
 
 PROVENANCE = "provenance"
 WEIGHTS_MEMBER = "model.weights.h5"
@@ -25,8 +26,6 @@ HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 # Reading is a matter of disk speed; a sound file of any size takes a fraction of this.
 _SECONDS, _BYTES_A_SECOND = 30.0, 10e6
 _MEMORY = 4 << 30
-# Weights hardly compress. More numbers than this for the bytes that the file has are not weights.
-_GREATEST_EXPANSION = 16
 _ROOM_BESIDE_WEIGHTS = 64 << 20
 _CHILD = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from porting.files.survey import main; main(sys.argv[1])"
@@ -126,7 +125,7 @@ def _read_all(file: Any, size: int) -> list[tuple[str, tuple[int, ...], str]]:
     if links:
         raise ValueError(f"{links[0]} leads out of the file, or to another place in it")
     rows: list[tuple[str, tuple[int, ...], str]] = []
-    room = _GREATEST_EXPANSION * size
+    room = GREATEST_EXPANSION * size
     dict(file.attrs)
 
     def visit(name: str, item: h5py.Dataset | h5py.Group) -> None:

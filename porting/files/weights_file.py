@@ -21,6 +21,7 @@ import numpy as np
 
 from porting.errors import OutputError, SourceError, WeightsFileError
 from porting.files.atomic import interrupt_later, reserve
+from porting.files.bounds import bounded_building
 from porting.files.survey import HDF5_SIGNATURE, PROVENANCE, WEIGHTS_MEMBER
 from porting.kinds.transforms import Array, Shape
 from porting.models.traverse import named_variables
@@ -35,6 +36,7 @@ _ROOM_BESIDE_WEIGHTS = 4 << 20
 _ATTRIBUTE_LIMIT = 64_000
 # So many names are shown of each list of differences.
 _SHOWN = 5
+_CHECK_VARIANT = "Check --variant and the number of classes; `van-port inspect` shows what the file holds."
 
 
 def suffix_of(path: Path) -> str:
@@ -49,6 +51,11 @@ def suffix_of(path: Path) -> str:
 
 def require_file(path: Path) -> None:
     """Raises SourceError where there is no such file, and OutputError where its name does not say its format."""
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "a device, a pipe or a socket"
+        raise SourceError(
+            f"{path}: is {what}; a file was expected", hint="--weights takes a file of van-port or Keras."
+        )
     if not path.is_file():
         raise SourceError(f"{path}: no such file", hint="--weights takes a file that van-port or Keras has written.")
     suffix_of(path)
@@ -102,32 +109,47 @@ def load_model(path: Path, build: Callable[[], keras.Model], what: str = "the mo
     """The model with the weights of `path`, read by Keras's own functions, but for `.h5`, which is read by name.
 
     Keras reads a `.h5` in the order of the model's variables, which changes when a layer is frozen. `what` says in
-    errors what `build` makes. Raises WeightsFileError where the file's weights do not fit it.
+    errors what `build` makes. Raises WeightsFileError where the file's weights are not, one for one, those of it.
     """
     try:
-        return _load_model(path, build, what)
+        with bounded_building(path):
+            return _load_model(path, build, what)
     except WeightsFileError:
         raise
     except Exception as error:  # Keras has no error of its own: a file may end in any
-        raise WeightsFileError(
-            f"{path}: Keras cannot load it into {what}: {str(error).partition(chr(10))[0][:300] or repr(error)}",
-            hint="Check --variant and the number of classes; `van-port inspect` shows what the file holds.",
-        ) from None
+        raise _keras_error(path, error, what) from None
 
 
 def _load_model(path: Path, build: Callable[[], keras.Model], what: str) -> keras.Model:
     import keras
 
     suffix = suffix_of(path)
+    model = build()  # which registers the classes that a .keras file names
     if suffix == ".keras":
-        build()  # so that the classes in the file are registered
-        return keras.models.load_model(path, compile=False)
-    model = build()
+        loaded = keras.models.load_model(path, compile=False)
+        if not isinstance(loaded, keras.Model):
+            raise WeightsFileError(f"{path}: holds a {type(loaded).__name__}, not a model", hint=_CHECK_VARIANT)
+        found = variable_shapes(loaded)
+        _refuse_other_variables(path, found, model, what)
+        return loaded
     if suffix == ".h5":
         _load_by_name(path, model, what)
     else:
         model.load_weights(path)
     return model
+
+
+def _keras_error(path: Path, error: Exception, what: str) -> WeightsFileError:
+    text = str(error)
+    if "safe_mode" in text or "Lambda" in text:  # Keras advises to run the code all the same
+        return WeightsFileError(
+            f"{path}: holds code (a Lambda layer, say), which is never run; nothing in it was run",
+            hint="Save its weights alone where it was made: model.save_weights('x.weights.h5').",
+        )
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return WeightsFileError(
+        f"{path}: Keras cannot load it into {what}: {lines[0][:300] if lines else repr(error)}", hint=_CHECK_VARIANT
+    )
 
 
 def _load_by_name(path: Path, model: keras.Model, what: str) -> None:
@@ -146,25 +168,33 @@ def _load_by_name(path: Path, model: keras.Model, what: str) -> None:
                 else:
                     known = f"{layer}/{short}"
                 found[known] = np.asarray(root[layer][name])
-    missing, unexpected = sorted(variables.keys() - found.keys()), sorted(found.keys() - variables.keys())
-    other_shapes = [
-        f"{name}: {found[name].shape} instead of {tuple(variables[name].shape)}"
-        for name in variables
-        if name in found and found[name].shape != tuple(variables[name].shape)
-    ]
-    if missing or unexpected or other_shapes:
-        lists = (("missing", missing), ("not in the model", unexpected), ("of another shape", other_shapes))
-        details = "; ".join(
-            f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''}"
-            for what, names in lists
-            if names
-        )
-        raise WeightsFileError(
-            f"{path}: its variables are not those of {what}: {details}",
-            hint="Check --variant and the number of classes; `van-port inspect` shows what the file holds.",
-        )
+    _refuse_other_variables(path, {name: array.shape for name, array in found.items()}, model, what)
     for name, variable in variables.items():
         variable.assign(found[name])
+
+
+def _refuse_other_variables(path: Path, found: Mapping[str, Shape], model: keras.Model, what: str) -> None:
+    """Raises WeightsFileError, by name, for variables that one side lacks or has in another shape."""
+    expected = variable_shapes(model)
+    lists = (
+        ("missing", sorted(expected.keys() - found.keys())),
+        ("not in the model", sorted(found.keys() - expected.keys())),
+        (
+            "of another shape",
+            [
+                f"{name}: {found[name]} instead of {shape}"
+                for name, shape in expected.items()
+                if name in found and found[name] != shape
+            ],
+        ),
+    )
+    details = "; ".join(
+        f"{len(names)} {which}: {', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''}"
+        for which, names in lists
+        if names
+    )
+    if details:
+        raise WeightsFileError(f"{path}: its variables are not those of {what}: {details}", hint=_CHECK_VARIANT)
 
 
 def _read_names(group: Any, attribute: str) -> list[str]:

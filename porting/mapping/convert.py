@@ -12,6 +12,9 @@ from porting.errors import CheckpointError, KeyMapError
 from porting.kinds.transforms import Array, Shape
 from porting.mapping.key_map import KeyMap
 
+_MOST_COMPARISONS = 4_000_000  # of two names; a second or so
+_MOST_ROWS = 1000
+
 
 @dataclass(frozen=True)
 class Mismatch:
@@ -40,7 +43,7 @@ class KeyDiff:
         return any((self.missing_keys, self.unexpected_keys, self.mismatched, self.unwritten, self.unknown))
 
     def describe(self) -> str:
-        """All differences as titled, sorted lists, with the nearest unused name beside each missing one."""
+        """The differences as titled, sorted lists, with the nearest unused name beside each missing one."""
         sections = [
             ("missing from the checkpoint", _with_nearest(self.missing_keys, self.unexpected_keys)),
             ("in the checkpoint, but not part of the model", _with_nearest(self.unexpected_keys, self.missing_keys)),
@@ -54,7 +57,10 @@ class KeyDiff:
         lines: list[str] = []
         for title, rows in sections:
             if rows:
-                lines += [f"{len(rows)} {title}:", *(f"  {row}" for row in sorted(rows))]
+                shown = sorted(rows)[:_MOST_ROWS]
+                lines += [f"{len(rows)} {title}:", *(f"  {row}" for row in shown)]
+                if len(rows) > len(shown):
+                    lines.append(f"  and {len(rows) - len(shown)} more")
         return "\n".join(lines)
 
 
@@ -162,6 +168,10 @@ def refuse_non_finite(tensors: Mapping[str, Array], *, allowed: bool = False) ->
 
 
 def _with_nearest(names: Iterable[str], others: tuple[str, ...]) -> list[str]:
+    """With the nearest of the other names, where that can be found at once: the search compares all with all."""
+    names = list(names)
+    if len(names) * len(others) > _MOST_COMPARISONS:
+        return names
     rows = []
     for name in names:
         match = process.extractOne(name, others, score_cutoff=75.0) if others else None

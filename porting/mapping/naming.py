@@ -19,9 +19,9 @@ class Naming:
 
     `rules` are the family's rows, under the reference's own names, and `sources` this publisher's names for them, one
     for each row; None where they are the same. `head` is this publisher's name of the row for the classifier, "" where
-    there is none. `prefix` stands before all names but the head's; a part of the model saved alone lacks it.
-    `headless` is whether a checkpoint without a head is taken for this publisher's. `drops` and `foreign` are what
-    `KeyMap` has under these names. `settings` are arguments for the family's builders, such as an epsilon.
+    there is none. `prefix` stands before all names but the head's; a part of the model saved alone lacks it. `drops`
+    and `foreign` are what `KeyMap` has under these names. `settings` are arguments for the family's builders, such as
+    an epsilon: what this publisher's code has where nothing beside the weights states it.
     """
 
     name: str
@@ -29,7 +29,6 @@ class Naming:
     sources: tuple[str, ...] | None = None
     head: str = "head"
     prefix: str = ""
-    headless: bool = True
     drops: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
     settings: Mapping[str, float] = field(default_factory=dict)
@@ -55,11 +54,6 @@ class Naming:
         drops = tuple(name.removeprefix(self.prefix) for name in self.drops)
         return replace(self, sources=sources, prefix="", drops=drops)
 
-    def described(self) -> str:
-        """The naming in words, for the user."""
-        facts = [f"{name} {value:g}" for name, value in self.settings.items()]
-        return ", ".join([f"{self.name} names", *facts, "with a head" if self.head else "without a head"])
-
 
 def naming_called(namings: Sequence[Naming], name: str) -> Naming:
     """The naming of that name; raises KeyMapError where there is none."""
@@ -69,31 +63,45 @@ def naming_called(namings: Sequence[Naming], name: str) -> Naming:
     raise KeyMapError(f"there is no layout {name!r}", hint=f"There are {', '.join(naming.name for naming in namings)}.")
 
 
+@dataclass(frozen=True)
+class Recognition:
+    """What a checkpoint's names show: `naming` fits best, `fit` is the share of names that agree, from 0 to 1.
+
+    `rivals` are namings that fit as well and have other settings.
+    """
+
+    naming: Naming
+    fit: float
+    rivals: tuple[Naming, ...] = ()
+
+
 def recognise_naming(
     namings: Sequence[Naming],
     key_map: Callable[[Naming], KeyMap],
     names: Collection[str],
     *,
     forced: str | None = None,
-) -> Naming:
+) -> Recognition:
     """The naming that a checkpoint has, in the form that fits it: with or without prefix and head.
 
-    Where several fit equally, the first is taken; where none fits, also the first, so that the differences from it are
-    what the user is told. `forced` is the name of the naming to take in any case; raises KeyMapError where there is
-    none of that name.
+    Where none fits, the first is taken, so that the differences from it are what the user is told. `forced` is the name
+    of the naming to take in any case; raises KeyMapError where there is none of that name.
     """
     if forced is not None:
         namings = [naming_called(namings, forced)]
-    best, most = namings[0], 0.0
+    own_names = set(names)
+    fits: list[tuple[float, Naming]] = []
     for naming in namings:
         for form in (naming, naming.without_prefix()) if naming.prefix else (naming,):
-            bare = form.head and (form.headless or forced is not None)
-            for variation in (form, form.without_head()) if bare else (form,):
+            for variation in (form, form.without_head()) if form.head else (form,):
                 table = key_map(variation)
                 known = {entry.source for entry in table.entries}
-                own = set(names) - set(table.dropped(names))
+                own = own_names - set(table.dropped(own_names))
                 # Both a name too few and one too many count against it.
-                fit = len(known & own) / max(len(known | own), 1)
-                if fit > most:
-                    best, most = variation, fit
-    return best if most >= _ENOUGH or forced is not None else namings[0]
+                fits.append((len(known & own) / max(len(known | own), 1), variation))
+    most = max(fit for fit, _ in fits)
+    best = next(naming for fit, naming in fits if fit == most)
+    if most < _ENOUGH and forced is None:
+        return Recognition(namings[0], most)
+    rivals = [naming for fit, naming in fits if fit == most and naming.settings != best.settings]
+    return Recognition(best, most, tuple(rivals))

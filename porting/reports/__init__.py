@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from porting.errors import OutputError
@@ -29,6 +30,21 @@ def render(report: ParityReport, form: str) -> str:
 
         return to_junit(report)
     raise OutputError(f"no format {form!r}", hint=f"The formats are {', '.join(FORMATS)}.")
+
+
+def is_stream(path: Path) -> bool:
+    """Whether a report's name means standard output: `-`, or `/dev/stdout`."""
+    return str(path) in {"-", "/dev/stdout"}
+
+
+def write_report(report: ParityReport, path: Path, form: str | None = None) -> None:
+    """Writes a report to a file, in the format that its suffix names, or to standard output; raises OutputError."""
+    from porting.files.atomic import write_text
+
+    if is_stream(path):
+        sys.stdout.write(render(report, form or "json"))
+        return
+    write_text(path, render(report, form or format_of(path)))
 
 
 def format_of(path: Path) -> str:

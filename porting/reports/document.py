@@ -41,9 +41,11 @@ from typing import Any
 import msgspec
 
 from porting.errors import ReportError
+from porting.files.atomic import open_regular, sha256_of
 from porting.parity.report import LayerComparison, ParityReport
 
 SCHEMA_VERSION = 3
+_MAX_BYTES = 64 << 20
 
 
 def to_json(report: ParityReport) -> str:
@@ -93,20 +95,30 @@ _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 def _decoded(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _decoded(item) for key, item in value.items()}
+        return {_decoded(key): _decoded(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_decoded(item) for item in value]
-    return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
+    if isinstance(value, str):
+        # A lone half of a pair of surrogates is no text that could be written again.
+        return _NOT_FINITE.get(value, value.encode("utf-8", "backslashreplace").decode())
+    return value
 
 
 def read_report(path: Path) -> ParityReport:
     """The report in a JSON file; raises ReportError when it is none, or of another schema."""
     try:
-        return from_json(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            text = file.read(_MAX_BYTES + 1)
+        if len(text) > _MAX_BYTES:
+            raise ReportError(
+                f"larger than {_MAX_BYTES >> 20} MiB, which no report is",
+                hint="Give the JSON report that a port or a check wrote.",
+            )
+        return from_json(text.decode("utf-8"))
     except FileNotFoundError:
         raise ReportError(f"{path}: no such file", hint="A port and a check write one: OUT.parity.json.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ReportError(f"{path}: cannot be read: {error}") from None
+    except (OSError, ValueError) as error:
+        raise ReportError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     except ReportError as error:
         raise ReportError(f"{path}: {error.message}", hint=error.hint) from None
 
@@ -119,6 +131,48 @@ def from_json(text: str) -> ParityReport:
         version = document["schema_version"]
         if version != SCHEMA_VERSION:
             raise ReportError(f"a report of schema {version}, this version reads {SCHEMA_VERSION}", hint=hint)
-        return msgspec.convert(document, ParityReport)
+        report = msgspec.convert(document, ParityReport)
+        _refuse_unsound(report)
+        return report
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ReportError(f"not a parity report: {type(error).__name__}: {error}", hint=hint) from None
+
+
+def _refuse_unsound(report: ParityReport) -> None:
+    """Raises ValueError for numbers that no check gives, and that a comparison with a limit would let pass."""
+    limits = report.limits
+    if not all(number > 0 for number in (limits.max_ratio, limits.max_exact_ratio, *limits.per_layer.values())):
+        raise ValueError("a limit is not a positive number")
+    for layer in report.layers:
+        for name, view in layer.views.items():
+            distances = (view.scale, view.expected_error, view.actual_error)
+            numbers = [number for each in distances for number in (each.max, each.rms)]
+            if not view.problem and not all(number >= 0 for number in (*numbers, view.usual_rounding, view.roundoff)):
+                raise ValueError(f"the view {name} of {layer.source} has a distance that is no distance")
+    for run in report.stress:
+        _refuse_unsound(run)
+
+
+def file_beside(report: ParityReport, path: Path) -> str:
+    """What the report at `path` says of the file that lies beside it: "" where it is of that one, or says nothing.
+
+    Raises ReportError where that is another file than the report is of.
+    """
+    identity = report.context.get("file")
+    if not isinstance(identity, Mapping) or not isinstance(identity.get("name"), str):
+        return "This report does not say which file it is of."
+    name, expected = str(identity["name"]), str(identity.get("sha256"))
+    beside = path.with_name(name) if Path(name).name == name and name not in {"", ".", ".."} else None
+    if beside is None or not beside.exists():
+        return f"The file that this report is of, {name}, is not beside it."
+    try:
+        found = sha256_of(beside)
+    except OSError as error:
+        return f"The file that this report is of, {name}, cannot be read: {error.strerror or error}"
+    if found != expected:
+        raise ReportError(
+            f"{path}: this report is of another file than {beside}, whose sha256 is {found[:12]} and not "
+            f"{expected[:12]}: it proves nothing of it",
+            hint="Check the file as it is: van-port check --weights FILE.",
+        )
+    return ""

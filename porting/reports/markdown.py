@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from porting.parity.report import FLOAT32, ParityReport
 from porting.reports.terminal import exact_text, findings, ratio_text, remarks, title, verdict
 
@@ -27,14 +29,16 @@ def to_markdown(report: ParityReport) -> str:
     for layer in worst:
         shape = "x".join(map(str, layer.shape))
         parity = "**no**" if report.failed(layer) else ("written otherwise" if layer.rewritten else "yes")
-        cells = (f"`{layer.source}`", shape, exact_text(layer), ratio_text(layer, FLOAT32), parity)
-        lines.append(f"| {' | '.join(_escaped(cell) for cell in cells)} |")
+        source = f"<code>{_escaped(layer.source)}</code>"
+        cells = (source, shape, _escaped(exact_text(layer)), _escaped(ratio_text(layer, FLOAT32)), parity)
+        lines.append(f"| {' | '.join(cells)} |")
     if notes := remarks(report):
         lines += ["", *(f"- {_escaped(line)}" for line in notes)]
     return "\n".join(lines) + "\n"
 
 
 def _escaped(text: str) -> str:
-    """Nothing from a file is Markdown or HTML: `*` and backticks are ours."""
+    """Nothing from a file is Markdown or HTML."""
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return text.replace("|", "\\|").replace("\n", " ")
+    # A link or an image would be fetched by who reads the page; emphasis would hide what stands in the name.
+    return re.sub(r"([\\`*_\[\]|~#!])", r"\\\1", text).replace("\n", " ")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit
 
 from porting.errors import SourceError
 from porting.progress import SILENT, Progress
@@ -22,6 +24,12 @@ _ATTEMPTS = 5  # in a row, without a byte of progress
 _CONNECT_TIMEOUT = 10.0  # seconds
 _STALL_TIMEOUT = 30.0  # seconds without a byte
 _LONGEST_WAIT = 60.0  # seconds, whatever a server asks for
+# Of a file whose length the server does not say: it may go on and on, and must not fill the disk.
+_GREATEST_UNKNOWN = 32 << 30
+# As RFC 9110 writes a strong validator; anything else could not be sent back.
+_STRONG_ETAG = re.compile(r'"[\x21\x23-\x7e]*"')
+_USER = re.compile(r"//[^/?#\s]*@")
+_SECRET = re.compile(r"(://[^?#\s]*)[?#]\S*")
 _GONE = {401: "asks for a login", 403: "refuses access", 404: "has no such file", 410: "has the file no longer"}
 
 
@@ -41,10 +49,8 @@ def cache_folder() -> Path:
 
 
 def shown(url: str) -> str:
-    """The URL without what may be secret in it: name and password, query and fragment."""
-    parts = urlsplit(url)
-    host = parts.hostname or ""
-    return urlunsplit((parts.scheme, f"{host}:{parts.port}" if parts.port else host, parts.path, "", ""))
+    """The URL, or a text with URLs in it, without what may be secret: name and password, query and fragment."""
+    return _SECRET.sub(r"\1", _USER.sub("//", url))
 
 
 def download(
@@ -110,10 +116,10 @@ def _fetch(url: str, part: Path, stall_timeout: float, progress: Progress) -> No
             try:
                 return _request(client, url, part, progress)
             except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
-                raise SourceError(f"{shown(url)}: not a URL to fetch from: {error}") from None
+                raise SourceError(f"{shown(url)}: not a URL to fetch from: {shown(str(error))}") from None
             except (_TryAgainError, httpx.TransportError, httpx.DecodingError) as error:
                 failures = 0 if _size(part) > before else failures + 1
-                reason = str(error) or type(error).__name__
+                reason = shown(str(error)) or type(error).__name__
                 if failures >= _ATTEMPTS or (failures and isinstance(error, httpx.ConnectError)):
                     kept = f"; the {_size(part):,} bytes that came are kept" if _size(part) else ""
                     raise SourceError(
@@ -123,15 +129,16 @@ def _fetch(url: str, part: Path, stall_timeout: float, progress: Progress) -> No
                 wait = getattr(error, "wait", None)
                 time.sleep(min(2.0**failures / 2 if wait is None else wait, _LONGEST_WAIT))
             except httpx.HTTPError as error:
-                raise SourceError(f"cannot fetch {shown(url)}: {error}") from None
+                raise SourceError(f"cannot fetch {shown(url)}: {shown(str(error))}") from None
 
 
 def _request(client: httpx.Client, url: str, part: Path, progress: Progress) -> None:
     """One request for what is still missing of `part`; returns when that is whole."""
     begin, etag = _size(part), _etag_of(part)
     headers = {"Accept-Encoding": "identity"}
-    if begin and etag.is_file():
-        headers |= {"Range": f"bytes={begin}-", "If-Range": etag.read_text(encoding="utf-8")}
+    tag = etag.read_text(encoding="latin-1") if begin and etag.is_file() else ""
+    if _STRONG_ETAG.fullmatch(tag):
+        headers |= {"Range": f"bytes={begin}-", "If-Range": tag}
     else:
         begin = 0
     with client.stream("GET", url, headers=headers) as response:
@@ -160,15 +167,26 @@ def _request(client: httpx.Client, url: str, part: Path, progress: Progress) -> 
             begin = 0
             etag.unlink(missing_ok=True)
             # Only a strong validator says that two answers are the same bytes.
-            if (tag := response.headers.get("ETag", "")) and not tag.startswith("W/"):
-                etag.write_text(tag, encoding="utf-8")
+            if _STRONG_ETAG.fullmatch(tag := response.headers.get("ETag", "")):
+                etag.write_text(tag, encoding="ascii")
         length = response.headers.get("Content-Length")
         total = begin + int(length) if length is not None and length.isdigit() else 0
+        if total - begin > (free := shutil.disk_usage(part.parent).free):
+            raise SourceError(
+                f"cannot fetch {shown(url)}: it has {total:,} bytes, and the cache {part.parent} has room for {free:,}",
+                hint=f"Free space there, or set {CACHE_VARIABLE} to a folder with room.",
+            )
         done = begin
         with part.open("ab" if begin else "wb") as file:
             for chunk in response.iter_raw():
                 file.write(chunk)
                 done += len(chunk)
+                if not total and done > _GREATEST_UNKNOWN:
+                    _forget(part)
+                    raise SourceError(
+                        f"{shown(url)} does not say how long it is, and went on beyond {_GREATEST_UNKNOWN >> 30} GiB",
+                        hint="Fetch it by other means and give the file with --checkpoint.",
+                    )
                 progress(f"fetching {done / 2**20:,.0f} MiB", done, total)
     if total and done != total:
         raise _TryAgainError(f"{done:,} of {total:,} bytes came")

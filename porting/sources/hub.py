@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
 import socket
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 from porting.errors import SourceError
+from porting.sources.download import shown
 from porting.sources.table import Source
 
 _REACH_TIMEOUT = 10.0  # seconds
@@ -42,7 +44,7 @@ def fetch_from_hub(source: Source) -> Path:
             reason = "the hub's repository has no such file"
         except Exception as error:  # the client lets through whatever its HTTP library raises
             first_line = str(error).partition("\n")[0]
-            reason = f"{type(error).__name__}: {first_line[:200]}"
+            reason = f"{type(error).__name__}: {shown(first_line)[:200]}"
     raise SourceError(
         f"cannot get {source.file} from {source.repo} on the Hugging Face hub: {reason}",
         hint=f"Fetch {source.file} on a machine with access and give it with --checkpoint {source.file}, "
@@ -56,13 +58,15 @@ def _why_unreachable(endpoint: str) -> str:
     The hub's client tries for half a minute before it says so. Only what it could not get around either counts:
     no name, no connection, no answer, through the proxies that the environment names.
     """
-    request = urllib.request.Request(endpoint, method="HEAD")
     try:
+        request = urllib.request.Request(endpoint, method="HEAD")
         urllib.request.urlopen(request, timeout=_REACH_TIMEOUT).close()
     except urllib.error.HTTPError:
         return ""
-    except (urllib.error.URLError, OSError) as error:
+    except ValueError:
+        return f"HF_ENDPOINT is not an address: {shown(endpoint)}"
+    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
         cause = error.reason if isinstance(error, urllib.error.URLError) else error
         if isinstance(cause, (socket.gaierror, ConnectionError, TimeoutError)):
-            return f"it is not in the cache, and {endpoint} cannot be reached ({cause.strerror or cause})"
+            return f"it is not in the cache, and {shown(endpoint)} cannot be reached ({cause.strerror or cause})"
     return ""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from porting.data import weights_folder
 from porting.errors import SourceError
@@ -41,7 +42,7 @@ class Source:
     def label(self) -> str:
         """What to call the file where provenance is shown."""
         if self.kind == "huggingface":
-            return f"hf://{self.repo}/{self.file}" + (f"@{self.revision}" if self.revision else "")
+            return shown(f"hf://{self.repo}/{self.file}" + (f"@{self.revision}" if self.revision else ""))
         return shown(self.file) if self.kind == "url" else self.file
 
 
@@ -74,6 +75,13 @@ def parse_location(family: str, variant: str, location: str | Path) -> Source | 
     scheme, _, rest = text.partition("://")
     unknown = "unknown: the checkpoint was given by address"
     if scheme in {"https", "http"}:
+        try:
+            split = urlsplit(text)
+            whole = bool(split.hostname) and split.port != 0
+        except ValueError:  # of brackets and ports
+            whole = False
+        if not whole or not text.isprintable():
+            raise SourceError(f"{shown(text)}: not an address", hint="Its form is https://host/path/file.")
         return Source(family, variant, "url", text, license=unknown)
     if scheme == "hf":
         address, _, revision = rest.partition("@")
@@ -81,7 +89,10 @@ def parse_location(family: str, variant: str, location: str | Path) -> Source | 
         if len(parts) == 3 and all(parts):
             repo = "/".join(parts[:2])
             return Source(family, variant, "huggingface", parts[2], repo, license=unknown, revision=revision)
-        raise SourceError(f"{text}: not an address on the hub", hint="Its form is hf://owner/repo/file[@revision].")
+        raise SourceError(
+            f"{shown(text)}: not an address on the hub", hint="Its form is hf://owner/repo/file[@revision]."
+        )
     raise SourceError(
-        f"{text}: no way to fetch {scheme}://", hint="A checkpoint is a path, https://... or hf://owner/repo/file."
+        f"{shown(text)}: no way to fetch {scheme}://",
+        hint="A checkpoint is a path, https://... or hf://owner/repo/file.",
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from porting.families.base import Family, Spec, by_path
 from porting.files import weights_file
-from porting.files.checkpoint import Checkpoint, read_checkpoint, verify_container
+from porting.files.checkpoint import Checkpoint, checkpoint_files, read_checkpoint, verify_container
 from porting.files.provenance import describe_source, versions
 from porting.files.survey import Survey
 from porting.kinds.transforms import Array, Shape
@@ -158,7 +158,8 @@ class Case:
             "variant": self.spec.variant,
             "num_classes": self.num_classes,
             "layout": self.naming.name,
-            "settings": dict(self.naming.settings),
+            "settings": self.spec.settings,
+            "assumed": sorted(self.spec.settings.keys() - self.spec.stated.keys()),
             "build": self.how_to_build,
             "versions": versions(),
         }
@@ -175,12 +176,15 @@ def open_case(
     layout: str | None = None,
     ema: bool = False,
     sha256: str | None = None,
+    key: str | None = None,
+    prefix: str | None = None,
     progress: Progress = SILENT,
 ) -> Case:
     """The checkpoint at `location`, or the variant's official one, and what it is taken for.
 
-    `layout` is the name of a naming, by default the one that the tensors' names show. Raises SourceError,
-    CheckpointError, or KeyMapError for an unknown naming.
+    `layout` is the name of a naming, by default the one that the tensors' names show; `ema`, `key` and `prefix` say
+    which weights of the file to take, as `read_checkpoint` explains. Raises SourceError, CheckpointError, or
+    KeyMapError for an unknown naming, one that cannot be told, or a statement that the family cannot build.
     """
     found = family.source_of(variant) if location is None else parse_location(family.name, variant, location)
     source = found if isinstance(found, Source) else None
@@ -188,10 +192,18 @@ def open_case(
         fetch(found, verify=verify_container, sha256=sha256, progress=progress) if isinstance(found, Source) else found
     )
     progress("reading the checkpoint")
-    loaded = read_checkpoint(path, ema=ema)
+    loaded = read_checkpoint(path, ema=ema, key=key, prefix=prefix, fit=partial(family.fit, variant))
     if source is None:
         require_sha256(str(path), loaded.sha256, sha256)
-    return Case(family, family.recognise(variant, loaded.state_dict, forced=layout), loaded, source)
+    spec = family.recognise(variant, loaded.state_dict, forced=layout, facts=loaded.facts)
+    return Case(family, spec, loaded, source)
+
+
+def files_of(location: str | Path | None) -> tuple[Path, ...]:
+    """The files that a checkpoint given by path is read from; none for an address."""
+    if location is None or (isinstance(location, str) and "://" in location):
+        return ()
+    return checkpoint_files(Path(location))
 
 
 def case_of_file(
@@ -201,16 +213,23 @@ def case_of_file(
 
     The naming is the one called `layout`, else that of the file's provenance, else the family's first; the classes are
     `num_classes`, else as the shapes in the file show them, else those of its provenance, else the variant's usual
-    ones. Raises KeyMapError for an unknown naming.
+    ones. The settings are those of its provenance where the naming is. Raises KeyMapError for an unknown naming.
     """
     provenance = survey.provenance or {}
-    named = layout if layout is not None else str(provenance.get("layout", family.namings[0].name))
+    own = str(provenance.get("layout", family.namings[0].name))
+    naming = naming_called(family.namings, own if layout is None else layout)
     if num_classes is None:
         num_classes = family.classes_in(variant, [shape for _, shape, _ in survey.tensors])
     if num_classes is None:
         stated = provenance.get("num_classes")
         num_classes = stated if isinstance(stated, int) and stated >= 0 else family.usual_classes(variant)
-    return Case(family, family.spec(variant, num_classes, naming_called(family.namings, named)))
+    settings = provenance.get("settings")
+    stated = {
+        name: float(value)
+        for name, value in (settings if isinstance(settings, dict) and naming.name == own else {}).items()
+        if name in naming.settings and isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+    return Case(family, family.spec(variant, num_classes, naming, stated))
 
 
 def without_head(case: Case) -> Case:

@@ -11,6 +11,7 @@ import numpy as np
 from porting.errors import WeightsFileError
 from porting.families.base import Family
 from porting.files import weights_file
+from porting.files.atomic import sha256_of
 from porting.files.survey import survey_file
 from porting.kinds.transforms import Array
 from porting.mapping.convert import refuse_non_finite, refuse_other_keys
@@ -42,6 +43,8 @@ def check(
     layout: str | None = None,
     ema: bool = False,
     sha256: str | None = None,
+    key: str | None = None,
+    prefix: str | None = None,
     options: CheckOptions | None = None,
     progress: Progress = SILENT,
 ) -> ParityReport:
@@ -53,7 +56,17 @@ def check(
     """
     weights_file.require_file(weights)
     survey_file(weights)
-    case = open_case(family, variant, checkpoint, layout=layout, ema=ema, sha256=sha256, progress=progress)
+    case = open_case(
+        family,
+        variant,
+        checkpoint,
+        layout=layout,
+        ema=ema,
+        sha256=sha256,
+        key=key,
+        prefix=prefix,
+        progress=progress,
+    )
     refuse_other_keys(case.state_dict, case.key_map, case.shapes)
     options = options or CheckOptions()
     used = {entry.source: case.state_dict[entry.source] for entry in case.key_map.entries}
@@ -63,7 +76,13 @@ def check(
     progress("reading the weights")
     candidate = case.load_candidate(weights)
     report = compare_models(case, candidate, options, progress, strict=options.strict_settings)
-    return replace(report, context={**case.describe(), "weights": weights.name, "non_finite": list(non_finite)})
+    context = {
+        **case.describe(),
+        "weights": weights.name,
+        "non_finite": list(non_finite),
+        "file": {"name": weights.name, "sha256": sha256_of(weights)},
+    }
+    return replace(report, context=context)
 
 
 def compare_models(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -16,28 +15,24 @@ from porting.errors import ExportError, FailedParityError, OutputError, PortingE
 from porting.exporting import FORMATS, NEEDED, open_runtime, write
 from porting.families.base import Family
 from porting.files import weights_file
-from porting.files.atomic import (
-    move_into_place,
-    output_errors,
-    report_path_of,
-    require_writable,
-    temporary_file,
-    write_text,
-)
+from porting.files.atomic import output_errors
+from porting.files.result import pending_result
 from porting.files.survey import survey_file
 from porting.kinds.transforms import Array
 from porting.mapping.convert import refuse_other_keys
 from porting.models.frameworks import start_tensorflow
 from porting.models.precision import PRECISIONS, in_precision
 from porting.parity.exported import compare_outputs
-from porting.parity.report import ParityReport, refusal
+from porting.parity.report import Limits, ParityReport, refusal
 from porting.progress import SILENT, Progress
 from porting.reports.document import to_json
-from porting.tasks.case import case_of_file, open_case
+from porting.tasks.case import Case, case_of_file, files_of, open_case
 from porting.tasks.options import CheckOptions
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from porting.exporting.base import Runtime
 
 _OF_A_SAVED_MODEL = {"saved_model.pb", "fingerprint.pb", "variables", "assets"}
 
@@ -89,64 +84,69 @@ def export(
     """
     _check_arguments(form, precision, out)
     weights_file.require_file(weights)
-    survey = survey_file(weights)
     options = options or CheckOptions()
     if split_kernels is None:
         split_kernels = precision != "int8"
-    if check:
-        case = open_case(family, variant, checkpoint, layout=layout, progress=progress)
-        refuse_other_keys(case.state_dict, case.key_map, case.shapes)
-    else:
-        case = case_of_file(family, variant, survey, layout=layout)
-    progress("starting TensorFlow")
-    start_tensorflow()
-    progress("reading the weights")
-    model = case.load_candidate(weights)
-    images = options.load_images(case.preprocessing, input_size)
-    if fused:
-        progress("fusing")
-        with _export_errors("the model cannot be fused"):
-            model = case.fuse(model, form)
-    with temporary_file(out, FORMATS[form]) as temporary:
+    inputs = {"--weights": [weights], "--checkpoint": files_of(checkpoint)}
+    with pending_result(out, FORMATS[form], inputs=inputs, folder=form == "saved_model") as pending:
+        survey = survey_file(weights)
+        if check:
+            case = open_case(family, variant, checkpoint, layout=layout, progress=progress)
+            refuse_other_keys(case.state_dict, case.key_map, case.shapes)
+        else:
+            case = case_of_file(family, variant, survey, layout=layout)
+        progress("starting TensorFlow")
+        start_tensorflow()
+        progress("reading the weights")
+        model = case.load_candidate(weights)
+        images = options.load_images(case.preprocessing, input_size)
+        if fused:
+            progress("fusing")
+            with _export_errors("the model cannot be fused"):
+                model = case.fuse(model, form)
         progress(f"exporting to {form}")
         with _quiet(), output_errors(out), _export_errors(f"the model cannot be converted for {form}"):
-            write(form, model, temporary, precision, images, split_kernels=split_kernels)
+            write(form, model, pending.path, precision, images, split_kernels=split_kernels)
         report = None
         # The last layer's result is the model's.
         last = {tensor._keras_history.operation.name for tensor in model.outputs}
         layers = [layer.name for layer in model.layers if layer.name not in last]
-        with open_runtime(form, temporary, layers) as runtime:
+        with open_runtime(form, pending.path, layers) as runtime:
             operators = runtime.operators()
             if check:
-                reference = case.load_reference()
+                report = _compare(case, form, precision, runtime, images, options.limits, progress)
+        if report is None:
+            report_path = pending.commit(None)
+        else:
+            how = {"fused": fused} | ({"split_kernels": split_kernels} if form == "litert" else {})
+            exported = {"format": form, "precision": precision, **how, "operators": dict(operators)}
+            context = {**case.describe(), "weights": weights.name, "export": exported, "file": pending.identity()}
+            report = replace(report, context=context)
+            if not report.passed:
+                raise FailedParityError(f"{out} was not written: {refusal(report)}", report)
+            report_path = pending.commit(to_json(report))
+    return ExportResult(out, form, precision, _size(out), operators, report, report_path)
 
-                def run(image: Array) -> Mapping[str, Array]:
-                    with _export_errors(f"the {form} runtime cannot run the result"):
-                        return runtime.run(image)
 
-                report = compare_outputs(
-                    reference,
-                    run,
-                    images,
-                    rounded=_in_precision(reference, form, precision, images),
-                    limits=options.limits,
-                    name=f"{form}, {precision}",
-                    progress=progress,
-                )
-                how = {"fused": fused} | ({"split_kernels": split_kernels} if form == "litert" else {})
-                exported = {"format": form, "precision": precision, **how, "operators": dict(operators)}
-                report = replace(report, context={**case.describe(), "weights": weights.name, "export": exported})
-        if report is not None and not report.passed:
-            raise FailedParityError(f"{out} was not written: {refusal(report)}", report)
-        with output_errors(out):
-            # A report of an earlier export must not vouch for this one, not even for a moment.
-            report_path_of(out).unlink(missing_ok=True)
-            _give_name(temporary, out)
-    result = ExportResult(out, form, precision, _size(out), operators)
-    if report is None:
-        return result
-    write_text(report_path_of(out), to_json(report))
-    return replace(result, report=report, report_path=report_path_of(out))
+def _compare(
+    case: Case, form: str, precision: str, runtime: Runtime, images: Array, limits: Limits, progress: Progress
+) -> ParityReport:
+    """The artifact, in its own runtime, against the PyTorch model of the case."""
+    reference = case.load_reference()
+
+    def run(image: Array) -> Mapping[str, Array]:
+        with _export_errors(f"the {form} runtime cannot run the result"):
+            return runtime.run(image)
+
+    return compare_outputs(
+        reference,
+        run,
+        images,
+        rounded=_in_precision(reference, form, precision, images),
+        limits=limits,
+        name=f"{form}, {precision}",
+        progress=progress,
+    )
 
 
 def _check_arguments(form: str, precision: str, out: Path) -> None:
@@ -167,9 +167,6 @@ def _check_arguments(form: str, precision: str, out: Path) -> None:
             raise OutputError(f"{out} has no name", hint="Give the SavedModel's folder a name.")
         if out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= _OF_A_SAVED_MODEL):
             raise OutputError(f"{out} is there and is no SavedModel", hint="Give the folder another name.")
-        require_writable(out.with_name(f"{out.name}.parity.json"))
-    else:
-        require_writable(out)
 
 
 def _in_precision(reference: nn.Module, form: str, precision: str, images: Array) -> nn.Module | None:
@@ -206,25 +203,6 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _give_name(temporary: Path, out: Path) -> None:
-    """A folder cannot take another's place at once: the old one steps aside first."""
-    if not temporary.is_dir():
-        move_into_place(temporary, out)
-        return
-    aside = out.with_name(f".{out.name}.old")
-    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
-    there = out.exists()
-    if there:
-        out.replace(aside)
-    try:
-        temporary.replace(out)
-    except OSError:
-        if there:
-            aside.replace(out)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _size(path: Path) -> int:

@@ -15,14 +15,8 @@ import numpy as np
 from porting.errors import FailedParityError, ParityError
 from porting.families.base import Family
 from porting.files import weights_file
-from porting.files.atomic import (
-    move_into_place,
-    output_errors,
-    report_path_of,
-    require_writable,
-    temporary_file,
-    write_text,
-)
+from porting.files.atomic import move_into_place, output_errors
+from porting.files.result import PendingResult, pending_result, refuse_result_clashes
 from porting.kinds.transforms import Array
 from porting.mapping.convert import Conversion, convert
 from porting.models.frameworks import start_tensorflow
@@ -30,7 +24,7 @@ from porting.models.traverse import named_variables
 from porting.parity.report import FLOAT32, ParityReport, refusal
 from porting.progress import SILENT, Progress
 from porting.reports.document import to_json
-from porting.tasks.case import Case, open_case
+from porting.tasks.case import Case, files_of, open_case
 from porting.tasks.check import compare_models
 from porting.tasks.options import CheckOptions
 
@@ -59,6 +53,8 @@ def port(
     layout: str | None = None,
     ema: bool = False,
     sha256: str | None = None,
+    key: str | None = None,
+    prefix: str | None = None,
     check: bool = True,
     options: CheckOptions | None = None,
     keep_failed: Path | None = None,
@@ -75,11 +71,36 @@ def port(
     and the refused file is kept as `keep_failed` where that is given.
     """
     suffix = weights_file.suffix_of(out)
-    require_writable(out)
-    if keep_failed is not None:
-        require_writable(keep_failed)
     options = options or CheckOptions()
-    case = open_case(family, variant, checkpoint, layout=layout, ema=ema, sha256=sha256, progress=progress)
+    inputs = {"--checkpoint": files_of(checkpoint)}
+    outputs = {} if keep_failed is None else {"--keep-failed": [keep_failed]}
+    with pending_result(out, suffix, inputs=inputs, outputs=outputs) as pending:
+        case = open_case(
+            family,
+            variant,
+            checkpoint,
+            layout=layout,
+            ema=ema,
+            sha256=sha256,
+            key=key,
+            prefix=prefix,
+            progress=progress,
+        )
+        if case.checkpoint is not None:  # downloaded perhaps, to a file that is known only now
+            refuse_result_clashes(out, {"the checkpoint": case.checkpoint.files}, outputs)
+        return _port(case, pending, check=check, options=options, keep_failed=keep_failed, progress=progress)
+
+
+def _port(
+    case: Case,
+    pending: PendingResult,
+    *,
+    check: bool,
+    options: CheckOptions,
+    keep_failed: Path | None,
+    progress: Progress,
+) -> PortResult:
+    out, temporary = pending.out, pending.path
     progress("converting")
     conversion = convert(
         case.state_dict,
@@ -96,30 +117,26 @@ def port(
     }
     provenance["source"]["dropped"] = len(conversion.dropped)
     report = None
-    with temporary_file(out, suffix) as temporary:
-        _write(temporary, out, case, conversion, progress)
-        if check:
-            progress("starting TensorFlow")
-            start_tensorflow()
-            progress("reading back")
-            candidate = weights_file.load_model(temporary, case.build_candidate)
-            _refuse_other_weights(candidate, conversion.weights)
-            report = compare_models(case, candidate, options, progress)
-            provenance["parity"] = _verdict(report)
-            report = replace(report, context=provenance)
-        with output_errors(out):
-            weights_file.write_provenance(temporary, provenance)
-        if report is not None and not report.passed:
-            if keep_failed is not None:
-                move_into_place(temporary, keep_failed)
-            raise _refusal(out, report, keep_failed)
-        move_into_place(temporary, out)
+    _write(temporary, out, case, conversion, progress)
+    if check:
+        progress("starting TensorFlow")
+        start_tensorflow()
+        progress("reading back")
+        candidate = weights_file.load_model(temporary, case.build_candidate)
+        _refuse_other_weights(candidate, conversion.weights)
+        report = compare_models(case, candidate, options, progress)
+        provenance["parity"] = _verdict(report)
+    with output_errors(out):
+        weights_file.write_provenance(temporary, provenance)
     if report is None:
-        # A report of an earlier port must not vouch for this file.
-        report_path_of(out).unlink(missing_ok=True)
+        pending.commit(None)
         return PortResult(out, provenance, case, conversion)
-    write_text(report_path_of(out), to_json(report))
-    return PortResult(out, provenance, case, conversion, report, report_path_of(out))
+    report = replace(report, context={**provenance, "file": pending.identity()})
+    if not report.passed:
+        if keep_failed is not None:
+            move_into_place(temporary, keep_failed)
+        raise _refusal(out, report, keep_failed)
+    return PortResult(out, provenance, case, conversion, report, pending.commit(to_json(report)))
 
 
 def _write(temporary: Path, out: Path, case: Case, conversion: Conversion, progress: Progress) -> None:

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from porting.errors import PortingError
 from porting.families.base import Family
+from porting.files.atomic import refuse_clashes, report_path_of
 from porting.progress import SILENT, Progress
+from porting.tasks.case import files_of
 from porting.tasks.options import CheckOptions
 from porting.tasks.port import PortResult, port
 
@@ -55,10 +57,14 @@ def port_all(
     """Ports each variant to `folder`, as FAMILY_VARIANT and `suffix`, and tells its outcome as soon as there is one.
 
     `checkpoints` gives a path or address for each variant, None for its official file. A PortingError ends one
-    variant, not the run.
+    variant, not the run. Raises ClashError, before any work, where one variant's file is another's checkpoint.
     """
+    outs = {variant: folder / f"{family.name}_{variant}{suffix}" for variant in checkpoints}
+    written = [path for out in outs.values() for path in (out, report_path_of(out))]
+    read = [path for checkpoint in checkpoints.values() for path in files_of(checkpoint)]
+    refuse_clashes({"--out-dir": written}, {"--checkpoint": read})
     for variant, checkpoint in checkpoints.items():
-        out = folder / f"{family.name}_{variant}{suffix}"
+        out = outs[variant]
         begin = time.perf_counter()
         try:
             result = port(

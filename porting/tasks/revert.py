@@ -12,21 +12,13 @@ import ml_dtypes
 import numpy as np
 
 from porting.errors import FailedParityError, OutputError, ParityError
-from porting.families.base import Family
+from porting.families.base import Family, Spec
 from porting.files import weights_file
-from porting.files.atomic import (
-    move_into_place,
-    output_errors,
-    report_path_of,
-    require_writable,
-    reserve,
-    temporary_file,
-    write_text,
-)
+from porting.files.atomic import output_errors, reserve
+from porting.files.result import PendingResult, pending_result
 from porting.files.survey import survey_file
 from porting.kinds.transforms import Array
 from porting.mapping.convert import invert, refuse_non_finite
-from porting.mapping.naming import Naming
 from porting.models.frameworks import start_tensorflow
 from porting.models.traverse import named_variables
 from porting.parity.report import ParityReport, refusal
@@ -46,11 +38,10 @@ DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat1
 
 @dataclass(frozen=True)
 class RevertResult:
-    """What a way back has made. `report` is None without a check; `report_path` is where its JSON lies."""
+    """What a way back has made: the model that `spec` describes. `report` is None without a check."""
 
     path: Path
-    naming: Naming
-    num_classes: int
+    spec: Spec
     state_dict: dict[str, Array]
     report: ParityReport | None = None
     report_path: Path | None = None
@@ -80,8 +71,36 @@ def revert(
     layout, OutputError, or FailedParityError; then `out` is untouched.
     """
     suffix = _suffix_of(out)
-    require_writable(out)
     weights_file.require_file(weights)
+    with pending_result(out, suffix, inputs={"--weights": [weights]}) as pending:
+        return _revert(
+            family,
+            variant,
+            weights,
+            pending,
+            layout=layout,
+            num_classes=num_classes,
+            dtype=dtype,
+            check=check,
+            options=options or CheckOptions(),
+            progress=progress,
+        )
+
+
+def _revert(
+    family: Family,
+    variant: str,
+    weights: Path,
+    pending: PendingResult,
+    *,
+    layout: str | None,
+    num_classes: int | None,
+    dtype: str,
+    check: bool,
+    options: CheckOptions,
+    progress: Progress,
+) -> RevertResult:
+    out, temporary = pending.out, pending.path
     survey = survey_file(weights)
     ported_from = case_of_file(family, variant, survey, num_classes=num_classes)
     target = case_of_file(family, variant, survey, layout=layout, num_classes=num_classes)
@@ -93,31 +112,27 @@ def revert(
     candidate = ported_from.load_candidate(weights)
     progress("converting")
     state_dict = invert(_values(candidate), target.key_map)
-    options = options or CheckOptions()
     non_finite = refuse_non_finite(state_dict, allowed=options.allow_non_finite)
     state_dict = {name: _cast(name, array, dtype) for name, array in state_dict.items()}
     state_dict |= target.unused_tensors()
-    with temporary_file(out, suffix) as temporary:
-        progress("writing")
-        with output_errors(out):
-            _save(temporary, state_dict)
-        report = None
-        progress("reading back")
-        case = open_case(family, variant, temporary, layout=target.naming.name, progress=progress)
-        _refuse_other_tensors(case, state_dict)
-        if check:
-            report = compare_models(case, candidate, options, progress, strict=options.strict_settings)
-            context = {**case.describe(), "weights": weights.name, "non_finite": list(non_finite)}
-            context["source"]["name"] = out.name
-            report = replace(report, context=context)
-            if not report.passed:
-                raise FailedParityError(f"{out} was not written: {refusal(report)}", report)
-        move_into_place(temporary, out)
-    if report is None:
-        report_path_of(out).unlink(missing_ok=True)
-        return RevertResult(out, target.naming, target.num_classes, state_dict)
-    write_text(report_path_of(out), to_json(report))
-    return RevertResult(out, target.naming, target.num_classes, state_dict, report, report_path_of(out))
+    progress("writing")
+    with output_errors(out):
+        _save(temporary, state_dict)
+    progress("reading back")
+    case = open_case(family, variant, temporary, layout=target.naming.name, progress=progress)
+    _refuse_other_tensors(case, state_dict)
+    case = replace(case, spec=replace(case.spec, stated=target.spec.stated))
+    if not check:
+        pending.commit(None)
+        return RevertResult(out, target.spec, state_dict)
+    report = compare_models(case, candidate, options, progress, strict=options.strict_settings)
+    context = {**case.describe(), "weights": weights.name, "non_finite": list(non_finite), "file": pending.identity()}
+    context["source"]["name"] = out.name
+    report = replace(report, context=context)
+    if not report.passed:
+        raise FailedParityError(f"{out} was not written: {refusal(report)}", report)
+    report_path = pending.commit(to_json(report))
+    return RevertResult(out, target.spec, state_dict, report, report_path)
 
 
 def _suffix_of(path: Path) -> str:

@@ -79,7 +79,7 @@ CASES: dict[str, tuple[Callable[[Tensors], Tensors], str, int, float]] = {
     "official, DataParallel": (lambda t: {f"module.{name}": x for name, x in t.items()}, "official", 10, 1e-6),
     "mmpretrain": (mmpretrain, "mmpretrain", 10, 1e-5),
     "mmpretrain, backbone": (lambda t: mmpretrain(body(t)), "mmpretrain", 0, 1e-5),
-    "segmentation backbone": (body, "segmentation", 0, 1e-5),
+    "segmentation backbone": (lambda t: {f"backbone.{n}": x for n, x in body(t).items()}, "segmentation", 0, 1e-5),
     "segmentor": (segmentor, "segmentation", 0, 1e-5),
 }
 
@@ -134,13 +134,24 @@ def test_the_class_of_transformers_is_ported_and_agrees(family: VanFamily, tmp_p
     np.testing.assert_allclose(built(images), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
+def test_names_of_two_publishers_whose_settings_differ_are_never_taken_for_one(
+    family: VanFamily, tmp_path: Path
+) -> None:
+    """The official code and VAN-Segmentation name a body alike, and have another epsilon."""
+    torch.save(body(build_van("nano", 10).state_dict()), tmp_path / "x.pth")
+    with pytest.raises(KeyMapError, match="names are those of official .* and of segmentation .* nothing") as caught:
+        open_case(family, "nano", tmp_path / "x.pth")
+    assert caught.value.hint == "Say whose they are: --layout official or --layout segmentation."
+
+
 def test_a_forced_layout_settles_what_names_cannot(family: VanFamily, tmp_path: Path) -> None:
     tensors = body(build_van("nano", 10).state_dict())
     torch.save(tensors, tmp_path / "x.pth")
     case = open_case(family, "nano", tmp_path / "x.pth", layout="official")
     assert case.naming.settings == {"layer_norm_eps": 1e-6}
     assert case.num_classes == 0
-    assert case.naming.described() == "official names, layer_norm_eps 1e-06, without a head"
+    assumed = "layer_norm_eps 1e-06 (assumed: the file does not state it)"
+    assert case.spec.described() == f"official names, {assumed}, without a head"
     with pytest.raises(KeyMapError, match="there is no layout 'caffe'"):
         open_case(family, "nano", tmp_path / "x.pth", layout="caffe")
 

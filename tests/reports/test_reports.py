@@ -227,8 +227,8 @@ def test_markdown() -> None:
     text = render(FAILED, "markdown")
     assert text.startswith("## ❌ Parity of van b1\n")
     assert "- Cause, certain: the &lt;bias&gt; is lost" in text
-    assert "| `block2.0.mlp` | 2x4 | 1.2e-01 | 900.00 | **no** |" in text
-    assert "| `flat` | 2x4 | 5.0e-01 | 1.00 | written otherwise |" in text
+    assert "| <code>block2.0.mlp</code> | 2x4 | 1.2e-01 | 900.00 | **no** |" in text
+    assert "| <code>flat</code> | 2x4 | 5.0e-01 | 1.00 | written otherwise |" in text
     assert "| small variances | AT PARITY" in text
 
 

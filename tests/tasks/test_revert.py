@@ -68,7 +68,7 @@ def test_a_fine_tuned_model_goes_to_the_class_of_transformers(family: VanFamily,
     weights, out = tmp_path / "tuned.weights.h5", tmp_path / "model.safetensors"
     model.save_weights(weights)
     result = revert(family, "nano", weights, out, layout="transformers", options=ONE)
-    assert (result.naming.name, result.num_classes) == ("transformers", 7)
+    assert (result.spec.naming.name, result.spec.num_classes) == ("transformers", 7)
     theirs = transformers_model("nano", 7)
     theirs.load_state_dict(load_file(out), strict=True)
     images = rng.normal(size=(2, 64, 64, 3)).astype(np.float32)

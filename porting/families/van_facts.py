@@ -1,0 +1,114 @@
+"""What stands beside the weights of a VAN and says how it is built: configurations and training arguments."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from porting.errors import KeyMapError
+
+if TYPE_CHECKING:
+    from porting.references.van import VanShape
+
+# Equal in all code that publishes VAN; another value gives another function with the same tensors.
+_FIXED: dict[str, Any] = {
+    "hidden_act": "gelu",
+    "strides": [4, 2, 2, 2],
+    "patch_sizes": [7, 3, 3, 3],
+    "num_channels": 3,
+    "in_chans": 3,
+    "in_channels": 3,
+}
+_BATCH_NORM_EPSILON = 1e-5
+_EPSILON = "layer_norm_eps"
+
+
+def stated_settings(variant: str, shape: VanShape, facts: Mapping[str, Any]) -> dict[str, float]:
+    """The settings that are stated; raises KeyMapError for one that no VAN of this project has.
+
+    Read are `config.json` of transformers, `hyper_parameters` of Lightning, `args` of timm's training script and the
+    configuration in mmengine's `meta`.
+    """
+    sizes = {
+        "hidden_sizes": list(shape.embed_dims),
+        "embed_dims": list(shape.embed_dims),
+        "depths": list(shape.depths),
+        "mlp_ratios": list(shape.mlp_ratios),
+    }
+    found: dict[str, float] = {}
+    for place, settings in _statements(facts):
+        for name, value in settings.items():
+            expected = sizes.get(name, _FIXED.get(name))
+            if expected is not None and value != expected:
+                raise _refused(variant, place, name, value, expected)
+            if name == _EPSILON:
+                if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+                    raise _refused(variant, place, name, value, "a number between 0 and 1")
+                found[name] = float(value)
+            if name in {"bn_eps", "batch_norm_eps"} and value != _BATCH_NORM_EPSILON:
+                raise _refused(variant, place, name, value, _BATCH_NORM_EPSILON)
+    return found
+
+
+def _refused(variant: str, place: str, name: str, value: Any, expected: Any) -> KeyMapError:
+    return KeyMapError(
+        f"{place} states {name} {value!r:.100}, and van_{variant} has {expected!r}: it is another model",
+        hint=f"Check --variant; a VAN with another {name} cannot be built here.",
+    )
+
+
+def _statements(facts: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for place in ("config.json", "hyper_parameters", "args"):
+        settings = facts.get(place)
+        if isinstance(settings, Mapping) and settings.get("model_type", "van") == "van":
+            yield place, settings
+        elif isinstance(settings, Mapping):
+            raise KeyMapError(
+                f"{place} states the model type {settings['model_type']!r:.100}, and this family is van",
+                hint="Give the checkpoint of a VAN.",
+            )
+    meta = facts.get("meta")
+    text = meta.get("cfg", meta.get("config")) if isinstance(meta, Mapping) else None
+    if isinstance(text, str):
+        yield from _of_mmengine(text)
+
+
+def _of_mmengine(text: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The `dict(type='VAN', ...)` of a configuration, which is Python source; nothing of it is run."""
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return
+    for node in ast.walk(tree):
+        entries = _entries(node)
+        if _literal(entries.get("type")) != "VAN":
+            continue
+        settings = {name: _literal(value) for name, value in entries.items()}
+        norm = _entries(entries["norm_cfg"]) if "norm_cfg" in entries else {}
+        if "eps" in norm:
+            settings["batch_norm_eps"] = _literal(norm["eps"])
+        kind = _literal(norm["type"]) if "type" in norm else "BN"
+        if kind not in {"BN", "SyncBN", "BN2d"}:
+            raise KeyMapError(
+                f"the configuration in meta states norm_cfg of type {kind!r:.100}, and VAN has BN",
+                hint="A VAN with another normalisation cannot be built here.",
+            )
+        yield "the configuration in meta", settings
+
+
+def _entries(node: ast.AST) -> dict[str, ast.expr]:
+    """Of `dict(a=1)` and of `{"a": 1}`."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
+        return {each.arg: each.value for each in node.keywords if each.arg is not None}
+    if isinstance(node, ast.Dict):
+        pairs = zip(node.keys, node.values, strict=True)
+        return {str(key.value): value for key, value in pairs if isinstance(key, ast.Constant)}
+    return {}
+
+
+def _literal(node: ast.expr | None) -> Any:
+    try:
+        return None if node is None else ast.literal_eval(node)
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return None

@@ -1,0 +1,225 @@
+"""Finding the weights in what a checkpoint file holds beside them: wrappers, averages, optimizers, counters.
+
+Training scripts and libraries put a state_dict under a key of their choice, next to other state. Every dict of tensors
+is a candidate here, whatever its key; what a state_dict is known to have of no use to a model is dropped by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from porting.errors import CheckpointError
+
+Fit = Callable[[Collection[str]], float]
+
+_DEEPEST = 3
+# Averages of weights by the names that timm, torchvision, mmengine, BasicSR and others give them.
+_AVERAGED = re.compile(r"(^|[._])(ema|averaged?|swa|shadow)([._]|$)", re.IGNORECASE)
+# What torch.compile, FSDP and activation checkpointing put inside names.
+_INFIXES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+# DataParallel, DistributedDataParallel, AveragedModel.
+_PREFIXES = ("module.",)
+# AveragedModel's counter, and what thop leaves in every module.
+_BOOKKEEPING = re.compile(r"n_averaged|(.*\.)?total_(ops|params)")
+# A choice between several must be clear.
+_GOOD_FIT = 0.5
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A state_dict as it was found.
+
+    `key` is the dotted entry of the file that held it, "" for the file itself; `prefixes` what was taken off all names;
+    `dropped` the entries beside the weights that no model has.
+    """
+
+    tensors: dict[str, Any]
+    key: str = ""
+    prefixes: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    is_ema: bool = False
+    has_ema: bool = False
+    others: tuple[str, ...] = field(default=())
+
+
+def find_weights(
+    path: Path,
+    contents: Any,
+    *,
+    ema: bool = False,
+    key: str | None = None,
+    prefix: str | None = None,
+    fit: Fit | None = None,
+) -> Weights:
+    """The state_dict in `contents`; raises CheckpointError where there is none, or no telling which.
+
+    `key` and `prefix` decide; otherwise `fit`, the share of names that the model has, chooses among several dicts and
+    says whether a prefix that all names have is the file's or the model's.
+    """
+    if not isinstance(contents, Mapping):
+        raise CheckpointError(
+            f"{path}: holds a {type(contents).__name__}, not a state_dict", hint="Save `model.state_dict()` instead."
+        )
+    found = _candidates(contents)
+    averaged = {name for name in found if _AVERAGED.search(name)}
+    chosen = _chosen(path, found, averaged, ema, key, fit, contents)
+    tensors, dropped = _without_bookkeeping(found[chosen])
+    tensors, prefixes, more = _without_prefixes(path, tensors, prefix, fit)
+    others = tuple(sorted(found.keys() - {chosen}))
+    return Weights(tensors, chosen, prefixes, (*dropped, *more), chosen in averaged, bool(averaged), others)
+
+
+def _candidates(contents: Mapping[Any, Any]) -> dict[str, Mapping[str, Any]]:
+    """Every dict of tensors, by its dotted key."""
+    found: dict[str, Mapping[str, Any]] = {}
+
+    def visit(key: str, value: Mapping[Any, Any], depth: int) -> None:
+        if "param_groups" in value:  # an optimizer's
+            return
+        if any(isinstance(name, str) and _is_tensor(item) for name, item in value.items()):
+            found[key] = value
+        if depth < _DEEPEST:
+            for name, item in value.items():
+                if isinstance(name, str) and isinstance(item, Mapping):
+                    visit(f"{key}.{name}" if key else name, item, depth + 1)
+
+    visit("", contents, 0)
+    if "" in found and len(found) > 1:
+        # A few tensors beside a state_dict, such as a mean, are not another.
+        count = {name: sum(map(_is_tensor, value.values())) for name, value in found.items()}
+        if max(count[name] for name in count if name) >= count[""]:
+            del found[""]
+        else:
+            return {"": found[""]}
+    return found
+
+
+def _chosen(
+    path: Path,
+    found: Mapping[str, Mapping[str, Any]],
+    averaged: Collection[str],
+    ema: bool,
+    key: str | None,
+    fit: Fit | None,
+    contents: Mapping[Any, Any],
+) -> str:
+    if key is not None:
+        if key in found:
+            return key
+        raise CheckpointError(
+            f"{path}: has no tensors under the key {key!r}", hint=f"It has tensors under {_listed(found) or 'no key'}."
+        )
+    if ema and not averaged:
+        raise CheckpointError(
+            f"{path}: has no moving averages of weights: no key of a dict of tensors says ema, average, swa or shadow",
+            hint=f"Leave out --ema, or name the key with --key. It has tensors under {_listed(found) or 'no key'}.",
+        )
+    plain = [name for name in found if name not in averaged]
+    group = [name for name in found if name in averaged] if ema or not plain else plain
+    if not group:
+        held = ", ".join(f"{name!s:.60} ({type(value).__name__})" for name, value in list(contents.items())[:10])
+        raise CheckpointError(
+            f"{path}: not a state_dict, and no dict of tensors is in it; it holds {held or 'nothing'}",
+            hint="Save `model.state_dict()` with torch.save.",
+        )
+    if len(group) == 1:
+        return group[0]
+    if fit is not None:
+        fits = {name: _best_fit(found[name], fit) for name in group}
+        order = sorted(group, key=lambda name: -fits[name])
+        if fits[order[0]] >= _GOOD_FIT and fits[order[1]] < fits[order[0]]:
+            return order[0]
+    raise CheckpointError(
+        f"{path}: has several dicts of tensors: {_listed({name: found[name] for name in group})}",
+        hint="Name the one to take with --key.",
+    )
+
+
+def _best_fit(entries: Mapping[str, Any], fit: Fit) -> float:
+    tensors, _ = _without_bookkeeping(entries)
+    names = list(_without_wrappers(tensors)[0])
+    return max(fit(each) for _, each in _stripped_forms(names))
+
+
+def _listed(found: Mapping[str, Mapping[str, Any]]) -> str:
+    shown = [
+        f"{name or 'the top'} ({sum(map(_is_tensor, value.values()))} tensors)" for name, value in list(found.items())
+    ]
+    return ", ".join(shown[:10]) + (", ..." if len(shown) > 10 else "")
+
+
+def _without_bookkeeping(entries: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    kept = {
+        name: value
+        for name, value in entries.items()
+        if isinstance(name, str) and _is_tensor(value) and not _BOOKKEEPING.fullmatch(name)
+    }
+    return kept, tuple(str(name) for name in entries if name not in kept)
+
+
+def _without_wrappers(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Names without what wrappers of modules have put into them, again and again: they nest."""
+    taken: list[str] = []
+    tensors = dict(tensors)
+    while tensors:
+        if prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in tensors)), None):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+            taken.append(prefix)
+            continue
+        infix = next((i for i in _INFIXES if any(name.startswith(i) or f".{i}" in name for name in tensors)), None)
+        if infix is None:
+            break
+        renamed = {name.replace(infix, ""): tensor for name, tensor in tensors.items()}
+        if len(renamed) != len(tensors):
+            break
+        tensors = renamed
+        taken.append(infix)
+    return tensors, tuple(taken)
+
+
+def _stripped_forms(names: list[str]) -> list[tuple[str, list[str]]]:
+    """The names as they are, and without one, two, ... leading parts that all of them have."""
+    forms = [("", names)]
+    taken = ""
+    while names:
+        part = names[0].partition(".")[0] + "."
+        if part == names[0] + "." or not all(name.startswith(part) for name in names):
+            break
+        names = [name.removeprefix(part) for name in names]
+        taken += part
+        forms.append((taken, names))
+    return forms
+
+
+def _without_prefixes(
+    path: Path, tensors: dict[str, Any], prefix: str | None, fit: Fit | None
+) -> tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]:
+    tensors, taken = _without_wrappers(tensors)
+    if prefix is not None:
+        prefix = prefix if prefix.endswith(".") or not prefix else f"{prefix}."
+        kept = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        if not kept:
+            starts = sorted({name.partition(".")[0] for name in tensors})
+            raise CheckpointError(
+                f"{path}: no tensor's name begins with {prefix!r}", hint=f"They begin with {', '.join(starts[:10])}."
+            )
+        return kept, (*taken, prefix), tuple(name for name in tensors if not name.startswith(prefix))
+    if fit is None or not tensors:
+        return tensors, taken, ()
+    # The first of those that fit best: a prefix that the model's own names have is not taken off.
+    best, _ = max(_stripped_forms(list(tensors)), key=lambda form: fit(form[1]))
+    return (
+        {name.removeprefix(best): tensor for name, tensor in tensors.items()},
+        (*taken, best) if best else taken,
+        (),
+    )
+
+
+def _is_tensor(value: Any) -> bool:
+    import torch
+
+    return isinstance(value, torch.Tensor)
