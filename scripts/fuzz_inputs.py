@@ -3,11 +3,12 @@
     python scripts/fuzz_inputs.py                 # 2,400 cases
     python scripts/fuzz_inputs.py --cases 20000 --seed 7
 
-Each case is a checkpoint (torch zip, old torch pickle, safetensors, index of shards), a weights file (HDF5, .keras) or
-a report, made wrong by chance or by design, and is read as `van-port` reads it. A case is a failure when it ends in
-anything but success or a message, takes the process down, runs code, leaves a file behind, or needs more memory than
-its size and `MEMORY_BOUND_MIB` together. (Files of Keras weights are first read by a process with a bound of its own,
-4 GiB of addresses; see `porting.files.survey`.) Cases run in other processes, so that a crash is counted.
+Each case is a checkpoint (torch zip, nested dicts, old torch pickle, TorchScript, safetensors, index of shards), a
+configuration beside one, a weights file (HDF5, .keras) or a report, made wrong by chance or by design, and is read as
+`van-port` reads it; a report that can be read is shown in every form. A case is a failure when it ends in anything but
+success or a message, takes the process down, runs code, changes its input, leaves a file behind, or needs more memory
+than its size and `MEMORY_BOUND_MIB` together. (Files of Keras weights are first read by a process with a bound of its
+own, 4 GiB of addresses; see `porting.files.survey`.) Cases run in other processes, so that a crash is counted.
 """
 
 from __future__ import annotations
@@ -85,8 +86,69 @@ def healthy() -> dict[str, bytes]:
             own = path.with_name(f"x.{suffix}")
             write_provenance(own, {"family": "van"})
             files[own.name] = own.read_bytes()
-    files["x.parity.json"] = b'{"schema_version": 3, "layers": [], "limits": {"max_ratio": 8}}'
+    files["x.parity.json"] = a_report().encode()
+    files["config.json"] = json.dumps(
+        {"model_type": "van", "hidden_sizes": [32, 64, 160, 256], "layer_norm_eps": 1e-6, "hidden_act": "gelu"}
+    ).encode()
+    nested = {"hyper_parameters": {"width": 3}, "state_dict": {f"model.{n}": t for n, t in tensors.items()}}
+    nested |= {"optimizer": {"state": {0: {"step": torch.ones(1)}}, "param_groups": [{"lr": 0.1}]}, "ema": tensors}
+    stream = io.BytesIO()
+    torch.save(nested, stream)
+    files["nested.ckpt"] = stream.getvalue()
+    stream = io.BytesIO()
+    torch.jit.save(torch.jit.trace(torch.nn.Sequential(torch.nn.Linear(3, 2)), torch.ones(1, 3)), stream)
+    files["script.pt"] = stream.getvalue()
     return files
+
+
+def a_report() -> str:
+    """The report of a port with a mistake in it, as JSON: nothing in it is empty."""
+    import keras
+    import numpy as np
+    import torch
+
+    from porting.parity.compare import check_parity
+    from porting.reports.document import to_json
+
+    reference = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2)).eval()
+    inputs = keras.Input((4,))
+    x = keras.layers.ReLU(name="1")(keras.layers.Dense(5, name="0")(inputs))
+    candidate = keras.Model(inputs, keras.layers.Dense(2, name="2")(x))
+    for name in ("0", "2"):
+        module = reference[int(name)]
+        candidate.get_layer(name).set_weights([module.weight.detach().numpy().T, module.bias.detach().numpy() * 2])
+    return to_json(check_parity(reference, candidate, np.random.default_rng(0).normal(size=(3, 4)).astype("f4")))
+
+
+def retyped(rng: random.Random, content: bytes) -> bytes:
+    """JSON with a few values, anywhere, of another type or size."""
+    document = json.loads(content)
+    others = [
+        None,
+        True,
+        -1,
+        0,
+        1e308,
+        2**70,
+        "",
+        "NaN",
+        "Infinity",
+        "\ud800",
+        "[/x]",
+        "\x1b[2J",
+        [],
+        {},
+        [[]],
+        {"": None},
+    ]
+    for _ in range(rng.choice([1, 1, 2, 8])):
+        place, key = document, None
+        while isinstance(place, (dict, list)) and place and (key is None or rng.random() < 0.8):
+            parent, key = place, rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
+            place = parent[key]
+        if key is not None:
+            parent[key] = rng.choice(others)
+    return json.dumps(document).encode()
 
 
 def damaged(rng: random.Random, content: bytes, other: bytes) -> tuple[str, bytes]:
@@ -119,11 +181,16 @@ def damaged(rng: random.Random, content: bytes, other: bytes) -> tuple[str, byte
     return "+".join(names), bytes(data)
 
 
-def torch_zip(pickled: bytes, storages: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+def torch_zip(
+    pickled: bytes, storages: dict[str, bytes], compression: int = zipfile.ZIP_STORED, *, script: bool = False
+) -> bytes:
+    """An archive of torch.save, or with `script` one of torch.jit.save, around a pickle."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", compression) as archive:
         archive.writestr("archive/data.pkl", pickled)
         archive.writestr("archive/byteorder", "little")
+        if script:
+            archive.writestr("archive/constants.pkl", pickle.dumps(()))
         for name, data in storages.items():
             archive.writestr(f"archive/data/{name}", data)
         archive.writestr("archive/version", "3\n")
@@ -200,6 +267,7 @@ def hostile(canary: Path) -> list[Case]:
     cases: list[Case] = []
     for name, code in hostile_calls(canary):
         cases.append((f"pickle {name}", "x.pth", torch_zip(code, storage)))
+        cases.append((f"script {name}", "x.pth", torch_zip(code, storage, script=True)))
         if code[:1] == b"\x80":
             cases.append((f"old pickle {name}", "x.pth", code))
     numbers: list[Any] = [-1, 0, 3, 5, 2**31, 2**40, 2**62, 2**63 - 1, 2**64, -(2**63), 1.5, "a", None, True]
@@ -213,6 +281,7 @@ def hostile(canary: Path) -> list[Case]:
             ("numel", pickled_tensor((2,), (1,), numel=number)),
         ):
             cases.append((f"{label} {number}", "x.pth", torch_zip(code, storage)))
+            cases.append((f"script {label} {number}", "x.pth", torch_zip(code, storage, script=True)))
     for dtype in ("DoubleStorage", "HalfStorage", "BoolStorage", "ComplexFloatStorage", "QInt8Storage", "LongStorage"):
         cases.append((dtype, "x.pth", torch_zip(pickled_tensor((2,), (1,), dtype=dtype), storage)))
     good = pickled_tensor((4,), (1,))
@@ -220,6 +289,7 @@ def hostile(canary: Path) -> list[Case]:
     cases.append(("zip bomb", "x.pth", torch_zip(good, bomb, zipfile.ZIP_DEFLATED)))
     huge = pickled_tensor((50_000_000,), (1,), numel=50_000_000)
     cases.append(("zip bomb, used", "x.pth", torch_zip(huge, bomb, zipfile.ZIP_DEFLATED)))
+    cases.append(("script, zip bomb", "x.pth", torch_zip(huge, bomb, zipfile.ZIP_DEFLATED, script=True)))
     for name in ("../../canary", "/tmp/canary", "0/../../x", "a" * 60_000):
         cases.append((f"member {name[:20]}", "x.pth", torch_zip(good, {**storage, name: b"x"})))
     with_twice = io.BytesIO(torch_zip(good, storage))
@@ -272,12 +342,15 @@ def make_case(number: int, seed: int, files: dict[str, bytes], fixed: list[Case]
         return fixed[number]
     rng = random.Random(f"{seed} {number}")
     name = rng.choice(sorted(files))
+    if name.endswith(".json") and rng.random() < 0.7:
+        return f"{name} retyped", name, retyped(rng, files[name])
     kind, content = damaged(rng, files[name], files[rng.choice(sorted(files))])
     return f"{name} {kind}", name, content
 
 
 def read(path: Path) -> None:
     """Reads a file by all means that its name calls for."""
+    from porting.families.registry import get_family
     from porting.files.checkpoint import read_checkpoint
     from porting.files.inspection import inspect_file
     from porting.files.weights_file import load_model
@@ -285,16 +358,36 @@ def read(path: Path) -> None:
     from porting.reports.document import read_report
 
     if path.name.endswith(".parity.json"):
-        read_report(path)
+        show(read_report(path), path)
         return
+    if path.name == "config.json":
+        path = path.with_name("model.safetensors")
     if path.suffix in {".h5", ".keras"}:
         inspect_file(path)
         load_model(path, keras_model)
         return
-    state_dict = read_checkpoint(path).state_dict
+    checkpoint = read_checkpoint(path, fit=lambda names: float("layer1.weight" in names))
+    checkpoint.remarks()
+    get_family("van").stated_settings("nano", checkpoint.facts)
+    state_dict = checkpoint.state_dict
     for array in state_dict.values():
         array.sum()
     refuse_non_finite({name: array for name, array in state_dict.items() if array.dtype.kind == "f"})
+
+
+def show(report: Any, path: Path) -> None:
+    """In every form, and as to the file that it is of."""
+    from rich.console import Console
+
+    from porting.reports import FORMATS, render
+    from porting.reports.document import file_beside
+    from porting.reports.terminal import print_report
+
+    file_beside(report, path)
+    print_report(report, Console(file=io.StringIO(), markup=False), all_layers=True)
+    for form in FORMATS:
+        if form != "terminal":
+            render(report, form).encode("utf-8")
 
 
 def work(first: int, last: int, seed: int, folder: Path) -> None:
@@ -315,6 +408,8 @@ def work(first: int, last: int, seed: int, folder: Path) -> None:
         used.mkdir()
         what, name, content = make_case(number, seed, files, fixed)
         (used / "x.safetensors").write_bytes(files["x.safetensors"])
+        if name == "config.json":
+            (used / "model.safetensors").write_bytes(files["x.safetensors"])
         (used / name).write_bytes(content)
         before = sorted(path.name for path in used.iterdir())
         log.write(json.dumps({"number": number, "what": what}) + "\n")
@@ -334,6 +429,8 @@ def work(first: int, last: int, seed: int, folder: Path) -> None:
             canary.unlink()
         if sorted(path.name for path in used.iterdir()) != before:
             outcome = "LITTER"
+        elif (used / name).read_bytes() != content:
+            outcome = "INPUT CHANGED"
         log.write(json.dumps({"number": number, "what": what, "outcome": outcome}) + "\n")
 
 
@@ -373,7 +470,7 @@ def run_batch(first: int, last: int, seed: int, report: Callable[[dict[str, Any]
 
 @click.command(help=__doc__)
 @click.option("--cases", default=2400, show_default=True)
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Of the accidents.")
 @click.option("--worker", type=int, nargs=2, hidden=True)
 @click.option("--folder", type=click.Path(path_type=Path), hidden=True)
 def main(cases: int, seed: int, worker: tuple[int, int] | None, folder: Path | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -20,6 +21,9 @@ import platformdirs
 from van_tf.config import VARIANTS, VanConfig
 
 SUFFIXES = (".h5", ".keras")
+# Weights hardly compress: a file with more numbers than this for its bytes holds other things, and could fill memory.
+_GREATEST_EXPANSION = 16
+_MAX_PROVENANCE = 16 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -153,13 +157,22 @@ def _look_into(path: Path, config: VanConfig) -> WeightsFile:
         with _open(path) as (file, text):
             heads: set[int] = set()
 
-            def visit(_: str, item: h5py.Dataset | h5py.Group) -> None:
+            room = _GREATEST_EXPANSION * path.stat().st_size
+
+            def visit(name: str, item: h5py.Dataset | h5py.Group) -> None:
+                nonlocal room
+                if isinstance(item, h5py.Dataset):
+                    room -= math.prod(item.shape or ()) * item.dtype.itemsize
+                    if room < 0 or item.external or item.is_virtual:
+                        raise ValueError(f"{name} says it has the shape {item.shape}, and the file has no such data")
+                    if item.dtype.kind == "c":
+                        raise ValueError(f"{name} is of type {item.dtype}, and weights are real numbers")
                 # Nothing but the head's kernel has two axes.
                 if isinstance(item, h5py.Dataset) and item.ndim == 2 and item.shape[0] == config.embed_dims[-1]:
                     heads.add(item.shape[1])
 
             file.visititems(visit)
-            provenance = json.loads(text) if text else {}
+            provenance = json.loads(text) if text and len(text) <= _MAX_PROVENANCE else {}
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: not a whole file of Keras weights: {error}") from None
     settings = provenance.get("settings") if isinstance(provenance, dict) else None
@@ -174,5 +187,9 @@ def _open(path: Path) -> Iterator[tuple[h5py.File, str | bytes | None]]:
         with h5py.File(path) as file:
             yield file, file.attrs.get("provenance")
         return
-    with zipfile.ZipFile(path) as archive, archive.open("model.weights.h5") as member, h5py.File(member) as file:
-        yield file, archive.read("provenance.json") if "provenance.json" in archive.namelist() else None
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if info.file_size > _GREATEST_EXPANSION * path.stat().st_size:
+                raise ValueError(f"{info.filename} in it unpacks to {info.file_size:,} bytes")
+        with archive.open("model.weights.h5") as member, h5py.File(member) as file:
+            yield file, archive.read("provenance.json") if "provenance.json" in archive.namelist() else None

@@ -81,5 +81,10 @@ def revert(
             progress=progress,
         )
     reporting.show(result.report)
-    say(f"{len(result.state_dict)} tensors in {dtype}: {result.spec.described()}.")
+    say(
+        f"{len(result.state_dict)} tensors in {dtype}: {result.spec.naming.name} names, "
+        f"{f'{result.spec.num_classes} classes' if result.spec.num_classes else 'without a head'}."
+    )
+    for note in result.notes:
+        say(note, colour="yellow")
     show_written(result.path, result.report_path)

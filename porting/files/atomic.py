@@ -164,11 +164,26 @@ def _remove_all(folder: Path, stem: str) -> None:
 
 
 def move_into_place(temporary: Path, path: Path) -> None:
-    """Makes the written bytes durable and gives them their name in one step, replacing what had it."""
+    """Makes the written bytes durable and gives them their name in one step, replacing what had it.
+
+    The file has the mode of the one that it replaces, or what the umask gives: some writers allow the owner alone.
+    """
     with output_errors(path):
+        temporary.chmod(_mode_for(path, temporary))
         with temporary.open("r+b") as file:  # Windows makes nothing durable that is open for reading alone
             os.fsync(file.fileno())
         temporary.replace(path)
+
+
+def _mode_for(path: Path, temporary: Path) -> int:
+    if path.exists():
+        return stat.S_IMODE(path.stat().st_mode)
+    probe = temporary.with_name(f"{temporary.name}.mode")
+    try:
+        probe.touch()
+        return stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -36,6 +37,9 @@ _ROOM_BESIDE_WEIGHTS = 4 << 20
 _ATTRIBUTE_LIMIT = 64_000
 # So many names are shown of each list of differences.
 _SHOWN = 5
+# Kinds of NumPy's types; bfloat16 is of kind V.
+_REAL = "fiuV"
+_NO_WEIGHTS = {"optimizer", "_metrics"}
 _CHECK_VARIANT = "Check --variant and the number of classes; `van-port inspect` shows what the file holds."
 
 
@@ -135,8 +139,34 @@ def _load_model(path: Path, build: Callable[[], keras.Model], what: str) -> kera
     if suffix == ".h5":
         _load_by_name(path, model, what)
     else:
+        _refuse_other_arrays(path, model, what)
         model.load_weights(path)
     return model
+
+
+def _refuse_other_arrays(path: Path, model: keras.Model, what: str) -> None:
+    """Raises WeightsFileError where a `.weights.h5` has other arrays, by shape, than the model has weights.
+
+    Its names are Keras's counters, and Keras passes over what it does not need.
+    """
+    found: Counter[Shape] = Counter()
+
+    def count(name: str, item: h5py.Dataset | h5py.Group) -> None:
+        # Also there: the state of optimizers and random generators. bfloat16 is of kind V.
+        if isinstance(item, h5py.Dataset) and item.dtype.kind in "fV" and name.partition("/")[0] not in _NO_WEIGHTS:
+            found[tuple(item.shape)] += 1
+
+    with h5py.File(path, "r") as file:
+        file.visititems(count)
+    expected = Counter(variable_shapes(model).values())
+    lists = (("missing", expected - found), ("not in the model", found - expected))
+    details = "; ".join(
+        f"{sum(shapes.values())} arrays {which}, of shape {', '.join(map(str, list(shapes)[:_SHOWN]))}"
+        for which, shapes in lists
+        if shapes
+    )
+    if details:
+        raise WeightsFileError(f"{path}: its arrays are not the weights of {what}: {details}", hint=_CHECK_VARIANT)
 
 
 def _keras_error(path: Path, error: Exception, what: str) -> WeightsFileError:
@@ -159,7 +189,11 @@ def _load_by_name(path: Path, model: keras.Model, what: str) -> None:
         # A whole model saved as .h5 has its weights in a group of their own.
         root = file["model_weights"] if "layer_names" not in file.attrs and "model_weights" in file else file
         for layer in _read_names(root, "layer_names"):
+            if layer not in root:
+                raise WeightsFileError(f"{path}: lists the layer {layer}, and does not hold it", hint=_CHECK_VARIANT)
             for name in _read_names(root[layer], "weight_names"):
+                if name not in root[layer]:
+                    raise WeightsFileError(f"{path}: lists {layer}/{name}, and does not hold it", hint=_CHECK_VARIANT)
                 short = name.removesuffix(":0")  # as Keras 2 wrote it
                 # van-port writes names below the layer, Keras the variable's whole path, which may begin elsewhere.
                 for known in (f"{layer}/{short}", short):
@@ -167,7 +201,12 @@ def _load_by_name(path: Path, model: keras.Model, what: str) -> None:
                         break
                 else:
                     known = f"{layer}/{short}"
-                found[known] = np.asarray(root[layer][name])
+                array = np.asarray(root[layer][name])
+                if array.dtype.kind not in _REAL:
+                    raise WeightsFileError(
+                        f"{path}: {known} is of type {array.dtype}, and weights are real numbers", hint=_CHECK_VARIANT
+                    )
+                found[known] = array
     _refuse_other_variables(path, {name: array.shape for name, array in found.items()}, model, what)
     for name, variable in variables.items():
         variable.assign(found[name])

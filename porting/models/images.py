@@ -30,7 +30,8 @@ def find_images(folder: Path) -> list[Path]:
     """The image files in a folder, sorted by name; raises SourceError when there are none."""
     if not folder.is_dir():
         raise SourceError(f"{folder}: no such folder", hint="--images takes a folder of PNG or JPEG files.")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    # A pipe or a device among them would never end.
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     if not paths:
         raise SourceError(f"{folder}: holds no images", hint=f"Expected files ending in {', '.join(IMAGE_SUFFIXES)}.")
     return paths

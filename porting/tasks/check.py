@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,7 +96,14 @@ def compare_models(
     reference = case.load_reference()
     if options.allow_non_finite:
         _put_zeros_for_non_finite(candidate, reference, case)
-    images = options.load_images(case.preprocessing)
+    candidate, note = _channels_last(case, candidate)
+    sides = tuple(candidate.input_shape[1:3])
+    if None not in sides and sides[0] != sides[1]:
+        raise WeightsFileError(
+            f"the model takes images of {sides[0]}x{sides[1]} alone, and the check has square ones",
+            hint=f"Save its weights as .weights.h5, or the model of {case.how_to_build} with free sides.",
+        )
+    images = options.load_images(case.preprocessing, sides[0])
     pairs = case.reference_pairs
 
     def run(name: str, model: nn.Module, keras_model: keras.Model, batch: Array) -> ParityReport:
@@ -116,16 +124,39 @@ def compare_models(
         )
 
     report = run("as ported", reference, candidate, images)
+    if note:
+        report = replace(report, notes=(note, *report.notes))
     stressed: list[ParityReport] = []
     if options.train:
         stressed += _compare_training(case, reference, candidate, images, options.limits, progress)
     for stress in stress_cases(reference, images, case.shrinkable) if options.stress else ():
         keras_model = candidate
         if stress.has_new_weights:
-            keras_model = case.build_candidate()
-            weights_file.assign_weights(keras_model, case.convert_reference(stress.reference))
+            keras_model = _with_weights(case, case.convert_reference(stress.reference))
+        elif None not in sides:  # it takes images of one size alone
+            keras_model = _with_weights(case, _values_of(candidate))
         stressed.append(run(stress.name, stress.reference, keras_model, stress.images))
     return replace(report, stress=tuple(stressed))
+
+
+def _channels_last(case: Case, candidate: keras.Model) -> tuple[keras.Model, str]:
+    """The model itself, or its weights in one that takes `(N, H, W, C)`, and then a sentence that says so."""
+    shape = candidate.input_shape
+    if len(shape) != 4 or shape[1] != 3 or shape[3] == 3:
+        return candidate, ""
+    rebuilt = _with_weights(case, _values_of(candidate))
+    return rebuilt, f"the file's model is channels_first; compared are its weights in {case.how_to_build}"
+
+
+def _values_of(model: keras.Model) -> dict[str, Array]:
+    return {name: np.array(variable) for name, variable in named_variables(model).items()}
+
+
+def _with_weights(case: Case, values: Mapping[str, Array]) -> keras.Model:
+    """The model that the case builds, fresh, with these weights, which are all that it has."""
+    model = case.build_candidate()
+    weights_file.assign_weights(model, values)
+    return model
 
 
 def _compare_training(
@@ -133,14 +164,7 @@ def _compare_training(
 ) -> tuple[ParityReport, ...]:
     """Compares how the two models train, on crops of the images; the first report also has what their masks are."""
     # What a file says of dropout and of frozen layers is not what is compared here.
-    values = {name: np.array(variable) for name, variable in named_variables(candidate).items()}
-    candidate = case.build_candidate()
-    if weights_file.variable_shapes(candidate) != {name: array.shape for name, array in values.items()}:
-        raise WeightsFileError(
-            f"--train needs the weights of {case.how_to_build}, and the file has others",
-            hint="Check --variant and the number of classes, or leave --train out.",
-        )
-    weights_file.assign_weights(candidate, values)
+    candidate = _with_weights(case, _values_of(candidate))
     batch, labels = training_batch(images, case.num_classes)
     reports = compare_training(
         reference,

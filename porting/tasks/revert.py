@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from porting.errors import FailedParityError, OutputError, ParityError
+from porting.errors import FailedParityError, KeyMapError, OutputError, ParityError
 from porting.families.base import Family, Spec
 from porting.files import weights_file
 from porting.files.atomic import output_errors, reserve
@@ -19,6 +19,7 @@ from porting.files.result import PendingResult, pending_result
 from porting.files.survey import survey_file
 from porting.kinds.transforms import Array
 from porting.mapping.convert import invert, refuse_non_finite
+from porting.mapping.naming import naming_called
 from porting.models.frameworks import start_tensorflow
 from porting.models.traverse import named_variables
 from porting.parity.report import ParityReport, refusal
@@ -38,13 +39,17 @@ DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat1
 
 @dataclass(frozen=True)
 class RevertResult:
-    """What a way back has made: the model that `spec` describes. `report` is None without a check."""
+    """What a way back has made: the model that `spec` describes. `report` is None without a check.
+
+    `notes` are what a user of the file must know, in sentences.
+    """
 
     path: Path
     spec: Spec
     state_dict: dict[str, Array]
     report: ParityReport | None = None
     report_path: Path | None = None
+    notes: tuple[str, ...] = ()
 
 
 def revert(
@@ -104,6 +109,7 @@ def _revert(
     survey = survey_file(weights)
     ported_from = case_of_file(family, variant, survey, num_classes=num_classes)
     target = case_of_file(family, variant, survey, layout=layout, num_classes=num_classes)
+    _refuse_other_head(weights, family.classes_in(variant, [shape for _, shape, _ in survey.tensors]), target)
     if not ported_from.num_classes:
         target, ported_from = without_head(target), without_head(ported_from)
     progress("starting TensorFlow")
@@ -122,9 +128,10 @@ def _revert(
     case = open_case(family, variant, temporary, layout=target.naming.name, progress=progress)
     _refuse_other_tensors(case, state_dict)
     case = replace(case, spec=replace(case.spec, stated=target.spec.stated))
+    notes = _setting_notes(ported_from, target)
     if not check:
         pending.commit(None)
-        return RevertResult(out, target.spec, state_dict)
+        return RevertResult(out, target.spec, state_dict, notes=notes)
     report = compare_models(case, candidate, options, progress, strict=options.strict_settings)
     context = {**case.describe(), "weights": weights.name, "non_finite": list(non_finite), "file": pending.identity()}
     context["source"]["name"] = out.name
@@ -132,7 +139,37 @@ def _revert(
     if not report.passed:
         raise FailedParityError(f"{out} was not written: {refusal(report)}", report)
     report_path = pending.commit(to_json(report))
-    return RevertResult(out, target.spec, state_dict, report, report_path)
+    return RevertResult(out, target.spec, state_dict, report, report_path, notes)
+
+
+def _setting_notes(ported_from: Case, target: Case) -> tuple[str, ...]:
+    """Settings that the weights were trained with and that the code of the naming to be written has otherwise."""
+    notes = []
+    for name, value in ported_from.spec.settings.items():
+        usual = target.naming.settings.get(name, value)
+        if value != usual:
+            notes.append(
+                f"These weights go with {name} {value:g}, and code with {target.naming.name} names has {usual:g}: "
+                f"set {name} there, or its results differ."
+            )
+    return tuple(notes)
+
+
+def _refuse_other_head(weights: Path, classes: int | None, target: Case) -> None:
+    """Raises KeyMapError where the file has a head and what is to be written has none, or another."""
+    if not classes:
+        return
+    if not naming_called(target.family.namings, target.naming.name).head:
+        with_head = [naming.name for naming in target.family.namings if naming.head]
+        raise KeyMapError(
+            f"{weights} has a head of {classes} classes, and {target.naming.name} names have none",
+            hint=f"Take a naming that has one: --layout {' or '.join(with_head)}.",
+        )
+    if classes != target.num_classes:
+        raise KeyMapError(
+            f"{weights} has a head of {classes} classes, and {target.num_classes} classes were asked for",
+            hint="Leave out --classes.",
+        )
 
 
 def _suffix_of(path: Path) -> str:

@@ -57,7 +57,7 @@ def segmentor(tensors: Tensors) -> Tensors:
     }
 
 
-def transformers_model(variant: str, classes: int) -> Any:
+def transformers_model(variant: str, classes: int, **settings: Any) -> Any:
     from transformers import VanConfig
     from transformers.models.deprecated.van.modeling_van import VanForImageClassification
 
@@ -68,6 +68,7 @@ def transformers_model(variant: str, classes: int) -> Any:
         mlp_ratios=list(shape.mlp_ratios),
         num_labels=classes,
         drop_path_rate=0.0,
+        **settings,
     )
     model = VanForImageClassification(config)
     fill_with_synthetic_weights(model, seed=3)

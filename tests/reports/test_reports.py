@@ -5,7 +5,9 @@ import json
 import math
 import re
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -274,3 +276,48 @@ def test_formats_by_suffix() -> None:
         format_of(Path("a.pdf"))
     with pytest.raises(OutputError, match="no format 'pdf'"):
         render(PASSED, "pdf")
+
+
+def soundness() -> list[tuple[str, Callable[[dict[str, Any]], None]]]:
+    """Changes after which a report that passed proves nothing."""
+
+    def no_views(document: dict[str, Any]) -> None:
+        for layer in document["layers"]:
+            layer["views"] = {}
+
+    def no_outputs(document: dict[str, Any]) -> None:
+        document["layers"] = [layer for layer in document["layers"] if not layer["source"].startswith("output")]
+
+    def rewritten_outputs(document: dict[str, Any]) -> None:
+        for layer in document["layers"]:
+            layer["rewritten"] = "written so"
+
+    def nothing(document: dict[str, Any]) -> None:
+        document["layers"] = []
+
+    def not_numbers(document: dict[str, Any]) -> None:
+        for layer in document["layers"]:
+            for view in layer["views"].values():
+                view["actual_error"] = {"max": "NaN", "rms": "NaN"}
+
+    def negative(document: dict[str, Any]) -> None:
+        document["layers"][0]["views"]["float32"]["actual_error"] = {"max": -1.0, "rms": -1.0}
+
+    def limits(document: dict[str, Any]) -> None:
+        document["limits"]["max_ratio"] = "NaN"
+
+    return [
+        (each.__name__, each)
+        for each in (no_views, no_outputs, rewritten_outputs, nothing, not_numbers, negative, limits)
+    ]
+
+
+@pytest.mark.parametrize(("name", "change"), soundness(), ids=[name for name, _ in soundness()])
+def test_a_report_that_proves_nothing_is_never_parity(name: str, change: Callable[[dict[str, Any]], None]) -> None:
+    document = json.loads(render(PASSED, "json"))
+    change(document)
+    try:
+        report = from_json(json.dumps(document))
+    except ReportError:
+        return
+    assert not report.passed

@@ -275,3 +275,66 @@ def test_locations_that_are_none(location: str) -> None:
     with pytest.raises(SourceError):
         parse_location("van", "b0", location)
     assert shown("https://me:pw@host:8000/x?token=1#y") == "https://host:8000/x"
+
+
+@pytest.mark.parametrize("etag", ["ünïcode", '"quo"te"', "a\x01b", "W/weak", "x" * 10_000, '""""'])
+def test_an_odd_etag_does_not_spoil_the_next_run(
+    server: Server, content: bytes, monkeypatch: pytest.MonkeyPatch, etag: str
+) -> None:
+    server.etag = etag.encode("utf-8").decode("latin-1")
+    server.always = "cut"
+    monkeypatch.setattr(module, "_ATTEMPTS", 1)
+    with pytest.raises(SourceError):
+        download(server.url)
+    server.always = ""
+    assert download(server.url).read_bytes() == content
+
+
+def test_an_etag_that_an_earlier_version_kept_is_not_believed(server: Server, content: bytes) -> None:
+    folder = cache_folder() / hashlib.sha256(server.url.encode()).hexdigest()[:20]
+    folder.mkdir(parents=True)
+    (folder / "part").write_bytes(content[:100])
+    (folder / "etag").write_bytes("ünïcode\r\nX: y".encode())
+    assert download(server.url).read_bytes() == content
+    assert "Range" not in server.requests[0]
+
+
+def test_a_file_of_unknown_length_has_a_bound(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.always = "no length"
+    monkeypatch.setattr(module, "_GREATEST_UNKNOWN", len(server.content) // 2)
+    with pytest.raises(SourceError, match="does not say how long it is, and went on beyond"):
+        download(server.url)
+    assert not list(cache_folder().rglob("part"))
+
+
+def test_a_file_that_does_not_fit_is_not_begun(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type("Usage", (), {"free": 10})
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(SourceError, match="bytes, and the cache .* has room for 10"):
+        download(server.url)
+
+
+@pytest.mark.parametrize(
+    "location",
+    ["https://", "https://[::1", "http://host:port/x", "https://a b\x1b[2J/x", "https://:80/x", "http://host:99999/x"],
+)
+def test_malformed_addresses(location: str) -> None:
+    with pytest.raises(SourceError, match="not an address"):
+        parse_location("van", "b0", location)
+
+
+@pytest.mark.parametrize(
+    "location",
+    ["ftp://me:secret@host/x.pth", "hf://me:secret@owner", "s3://me:secret@bucket/x", "https://me:secret@[/x"],
+)
+def test_passwords_in_addresses_are_never_printed(location: str) -> None:
+    with pytest.raises(SourceError) as caught:
+        parse_location("van", "b0", location)
+    assert "secret" not in f"{caught.value.message}{caught.value.hint}"
+
+
+def test_what_is_shown_of_addresses() -> None:
+    assert shown("https://me:secret@host:80/a/b.pth?token=x#y") == "https://host:80/a/b.pth"
+    assert shown("cannot reach http://me:secret@host/x: why") == "cannot reach http://host/x: why"
+    assert shown("hf://owner/repo/file@main") == "hf://owner/repo/file@main"
+    assert parse_location("van", "b0", "https://me:secret@host/x?sig=y").label == "https://host/x"  # type: ignore[union-attr]

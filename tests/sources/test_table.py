@@ -138,3 +138,20 @@ def test_a_file_that_the_hub_does_not_have(hub: Hub, tmp_path: Path) -> None:
 
 def test_a_repository_that_the_hub_does_not_have(hub: Hub, tmp_path: Path) -> None:
     assert "the hub has no such repository, or asks for a login" in run_fetch(hub.url, tmp_path)
+
+
+@pytest.mark.parametrize("endpoint", ["not an address", "http://[bad", "http://me:secret@127.0.0.1:9", "://", ""])
+def test_an_endpoint_of_the_hub_that_is_none(endpoint: str, tmp_path: Path) -> None:
+    code = (
+        "from porting.families.van import VanFamily; from porting.sources.hub import fetch_from_hub\n"
+        "from porting.errors import SourceError\n"
+        "try: fetch_from_hub(VanFamily().source_of('b1'))\n"
+        "except SourceError as error: print(error.message)"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0"}
+    if not endpoint:
+        environment["HF_ENDPOINT"] = "http://127.0.0.1:9"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("cannot get van_small_811.pth.tar")
+    assert "secret" not in done.stdout + done.stderr

@@ -95,6 +95,64 @@ def test_killed_at_a_hundred_instants(checkpoint: Path, tmp_path: Path) -> None:
     assert all(result["ended"] in {0, -9} for result in results)
 
 
+# A result and its report, again and again, until killed: what lies there then is asked from outside.
+KILL_IN_A_LOOP = """
+import json, os, random, signal, sys, time
+from dataclasses import replace
+from pathlib import Path
+from porting.errors import ReportError
+from porting.files.atomic import sha256_of
+from porting.files.result import pending_result
+from porting.reports.document import file_beside, read_report, to_json
+from tests.reports.test_reports import PASSED
+
+folder, count = Path(sys.argv[1]), int(sys.argv[2])
+out, report = folder / "x.h5", folder / "x.h5.parity.json"
+
+def write(number):
+    with pending_result(out, ".h5", inputs={}) as pending:
+        pending.path.write_bytes(str(number).encode() * 500_000)
+        own = replace(PASSED, context={"file": pending.identity()})
+        pending.commit(to_json(own) if number % 5 else None)
+
+rng = random.Random(0)
+for instant in range(count):
+    write(10 + instant % 3)
+    if (pid := os.fork()) == 0:
+        number = 100
+        while True:
+            write(number)
+            number += 1
+    time.sleep(rng.uniform(0, 0.03))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    content = out.read_bytes()
+    vouches = False
+    if report.exists():
+        try:
+            vouches = file_beside(read_report(report), report) == ""
+        except ReportError:
+            pass
+    whole = content == content[: len(content) // 500_000] * 500_000
+    said = json.loads(report.read_text())["context"]["file"]["sha256"] if report.exists() else ""
+    print(json.dumps({"whole": whole, "vouches": vouches, "same": said == sha256_of(out), "report": report.exists()}))
+write(7)
+print(json.dumps({"left": sorted(path.name for path in folder.iterdir())}))
+"""
+
+
+def test_results_and_reports_agree_at_two_hundred_instants(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILL_IN_A_LOOP, str(tmp_path), "200"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    *instants, last = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(instants) == 200
+    assert all(each["whole"] for each in instants)
+    assert all(each["vouches"] == each["same"] for each in instants), "a report vouches for its own file alone"
+    assert sum(each["vouches"] for each in instants) > 20
+    assert last["left"] == ["x.h5", "x.h5.parity.json"], "the next run removes what killed ones have left"
+
+
 def test_interrupted_at_fifty_instants(checkpoint: Path, tmp_path: Path) -> None:
     results = stop(checkpoint, tmp_path, 50, "SIGINT")
     for result in results:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,16 +15,25 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import van_tf
-from porting.errors import FailedParityError, KeyMapError, OutputError, ParityError, SourceError
+from porting.errors import (
+    FailedParityError,
+    KeyMapError,
+    OutputError,
+    ParityError,
+    SourceError,
+    WeightsFileError,
+)
 from porting.families.base import by_path
 from porting.families.van import NAMINGS, VanFamily
 from porting.files.checkpoint import read_checkpoint
-from porting.files.weights_file import write_h5
+from porting.files.weights_file import weight_shapes, write_h5, write_provenance
 from porting.mapping.convert import convert, invert
-from porting.mapping.naming import naming_called
+from porting.mapping.naming import Naming, naming_called
+from porting.models.traverse import named_variables
 from porting.references.van import VAN, VARIANTS, VanShape
 from porting.sources.table import Source
 from porting.tasks import revert as module
+from porting.tasks.case import open_case
 from porting.tasks.options import CheckOptions
 from porting.tasks.port import port
 from porting.tasks.revert import DTYPES, revert
@@ -31,6 +41,7 @@ from tests.mapping.test_naming import transformers_model
 
 Cli = Callable[..., Result]
 ONE = CheckOptions(samples=1)
+os.umask(UMASK := os.umask(0))
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +154,56 @@ def test_a_number_that_the_type_cannot_hold(family: VanFamily, tmp_path: Path) -
     with pytest.raises(OutputError, match="head.bias has values that float16 cannot hold"):
         revert(family, "nano", tmp_path / "x.weights.h5", tmp_path / "x.pth", dtype="float16")
     assert names_in(tmp_path) == ["x.weights.h5"]
+
+
+@pytest.mark.parametrize("classes", [10, 0], ids=["with a head", "without"])
+@pytest.mark.parametrize("naming", NAMINGS, ids=lambda naming: naming.name)
+def test_every_naming_is_written_with_and_without_a_head(
+    family: VanFamily, tmp_path: Path, naming: Naming, classes: int
+) -> None:
+    epsilon = naming.settings["layer_norm_eps"]
+    top: dict[str, object] = {"classes": classes} if classes else {"include_top": False}
+    model = van_tf.van_nano(layer_norm_epsilon=epsilon, **top)
+    weights = tmp_path / "x.weights.h5"
+    model.save_weights(weights)
+    write_provenance(weights, {"layout": naming.name, "settings": {"layer_norm_eps": epsilon}})
+    if classes and not naming.head:
+        for check in (True, False):
+            with pytest.raises(KeyMapError, match="has a head of 10 classes, and segmentation names have none"):
+                revert(family, "nano", weights, tmp_path / "x.pth", layout=naming.name, check=check)
+        return
+    for suffix, check in ((".pth", True), (".safetensors", False), (".bin", False)):
+        out = tmp_path / f"x{suffix}"
+        result = revert(family, "nano", weights, out, layout=naming.name, check=check, options=ONE)
+        assert result.notes == ()
+        case = open_case(family, "nano", out, layout=naming.name)
+        assert (case.naming.name, case.num_classes) == (naming.name, classes)
+        assert out.stat().st_mode & 0o777 == 0o666 & ~UMASK
+    for wrong in (3, 10 - classes):
+        error, message = (
+            (KeyMapError, "classes were asked for") if classes else (WeightsFileError, "2 arrays missing, of")
+        )
+        with pytest.raises(error, match=message):
+            revert(family, "nano", weights, tmp_path / "y.pth", layout=naming.name, num_classes=wrong, check=False)
+
+
+def test_a_replaced_file_keeps_its_mode(family: VanFamily, ported: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x.safetensors"
+    out.touch(mode=0o640)
+    out.chmod(0o640)
+    revert(family, "nano", ported, out, check=False)
+    assert out.stat().st_mode & 0o777 == 0o640
+
+
+def test_the_weights_of_another_variant_are_refused_without_a_check_too(family: VanFamily, tmp_path: Path) -> None:
+    model = van_tf.van_b0(classes=10)
+    model.save(tmp_path / "x.keras")
+    model.save_weights(tmp_path / "x.weights.h5")
+    values = {name: np.asarray(variable) for name, variable in named_variables(model).items()}
+    write_h5(tmp_path / "x.h5", weight_shapes(model), values)
+    for weights in tmp_path.glob("x.*"):
+        with pytest.raises(WeightsFileError, match="van_tf.van_nano"):
+            revert(family, "nano", weights, tmp_path / "x.pth", num_classes=10, check=False)
 
 
 def test_names_for_another_epsilon_are_refused(family: VanFamily, ported: Path, tmp_path: Path) -> None:
