@@ -20,6 +20,7 @@ import filelock
 
 from porting.errors import ClashError, OutputError
 
+REPORT_SUFFIX = ".parity.json"
 # Of a temporary file's name; its lock is named so too, and held as long as the process lives that writes the file.
 _LOCK = re.compile(r"\..*\.[0-9a-f]{8}\.lock")
 # A file system allows 255 bytes, of which token and suffix need some.
@@ -115,7 +116,7 @@ def make_folder(path: Path) -> None:
 
 def report_path_of(out: Path) -> Path:
     """Where the JSON report of the check of `out` lies."""
-    return out.with_name(f"{out.name}.parity.json")
+    return out.with_name(f"{out.name}{REPORT_SUFFIX}")
 
 
 @contextlib.contextmanager
@@ -190,7 +191,8 @@ def write_text(path: Path, text: str) -> None:
     """Writes a whole text file or none; raises OutputError."""
     with temporary_file(path) as temporary:
         with output_errors(path):
-            temporary.write_text(text, encoding="utf-8")
+            # The name of a file may hold bytes that are no text.
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         move_into_place(temporary, path)
 
 

@@ -174,7 +174,7 @@ def _read_file(path: Path) -> tuple[Any, str, str]:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             file.seek(0)
             if kind == "safetensors":
-                return _load_safetensors(path), kind, sha256
+                return _load_safetensors(path, _place(path, file)), kind, sha256
             if kind == "torchscript":
                 return read_torchscript(path, file), kind, sha256
             return _load_pickle(path, file, kind), kind, sha256
@@ -293,7 +293,7 @@ def verify_container(path: Path) -> None:
             except (zipfile.BadZipFile, EOFError, OSError) as error:
                 raise _pickle_error(path, error) from None
     if kind == "safetensors":
-        _load_safetensors(path)
+        _load_safetensors(path, path)
 
 
 def _load_pickle(path: Path, file: BufferedReader, kind: str) -> Any:
@@ -306,7 +306,7 @@ def _load_pickle(path: Path, file: BufferedReader, kind: str) -> Any:
         with torch.serialization.safe_globals(inert_globals()):
             if kind == "torch zip":
                 # Mapped, not read: a tensor comes into memory when it is used, and a large checkpoint never as a whole.
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                return torch.load(_place(path, file), map_location="cpu", weights_only=True, mmap=True)
             return torch.load(file, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
@@ -314,6 +314,15 @@ def _load_pickle(path: Path, file: BufferedReader, kind: str) -> Any:
         raise CheckpointError(f"{path}: declares more data than fits into memory") from None
     except Exception as error:  # torch.load fails in dozens of ways on a broken file; none is a bug here
         raise _pickle_error(path, error) from None
+
+
+def _place(path: Path, file: BufferedReader) -> Path:
+    """A name of the open file that libraries in C++ can take: theirs are UTF-8, those of Linux any bytes."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return Path(f"/dev/fd/{file.fileno()}")
+    return path
 
 
 def _verify_checksums(path: Path, file: BufferedReader) -> None:
@@ -384,15 +393,15 @@ def _pickle_error(path: Path, error: Exception) -> CheckpointError:
     )
 
 
-def _load_safetensors(path: Path) -> dict[str, Any]:
+def _load_safetensors(path: Path, place: Path) -> dict[str, Any]:
     import safetensors
     import safetensors.torch
 
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        with safetensors.safe_open(place, framework="pt") as file:
             if (count := len(file.keys())) > MAX_TENSORS:
                 raise CheckpointError(f"{path}: has {count:,} tensors, more than {MAX_TENSORS:,}")
-        return dict(safetensors.torch.load_file(path))
+        return dict(safetensors.torch.load_file(place))
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path}: not a whole safetensors file: {error}", hint="Fetch it again and compare its size."

@@ -41,7 +41,7 @@ from typing import Any
 import msgspec
 
 from porting.errors import ReportError
-from porting.files.atomic import open_regular, sha256_of
+from porting.files.atomic import REPORT_SUFFIX, open_regular, sha256_of
 from porting.parity.report import LayerComparison, ParityReport
 
 SCHEMA_VERSION = 3
@@ -163,6 +163,9 @@ def file_beside(report: ParityReport, path: Path) -> str:
         return "This report does not say which file it is of."
     name, expected = str(identity["name"]), str(identity.get("sha256"))
     beside = path.with_name(name) if Path(name).name == name and name not in {"", ".", ".."} else None
+    own = path.name.removesuffix(REPORT_SUFFIX)
+    if own.encode("utf-8", "backslashreplace").decode() == name:  # a name that is no text
+        beside = path.with_name(own)
     if beside is None or not beside.exists():
         return f"The file that this report is of, {name}, is not beside it."
     try:

@@ -188,6 +188,10 @@ BROKEN = {
         lambda path: torch.save({"w": torch.eye(2).to_sparse()}, path),
         "torch.sparse_coo, on cpu.; dense, real tensors can",
     ),
+    "nested": (
+        lambda path: torch.save({"w": torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])}, path),
+        "neste",
+    ),
     "complex": (
         lambda path: torch.save({"w": torch.ones(1, dtype=torch.cfloat)}, path),
         "complex64.*dense, real tensors can",

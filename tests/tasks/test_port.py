@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,15 @@ from porting.families.base import Spec
 from porting.families.van import VanFamily
 from porting.files import weights_file
 from porting.files.atomic import report_path_of
+from porting.files.checkpoint import read_checkpoint
 from porting.files.survey import survey_file
 from porting.models.synthetic import fill_with_synthetic_weights
 from porting.references.van import VAN, build_van
-from porting.reports.document import read_report
+from porting.reports import write_report
+from porting.reports.document import file_beside, read_report
 from porting.tasks.options import CheckOptions
 from porting.tasks.port import port
+from porting.tasks.revert import revert
 
 FAST = CheckOptions(samples=1)
 
@@ -226,3 +230,20 @@ def test_large_variants(family: VanFamily, tmp_path: Path, variant: str) -> None
     with torch.inference_mode():
         expected = model.eval()(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
     np.testing.assert_allclose(keras_model.predict(images, verbose=0), expected, atol=1e-4, rtol=0)
+
+
+def test_names_that_are_no_text(family: VanFamily, checkpoint: Path, tmp_path: Path) -> None:
+    """A file's name may be any bytes; libraries in C++ and text in a report cannot hold all of them."""
+    folder = os.fsencode(tmp_path)
+    own = Path(os.fsdecode(folder + b"/\xff\xfe.pth"))
+    own.write_bytes(checkpoint.read_bytes())
+    out = Path(os.fsdecode(folder + b"/\xfe.h5"))
+    result = port(family, "nano", out, checkpoint=own, options=CheckOptions(samples=1))
+    assert result.report is not None
+    assert file_beside(read_report(report_path_of(out)), report_path_of(out)) == ""
+    for suffix in (b".safetensors", b".pth"):
+        back = Path(os.fsdecode(folder + b"/\xfb" + suffix))
+        revert(family, "nano", out, back, check=False)
+        assert read_checkpoint(back).state_dict.keys() == read_checkpoint(own).state_dict.keys()
+    for form in ("html", "markdown", "junit"):
+        write_report(result.report, tmp_path / f"r.{form}", form)
