@@ -14,6 +14,7 @@ own, 4 GiB of addresses; see `porting.files.survey`.) Cases run in other process
 from __future__ import annotations
 
 import collections
+import copy
 import io
 import json
 import pickle
@@ -147,7 +148,7 @@ def retyped(rng: random.Random, content: bytes) -> bytes:
             parent, key = place, rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
             place = parent[key]
         if key is not None:
-            parent[key] = rng.choice(others)
+            parent[key] = copy.deepcopy(rng.choice(others))
     return json.dumps(document).encode()
 
 
