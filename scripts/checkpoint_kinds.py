@@ -383,8 +383,9 @@ def outcome(kind: Kind, folder: Path, model: Any) -> str:
             return error.message.replace(f"{folder}/", "")
     own = model.state_dict()
     for entry in result.case.key_map.entries:
-        if not (result.case.state_dict[entry.source] == own[entry.source].numpy()).all():
-            return f"OTHER WEIGHTS: {entry.source}"
+        for name in entry.sources:
+            if not (result.case.state_dict[name] == own[name].numpy()).all():
+                return f"OTHER WEIGHTS: {name}"
     return TAKEN
 
 

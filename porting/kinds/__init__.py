@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from porting.errors import KeyMapError
 from porting.kinds.base import Kind
 
 if TYPE_CHECKING:
@@ -29,6 +30,18 @@ _FILES = (
     "dropout",
 )
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (import_module(f"{__name__}.{file}").KIND for file in _FILES)}
+
+
+def kind_called(name: str) -> Kind:
+    """The kind of that name, which may say more behind a colon: `dense:512x7x7` has its rows behind a Flatten.
+
+    Raises KeyMapError for a name that is none.
+    """
+    base, _, more = name.partition(":")
+    kind = KINDS.get(base)
+    if kind is None:
+        raise KeyMapError(f"there is no kind {base!r}", hint=f"The kinds are {', '.join(KINDS)}.")
+    return kind.with_details(more) if more else kind
 
 
 def kind_of_module(module: nn.Module) -> Kind | None:

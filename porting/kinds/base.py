@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from porting.errors import KeyMapError
 from porting.kinds.transforms import IDENTITY, Transform
 
 if TYPE_CHECKING:
@@ -21,11 +22,24 @@ Settings = dict[str, Any]
 
 @dataclass(frozen=True)
 class Leaf:
-    """One tensor of a kind: its last name in PyTorch and in Keras, "" for the row's own name, and how it moves."""
+    """A tensor of a kind, or several that go together: last names in PyTorch and in Keras, and how they move.
 
-    source: str
-    target: str
+    "" stands for the row's own name. `default` is what it holds where one side lacks it, such as 0 for a bias; None
+    where that cannot be.
+    """
+
+    source: str | tuple[str, ...]
+    target: str | tuple[str, ...]
     transform: Transform = IDENTITY
+    default: float | None = None
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.source,) if isinstance(self.source, str) else self.source
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return (self.target,) if isinstance(self.target, str) else self.target
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,10 @@ class Kind:
     drops: tuple[str, ...] = ()
     training_settings: frozenset[str] = frozenset()
 
+    def with_details(self, details: str) -> Kind:
+        """The kind as a row states it further; raises KeyMapError where there is nothing to state, or not so."""
+        raise KeyMapError(f"the kind {self.name} takes no details: got {details!r}")
+
     def is_module(self, module: nn.Module) -> bool:
         """Whether a PyTorch module is of this kind."""
         return False
@@ -58,6 +76,16 @@ class Kind:
     def is_layer(self, layer: keras.layers.Layer) -> bool:
         """Whether a Keras layer is of this kind."""
         return False
+
+    def leaves_for(self, module: nn.Module) -> tuple[Leaf, ...]:
+        """The leaves that one module may have; several may have the same tensors, for layers written otherwise."""
+        return self.leaves
+
+    def variables(self, layer: keras.layers.Layer) -> dict[str, keras.Variable]:
+        """The variables of a layer of this kind by the last names in `leaves`; without those that it does not have."""
+        names = (name for leaf in self.leaves for name in leaf.targets)
+        found = {name: attribute(layer, name) for name in names if name}
+        return {name: variable for name, variable in found.items() if hasattr(variable, "assign")}
 
     def module_settings(self, module: nn.Module) -> Settings:
         """What a module of this kind is set to, under PyTorch's names."""
@@ -78,6 +106,13 @@ class Kind:
     def mistakes(self, module: nn.Module, inputs: list[Tensor]) -> Iterator[Mistake]:
         """Known porting mistakes of this kind, made on what `module` took, the specific before the general."""
         return iter(())
+
+
+def attribute(owner: Any, name: str) -> Any:
+    """An attribute of an attribute, `/` or `.` between them; None where there is none."""
+    for part in name.replace("/", ".").split("."):
+        owner = getattr(owner, part, None)
+    return owner
 
 
 def with_change(module: nn.Module, inputs: list[Tensor], change: Callable[[Any], object]) -> Callable[[], Made]:

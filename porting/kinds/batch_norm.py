@@ -20,8 +20,8 @@ USUAL_EPSILONS = (1e-3, 1e-4, 1e-5, 1.001e-5, 1e-6, 1e-12, 0.0)
 class BatchNorm(Kind):
     name = "batch_norm"
     leaves = (
-        Leaf("weight", "gamma"),
-        Leaf("bias", "beta"),
+        Leaf("weight", "gamma", default=1.0),
+        Leaf("bias", "beta", default=0.0),
         Leaf("running_mean", "moving_mean"),
         Leaf("running_var", "moving_variance"),
     )

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from porting.kinds.base import Kind, Leaf, Mistake, Settings, in_double, with_change, with_value
-from porting.kinds.transforms import CONVOLUTION
+from porting.kinds.transforms import CONVOLUTION, VECTOR
 
 if TYPE_CHECKING:
     import keras
@@ -19,7 +19,7 @@ _AXIS_NAMES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "w
 
 class Convolution(Kind):
     name = "conv"
-    leaves = (Leaf("weight", "kernel", CONVOLUTION), Leaf("bias", "bias"))
+    leaves = (Leaf("weight", "kernel", CONVOLUTION), Leaf("bias", "bias", VECTOR, 0.0))
 
     def is_module(self, module: nn.Module) -> bool:
         from torch import nn

@@ -14,7 +14,7 @@ from porting.kinds.convolution import (
     kernel_mistakes,
     reach_mistakes,
 )
-from porting.kinds.transforms import DEPTHWISE
+from porting.kinds.transforms import MULTIPLIED
 
 if TYPE_CHECKING:
     import keras
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 class Depthwise(Kind):
     name = "depthwise"
-    leaves = (Leaf("weight", "kernel", DEPTHWISE), Leaf("bias", "bias"))
+    leaves = (Leaf("weight", "kernel", MULTIPLIED), Leaf("bias", "bias", default=0.0))
 
     def is_module(self, module: nn.Module) -> bool:
         from torch import nn

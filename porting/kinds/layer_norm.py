@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 class LayerNorm(Kind):
     name = "layer_norm"
-    leaves = (Leaf("weight", "gamma"), Leaf("bias", "beta"))
+    leaves = (Leaf("weight", "gamma", default=1.0), Leaf("bias", "beta", default=0.0))
 
     def is_module(self, module: nn.Module) -> bool:
         from torch import nn

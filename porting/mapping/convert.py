@@ -78,18 +78,22 @@ class Conversion:
 
 def diff_keys(state_dict: Mapping[str, Array], key_map: KeyMap, target_shapes: Mapping[str, Shape]) -> KeyDiff:
     """Compares what `key_map` asks for with what there is on both sides; never raises."""
-    used = {entry.source for entry in key_map.entries}
-    targets = {entry.target for entry in key_map.entries}
+    used = {name for entry in key_map.entries for name in entry.sources}
+    targets = {name for entry in key_map.entries for name in entry.targets}
     mismatched = []
     for entry in key_map.entries:
-        if entry.source not in state_dict or entry.target not in target_shapes:
+        if not all(name in state_dict for name in entry.sources):
             continue
-        array = state_dict[entry.source]
-        expected = entry.transform.source_shape(target_shapes[entry.target])
-        if array.shape != expected:
-            mismatched.append(Mismatch(entry.source, str(expected), str(array.shape)))
-        elif not is_float(array):
-            mismatched.append(Mismatch(entry.source, "a floating-point type", str(array.dtype)))
+        if not all(name in target_shapes for name in entry.targets):
+            continue
+        arrays = [state_dict[name] for name in entry.sources]
+        for name, array in zip(entry.sources, arrays, strict=True):
+            if not is_float(array):
+                mismatched.append(Mismatch(name, "a floating-point type", str(array.dtype)))
+        wanted = [target_shapes[name] for name in entry.targets]
+        if not entry.transform.accepts([array.shape for array in arrays], wanted):
+            found = ", ".join(str(array.shape) for array in arrays)
+            mismatched.append(Mismatch(", ".join(entry.sources), entry.expected(target_shapes), found))
     return KeyDiff(
         missing_keys=tuple(sorted(used - state_dict.keys())),
         unexpected_keys=tuple(sorted(state_dict.keys() - used - set(key_map.dropped(state_dict)))),
@@ -116,17 +120,31 @@ def convert(
     tensor holds NaN or infinity and that is not allowed.
     """
     refuse_other_keys(state_dict, key_map, target_shapes, hint=hint)
-    weights = {}
+    weights: dict[str, Array] = {}
+    used: dict[str, Array] = {}
     for entry in key_map.entries:
-        weights[entry.target] = entry.transform.apply(to_float32(state_dict[entry.source]))
-    by_source = {entry.source: weights[entry.target] for entry in key_map.entries}
-    non_finite = refuse_non_finite(by_source, allowed=allow_non_finite)
+        own = {name: to_float32(state_dict[name]) for name in entry.sources}
+        used |= own
+        try:
+            weights |= entry.to_keras(own, target_shapes)
+        except ValueError as error:
+            raise KeyMapError(f"{', '.join(entry.sources)}: {error}", hint=hint()) from None
+    non_finite = refuse_non_finite(used, allowed=allow_non_finite)
     return Conversion(weights, key_map.dropped(state_dict), non_finite)
 
 
-def invert(weights: Mapping[str, Array], key_map: KeyMap) -> dict[str, Array]:
-    """The state_dict that `convert` would make these weights of, without what it drops; raises KeyError for a lack."""
-    return {entry.source: entry.transform.invert(weights[entry.target]) for entry in key_map.entries}
+def invert(
+    weights: Mapping[str, Array], key_map: KeyMap, shapes: Mapping[str, Shape] | None = None
+) -> dict[str, Array]:
+    """The state_dict that `convert` would make these weights of, without what it drops.
+
+    `shapes` are those of PyTorch's tensors, where they are known: some transforms need them. Raises KeyError for a
+    variable that is missing, and ValueError where the weights would lose numbers.
+    """
+    tensors: dict[str, Array] = {}
+    for entry in key_map.entries:
+        tensors |= entry.to_torch(weights, shapes or {})
+    return tensors
 
 
 def refuse_other_keys(

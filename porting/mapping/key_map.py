@@ -5,11 +5,12 @@ No name is split, searched or replaced anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from porting.errors import KeyMapError
-from porting.kinds.transforms import Transform
+from porting.kinds import kind_called
+from porting.kinds.transforms import Array, Shape, Transform
 from porting.mapping.rules import Counters, KeyRule, bind, fill, join_name
 
 
@@ -24,11 +25,45 @@ class LayerPair:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor of the state_dict, the Keras variable that takes it, and how its axes move."""
+    """Tensors of the state_dict, the Keras variables that take them, and how they move: mostly one to one.
 
-    source: str
-    target: str
+    Without sources the variables are filled with what PyTorch does not have, without targets the tensors must hold
+    nothing that would be lost.
+    """
+
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
     transform: Transform
+
+    @classmethod
+    def one(cls, source: str, target: str, transform: Transform) -> TensorEntry:
+        """One tensor, one variable."""
+        return cls((source,), (target,), transform)
+
+    def is_in(self, names: Collection[str], variables: Collection[str]) -> bool:
+        """Whether both models have all that it is about, and it is about something on both sides."""
+        both = bool(self.sources) and bool(self.targets)
+        return both and all(name in names for name in self.sources) and all(name in variables for name in self.targets)
+
+    def to_keras(self, state_dict: Mapping[str, Array], shapes: Mapping[str, Shape]) -> dict[str, Array]:
+        """The variables' values by name; raises ValueError where the tensors do not have the shapes."""
+        made = self.transform.to_keras(
+            [state_dict[name] for name in self.sources], [shapes[name] for name in self.targets]
+        )
+        return dict(zip(self.targets, made, strict=True)) if self.targets else {}
+
+    def to_torch(self, weights: Mapping[str, Array], shapes: Mapping[str, Shape]) -> dict[str, Array]:
+        """The tensors' values by name; `shapes` are those of the tensors, where they are known."""
+        known = [shapes[name] for name in self.sources] if all(name in shapes for name in self.sources) else []
+        made = self.transform.to_torch([weights[name] for name in self.targets], known)
+        return dict(zip(self.sources, made, strict=True)) if self.sources else {}
+
+    def expected(self, shapes: Mapping[str, Shape]) -> str:
+        """In words, for an error: the shape that its tensor must have, given the variables'."""
+        wanted = [shapes[name] for name in self.targets]
+        if sources := self.transform.source_shapes(wanted):
+            return ", ".join(map(str, sources))
+        return f"what becomes {', '.join(map(str, wanted))} ({self.transform.name})"
 
 
 @dataclass(frozen=True)
@@ -66,25 +101,56 @@ class KeyMap:
 
         Raises KeyMapError when two rows claim one name, on either side, or a row matches nothing.
         """
-        found = bind(rules, names)
-        counters = Counters(indices for bindings in found for indices in bindings)
         layers: list[LayerPair] = []
         entries: list[TensorEntry] = []
         dropped = set(drops)
-        for rule, source, bindings in zip(rules, sources or [rule.source for rule in rules], found, strict=True):
-            for indices in bindings:
-                pair = LayerPair(fill(source, indices, counters), fill(rule.target, indices, counters), rule.kind)
-                layers.append(pair)
-                own = fill(rule.source, indices, counters)
-                kind = rule.rules_of_kind
-                for leaf in kind.leaves:
-                    if join_name(own, ".", leaf.source) in names:
-                        here, there = join_name(pair.source, ".", leaf.source), join_name(pair.target, "/", leaf.target)
-                        entries.append(TensorEntry(here, there, leaf.transform))
-                dropped.update(join_name(pair.source, ".", name) for name in kind.drops)
-        for side in ("source", "target"):
-            _refuse_duplicates([getattr(entry, side) for entry in entries], side)
-        return cls(tuple(layers), tuple(entries), frozenset(dropped), foreign)
+        for own, pair in expand(rules, names, sources=sources):
+            layers.append(pair)
+            kind = kind_called(pair.kind)
+            for leaf in kind.leaves:
+                if all(join_name(own, ".", name) in names for name in leaf.sources):
+                    entries.append(
+                        TensorEntry(
+                            tuple(join_name(pair.source, ".", name) for name in leaf.sources),
+                            tuple(join_name(pair.target, "/", name) for name in leaf.targets),
+                            leaf.transform,
+                        )
+                    )
+            dropped.update(join_name(pair.source, ".", name) for name in kind.drops)
+        return cls.of(layers, entries, dropped, foreign)
+
+    @classmethod
+    def of(
+        cls,
+        layers: Iterable[LayerPair],
+        entries: Iterable[TensorEntry],
+        drops: Iterable[str] = (),
+        foreign: tuple[str, ...] = (),
+    ) -> KeyMap:
+        """A key map of entries made elsewhere; raises KeyMapError when two of them claim one name, on either side."""
+        entries = tuple(entries)
+        _refuse_duplicates([name for entry in entries for name in entry.sources], "source")
+        _refuse_duplicates([name for entry in entries for name in entry.targets], "target")
+        return cls(tuple(layers), entries, frozenset(drops), foreign)
+
+
+def expand(
+    rules: Sequence[KeyRule], names: Collection[str], *, sources: Sequence[str] | None = None
+) -> Iterator[tuple[str, LayerPair]]:
+    """Every layer that the rows stand for, given the names of a PyTorch model's tensors, in the rows' order.
+
+    With each comes the module's name in that model; the pair has that of `sources`. Raises KeyMapError for a row that
+    matches nothing.
+    """
+    found = bind(rules, names)
+    counters = Counters(indices for bindings in found for indices in bindings)
+    for rule, source, bindings in zip(rules, sources or [rule.source for rule in rules], found, strict=True):
+        for indices in bindings:
+            own = fill(rule.source, indices, counters)
+            yield (
+                own,
+                LayerPair(fill(source, indices, counters), fill(rule.target, indices, counters), rule.kind),
+            )
 
 
 def _refuse_duplicates(names: Sequence[str], side: str) -> None:

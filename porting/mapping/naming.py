@@ -95,7 +95,7 @@ def recognise_naming(
         for form in (naming, naming.without_prefix()) if naming.prefix else (naming,):
             for variation in (form, form.without_head()) if form.head else (form,):
                 table = key_map(variation)
-                known = {entry.source for entry in table.entries}
+                known = {name for entry in table.entries for name in entry.sources}
                 own = own_names - set(table.dropped(own_names))
                 # Both a name too few and one too many count against it.
                 fits.append((len(known & own) / max(len(known | own), 1), variation))

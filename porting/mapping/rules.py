@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from porting.errors import KeyMapError
-from porting.kinds import KINDS
+from porting.kinds import kind_called
 from porting.kinds.base import Kind
 
 Indices = Mapping[str, int]
@@ -39,16 +39,16 @@ class KeyRule:
     kind: str
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise KeyMapError(
-                f"row {self.source!r}: there is no kind {self.kind!r}", hint=f"The kinds are {', '.join(KINDS)}."
-            )
+        try:
+            kind_called(self.kind)
+        except KeyMapError as error:
+            raise KeyMapError(f"row {self.source!r}: {error.message}", hint=error.hint) from None
         if unknown := sorted(_names_in(self.target) - _names_in(self.source)):
             raise KeyMapError(f"row {self.source!r}: its target has placeholders that it lacks: {', '.join(unknown)}")
 
     @property
     def rules_of_kind(self) -> Kind:
-        return KINDS[self.kind]
+        return kind_called(self.kind)
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
@@ -64,7 +64,7 @@ class KeyRule:
     @property
     def _leaf_names(self) -> tuple[str, ...]:
         kind = self.rules_of_kind
-        return (*(leaf.source for leaf in kind.leaves), *kind.drops)
+        return (*(name for leaf in kind.leaves for name in leaf.sources), *kind.drops)
 
     def bindings(self, names: Iterable[str]) -> list[dict[str, int]]:
         """The numbers for which PyTorch has a tensor of this row, each once, in order."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from porting.kinds import kind_of_layer, kind_of_module
-from porting.kinds.base import with_value
+from porting.kinds.base import attribute, with_value
 from porting.models.inputs import Axes, inverse
 from porting.parity.content import as_real
 from porting.parity.diagnose import EXPLAINED, diagnose
@@ -159,15 +159,24 @@ def _weights(module: Any, layer: Any) -> Iterator[tuple[str, np.ndarray[Any, Any
     kind = kind_of_module(module)
     if kind is None or layer is None or kind is not kind_of_layer(layer):
         return
-    own = {variable.name: variable for variable in layer.weights}
-    for leaf in kind.leaves:
-        tensor, variable = getattr(module, leaf.source, None), own.get(leaf.target)
-        if tensor is None or variable is None or not leaf.transform.accepts(len(variable.shape)):
+    own = kind.variables(layer)
+    for leaf in kind.leaves_for(module):
+        tensors = [attribute(module, name) for name in leaf.sources]
+        held = [tensor for tensor in tensors if tensor is not None]
+        # Where several tensors are one variable there is no telling which of them is wrong.
+        if not held or len(held) < len(leaf.sources) or len(held) > len(leaf.targets):
             continue
-        expected = tensor.detach().float().numpy()
-        actual = leaf.transform.invert(np.asarray(variable).astype(np.float32))
-        if expected.shape == actual.shape:
-            yield leaf.source, expected, actual
+        if not all(name in own for name in leaf.targets):
+            continue
+        expected = [tensor.detach().float().numpy() for tensor in held]
+        arrays = [np.asarray(own[name]).astype(np.float32) for name in leaf.targets]
+        try:
+            actual = leaf.transform.to_torch(arrays, [array.shape for array in expected])
+        except ValueError:
+            continue
+        for name, one, other in zip(leaf.sources, expected, actual, strict=True):
+            if one.shape == other.shape:
+                yield name, one, other
 
 
 def _few_numbers(call: str, module: Any, layer: Any, slack: float = 0.0) -> Diagnosis | None:

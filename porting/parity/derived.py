@@ -7,6 +7,7 @@ before that rounding, where what it has is that number rounded; otherwise it sta
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,7 @@ def in_all_orders(array: Array) -> Iterator[Array]:
     """A tensor as it may lie in Keras: as it is, and by the transform of each kind."""
     yield array
     for transform in (CONVOLUTION, DEPTHWISE, DENSE):
-        if transform.accepts(array.ndim):
+        if transform.takes(array.ndim):
             yield transform.apply(array)
 
 
@@ -92,8 +93,9 @@ def _of_module(module: nn.Module) -> Iterator[Array]:
         weight = module.weight.detach().numpy()  # type: ignore[operator]
         kind = kind_of_module(module)
         for leaf in kind.leaves if kind is not None else ():
-            if leaf.source == "weight" and leaf.transform.accepts(weight.ndim):
-                yield leaf.transform.apply(weight)
+            if leaf.sources == ("weight",):
+                with contextlib.suppress(ValueError):
+                    yield from leaf.transform.to_keras([weight], [])
         yield weight
 
 
@@ -148,5 +150,5 @@ def _folded_norms(model: nn.Module, recording: Recording) -> Iterator[Array]:
             yield DENSE.apply(weight)
             continue
         yield CONVOLUTION.apply(weight)
-        if weight.shape[1] == 1 and DEPTHWISE.accepts(weight.ndim):
+        if weight.shape[1] == 1 and DEPTHWISE.takes(weight.ndim):
             yield DEPTHWISE.apply(weight)

@@ -79,9 +79,12 @@ def _on_loud_weights(
         session.truth_model.eval()
         state = session.truth_model.state_dict()
         with session.float64.active():
+            shapes = {name: tuple(variable.shape) for name, variable in variables.items()}
+            arrays = {name: tensor.numpy() for name, tensor in state.items()}
             for entry in key_map.entries:
-                if entry.source in state and entry.target in variables:
-                    variables[entry.target].assign(np.array(entry.transform.apply(state[entry.source].numpy())))
+                if entry.is_in(arrays, variables):
+                    for name, values in entry.to_keras(arrays, shapes).items():
+                        variables[name].assign(np.array(values))
         return _judged_loud(session, one, "loud random weights", limits, locates)
     except (RuntimeError, ValueError):  # a model that cannot be filled so has no loud weights
         return None, ()

@@ -112,14 +112,22 @@ def _other_bits(
     if key_map is None:
         return (), 0
     state = reference.state_dict()
-    differing, compared = [], 0
+    differing: list[str] = []
+    compared = 0
     for entry in key_map.entries:
-        if entry.source in state and entry.target in variables:
+        if not entry.is_in(state, variables):
+            continue
+        arrays = {name: state[name].detach().float().numpy() for name in entry.sources}
+        try:
+            made = entry.to_keras(arrays, {name: tuple(variables[name].shape) for name in entry.targets})
+        except ValueError:
+            differing += entry.targets
+            continue
+        for name, expected in made.items():
             compared += 1
-            expected = entry.transform.apply(state[entry.source].detach().float().numpy())
-            actual = np.asarray(variables[entry.target])
+            actual = np.asarray(variables[name])
             if not (expected.shape == actual.shape and np.array_equal(expected, actual, equal_nan=True)):
-                differing.append(entry.target)
+                differing.append(name)
     return tuple(differing), compared
 
 

@@ -242,9 +242,10 @@ def _in_torchs_order(arrays: Mapping[str, Array], key_map: KeyMap) -> dict[str, 
     import torch
 
     return {
-        entry.source: torch.from_numpy(np.ascontiguousarray(entry.transform.invert(arrays[entry.target])))
+        name: torch.from_numpy(np.ascontiguousarray(values))
         for entry in key_map.entries
-        if entry.target in arrays
+        if all(target in arrays for target in entry.targets)
+        for name, values in entry.to_torch(arrays, {}).items()
     }
 
 
@@ -266,7 +267,7 @@ def _compare(
     undecided: Mapping[str, Tensor],
     limits: Limits,
 ) -> Iterator[LayerComparison]:
-    targets = {entry.source: entry.target for entry in key_map.entries}
+    targets = {name: ", ".join(entry.targets) for entry in key_map.entries for name in entry.sources}
     losses = [run.losses[step] for run in expected]
     yield _one("loss", "loss", "loss", losses, truth.losses[step], actual.losses[step], limits)
     if step == 1:

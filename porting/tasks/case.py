@@ -114,8 +114,14 @@ class Case:
 
         The two share memory where the checkpoint is in float32 already.
         """
-        own = {entry.target: entry.source for entry in self.reference_map.entries}
-        return self.reference_with({own[entry.target]: self.state_dict[entry.source] for entry in self.key_map.entries})
+        own = {entry.targets: entry.sources for entry in self.reference_map.entries}
+        return self.reference_with(
+            {
+                mine: self.state_dict[theirs]
+                for entry in self.key_map.entries
+                for mine, theirs in zip(own[entry.targets], entry.sources, strict=True)
+            }
+        )
 
     def reference_with(self, state_dict: Mapping[str, Array]) -> nn.Module:
         """The PyTorch model with the tensors of a state_dict under the reference's own names."""

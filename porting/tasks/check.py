@@ -70,7 +70,7 @@ def check(
     )
     refuse_other_keys(case.state_dict, case.key_map, case.shapes)
     options = options or CheckOptions()
-    used = {entry.source: case.state_dict[entry.source] for entry in case.key_map.entries}
+    used = {name: case.state_dict[name] for entry in case.key_map.entries for name in entry.sources}
     non_finite = refuse_non_finite(used, allowed=options.allow_non_finite)
     progress("starting TensorFlow")
     start_tensorflow()

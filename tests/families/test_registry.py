@@ -130,8 +130,8 @@ def test_what_six_fields_give(tmp_path: Path) -> None:
     assert (spec.num_classes, family.variants) == (5, ("small", "large"))
     entries = family.key_map(spec).entries
     assert len(entries) == len(family.build("large").weights)
-    assert entries[-1].target == "head/bias"
-    assert family.key_map(family.spec("large", 0)).entries[-1].target == "norm/beta"
+    assert entries[-1].targets[0] == "head/bias"
+    assert family.key_map(family.spec("large", 0)).entries[-1].targets[0] == "norm/beta"
     shapes = family.weight_shapes(spec)
     assert list(shapes)[:2] == ["stem_conv", "stem_bn"]
     assert shapes["head"] == {"kernel": (16, 5), "bias": (5,)}

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from porting.kinds.transforms import CONVOLUTION, DENSE, DEPTHWISE, IDENTITY, Transform
+from porting.kinds.transforms import CONVOLUTION, DENSE, DEPTHWISE, IDENTITY, Permutation
 
 # A transform, a shape in PyTorch, and the same tensor's shape in Keras.
 SHAPES = [
@@ -18,10 +18,10 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(
-    ("transform", "before", "after"), SHAPES, ids=lambda value: value.name if isinstance(value, Transform) else None
+    ("transform", "before", "after"), SHAPES, ids=lambda value: value.name if isinstance(value, Permutation) else None
 )
 def test_apply_moves_axes_and_invert_brings_them_back(
-    transform: Transform, before: tuple[int, ...], after: tuple[int, ...]
+    transform: Permutation, before: tuple[int, ...], after: tuple[int, ...]
 ) -> None:
     source = np.arange(np.prod(before), dtype=np.float32).reshape(before)
     target = transform.apply(source)

@@ -30,7 +30,10 @@ SHAPES = {
 
 def make_state_dict(dtype: Any = np.float32) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    shapes = {entry.source: entry.transform.source_shape(SHAPES[entry.target]) for entry in KEY_MAP.entries}
+    shapes = {
+        entry.sources[0]: entry.transform.source_shape(SHAPES[entry.targets[0]])  # type: ignore[attr-defined]
+        for entry in KEY_MAP.entries
+    }
     tensors = {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
     return {**tensors, "bn.num_batches_tracked": np.array(7)}
 

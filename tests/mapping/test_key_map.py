@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from porting.errors import KeyMapError
-from porting.kinds.transforms import CONVOLUTION, DENSE, IDENTITY
+from porting.kinds.transforms import CONVOLUTION, DENSE, IDENTITY, VECTOR
 from porting.mapping.key_map import KeyMap, TensorEntry
 from porting.mapping.rules import KeyRule
 
@@ -13,7 +13,7 @@ def names(*modules: str, bias: bool = True) -> list[str]:
 
 
 def targets(rules: list[KeyRule], tensors: list[str]) -> list[str]:
-    return [entry.target for entry in KeyMap.match(rules, tensors).entries]
+    return [target for entry in KeyMap.match(rules, tensors).entries for target in entry.targets]
 
 
 def test_rows_are_matched_against_the_names_that_there_are() -> None:
@@ -25,13 +25,13 @@ def test_rows_are_matched_against_the_names_that_there_are() -> None:
     tensors = [*names("stem1.conv", "stem2.conv", bias=False), "block1.0.scale", "block1.10.scale", "block1.2.scale"]
     key_map = KeyMap.match(rules, [*tensors, *names("head")])
     assert key_map.entries == (
-        TensorEntry("stem1.conv.weight", "stem1/conv/kernel", CONVOLUTION),
-        TensorEntry("stem2.conv.weight", "stem2/conv/kernel", CONVOLUTION),
-        TensorEntry("block1.0.scale", "block1.0/scale", IDENTITY),
-        TensorEntry("block1.2.scale", "block1.2/scale", IDENTITY),
-        TensorEntry("block1.10.scale", "block1.10/scale", IDENTITY),
-        TensorEntry("head.weight", "top/kernel", DENSE),
-        TensorEntry("head.bias", "top/bias", IDENTITY),
+        TensorEntry.one("stem1.conv.weight", "stem1/conv/kernel", CONVOLUTION),
+        TensorEntry.one("stem2.conv.weight", "stem2/conv/kernel", CONVOLUTION),
+        TensorEntry.one("block1.0.scale", "block1.0/scale", IDENTITY),
+        TensorEntry.one("block1.2.scale", "block1.2/scale", IDENTITY),
+        TensorEntry.one("block1.10.scale", "block1.10/scale", IDENTITY),
+        TensorEntry.one("head.weight", "top/kernel", DENSE),
+        TensorEntry.one("head.bias", "top/bias", VECTOR),
     )
     assert [pair.kind for pair in key_map.layers][-1] == "dense"
 
@@ -67,8 +67,8 @@ def test_another_naming_has_the_same_targets_in_the_same_order() -> None:
     rules = [KeyRule("block{s}.conv", "block{s}/conv", "conv"), KeyRule("head", "head", "dense")]
     tensors = names("block1.conv", "block2.conv", "head")
     renamed = KeyMap.match(rules, tensors, sources=["stages.{s-1}.c", "fc"], drops=["unused"], foreign=("decoder.",))
-    assert [entry.target for entry in renamed.entries] == targets(rules, tensors)
-    assert renamed.entries[2].source == "stages.1.c.weight"
+    assert [target for entry in renamed.entries for target in entry.targets] == targets(rules, tensors)
+    assert renamed.entries[2].sources[0] == "stages.1.c.weight"
     assert renamed.dropped(["unused", "decoder.x", "fc.weight"]) == ("decoder.x", "unused")
 
 
@@ -76,7 +76,7 @@ def test_batch_norm_drops_its_counter_by_name() -> None:
     tensors = [f"bn.{leaf}" for leaf in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
     key_map = KeyMap.match([KeyRule("bn", "bn", "batch_norm")], tensors, drops=["unused.weight"])
     assert key_map.drops == {"bn.num_batches_tracked", "unused.weight"}
-    assert [entry.target for entry in key_map.entries] == [
+    assert [target for entry in key_map.entries for target in entry.targets] == [
         "bn/gamma",
         "bn/beta",
         "bn/moving_mean",

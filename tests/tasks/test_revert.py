@@ -123,9 +123,9 @@ def test_every_tensor_survives_the_round_trip(
         # Any bits at all that are a finite number of the type.
         state_dict = {}
         for entry in key_map.entries:
-            drawn = rng.integers(0, 2**16, entry.transform.source_shape(targets[entry.target]), dtype=np.uint16)
+            drawn = rng.integers(0, 2**16, entry.transform.source_shape(targets[entry.targets[0]]), dtype=np.uint16)
             array = drawn.view(DTYPES[dtype]) if dtype != "float32" else rng.normal(size=drawn.shape).astype(np.float32)
-            state_dict[entry.source] = np.where(np.isfinite(array.astype(np.float32)), array, array.dtype.type(0))
+            state_dict[entry.sources[0]] = np.where(np.isfinite(array.astype(np.float32)), array, array.dtype.type(0))
         weights = convert(state_dict, key_map, targets).weights
         path = tmp_path_factory.mktemp("drawn") / "x.h5"
         write_h5(path, layers, weights)
