@@ -5,6 +5,11 @@
     report = porting.check_parity(torch_model, keras_model, images)
     assert report.passed, report.first_divergence
 
+`port_weights` copies a model's weights by rows, checks what came out, and `revert_weights` goes back:
+
+    rows = [porting.KeyRule("conv{i}", "conv{i}", "conv"), porting.KeyRule("fc", "fc", "dense")]
+    ported = porting.port_weights(torch_model, keras_model, rows, inputs=images).require_parity()
+
 `get_family` gives a family of models whose published checkpoints can be ported, and `porting.tasks` has what the
 command line calls. CONTRIBUTING.md says what lives where.
 """
@@ -16,12 +21,30 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from porting.families.registry import get_family
+    from porting.mapping.key_map import KeyMap
+    from porting.mapping.rules import KeyRule
     from porting.parity.compare import check_parity
     from porting.parity.report import Limits, ParityReport
+    from porting.tasks.weights import Ported, port_weights, revert_weights
 
-__all__ = ["Limits", "ParityReport", "check_parity", "get_family"]
+__all__ = [
+    "KeyMap",
+    "KeyRule",
+    "Limits",
+    "ParityReport",
+    "Ported",
+    "check_parity",
+    "get_family",
+    "port_weights",
+    "revert_weights",
+]
 
 _HOMES = {
+    "KeyMap": "porting.mapping.key_map",
+    "KeyRule": "porting.mapping.rules",
+    "Ported": "porting.tasks.weights",
+    "port_weights": "porting.tasks.weights",
+    "revert_weights": "porting.tasks.weights",
     "Limits": "porting.parity.report",
     "ParityReport": "porting.parity.report",
     "check_parity": "porting.parity.compare",

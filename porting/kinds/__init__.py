@@ -1,6 +1,6 @@
 """What is known of each kind of layer, one file a kind: its tensors, its settings and the mistakes people make.
 
-A new kind is a file in this folder, with a `Kind` called `KIND`, and a line in `_FILES`.
+A new kind is a file in this folder, with a `Kind` called `KIND` or several in `KINDS`, and a line in `_FILES`.
 """
 
 from __future__ import annotations
@@ -19,17 +19,31 @@ if TYPE_CHECKING:
 _FILES = (
     "depthwise",
     "convolution",
+    "conv_transpose",
+    "separable",
     "dense",
+    "embedding",
     "batch_norm",
     "layer_norm",
+    "rms_norm",
     "group_norm",
+    "instance_norm",
     "recurrent",
     "attention",
     "parameter",
     "activation",
+    "prelu",
+    "resampling",
     "dropout",
 )
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (import_module(f"{__name__}.{file}").KIND for file in _FILES)}
+
+
+def _kinds_in(file: str) -> tuple[Kind, ...]:
+    module = import_module(f"{__name__}.{file}")
+    return module.KINDS if hasattr(module, "KINDS") else (module.KIND,)
+
+
+KINDS: dict[str, Kind] = {kind.name: kind for file in _FILES for kind in _kinds_in(file)}
 
 
 def kind_called(name: str) -> Kind:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from porting.kinds.base import Kind, Mistake, Settings, with_change
+from porting.kinds.base import Kind, Leaf, Mistake, Settings, with_change
+from porting.kinds.transforms import DENSE, VECTOR, HeadsInFront
 
 if TYPE_CHECKING:
     import keras
@@ -21,6 +22,25 @@ _ROWS = {"heads": "(heads, size) read as (size, heads)", "size": "(size, heads) 
 
 class Attention(Kind):
     name = "attention"
+    # One kernel in front where all three take the same size, else three.
+    leaves = (
+        Leaf("in_proj_weight", ("query/kernel", "key/kernel", "value/kernel"), HeadsInFront()),
+        Leaf("q_proj_weight", "query/kernel", DENSE),
+        Leaf("k_proj_weight", "key/kernel", DENSE),
+        Leaf("v_proj_weight", "value/kernel", DENSE),
+        Leaf("in_proj_bias", ("query/bias", "key/bias", "value/bias"), HeadsInFront(), 0.0),
+        Leaf("out_proj.weight", "output/kernel", DENSE),
+        Leaf("out_proj.bias", "output/bias", VECTOR, 0.0),
+    )
+
+    def variables(self, layer: Any) -> dict[str, keras.Variable]:
+        found = {}
+        for part in (*_PARTS, "output"):
+            dense = getattr(layer, f"_{part}_dense", None)
+            for name in ("kernel", "bias"):
+                if (variable := getattr(dense, name, None)) is not None:
+                    found[f"{part}/{name}"] = variable
+        return found
 
     def is_module(self, module: nn.Module) -> bool:
         from torch import nn

@@ -3,22 +3,48 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from porting.kinds.base import Kind, Mistake, Settings, in_double, with_change
+from porting.errors import KeyMapError
+from porting.kinds.base import Kind, Leaf, Mistake, Settings, in_double, with_change
+from porting.kinds.transforms import Gates, JoinedBiases
 
 if TYPE_CHECKING:
     import keras
     from torch import Tensor, nn
 
+# By PyTorch's class, PyTorch's place of each of Keras's gates.
+_ORDERS = {"LSTM": (0, 1, 2, 3), "GRU": (1, 0, 2), "RNN": (0,)}
 # The order in which PyTorch stacks the gates' weights.
 _GATES = {"LSTM": ("input", "forget", "cell", "output"), "GRU": ("reset", "update", "new")}
 
 
 class Recurrent(Kind):
     name = "recurrent"
+
+    def __init__(self, layer: int = 0) -> None:
+        self.layer = layer  # of a stack, which is one module in PyTorch and several layers in Keras
+        self.leaves = _leaves((0,), layer)  # the names; what moves the gates depends on the module
+
+    def with_details(self, details: str) -> Kind:
+        """`l1`: the second layer of the stack that a module is."""
+        if not re.fullmatch(r"l\d{1,3}", details):
+            raise KeyMapError(
+                f"the kind recurrent takes the layer of a stack: got {details!r}", hint="Such as recurrent:l1."
+            )
+        return Recurrent(int(details[1:]))
+
+    def leaves_for(self, module: nn.Module) -> tuple[Leaf, ...]:
+        order = _ORDERS.get(type(module).__name__)
+        return () if order is None else _leaves(order, self.layer)
+
+    def variables(self, layer: Any) -> dict[str, keras.Variable]:
+        if not hasattr(layer, "forward_layer"):
+            return _of_cell(layer, "")
+        return _of_cell(layer.forward_layer, "forward/") | _of_cell(layer.backward_layer, "backward/")
 
     def is_module(self, module: nn.Module) -> bool:
         from torch import nn
@@ -32,12 +58,12 @@ class Recurrent(Kind):
         return isinstance(own, (layers.LSTM, layers.GRU, layers.SimpleRNN))
 
     def module_settings(self, module: Any) -> Settings:
-        settings = {"hidden_size": module.hidden_size, "bias": module.bias, "bidirectional": module.bidirectional}
+        settings = {"hidden_size": module.hidden_size, "bidirectional": module.bidirectional}
         return {**settings, "reset_after": True} if type(module).__name__ == "GRU" else settings
 
     def layer_settings(self, layer: Any) -> Settings:
         own = getattr(layer, "forward_layer", layer)
-        settings = {"hidden_size": own.units, "bias": own.use_bias, "bidirectional": own is not layer}
+        settings = {"hidden_size": own.units, "bidirectional": own is not layer}
         return {**settings, "reset_after": own.reset_after} if hasattr(own, "reset_after") else settings
 
     def mistakes(self, module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
@@ -64,6 +90,26 @@ class Recurrent(Kind):
             time = 1 if module.batch_first else 0
             backwards = with_change(module, [sequence.flip(time)], lambda _: None)
             yield Mistake("it goes backwards through the sequence", backwards)
+
+
+def _leaves(order: tuple[int, ...], layer: int) -> tuple[Leaf, ...]:
+    """Of a layer in one direction, then of both directions of one."""
+    kernel, biases = Gates("gates", order), JoinedBiases("biases of gates", order)
+    found = []
+    for place, suffix in (("", ""), ("forward/", ""), ("backward/", "_reverse")):
+        end = f"l{layer}{suffix}"
+        found += [
+            Leaf(f"weight_ih_{end}", f"{place}kernel", kernel),
+            Leaf(f"weight_hh_{end}", f"{place}recurrent_kernel", kernel),
+            Leaf((f"bias_ih_{end}", f"bias_hh_{end}"), f"{place}bias", biases, 0.0),
+        ]
+    return tuple(found)
+
+
+def _of_cell(layer: Any, prefix: str) -> dict[str, keras.Variable]:
+    cell = getattr(layer, "cell", layer)
+    found = {name: getattr(cell, name, None) for name in ("kernel", "recurrent_kernel", "bias")}
+    return {f"{prefix}{name}": variable for name, variable in found.items() if variable is not None}
 
 
 def _changed(

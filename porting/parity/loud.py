@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import numpy as np
 from porting.kinds.transforms import Array
 from porting.mapping.key_map import KeyMap
 from porting.models.inputs import Inputs, leaves_by_key
+from porting.models.live import effective_tensors
 from porting.models.observe import to_torch
 from porting.models.synthetic import fill_with_synthetic_weights
 from porting.models.traverse import named_variables
@@ -26,7 +28,7 @@ from porting.parity.results import pair_results
 from porting.parity.session import Session
 
 if TYPE_CHECKING:
-    pass
+    from torch import Tensor, nn
 
 # On loud weights and inputs rounding grows too; a mistake that they are for is above a hundredth.
 LOUD_LIMIT = 1e-9
@@ -77,10 +79,10 @@ def _on_loud_weights(
     try:
         fill_with_synthetic_weights(session.truth_model, 0, run=lambda model: one.call_reference(model, torch.float64))
         session.truth_model.eval()
-        state = session.truth_model.state_dict()
+        _restore_constants(session.truth_model, key_map, kept)
+        arrays = effective_tensors(session.truth_model, in_float32=False)
         with session.float64.active():
             shapes = {name: tuple(variable.shape) for name, variable in variables.items()}
-            arrays = {name: tensor.numpy() for name, tensor in state.items()}
             for entry in key_map.entries:
                 if entry.is_in(arrays, variables):
                     for name, values in entry.to_keras(arrays, shapes).items():
@@ -93,6 +95,12 @@ def _on_loud_weights(
         with session.float64.active():
             for name, variable in variables.items():
                 variable.assign(before[name])
+
+
+def _restore_constants(model: nn.Module, key_map: KeyMap, before: Mapping[str, Tensor]) -> None:
+    """Tensors that Keras has no place for hold what they held: zeros in a bias, say."""
+    fixed = {name: before[name] for entry in key_map.entries if not entry.targets for name in entry.sources}
+    model.load_state_dict(fixed, strict=False)
 
 
 def _relative_on(session: Session, inputs: Inputs) -> float | None:

@@ -1,0 +1,56 @@
+"""Normalisation by the root mean square."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from porting.kinds.base import Kind, Leaf, Mistake, Settings, with_value
+
+if TYPE_CHECKING:
+    import keras
+    from torch import Tensor, nn
+
+
+class RMSNorm(Kind):
+    name = "rms_norm"
+    leaves = (Leaf("weight", "scale", default=1.0),)
+
+    def is_module(self, module: nn.Module) -> bool:
+        from torch import nn
+
+        return isinstance(module, nn.RMSNorm)
+
+    def is_layer(self, layer: keras.layers.Layer) -> bool:
+        from keras import layers
+
+        return isinstance(layer, layers.RMSNormalization)
+
+    def module_settings(self, module: Any) -> Settings:
+        settings: Settings = {"axes": len(module.normalized_shape)}
+        return settings if module.eps is None else {**settings, "eps": module.eps}
+
+    def layer_settings(self, layer: Any) -> Settings:
+        axes = layer.axis if isinstance(layer.axis, (list, tuple)) else [layer.axis]
+        return {"axes": len(axes), "eps": layer.epsilon}
+
+    def mistakes(self, module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
+        import torch
+
+        if module.weight is not None:
+            lost = with_value(module, inputs, "weight", lambda m: torch.ones_like(m.weight))
+            yield Mistake("its scale is lost", lost)
+            more = with_value(module, inputs, "weight", lambda m: m.weight + 1)
+            yield Mistake("1 is added to its scale", more)
+        for eps in (1e-5, 1e-6, 1e-7, 1e-8, 0.0):
+            if eps != module.eps:
+                usual = "that of its type" if module.eps is None else f"{module.eps:g}"
+                cause = f"an epsilon of {eps:g} instead of {usual}"
+                yield Mistake(cause, with_value(module, inputs, "eps", _constant(eps)))
+
+
+def _constant(value: float) -> Any:
+    return lambda _: value
+
+
+KIND = RMSNorm()

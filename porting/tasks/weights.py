@@ -1,0 +1,194 @@
+"""Weights from one live model to the other, by a key map, and back: what `porting.port_weights` is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from porting.errors import KeyMapError, ParityError
+from porting.kinds import kind_called
+from porting.kinds.transforms import Array, Constant
+from porting.mapping.convert import Conversion, convert, invert
+from porting.mapping.key_map import KeyMap, LayerPair, TensorEntry, expand
+from porting.mapping.rules import KeyRule, join_name
+from porting.models.live import assign_tensors, effective_tensors, shapes_of
+from porting.models.traverse import named_layers, named_variables
+from porting.parity.compare import check_parity
+from porting.parity.report import ParityReport, refusal
+
+if TYPE_CHECKING:
+    import keras
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Ported:
+    """What a port between live models has made.
+
+    `key_map` is what was followed. `dropped` are PyTorch's tensors that were left out, and `untouched` Keras's
+    variables that were left as they are, both on purpose. `report` is None where no inputs were given.
+    """
+
+    key_map: KeyMap
+    dropped: tuple[str, ...] = ()
+    untouched: tuple[str, ...] = ()
+    report: ParityReport | None = None
+
+    def require_parity(self) -> Ported:
+        """Itself; raises ParityError where the two models were not compared, or do not compute the same."""
+        if self.report is None:
+            raise ParityError("the port was not checked", hint="Give port_weights the inputs to compare on.")
+        if not self.report.passed:
+            raise ParityError(refusal(self.report))
+        return self
+
+
+def port_weights(
+    reference: nn.Module,
+    candidate: keras.Model,
+    key_map: KeyMap | Sequence[KeyRule],
+    *,
+    inputs: Any = None,
+    drop: Sequence[str] = (),
+    keep: Sequence[str] = (),
+    **check_options: Any,
+) -> Ported:
+    """Copies the weights of a PyTorch model into a Keras model, and with `inputs` checks that both compute the same.
+
+    `key_map` is one made before, or rows: which layer stands for which module, and its kind. Each row stands for all
+    tensors of its kind, those of one side that the other lacks included: a bias that PyTorch does not have becomes
+    zeros, and a bias of zeros needs no place in Keras. `drop` names tensors of PyTorch that have none, `keep` variables
+    of Keras that stay as they are. Weights under weight_norm and spectral_norm are taken as the module computes them.
+    `check_options` are those of `check_parity`.
+
+    Nothing is assigned before every tensor and every variable is accounted for. Raises KeyMapError, with every
+    difference, where one is not.
+    """
+    tensors = effective_tensors(reference)
+    variables = named_variables(candidate)
+    _refuse_unknown("drop", drop, tensors)
+    _refuse_unknown("keep", keep, variables)
+    if not isinstance(key_map, KeyMap):
+        key_map = key_map_of_rows(reference, candidate, key_map)
+    key_map = KeyMap.of(key_map.layers, key_map.entries, [*key_map.drops, *drop], key_map.foreign)
+    shapes = {name: tuple(variable.shape) for name, variable in variables.items() if name not in keep}
+    conversion = convert(tensors, key_map, shapes, hint=lambda: _HINT)
+    _assign(candidate, variables, conversion)
+    report = None
+    if inputs is not None:
+        options = {"pairs": _pairs(key_map, reference, candidate), **check_options}
+        report = check_parity(reference, candidate, inputs, key_map=key_map, **options)
+    return Ported(key_map, conversion.dropped, tuple(sorted(keep)), report)
+
+
+def revert_weights(candidate: keras.Model, reference: nn.Module, key_map: KeyMap | Sequence[KeyRule]) -> None:
+    """The way back: copies the weights of a Keras model into a PyTorch model, by the key map of the way there.
+
+    Where several tensors are one variable, as an LSTM's two biases are, the first gets it and the others are zero.
+    Tensors that the key map drops stay as they are. Nothing is assigned before everything is accounted for. Raises
+    KeyMapError where something is not.
+    """
+    if not isinstance(key_map, KeyMap):
+        key_map = key_map_of_rows(reference, candidate, key_map)
+    tensors = effective_tensors(reference)
+    weights = {name: np.asarray(variable) for name, variable in named_variables(candidate).items()}
+    wanted = {name for entry in key_map.entries for name in entry.sources}
+    given = {name for entry in key_map.entries for name in entry.targets}
+    missing = [*sorted(given - weights.keys()), *sorted(wanted - tensors.keys())]
+    if missing:
+        raise KeyMapError(f"the key map names what the models do not have: {', '.join(missing[:10])}", hint=_HINT)
+    try:
+        values = invert(weights, key_map, shapes_of(tensors))
+    except ValueError as error:
+        raise KeyMapError(f"the weights do not go back: {error}") from None
+    if wrong := [name for name, array in values.items() if tuple(array.shape) != tensors[name].shape]:
+        raise KeyMapError(f"{wrong[0]} has {tensors[wrong[0]].shape} in PyTorch and {values[wrong[0]].shape} in Keras")
+    try:
+        assign_tensors(reference, values)
+    except ValueError as error:
+        raise KeyMapError(str(error)) from None
+
+
+_HINT = "A row is KeyRule(module, layer, kind); drop= and keep= name what has no partner on purpose."
+
+
+def key_map_of_rows(reference: nn.Module, candidate: keras.Model, rows: Iterable[KeyRule]) -> KeyMap:
+    """The key map that rows stand for in two live models; raises KeyMapError for a row that fits nothing."""
+    rows = list(rows)
+    if other := [row for row in rows if not isinstance(row, KeyRule)]:
+        raise KeyMapError(f"a key map is a KeyMap or a list of KeyRule: got {other[0]!r:.100}")
+    tensors = effective_tensors(reference)
+    modules = dict(reference.named_modules())
+    layers, variables = named_layers(candidate), named_variables(candidate)
+    names = {id(variable): name for name, variable in variables.items()}
+    pairs: list[LayerPair] = []
+    entries: list[TensorEntry] = []
+    drops: list[str] = []
+    owners = {name.rpartition(".")[0] for name in tensors}
+    # A norm without weights is a layer with weights in Keras all the same.
+    bare = {f"{name}.weight" for name in modules if name and name not in owners}
+    for own, pair in expand(rows, tensors.keys() | bare):
+        pairs.append(pair)
+        kind = kind_called(pair.kind)
+        drops += [join_name(own, ".", name) for name in kind.drops]
+        if pair.target in variables:  # a parameter that a module holds by itself
+            entries.append(TensorEntry.one(own, pair.target, kind.leaves[0].transform))
+            continue
+        layer = layers.get(pair.target)
+        if layer is None:
+            raise KeyMapError(
+                f"row {pair.source!r}: the Keras model has no layer {pair.target!r}",
+                hint=f"It has {', '.join(list(layers)[:20])}{', ...' if len(layers) > 20 else ''}.",
+            )
+        module = modules.get(own)
+        leaves = kind.leaves if module is None else kind.leaves_for(module)
+        found = {name: names[id(each)] for name, each in kind.variables(layer).items() if id(each) in names}
+        entries += _entries(own, leaves, tensors, found)
+    return KeyMap.of(pairs, entries, drops)
+
+
+def _pairs(key_map: KeyMap, reference: nn.Module, candidate: keras.Model) -> dict[str, str]:
+    """Which layer stands for which module, where one does for one."""
+    modules, layers = dict(reference.named_modules()), named_layers(candidate)
+    found = [pair for pair in key_map.layers if pair.source in modules and pair.target in layers]
+    count = Counter(pair.target for pair in found)
+    return {pair.source: pair.target for pair in found if pair.source and count[pair.target] == 1}
+
+
+def _entries(
+    own: str, leaves: Iterable[Any], tensors: Mapping[str, Array], variables: Mapping[str, str]
+) -> Iterable[TensorEntry]:
+    """The entries of one layer: tensors that both sides have first, then what only one has and can do without."""
+    taken: set[str] = set()
+    leaves = list(leaves)
+    for leaf in leaves:
+        sources = tuple(join_name(own, ".", name) for name in leaf.sources)
+        if all(name in tensors for name in sources) and all(name in variables for name in leaf.targets):
+            yield TensorEntry(sources, tuple(variables[name] for name in leaf.targets), leaf.transform)
+            taken |= {*sources, *leaf.targets}
+    for leaf in leaves:
+        if leaf.default is None:
+            continue
+        sources = tuple(join_name(own, ".", name) for name in leaf.sources)
+        if any(name in taken for name in (*sources, *leaf.targets)):
+            continue
+        if all(name in tensors for name in sources) and not any(name in variables for name in leaf.targets):
+            yield TensorEntry(sources, (), Constant(leaf.default))
+            taken |= {*sources}
+        elif not any(name in tensors for name in sources) and all(name in variables for name in leaf.targets):
+            yield TensorEntry((), tuple(variables[name] for name in leaf.targets), Constant(leaf.default))
+            taken |= {*leaf.targets}
+
+
+def _assign(candidate: keras.Model, variables: Mapping[str, Any], conversion: Conversion) -> None:
+    for name, values in conversion.weights.items():
+        variables[name].assign(np.ascontiguousarray(values))
+
+
+def _refuse_unknown(option: str, names: Sequence[str], known: Iterable[str]) -> None:
+    if unknown := sorted(set(names) - set(known)):
+        raise KeyMapError(f"{option}: there is no {', '.join(unknown[:10])}")
