@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from porting.mapping.rules import KeyRule
     from porting.parity.compare import check_parity
     from porting.parity.report import Limits, ParityReport
+    from porting.proposing.proposal import propose_map
     from porting.tasks.weights import Ported, port_weights, revert_weights
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "check_parity",
     "get_family",
     "port_weights",
+    "propose_map",
     "revert_weights",
 ]
 
@@ -44,6 +46,7 @@ _HOMES = {
     "KeyRule": "porting.mapping.rules",
     "Ported": "porting.tasks.weights",
     "port_weights": "porting.tasks.weights",
+    "propose_map": "porting.proposing.proposal",
     "revert_weights": "porting.tasks.weights",
     "Limits": "porting.parity.report",
     "ParityReport": "porting.parity.report",

@@ -1,13 +1,14 @@
-"""A single parameter that a module holds by itself, such as a layer scale: the same name and shape on both sides."""
+"""A single parameter that a module holds by itself, such as a layer scale: the same numbers in the same order."""
 
 from __future__ import annotations
 
 from porting.kinds.base import Kind, Leaf
+from porting.kinds.transforms import VECTOR
 
 
 class Parameter(Kind):
     name = "parameter"
-    leaves = (Leaf("", ""),)
+    leaves = (Leaf("", "", VECTOR),)
 
 
 KIND = Parameter()

@@ -150,6 +150,8 @@ def _turned(model: keras.Model, doubles: list[tuple[Any, Any]]) -> Iterator[None
 
     policy = keras.dtype_policies.DTypePolicy("float64")
     layers = [model, *named_layers(model).values()]
+    # A Sequential has a functional model inside, which is no layer of it.
+    layers += [inner for layer in layers if (inner := getattr(layer, "_functional", None)) is not None]
     policies = [(layer, layer._dtype_policy) for layer in layers if hasattr(layer, "_dtype_policy")]
     if not doubles:
         for variable in _all_variables(layers):
@@ -158,11 +160,18 @@ def _turned(model: keras.Model, doubles: list[tuple[Any, Any]]) -> Iterator[None
                 doubles.append((variable, keras.Variable(values, dtype="float64", trainable=False)))
     held = [(variable, variable._value, variable._dtype) for variable, _ in doubles]
     # A functional model casts what it takes to what it was built for; a nested one takes tensors of the middle.
-    inputs = [
+    inputs: list[Any] = [
         tensor
         for layer in layers
         for tensor in getattr(layer, "_inputs", None) or ()
         if isinstance(tensor, keras.KerasTensor) and keras.backend.is_float_dtype(tensor.dtype)
+    ]
+    # A Sequential asks its input layer, which its list of layers leaves out.
+    inputs += [
+        each
+        for layer in layers
+        for each in getattr(layer, "_layers", ())
+        if isinstance(each, keras.layers.InputLayer) and keras.backend.is_float_dtype(each.dtype)
     ]
     dtypes = [(tensor, tensor._dtype) for tensor in inputs]
     try:

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from porting.errors import KeyMapError, ParityError
-from porting.kinds import kind_called
-from porting.kinds.transforms import Array, Constant
 from porting.mapping.convert import Conversion, convert, invert
-from porting.mapping.key_map import KeyMap, LayerPair, TensorEntry, expand
-from porting.mapping.rules import KeyRule, join_name
+from porting.mapping.key_map import KeyMap
+from porting.mapping.rules import KeyRule
 from porting.models.live import assign_tensors, effective_tensors, shapes_of
+from porting.models.rows import key_map_of_rows
 from porting.models.traverse import named_layers, named_variables
 from porting.parity.compare import check_parity
 from porting.parity.report import ParityReport, refusal
+from porting.proposing.proposal import propose_map
 
 if TYPE_CHECKING:
     import keras
@@ -50,7 +50,7 @@ class Ported:
 def port_weights(
     reference: nn.Module,
     candidate: keras.Model,
-    key_map: KeyMap | Sequence[KeyRule],
+    key_map: KeyMap | Sequence[KeyRule] | None = None,
     *,
     inputs: Any = None,
     drop: Sequence[str] = (),
@@ -59,7 +59,8 @@ def port_weights(
 ) -> Ported:
     """Copies the weights of a PyTorch model into a Keras model, and with `inputs` checks that both compute the same.
 
-    `key_map` is one made before, or rows: which layer stands for which module, and its kind. Each row stands for all
+    `key_map` is one made before, or rows: which layer stands for which module, and its kind. None asks `propose_map`,
+    which needs `inputs`, and takes its answer only where that is complete and proven. Each row stands for all
     tensors of its kind, those of one side that the other lacks included: a bias that PyTorch does not have becomes
     zeros, and a bias of zeros needs no place in Keras. `drop` names tensors of PyTorch that have none, `keep` variables
     of Keras that stay as they are. Weights under weight_norm and spectral_norm are taken as the module computes them.
@@ -72,6 +73,8 @@ def port_weights(
     variables = named_variables(candidate)
     _refuse_unknown("drop", drop, tensors)
     _refuse_unknown("keep", keep, variables)
+    if key_map is None:
+        key_map = _proposed(reference, candidate, inputs, drop, keep, check_options)
     if not isinstance(key_map, KeyMap):
         key_map = key_map_of_rows(reference, candidate, key_map)
     key_map = KeyMap.of(key_map.layers, key_map.entries, [*key_map.drops, *drop], key_map.foreign)
@@ -116,39 +119,19 @@ def revert_weights(candidate: keras.Model, reference: nn.Module, key_map: KeyMap
 _HINT = "A row is KeyRule(module, layer, kind); drop= and keep= name what has no partner on purpose."
 
 
-def key_map_of_rows(reference: nn.Module, candidate: keras.Model, rows: Iterable[KeyRule]) -> KeyMap:
-    """The key map that rows stand for in two live models; raises KeyMapError for a row that fits nothing."""
-    rows = list(rows)
-    if other := [row for row in rows if not isinstance(row, KeyRule)]:
-        raise KeyMapError(f"a key map is a KeyMap or a list of KeyRule: got {other[0]!r:.100}")
-    tensors = effective_tensors(reference)
-    modules = dict(reference.named_modules())
-    layers, variables = named_layers(candidate), named_variables(candidate)
-    names = {id(variable): name for name, variable in variables.items()}
-    pairs: list[LayerPair] = []
-    entries: list[TensorEntry] = []
-    drops: list[str] = []
-    owners = {name.rpartition(".")[0] for name in tensors}
-    # A norm without weights is a layer with weights in Keras all the same.
-    bare = {f"{name}.weight" for name in modules if name and name not in owners}
-    for own, pair in expand(rows, tensors.keys() | bare):
-        pairs.append(pair)
-        kind = kind_called(pair.kind)
-        drops += [join_name(own, ".", name) for name in kind.drops]
-        if pair.target in variables:  # a parameter that a module holds by itself
-            entries.append(TensorEntry.one(own, pair.target, kind.leaves[0].transform))
-            continue
-        layer = layers.get(pair.target)
-        if layer is None:
-            raise KeyMapError(
-                f"row {pair.source!r}: the Keras model has no layer {pair.target!r}",
-                hint=f"It has {', '.join(list(layers)[:20])}{', ...' if len(layers) > 20 else ''}.",
-            )
-        module = modules.get(own)
-        leaves = kind.leaves if module is None else kind.leaves_for(module)
-        found = {name: names[id(each)] for name, each in kind.variables(layer).items() if id(each) in names}
-        entries += _entries(own, leaves, tensors, found)
-    return KeyMap.of(pairs, entries, drops)
+def _proposed(
+    reference: nn.Module,
+    candidate: keras.Model,
+    inputs: Any,
+    drop: Sequence[str],
+    keep: Sequence[str],
+    check_options: dict[str, Any],
+) -> KeyMap:
+    if inputs is None:
+        raise KeyMapError("without a key map inputs are needed, on which both models are run to find one")
+    options = {name: check_options[name] for name in ("reference_inputs", "input_axes") if name in check_options}
+    proposal = propose_map(reference, candidate, inputs, **options)
+    return proposal.require_complete(drop, keep).key_map
 
 
 def _pairs(key_map: KeyMap, reference: nn.Module, candidate: keras.Model) -> dict[str, str]:
@@ -157,31 +140,6 @@ def _pairs(key_map: KeyMap, reference: nn.Module, candidate: keras.Model) -> dic
     found = [pair for pair in key_map.layers if pair.source in modules and pair.target in layers]
     count = Counter(pair.target for pair in found)
     return {pair.source: pair.target for pair in found if pair.source and count[pair.target] == 1}
-
-
-def _entries(
-    own: str, leaves: Iterable[Any], tensors: Mapping[str, Array], variables: Mapping[str, str]
-) -> Iterable[TensorEntry]:
-    """The entries of one layer: tensors that both sides have first, then what only one has and can do without."""
-    taken: set[str] = set()
-    leaves = list(leaves)
-    for leaf in leaves:
-        sources = tuple(join_name(own, ".", name) for name in leaf.sources)
-        if all(name in tensors for name in sources) and all(name in variables for name in leaf.targets):
-            yield TensorEntry(sources, tuple(variables[name] for name in leaf.targets), leaf.transform)
-            taken |= {*sources, *leaf.targets}
-    for leaf in leaves:
-        if leaf.default is None:
-            continue
-        sources = tuple(join_name(own, ".", name) for name in leaf.sources)
-        if any(name in taken for name in (*sources, *leaf.targets)):
-            continue
-        if all(name in tensors for name in sources) and not any(name in variables for name in leaf.targets):
-            yield TensorEntry(sources, (), Constant(leaf.default))
-            taken |= {*sources}
-        elif not any(name in tensors for name in sources) and all(name in variables for name in leaf.targets):
-            yield TensorEntry((), tuple(variables[name] for name in leaf.targets), Constant(leaf.default))
-            taken |= {*leaf.targets}
 
 
 def _assign(candidate: keras.Model, variables: Mapping[str, Any], conversion: Conversion) -> None:

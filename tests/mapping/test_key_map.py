@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from porting.errors import KeyMapError
-from porting.kinds.transforms import CONVOLUTION, DENSE, IDENTITY, VECTOR
+from porting.kinds.transforms import CONVOLUTION, DENSE, VECTOR
 from porting.mapping.key_map import KeyMap, TensorEntry
 from porting.mapping.rules import KeyRule
 
@@ -27,9 +27,9 @@ def test_rows_are_matched_against_the_names_that_there_are() -> None:
     assert key_map.entries == (
         TensorEntry.one("stem1.conv.weight", "stem1/conv/kernel", CONVOLUTION),
         TensorEntry.one("stem2.conv.weight", "stem2/conv/kernel", CONVOLUTION),
-        TensorEntry.one("block1.0.scale", "block1.0/scale", IDENTITY),
-        TensorEntry.one("block1.2.scale", "block1.2/scale", IDENTITY),
-        TensorEntry.one("block1.10.scale", "block1.10/scale", IDENTITY),
+        TensorEntry.one("block1.0.scale", "block1.0/scale", VECTOR),
+        TensorEntry.one("block1.2.scale", "block1.2/scale", VECTOR),
+        TensorEntry.one("block1.10.scale", "block1.10/scale", VECTOR),
         TensorEntry.one("head.weight", "top/kernel", DENSE),
         TensorEntry.one("head.bias", "top/bias", VECTOR),
     )

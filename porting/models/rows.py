@@ -1,0 +1,79 @@
+"""What the rows of a key map stand for in two live models."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from porting.errors import KeyMapError
+from porting.kinds import kind_called
+from porting.kinds.base import Leaf
+from porting.kinds.transforms import Constant
+from porting.mapping.key_map import KeyMap, LayerPair, TensorEntry, expand
+from porting.mapping.rules import KeyRule, join_name
+from porting.models.live import effective_tensors
+from porting.models.traverse import named_layers, named_variables
+
+if TYPE_CHECKING:
+    import keras
+    from torch import nn
+
+
+def key_map_of_rows(reference: nn.Module, candidate: keras.Model, rows: Iterable[KeyRule]) -> KeyMap:
+    """The key map that rows stand for in two live models; raises KeyMapError for a row that fits nothing."""
+    rows = list(rows)
+    if other := [row for row in rows if not isinstance(row, KeyRule)]:
+        raise KeyMapError(f"a key map is a KeyMap or a list of KeyRule: got {other[0]!r:.100}")
+    tensors = effective_tensors(reference)
+    modules = dict(reference.named_modules())
+    layers, variables = named_layers(candidate), named_variables(candidate)
+    names = {id(variable): name for name, variable in variables.items()}
+    pairs: list[LayerPair] = []
+    entries: list[TensorEntry] = []
+    drops: list[str] = []
+    owners = {name.rpartition(".")[0] for name in tensors}
+    # A norm without weights is a layer with weights in Keras all the same.
+    bare = {f"{name}.weight" for name in modules if name and name not in owners}
+    for own, pair in expand(rows, tensors.keys() | bare):
+        pairs.append(pair)
+        kind = kind_called(pair.kind)
+        drops += [join_name(own, ".", name) for name in kind.drops]
+        if pair.target in variables:  # a parameter that a module holds by itself
+            entries.append(TensorEntry.one(own, pair.target, kind.leaves[0].transform))
+            continue
+        layer = layers.get(pair.target)
+        if layer is None:
+            raise KeyMapError(
+                f"row {pair.source!r}: the Keras model has no layer {pair.target!r}",
+                hint=f"It has {', '.join(list(layers)[:20])}{', ...' if len(layers) > 20 else ''}.",
+            )
+        module = modules.get(own)
+        leaves = kind.leaves if module is None else kind.leaves_for(module)
+        found = {name: names[id(each)] for name, each in kind.variables(layer).items() if id(each) in names}
+        entries += entries_of(own, leaves, tensors, found)
+    return KeyMap.of(pairs, entries, drops)
+
+
+def entries_of(
+    own: str, leaves: Iterable[Leaf], tensors: Collection[str], variables: Mapping[str, str]
+) -> Iterator[TensorEntry]:
+    """The entries of one layer: tensors that both sides have first, then what only one has and can do without."""
+    taken: set[str] = set()
+    leaves = list(leaves)
+    for leaf in leaves:
+        sources = tuple(join_name(own, ".", name) for name in leaf.sources)
+        if all(name in tensors for name in sources) and all(name in variables for name in leaf.targets):
+            yield TensorEntry(sources, tuple(variables[name] for name in leaf.targets), leaf.transform)
+            taken |= {*sources, *leaf.targets}
+    for leaf in leaves:
+        if leaf.default is None:
+            continue
+        sources = tuple(join_name(own, ".", name) for name in leaf.sources)
+        if any(name in taken for name in (*sources, *leaf.targets)):
+            continue
+        if all(name in tensors for name in sources) and not any(name in variables for name in leaf.targets):
+            yield TensorEntry(sources, (), Constant(leaf.default))
+            taken |= {*sources}
+        elif not any(name in tensors for name in sources) and all(name in variables for name in leaf.targets):
+            yield TensorEntry((), tuple(variables[name] for name in leaf.targets), Constant(leaf.default))
+            taken |= {*leaf.targets}

@@ -1,0 +1,218 @@
+"""The key map between two models that nobody has mapped: proposed, with how sure each row is, and proven by a run."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from porting.errors import KeyMapError
+from porting.kinds import kind_called, kind_of_layer
+from porting.mapping.key_map import KeyMap, LayerPair, TensorEntry
+from porting.mapping.rules import KeyRule, join_name
+from porting.models.float64 import in_float64
+from porting.models.inputs import Axes, Inputs, make_inputs
+from porting.models.keras_float64 import Float64Model
+from porting.models.live import effective_tensors
+from porting.models.synthetic import fill_with_synthetic_weights
+from porting.parity.content import Library
+from porting.parity.record import record
+from porting.progress import SILENT, Progress
+from porting.proposing.options import Options
+from porting.proposing.walk import Choice, Outcome, Walk
+
+if TYPE_CHECKING:
+    import keras
+    from torch import nn
+
+PROVEN, LIKELY, OPEN = "proven", "likely", "open"
+# So many numbers of an input show what a tensor is; a second sample where there are fewer.
+_ENOUGH = 1000
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: a module or parameter of PyTorch, the Keras layer or variable that takes it, and the kind of the row.
+
+    `confidence` is `proven` where the run in float64 passed through it exactly and nothing else would have done,
+    `likely` where it fits and that is all, `open` where nothing fits (`source` is "" then). `why` says so in a line.
+    """
+
+    source: str
+    target: str
+    kind: str
+    confidence: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A key map as far as it could be found; `differences` says where the two models are not the same network.
+
+    `unused_sources` are PyTorch's tensors that no row takes, `unfilled_targets` Keras's variables that none writes.
+    """
+
+    rows: tuple[Row, ...]
+    key_map: KeyMap
+    unused_sources: tuple[str, ...]
+    unfilled_targets: tuple[str, ...]
+    differences: tuple[str, ...] = ()
+    agrees: bool = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether every tensor and every variable has its row, and the outputs are exact with them."""
+        return self.agrees and not self.unused_sources and not self.unfilled_targets
+
+    @property
+    def rules(self) -> list[KeyRule]:
+        """The rows that are not open, as `port_weights` takes them."""
+        return [KeyRule(row.source, row.target, row.kind) for row in self.rows if row.confidence != OPEN]
+
+    def require_complete(self, drop: Collection[str] = (), keep: Collection[str] = ()) -> Proposal:
+        """Itself; raises KeyMapError, with what is open, where it is not complete.
+
+        `drop` names tensors that need no row, `keep` variables that none need write.
+        """
+        lines = [f"  {row.target}: {row.why}" for row in self.rows if row.confidence == OPEN]
+        lines += [f"  {name}: no row writes it" for name in self.unfilled_targets if name not in keep]
+        lines += [f"  {name}: no row takes it" for name in self.unused_sources if name not in drop]
+        if self.agrees and not lines:
+            return self
+        lines += [f"  {line}" for line in self.differences]
+        if not lines:
+            lines = ["  the outputs differ all the same"]
+        raise KeyMapError(
+            "the two models could not be mapped as a whole:\n" + "\n".join(lines[:50]),
+            hint="Give the rows that you know as pairs, or rows of your own to port_weights.",
+        )
+
+    def __str__(self) -> str:
+        count = {each: sum(row.confidence == each for row in self.rows) for each in (PROVEN, LIKELY, OPEN)}
+        lines = [f"{count[PROVEN]} rows proven, {count[LIKELY]} likely, {count[OPEN]} open"]
+        lines += [
+            f"  {row.source or '?'} -> {row.target} ({row.kind or 'unknown'}): {row.confidence}, {row.why}"
+            for row in self.rows
+            if row.confidence != PROVEN
+        ]
+        lines += [f"  PyTorch only: {name}" for name in self.unused_sources]
+        lines += [f"  Keras only: {name}" for name in self.unfilled_targets]
+        lines += [f"  {line}" for line in self.differences]
+        lines.append(f"Outputs: {'exact in float64' if self.agrees else 'not the same'}")
+        return "\n".join(lines)
+
+
+def propose_map(
+    reference: nn.Module,
+    candidate: keras.Model,
+    inputs: Any,
+    *,
+    reference_inputs: Any = None,
+    pairs: Mapping[str, str] | None = None,
+    input_axes: Sequence[Axes | None] | None = None,
+    progress: Progress = SILENT,
+) -> Proposal:
+    """Finds which module of a PyTorch model stands in which layer of a Keras model, by running both in float64.
+
+    The weights that the models have do not matter: the search runs a copy of the PyTorch model with random weights, on
+    which mistakes show. `inputs`, `reference_inputs` and `input_axes` are those of `check_parity`. `pairs` fixes rows,
+    `{"torch.name": "keras/path"}`. Both models are left as they were.
+
+    Raises ValueError where the inputs do not fit, and KeyMapError for names that the models do not have.
+    """
+    import torch
+
+    given = make_inputs(reference, candidate, inputs, reference_inputs, input_axes)
+    given = given.batch(0, 1 if max(array[0].size for array in given.candidate) >= _ENOUGH else 2)
+    truth_model = in_float64(reference)
+
+    def run(model: nn.Module) -> Any:
+        return given.call_reference(model, torch.float64)
+
+    progress("running PyTorch")
+    fill_with_synthetic_weights(truth_model, 0, run=run)
+    truth_model.eval()
+    recording = record(truth_model, run)
+    ranks = {truth.tensor.ndim for truth in recording.truths}
+    library = Library(recording.truths, {rank: given.output_axes(rank) for rank in ranks})
+    tensors = effective_tensors(truth_model, in_float32=False)
+    options = Options(truth_model, candidate, recording, tensors)
+    fixed = _by_layer(pairs or {}, options)
+    outcome = Walk(options, recording, library, Float64Model(candidate), given, fixed, progress).search()
+    progress("done", 1, 1)
+    return _proposal(outcome, options, given)
+
+
+def _by_layer(pairs: Mapping[str, str], options: Options) -> dict[str, str]:
+    for source, target in pairs.items():
+        if source not in options.modules and source not in options.tensors:
+            raise KeyMapError(f"pairs: {source!r} is no module and no tensor of the PyTorch model")
+        if target not in options.layers:
+            raise KeyMapError(f"pairs: {target!r} is no layer of the Keras model")
+    return {target: source for source, target in pairs.items()}
+
+
+def _proposal(outcome: Outcome, options: Options, given: Inputs) -> Proposal:
+    rows: list[Row] = []
+    layers: list[LayerPair] = []
+    entries: list[TensorEntry] = []
+    differences: list[str] = []
+    drops: set[str] = set()
+    for choice in outcome.choices.values():
+        option = choice.option
+        target = choice.slot
+        confidence, why = _confidence(choice, outcome)
+        rows.append(Row(option.source, target, option.kind, confidence, why))
+        layers.append(LayerPair(option.source, target, option.kind))
+        entries += option.entries
+        drops |= {join_name(option.source, ".", name) for name in kind_called(option.kind).drops}
+        if choice.steered:
+            differences.append(_difference(choice, options))
+    rows += [Row("", name, "", OPEN, why) for name, why in outcome.open.items()]
+    # A row may stand for tensors of a module that other rows take too: a stack of recurrent layers.
+    used = {name for entry in entries for name in entry.sources}
+    filled = {name for entry in entries for name in entry.targets}
+    unique: dict[tuple[tuple[str, ...], tuple[str, ...]], TensorEntry] = {(e.sources, e.targets): e for e in entries}
+    counters = {name for name in options.tensors if name.endswith("num_batches_tracked")}
+    return Proposal(
+        tuple(rows),
+        KeyMap.of(layers, unique.values(), drops | counters),
+        tuple(sorted(name for name in options.tensors.keys() - used - drops - counters)),
+        tuple(sorted(options.variables.keys() - filled)),
+        tuple(differences),
+        outcome.agrees and not any(choice.steered for choice in outcome.choices.values()),
+    )
+
+
+def _confidence(choice: Choice, outcome: Outcome) -> tuple[str, str]:
+    exact = outcome.agrees and not any(each.steered for each in outcome.choices.values())
+    if choice.tied:
+        return LIKELY, f"interchangeable with {choice.tied}: no input shows which is which"
+    if choice.steered:
+        return LIKELY, "its kind, its shapes and what it takes fit, and what it gives differs"
+    if exact and (choice.rivals == 1 or choice.refuted or choice.seen):
+        return PROVEN, "exact through it to the outputs"
+    if choice.seen and (choice.rivals == 1 or choice.refuted):
+        return PROVEN, "it gives what PyTorch gives, and nothing else fits"
+    if choice.seen:
+        return LIKELY, f"it gives what PyTorch gives, and {choice.rivals - 1} others take the same"
+    return LIKELY, "its kind and its shapes fit"
+
+
+def _difference(choice: Choice, options: Options) -> str:
+    """In what a layer differs from its module, as far as settings say."""
+    module, layer = options.modules.get(choice.option.source), options.layers[choice.layer]
+    kind = kind_of_layer(layer)
+    said = []
+    if module is not None and kind is not None and kind is options.kinds[choice.option.source]:
+        theirs, ours = kind.module_settings(module), kind.layer_settings(layer)
+        for name in theirs.keys() & ours.keys():
+            if isinstance(theirs[name], np.ndarray):
+                same = np.allclose(theirs[name], ours[name])
+            else:
+                same = theirs[name] == ours[name]
+            if not same and name not in kind.training_settings:
+                said.append(f"{name} is {ours[name]} in Keras, {theirs[name]} in PyTorch")
+    return f"{choice.layer} does not give what {choice.option.source} gives" + (f": {'; '.join(said)}" if said else "")

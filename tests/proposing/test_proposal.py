@@ -1,0 +1,302 @@
+"""Key maps found by running both models: whatever the names, and nothing wrong is ever proven."""
+
+from __future__ import annotations
+
+import random
+import string
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import torch
+from keras import layers
+from torch import nn
+
+import porting
+import van_tf
+from porting.errors import KeyMapError
+from porting.models.traverse import named_variables
+from porting.proposing.proposal import LIKELY, OPEN, PROVEN, Proposal, propose_map
+from porting.references.van import build_van
+
+IMAGES = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
+TOKENS = np.random.default_rng(0).integers(0, 20, (2, 6)).astype(np.int32)
+
+
+class Residual(nn.Module):
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out)
+        self.conv2, self.bn2 = nn.Conv2d(out, out, 3, padding=1, bias=False), nn.BatchNorm2d(out)
+        self.down = nn.Conv2d(channels, out, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out)
+
+    def forward(self, x: Any) -> Any:
+        y = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(y)) + self.bn3(self.down(x)))
+
+
+class ResNet(nn.Module):
+    """A shortcut that looks like the branch beside it, and a Flatten before the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.blocks = nn.Conv2d(3, 6, 3, 2, 1), nn.Sequential(Residual(6, 6), Residual(6, 8))
+        self.pool, self.head = nn.MaxPool2d(2), nn.Linear(8 * 16, 5)
+
+    def forward(self, x: Any) -> Any:
+        return self.head(self.pool(self.blocks(self.stem(x))).flatten(1))
+
+
+def keras_resnet(
+    name: Callable[[str], str], *, norm_epsilon: float = 1e-5, same: bool = False, swapped: bool = False
+) -> Any:
+    def conv(out: int, label: str, **options: Any) -> Any:
+        return layers.Conv2D(out, 3, padding="same", use_bias=False, name=name(label), **options)
+
+    def norm(label: str) -> Any:
+        return layers.BatchNormalization(epsilon=norm_epsilon, momentum=0.9, name=name(label))
+
+    inputs = keras.Input((16, 16, 3))
+    if same:
+        x = layers.Conv2D(6, 3, 2, padding="same", name=name("stem"))(inputs)
+    else:
+        x = layers.Conv2D(6, 3, 2, name=name("stem"))(layers.ZeroPadding2D(1)(inputs))
+    for index, out in enumerate((6, 8)):
+        if swapped:  # the shortcut is written before the branch
+            shortcut = norm(f"block{index}_bn3")(conv(out, f"block{index}_down")(x))
+        y = layers.ReLU()(norm(f"block{index}_bn1")(conv(out, f"block{index}_conv1")(x)))
+        y = norm(f"block{index}_bn2")(conv(out, f"block{index}_conv2")(y))
+        if not swapped:
+            shortcut = norm(f"block{index}_bn3")(conv(out, f"block{index}_down")(x))
+        x = layers.ReLU()(layers.Add()([y, shortcut]))
+    return keras.Model(inputs, layers.Dense(5, name=name("head"))(layers.Flatten()(layers.MaxPooling2D(2)(x))))
+
+
+class Encoder(nn.Module):
+    """Queries, keys and values that look alike, single parameters, tokens and positions."""
+
+    def __init__(self, depth: int = 2) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(20, 8), nn.Parameter(torch.randn(1, 6, 8))
+        self.blocks = nn.ModuleList(EncoderBlock() for _ in range(depth))
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 4)
+
+    def forward(self, x: Any) -> Any:
+        x = self.tokens(x) + self.positions
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x).mean(1))
+
+
+class EncoderBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
+        self.fc1, self.fc2 = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.gamma1, self.gamma2 = nn.Parameter(torch.ones(8)), nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Any) -> Any:
+        y = self.norm1(x)
+        q, k, v = (part(y).unflatten(2, (2, 4)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.gamma1 * self.out(y)
+        return x + self.gamma2 * self.fc2(nn.functional.gelu(self.fc1(self.norm2(x))))
+
+
+class Positions(layers.Layer):  # type: ignore[misc]
+    def build(self, shape: Any) -> None:
+        self.table = self.add_weight(shape=shape[1:], name="table")
+
+    def call(self, x: Any) -> Any:
+        return x + self.table
+
+
+class Scaled(layers.Layer):  # type: ignore[misc]
+    def build(self, shape: Any) -> None:
+        self.scale = self.add_weight(shape=(shape[-1],), name="scale")
+
+    def call(self, x: Any) -> Any:
+        return x * self.scale
+
+
+def keras_encoder(name: Callable[[str], str], depth: int = 2) -> Any:
+    inputs = keras.Input((6,), dtype="int32")
+    x = Positions(name=name("positions"))(layers.Embedding(20, 8, name=name("tokens"))(inputs))
+    for index in range(depth):
+        own = f"layer_{index}_"
+        y = layers.LayerNormalization(epsilon=1e-5, name=name(f"{own}norm1"))(x)
+        y = layers.MultiHeadAttention(2, 4, name=name(f"{own}attention"))(y, y)
+        x = layers.Add()([x, Scaled(name=name(f"{own}gamma1"))(y)])
+        y = layers.LayerNormalization(epsilon=1e-5, name=name(f"{own}norm2"))(x)
+        y = layers.Dense(8, name=name(f"{own}fc2"))(layers.Dense(16, "gelu", name=name(f"{own}fc1"))(y))
+        x = layers.Add()([x, Scaled(name=name(f"{own}gamma2"))(y)])
+    x = layers.LayerNormalization(epsilon=1e-5, name=name("norm"))(x)
+    return keras.Model(inputs, layers.Dense(4, name=name("head"))(layers.GlobalAveragePooling1D()(x)))
+
+
+def shuffled(seed: int) -> Callable[[str], str]:
+    """Names that say nothing, the same for the same name."""
+    rng = random.Random(seed)
+    known: dict[str, str] = {}
+    return lambda label: known.setdefault(label, "".join(rng.choices(string.ascii_lowercase, k=9)))
+
+
+def plain(label: str) -> str:
+    return label
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[Callable[[str], str]], Any], Any]] = {
+    "resnet": (ResNet, keras_resnet, IMAGES),
+    "resnet written in another order": (ResNet, lambda name: keras_resnet(name, swapped=True), IMAGES),
+    "encoder": (Encoder, keras_encoder, TOKENS),
+}
+
+
+def made(case: str, names: str) -> tuple[nn.Module, Any, Any]:
+    torch.manual_seed(0)
+    build, build_keras, inputs = MODELS[case]
+    return build().eval(), build_keras(plain if names == "named" else shuffled(1)), inputs
+
+
+@pytest.mark.parametrize("names", ["named", "renamed"])
+@pytest.mark.parametrize("case", MODELS)
+def test_every_row_is_found_and_right(case: str, names: str) -> None:
+    reference, model, inputs = made(case, names)
+    before = [np.array(variable) for variable in model.weights]
+    state = {name: tensor.clone() for name, tensor in reference.state_dict().items()}
+    proposal = propose_map(reference, model, inputs)
+    assert proposal.complete, str(proposal)
+    assert all(row.confidence == PROVEN for row in proposal.rows), str(proposal)
+    assert all(np.array_equal(one, np.array(other)) for one, other in zip(before, model.weights, strict=True))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in reference.state_dict().items())
+    ported = porting.port_weights(reference, model, proposal.key_map, inputs=inputs)
+    assert ported.require_parity()
+    # The rows say the same as the key map.
+    again = porting.port_weights(reference, model, proposal.rules, inputs=inputs)
+    assert again.require_parity()
+
+
+def test_van_is_mapped_in_one_go() -> None:
+    reference, model = build_van("nano", 10).eval(), van_tf.van_nano()
+    images = np.random.default_rng(0).normal(size=(1, 64, 64, 3)).astype(np.float32)
+    proposal = propose_map(reference, model, images)
+    assert proposal.complete, str(proposal)
+    for row in proposal.rows:
+        assert row.source == row.target.replace("/", "."), row
+    assert str(proposal).startswith("97 rows proven, 0 likely, 0 open")
+
+
+def test_weights_are_ported_without_any_map() -> None:
+    reference, model, inputs = made("encoder", "renamed")
+    assert porting.port_weights(reference, model, inputs=inputs).require_parity()
+    with pytest.raises(KeyMapError, match="inputs are needed"):
+        porting.port_weights(reference, model)
+
+
+def wrong(proposal: Proposal, right: dict[str, str]) -> list[str]:
+    """Rows called proven that are not the right ones."""
+    return [
+        f"{r.source} -> {r.target}" for r in proposal.rows if r.confidence == PROVEN and right[r.target] != r.source
+    ]
+
+
+PARTS = ("conv1", "conv2", "bn1", "bn2", "bn3", "down")
+RESNET_ROWS = {
+    "stem": "stem",
+    "head": "head",
+    **{
+        f"block{i}_{part}": f"blocks.{i}.{part}"
+        for i in range(2)
+        for part in ("conv1", "conv2", "bn1", "bn2", "bn3", "down")
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"norm_epsilon": 1e-3}, "eps is 0.001 in Keras, 1e-05 in PyTorch"), ({"same": True}, "padding is asymmetric")],
+    ids=["epsilon", "padding"],
+)
+def test_where_the_two_are_not_the_same_network_is_said_and_nothing_wrong_is_proven(
+    options: dict[str, Any], said: str
+) -> None:
+    torch.manual_seed(0)
+    reference, model = ResNet().eval(), keras_resnet(plain, **options)
+    proposal = propose_map(reference, model, IMAGES)
+    assert not proposal.complete
+    assert said in str(proposal)
+    assert wrong(proposal, RESNET_ROWS) == []
+    assert {row.target: row.source for row in proposal.rows} == RESNET_ROWS
+    with pytest.raises(KeyMapError, match="could not be mapped as a whole"):
+        porting.port_weights(reference, model, inputs=IMAGES)
+
+
+def test_what_one_side_lacks_is_named() -> None:
+    reference, model, inputs = made("encoder", "named")
+    reference.spare = nn.Linear(3, 3)
+    extra = keras.Model(model.input, [model.output, layers.Dense(7, name="extra")(model.output)])
+    proposal = propose_map(reference, extra, inputs)
+    assert proposal.unused_sources == ("spare.bias", "spare.weight")
+    assert proposal.unfilled_targets == ("extra/bias", "extra/kernel")
+    assert [row.confidence for row in proposal.rows if row.target == "extra"] == [OPEN]
+
+
+class Twins(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Any) -> Any:
+        return self.a(x) + self.b(x)
+
+
+def test_a_tie_that_no_input_can_settle_is_called_one() -> None:
+    inputs = keras.Input((6,))
+    model = keras.Model(
+        inputs, layers.Add()([layers.Dense(6, name="one")(inputs), layers.Dense(6, name="two")(inputs)])
+    )
+    proposal = propose_map(Twins().eval(), model, np.random.default_rng(0).normal(size=(3, 6)).astype(np.float32))
+    assert [row.confidence for row in proposal.rows] == [LIKELY, LIKELY]
+    assert all("interchangeable with" in row.why for row in proposal.rows)
+    assert proposal.agrees
+
+
+def test_a_person_can_fix_rows() -> None:
+    inputs = keras.Input((6,))
+    model = keras.Model(
+        inputs, layers.Add()([layers.Dense(6, name="one")(inputs), layers.Dense(6, name="two")(inputs)])
+    )
+    given = np.random.default_rng(0).normal(size=(3, 6)).astype(np.float32)
+    proposal = propose_map(Twins().eval(), model, given, pairs={"b": "one"})
+    assert {row.target: row.source for row in proposal.rows} == {"one": "b", "two": "a"}
+    with pytest.raises(KeyMapError, match="'c' is no module"):
+        propose_map(Twins().eval(), model, given, pairs={"c": "one"})
+    with pytest.raises(KeyMapError, match="'three' is no layer"):
+        propose_map(Twins().eval(), model, given, pairs={"a": "three"})
+
+
+def test_stacks_of_recurrent_layers() -> None:
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.out = nn.LSTM(5, 6, num_layers=2, batch_first=True), nn.Linear(6, 3)
+
+        def forward(self, x: Any) -> Any:
+            return self.out(self.rnn(x)[0])
+
+    inputs = keras.Input((7, 5))
+    x = layers.LSTM(6, return_sequences=True, name="upper")(layers.LSTM(6, return_sequences=True, name="lower")(inputs))
+    model = keras.Model(inputs, layers.Dense(3, name="out")(x))
+    given = np.random.default_rng(0).normal(size=(2, 7, 5)).astype(np.float32)
+    proposal = propose_map(Stack().eval(), model, given)
+    assert proposal.complete, str(proposal)
+    assert [(row.target, row.kind) for row in proposal.rows] == [
+        ("lower", "recurrent"),
+        ("upper", "recurrent:l1"),
+        ("out", "dense"),
+    ]
+    assert len(named_variables(model)) == 8
