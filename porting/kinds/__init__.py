@@ -22,6 +22,7 @@ _FILES = (
     "conv_transpose",
     "separable",
     "dense",
+    "dense_in_first",
     "embedding",
     "batch_norm",
     "layer_norm",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from porting.errors import KeyMapError
 from porting.kinds.base import Kind, Leaf, Mistake, Settings, with_change
 from porting.kinds.transforms import DENSE, VECTOR, HeadsInFront
 
@@ -20,10 +21,18 @@ _PARTS = ("query", "key", "value")
 _ROWS = {"heads": "(heads, size) read as (size, heads)", "size": "(size, heads) read as (heads, size)"}
 
 
+def _joined(*, in_first: bool) -> tuple[Leaf, ...]:
+    kernels, biases = (tuple(f"{part}/{leaf}" for part in _PARTS) for leaf in ("kernel", "bias"))
+    return (
+        Leaf("weight", kernels, HeadsInFront(in_first=in_first)),
+        Leaf("bias", biases, HeadsInFront(), 0.0),
+    )
+
+
 class Attention(Kind):
     name = "attention"
     # One kernel in front where all three take the same size, else three.
-    leaves = (
+    leaves: tuple[Leaf, ...] = (
         Leaf("in_proj_weight", ("query/kernel", "key/kernel", "value/kernel"), HeadsInFront()),
         Leaf("q_proj_weight", "query/kernel", DENSE),
         Leaf("k_proj_weight", "key/kernel", DENSE),
@@ -134,4 +143,28 @@ def _scaled(factor: float, module: Any) -> None:
         parameter.data[: module.embed_dim] *= factor
 
 
-KIND = Attention()
+class JoinedProjections(Attention):
+    """One dense layer in PyTorch that makes queries, keys and values; the layer is Keras's attention."""
+
+    name = "qkv"
+    leaves = _joined(in_first=False)
+
+    def with_details(self, details: str) -> Kind:
+        """`in_first`: the kernel is `(in, 3 * size)`, as GPT-2's."""
+        if details != "in_first":
+            raise KeyMapError(f"the kind qkv takes in_first: got {details!r}")
+        other = JoinedProjections()
+        other.leaves = _joined(in_first=True)
+        return other
+
+    def variables(self, layer: Any) -> dict[str, keras.Variable]:
+        return {name: each for name, each in super().variables(layer).items() if not name.startswith("output/")}
+
+    def is_module(self, module: nn.Module) -> bool:
+        return False
+
+    def is_layer(self, layer: keras.layers.Layer) -> bool:
+        return False
+
+
+KINDS = (Attention(), JoinedProjections())

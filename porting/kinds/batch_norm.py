@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from porting.errors import KeyMapError
 from porting.kinds.base import Kind, Leaf, Mistake, Settings, with_change, with_value
+from porting.kinds.transforms import Shifted
 
 if TYPE_CHECKING:
     import keras
@@ -28,6 +30,27 @@ class BatchNorm(Kind):
     # A counter of training steps, which Keras does not keep.
     drops = ("num_batches_tracked",)
     training_settings = frozenset({"momentum"})
+
+    def with_details(self, details: str) -> Kind:
+        """`+9e-06`: what is added to the variance, where Keras's epsilon is smaller than PyTorch's by as much.
+
+        The two then compute the same at inference. In training each has its own epsilon.
+        """
+        try:
+            offset = float(details)
+        except ValueError:
+            offset = math.nan
+        if not math.isfinite(offset):
+            raise KeyMapError(
+                f"the kind batch_norm takes what its variance is shifted by: got {details!r}",
+                hint="PyTorch's epsilon less Keras's, such as batch_norm:-9.9e-04.",
+            )
+        shifted = BatchNorm()
+        shifted.leaves = (
+            *self.leaves[:3],
+            Leaf("running_var", "moving_variance", Shifted("variance with another epsilon", offset)),
+        )
+        return shifted
 
     def is_module(self, module: nn.Module) -> bool:
         from torch import nn

@@ -163,12 +163,16 @@ class JoinedBiases(Transform):
 
 @dataclass(frozen=True)
 class HeadsInFront(Transform):
-    """Attention's projections in one tensor: `(3 * size, in)` to three `(in, heads, head size)`, or their biases."""
+    """Attention's projections in one tensor: `(3 * size, in)` to three `(in, heads, head size)`, or their biases.
+
+    `in_first` is for a tensor of `(in, 3 * size)`.
+    """
 
     name: str = "projections in front of attention"
+    in_first: bool = False
 
     def to_keras(self, arrays: Sequence[Array], shapes: Sequence[Shape]) -> list[Array]:
-        (array,) = arrays
+        array = arrays[0].T if self.in_first else arrays[0]
         sizes = [math.prod(shape[-2:]) for shape in shapes]
         if sum(sizes) != len(array):
             raise ValueError(f"{self.name}: {len(array)} rows for heads of {sizes}")
@@ -177,7 +181,31 @@ class HeadsInFront(Transform):
 
     def to_torch(self, arrays: Sequence[Array], shapes: Sequence[Shape]) -> list[Array]:
         flat = [array.reshape(*array.shape[:-2], -1) for array in arrays]
-        return [np.concatenate([part.T for part in flat])]
+        joined = np.concatenate([part.T for part in flat])
+        return [joined.T if self.in_first else joined]
+
+
+@dataclass(frozen=True)
+class Shifted(Transform):
+    """A running variance plus a number: what two epsilons differ by, so that their sums are the same."""
+
+    name: str
+    offset: float
+
+    def to_keras(self, arrays: Sequence[Array], shapes: Sequence[Shape]) -> list[Array]:
+        return [self._plus(arrays[0], self.offset)]
+
+    def to_torch(self, arrays: Sequence[Array], shapes: Sequence[Shape]) -> list[Array]:
+        return [self._plus(arrays[0], -self.offset)]
+
+    def accepts(self, sources: Sequence[Shape], targets: Sequence[Shape]) -> bool:
+        return list(sources) == list(targets)
+
+    def _plus(self, array: Array, offset: float) -> Array:
+        moved: Array = (array.astype(np.float64) + offset).astype(array.dtype)
+        if (moved < 0).any():
+            raise ValueError(f"a variance of {array.min():g} has no room for an epsilon that is {-offset:g} greater")
+        return moved
 
 
 @dataclass(frozen=True)

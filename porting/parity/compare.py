@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from porting.kinds import KINDS
 from porting.mapping.key_map import KeyMap
 from porting.models.inputs import Axes, Inputs, leaves_by_key, make_inputs
 from porting.models.keras_float64 import Float64Model
@@ -199,7 +200,9 @@ def _substitute_derived(session: Session, recording: Recording) -> None:
         session.halved = halved
     if not has_derived(session.truth_model):
         return
-    derived = derived_weights(session.truth_model, recording)
+    batch_norm = KINDS["batch_norm"]
+    epsilons = [layer.epsilon for layer in session.names.layers.values() if batch_norm.is_layer(layer)]
+    derived = derived_weights(session.truth_model, recording, epsilons)
     stored = {
         np.ascontiguousarray(each).tobytes()
         for tensor in session.reference.state_dict().values()

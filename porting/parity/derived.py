@@ -8,7 +8,7 @@ before that rounding, where what it has is that number rounded; otherwise it sta
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,11 +24,23 @@ if TYPE_CHECKING:
 _ROUNDED = 2.0**-21
 
 
-def derived_weights(model: nn.Module, recording: Recording) -> list[Array]:
-    """All weights that a port may compute from this float64 model's tensors, in Keras's order of axes."""
-    return [np.ascontiguousarray(each) for module in model.modules() for each in _of_module(module)] + [
-        np.ascontiguousarray(each) for each in _folded_norms(model, recording)
-    ]
+def derived_weights(model: nn.Module, recording: Recording, epsilons: Iterable[float] = ()) -> list[Array]:
+    """All weights that a port may compute from this float64 model's tensors, in Keras's order of axes.
+
+    `epsilons` are those of Keras's batch norms: a variance may hold what they differ by from PyTorch's.
+    """
+    found = [each for module in model.modules() for each in _of_module(module)]
+    found += [*_folded_norms(model, recording), *_shifted_variances(model, set(epsilons))]
+    return [np.ascontiguousarray(each) for each in found]
+
+
+def _shifted_variances(model: nn.Module, epsilons: set[float]) -> Iterator[Array]:
+    from torch import nn
+
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
+            for epsilon in epsilons - {module.eps}:
+                yield module.running_var.numpy() + (module.eps - epsilon)
 
 
 def halved_weights(model: nn.Module) -> list[Array]:

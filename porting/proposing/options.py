@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rapidfuzz import fuzz
 
-from porting.kinds import kind_called, kind_of_module
+from porting.kinds import kind_called, kind_of_layer, kind_of_module
 from porting.kinds.transforms import Array, Constant, Shape
 from porting.mapping.key_map import TensorEntry
 from porting.models.rows import entries_of
@@ -52,8 +52,15 @@ class Options:
     """Both models' layers, and which go together."""
 
     def __init__(
-        self, truth_model: nn.Module, candidate: keras.Model, recording: Recording, tensors: Mapping[str, Array]
+        self,
+        truth_model: nn.Module,
+        candidate: keras.Model,
+        recording: Recording,
+        tensors: Mapping[str, Array],
+        *,
+        absorb_epsilon: bool = False,
     ) -> None:
+        self._absorbs = absorb_epsilon
         self.modules = dict(truth_model.named_modules())
         self.recording = recording
         self.tensors = tensors
@@ -108,6 +115,10 @@ class Options:
             details = [kind.name, *(f"{kind.name}:l{index}" for index in range(1, module.num_layers))]
         if kind.name == "dense":
             details = [*(f"dense:{sides}" for sides in self._flattened(matches)), *details]
+        if getattr(kind_of_layer(layer), "name", "") == "attention" and kind.name in {"dense", "dense_in_first"}:
+            details = ["qkv" if kind.name == "dense" else "qkv:in_first"]
+        if self._absorbs and kind.name == "batch_norm" and getattr(layer, "epsilon", module.eps) != module.eps:
+            details = [f"batch_norm:{module.eps - layer.epsilon:+.9g}"]
         for row_kind in details:
             own = kind_called(row_kind)
             found = {

@@ -112,13 +112,15 @@ def propose_map(
     reference_inputs: Any = None,
     pairs: Mapping[str, str] | None = None,
     input_axes: Sequence[Axes | None] | None = None,
+    absorb_epsilon: bool = False,
     progress: Progress = SILENT,
 ) -> Proposal:
     """Finds which module of a PyTorch model stands in which layer of a Keras model, by running both in float64.
 
     The weights that the models have do not matter: the search runs a copy of the PyTorch model with random weights, on
     which mistakes show. `inputs`, `reference_inputs` and `input_axes` are those of `check_parity`. `pairs` fixes rows,
-    `{"torch.name": "keras/path"}`. Both models are left as they were.
+    `{"torch.name": "keras/path"}`. `absorb_epsilon` is for batch norms whose epsilon in Keras is not PyTorch's: their
+    variance takes the difference, and the function at inference is the same. Both models are left as they were.
 
     Raises ValueError where the inputs do not fit, and KeyMapError for names that the models do not have.
     """
@@ -138,7 +140,7 @@ def propose_map(
     ranks = {truth.tensor.ndim for truth in recording.truths}
     library = Library(recording.truths, {rank: given.output_axes(rank) for rank in ranks})
     tensors = effective_tensors(truth_model, in_float32=False)
-    options = Options(truth_model, candidate, recording, tensors)
+    options = Options(truth_model, candidate, recording, tensors, absorb_epsilon=absorb_epsilon)
     fixed = _by_layer(pairs or {}, options)
     outcome = Walk(options, recording, library, Float64Model(candidate), given, fixed, progress).search()
     progress("done", 1, 1)
@@ -215,4 +217,6 @@ def _difference(choice: Choice, options: Options) -> str:
                 same = theirs[name] == ours[name]
             if not same and name not in kind.training_settings:
                 said.append(f"{name} is {ours[name]} in Keras, {theirs[name]} in PyTorch")
-    return f"{choice.layer} does not give what {choice.option.source} gives" + (f": {'; '.join(said)}" if said else "")
+    text = f"{choice.layer} does not give what {choice.option.source} gives" + (f": {'; '.join(said)}" if said else "")
+    only_epsilon = len(said) == 1 and said[0].startswith("eps ") and choice.option.kind == "batch_norm"
+    return text + (" (absorb_epsilon=True puts the difference into the variance)" if only_epsilon else "")

@@ -55,12 +55,14 @@ def port_weights(
     inputs: Any = None,
     drop: Sequence[str] = (),
     keep: Sequence[str] = (),
+    absorb_epsilon: bool = False,
     **check_options: Any,
 ) -> Ported:
     """Copies the weights of a PyTorch model into a Keras model, and with `inputs` checks that both compute the same.
 
     `key_map` is one made before, or rows: which layer stands for which module, and its kind. None asks `propose_map`,
-    which needs `inputs`, and takes its answer only where that is complete and proven. Each row stands for all
+    which needs `inputs`, and takes its answer only where that is complete and proven; `absorb_epsilon` goes there too.
+    A kind such as `batch_norm:-9.9e-04` puts what two epsilons differ by into the variance. A row stands for all
     tensors of its kind, those of one side that the other lacks included: a bias that PyTorch does not have becomes
     zeros, and a bias of zeros needs no place in Keras. `drop` names tensors of PyTorch that have none, `keep` variables
     of Keras that stay as they are. Weights under weight_norm and spectral_norm are taken as the module computes them.
@@ -74,7 +76,7 @@ def port_weights(
     _refuse_unknown("drop", drop, tensors)
     _refuse_unknown("keep", keep, variables)
     if key_map is None:
-        key_map = _proposed(reference, candidate, inputs, drop, keep, check_options)
+        key_map = _proposed(reference, candidate, inputs, drop, keep, absorb_epsilon, check_options)
     if not isinstance(key_map, KeyMap):
         key_map = key_map_of_rows(reference, candidate, key_map)
     key_map = KeyMap.of(key_map.layers, key_map.entries, [*key_map.drops, *drop], key_map.foreign)
@@ -84,6 +86,9 @@ def port_weights(
     report = None
     if inputs is not None:
         options = {"pairs": _pairs(key_map, reference, candidate), **check_options}
+        # Their epsilon is in the variance.
+        absorbed = [f"{pair.source}:eps" for pair in key_map.layers if pair.kind.startswith("batch_norm:")]
+        options["waive"] = [*options.get("waive", ()), *absorbed]
         report = check_parity(reference, candidate, inputs, key_map=key_map, **options)
     return Ported(key_map, conversion.dropped, tuple(sorted(keep)), report)
 
@@ -125,12 +130,13 @@ def _proposed(
     inputs: Any,
     drop: Sequence[str],
     keep: Sequence[str],
+    absorb_epsilon: bool,
     check_options: dict[str, Any],
 ) -> KeyMap:
     if inputs is None:
         raise KeyMapError("without a key map inputs are needed, on which both models are run to find one")
     options = {name: check_options[name] for name in ("reference_inputs", "input_axes") if name in check_options}
-    proposal = propose_map(reference, candidate, inputs, **options)
+    proposal = propose_map(reference, candidate, inputs, absorb_epsilon=absorb_epsilon, **options)
     return proposal.require_complete(drop, keep).key_map
 
 

@@ -300,3 +300,54 @@ def test_stacks_of_recurrent_layers() -> None:
         ("out", "dense"),
     ]
     assert len(named_variables(model)) == 8
+
+
+def test_another_epsilon_goes_into_the_variance_where_that_is_wanted() -> None:
+    torch.manual_seed(0)
+    reference, model = ResNet().eval(), keras_resnet(plain, norm_epsilon=1e-3)
+    for module in reference.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_var.uniform_(0.5, 2.0)
+    with pytest.raises(KeyMapError, match="absorb_epsilon=True puts the difference into the variance"):
+        porting.port_weights(reference, model, inputs=IMAGES)
+    ported = porting.port_weights(reference, model, inputs=IMAGES, absorb_epsilon=True)
+    assert ported.require_parity()
+    assert {pair.kind for pair in ported.key_map.layers} == {"conv", "batch_norm:-0.00099", "dense:8x4x4"}
+    state = {name: tensor.clone() for name, tensor in reference.state_dict().items()}
+    porting.revert_weights(model, reference, ported.key_map)
+    for name, tensor in reference.state_dict().items():
+        torch.testing.assert_close(tensor, state[name], rtol=1e-6, atol=0)
+    with torch.no_grad():
+        reference.blocks[0].bn1.running_var.fill_(1e-4)
+    with pytest.raises(KeyMapError, match="has no room for an epsilon that is 0.00099 greater"):
+        porting.port_weights(reference, model, ported.key_map)
+
+
+class Fused(nn.Module):
+    """Queries, keys and values of one dense layer, as timm and many others write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: Any) -> Any:
+        q, k, v = self.qkv(x).unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        return self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_joined_projections_are_attention() -> None:
+    inputs = keras.Input((5, 8))
+    model = keras.Model(inputs, layers.MultiHeadAttention(2, 4, name="mha")(inputs, inputs))
+    given = np.random.default_rng(0).normal(size=(2, 5, 8)).astype(np.float32)
+    reference = Fused().eval()
+    proposal = propose_map(reference, model, given)
+    assert proposal.complete, str(proposal)
+    assert {(row.source, row.target, row.kind) for row in proposal.rows} == {
+        ("qkv", "mha", "qkv"),
+        ("proj", "mha/attention_output", "dense"),
+    }
+    ported = porting.port_weights(reference, model, proposal.rules, inputs=given)
+    assert ported.require_parity()
+    state = {name: tensor.clone() for name, tensor in reference.state_dict().items()}
+    porting.revert_weights(model, reference, ported.key_map)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in reference.state_dict().items())
