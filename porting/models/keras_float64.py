@@ -130,7 +130,8 @@ def _exact_functions() -> Iterator[None]:
 
     def exact_cast(x: Any, dtype: Any, name: str | None = None) -> Any:
         # A Python number becomes a float32 on its way otherwise.
-        return tf.constant(x, dtype) if isinstance(x, float) else cast(x, dtype, name)
+        exact = isinstance(x, float) and tf.as_dtype(dtype).is_floating
+        return tf.constant(x, dtype) if exact else cast(x, dtype, name)
 
     with contextlib.ExitStack() as stack:
         for module, name, function in (

@@ -154,13 +154,18 @@ class Options:
 
     @cached_property
     def _bare_parameters(self) -> list[str]:
-        found = []
+        """Those of no known kind, then embeddings: a table of positions may be either."""
+        found, tables = [], []
         for name, array in self.tensors.items():
             owner = self.kinds.get(name.rpartition(".")[0])
             held = {leaf for own in (owner.leaves if owner is not None else ()) for leaf in own.sources}
-            if name.rpartition(".")[2] not in held and array.dtype.kind == "f":
+            if array.dtype.kind != "f":
+                continue
+            if name.rpartition(".")[2] not in held:
                 found.append(name)
-        return found
+            elif owner is not None and owner.name == "embedding":
+                tables.append(name)
+        return found + tables
 
     def similarity(self, source: str, target: str) -> float:
         """How alike two names are, from 0 to 100."""

@@ -208,12 +208,15 @@ class Walk:
             options = [option for option in options if option.source == fixed] or self._stated(base, fixed)
         if not options and not set(wanted) & set(self.options.owned.get(base, ())):
             return  # its parts are filled one by one
-        if options or kind_of_layer(self.options.layers[base]) is not None:
+        table = not options and len(wanted) == 1 and bool(self.options.parameters_like(wanted[0]))
+        if not table and (options or kind_of_layer(self.options.layers[base]) is not None):
             self._settle(base, base, options, bool(truths) or not wanted, fixed is not None)
             return
         for name in wanted:
             own = self.options.parameters_like(name, truths)
             own = [option for option in own if fixed in (None, option.source)] or own
+            # A table that a module of its own looks up is that module's: no other may take it.
+            own = [each for each in own if each.source.rpartition(".")[0] not in self._taken] or own
             self._settle(name, base, own, True, False)
 
     def _is_whole(self, base: str) -> bool:
