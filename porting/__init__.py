@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from porting.families.registry import get_family
     from porting.mapping.key_map import KeyMap
+    from porting.mapping.rows_file import read_rows
     from porting.mapping.rules import KeyRule
     from porting.parity.compare import check_parity
     from porting.parity.report import Limits, ParityReport
@@ -38,6 +39,7 @@ __all__ = [
     "get_family",
     "port_weights",
     "propose_map",
+    "read_rows",
     "revert_weights",
 ]
 
@@ -46,6 +48,7 @@ _HOMES = {
     "KeyRule": "porting.mapping.rules",
     "Ported": "porting.tasks.weights",
     "port_weights": "porting.tasks.weights",
+    "read_rows": "porting.mapping.rows_file",
     "propose_map": "porting.proposing.proposal",
     "revert_weights": "porting.tasks.weights",
     "Limits": "porting.parity.report",

@@ -17,7 +17,7 @@ from porting.cli.main import cli
 
 ROOT = Path(__file__).parent.parent
 TEST_COMMAND = "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/pytest"
-IMPORT_NAMES = {"onnx-ir": "onnx_ir", "pillow": "PIL", "ai-edge-litert": "ai_edge_litert"}
+IMPORT_NAMES = {"onnx-ir": "onnx_ir", "pillow": "PIL", "ai-edge-litert": "ai_edge_litert", "keras-hub": "keras_hub"}
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,7 @@ from porting.cli.groups import (
     thoroughness_options,
 )
 from porting.cli.inspect import inspect
+from porting.cli.map import map_command
 from porting.cli.port import run_port
 from porting.cli.port_all import port_all
 from porting.cli.report import report
@@ -95,6 +96,7 @@ def cli(
       van-port --variant b1 --checkpoint my.pth.tar        # your own
       van-port check --variant b1 --weights van_b1.h5      # a file made earlier or elsewhere
       van-port inspect van_b1.h5                           # where a file comes from
+      van-port map timm:resnet18 models.py:make            # the key map between any two models
     """
     route_results(to_stderr=False)
     if ctx.invoked_subcommand is not None:
@@ -106,7 +108,7 @@ def cli(
     run_port(model, out, checkpoint, check, make_options, reporting, keep_failed)
 
 
-for command in (check, export, families, inspect, port_all, report, revert):
+for command in (check, export, families, inspect, map_command, port_all, report, revert):
     cli.add_command(command)
 
 

@@ -58,9 +58,16 @@ def convolution_module_settings(module: Any) -> Settings:
         "dilation": tuple(module.dilation),
         "groups": module.groups,
     }
-    if isinstance(module.padding, tuple):
+    # A class that pads in a way of its own, as timm's Conv2dSame, does not say so in this.
+    if isinstance(module.padding, tuple) and type(module).forward is _plain_forward(module):
         settings["padding"] = tuple(module.padding)
     return settings
+
+
+def _plain_forward(module: Any) -> Any:
+    from torch import nn
+
+    return {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(module.kernel_size)].forward
 
 
 def convolution_layer_settings(layer: Any, *, groups: int) -> Settings:

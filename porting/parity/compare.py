@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from porting.kinds import KINDS
+from porting.kinds.transforms import Shifted
 from porting.mapping.key_map import KeyMap
 from porting.models.inputs import Axes, Inputs, leaves_by_key, make_inputs
 from porting.models.keras_float64 import Float64Model
+from porting.models.live import effective_tensors
 from porting.models.observe import observe_layers, observe_modules, to_torch
 from porting.models.precision import in_precision
-from porting.models.traverse import named_layers
+from porting.models.traverse import named_layers, named_variables
 from porting.parity.derived import derived_weights, halved_weights, has_derived, in_all_orders, rounds_to, substitutes
 from porting.parity.locate import locate
 from porting.parity.loud import compare_loud_outputs
@@ -113,6 +115,8 @@ def check_parity(
         except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
             return _without_result(f"the PyTorch model cannot be run in float64: {_first_line(error)}", limits, name)
         try:
+            if key_map is not None and any(isinstance(entry.transform, Shifted) for entry in key_map.entries):
+                _substitute_by_key_map(session, key_map)
             _run_batches(session, limits, batch_size, progress)
         except CannotRunError as error:
             return _without_result(str(error), limits, name)
@@ -191,6 +195,23 @@ def _build(session: Session, batch: Inputs) -> None:
     except Exception as error:  # whatever a model raises on inputs that it does not take
         raise CannotRunError(f"the Keras model cannot run on these inputs: {_first_line(error)}") from None
     session.names.layers.update(named_layers(session.candidate))
+
+
+def _substitute_by_key_map(session: Session, key_map: KeyMap) -> None:
+    """Weights that a row computes, as float64 has them, where the model holds their rounding to float32.
+
+    A variance that takes what two epsilons differ by may round to what it was.
+    """
+    arrays = effective_tensors(session.truth_model, in_float32=False)
+    with session.float64.active() as model:
+        variables = named_variables(model)
+        shapes = {name: tuple(variable.shape) for name, variable in variables.items()}
+        for entry in key_map.entries:
+            if isinstance(entry.transform, Shifted) and entry.is_in(arrays, variables):
+                for name, exact in entry.to_keras(arrays, shapes).items():
+                    held = np.asarray(variables[name])
+                    if np.array_equal(held.astype(np.float32), exact.astype(np.float32)):
+                        variables[name].assign(exact)
 
 
 def _substitute_derived(session: Session, recording: Recording) -> None:

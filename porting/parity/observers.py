@@ -122,6 +122,7 @@ class ExactObserver:
         source = label if number == 0 else f"{label}[{number}]"
         order = self.recording.order.get(call, len(self.recording.order)) - (0.0 if is_output else 0.5)
         pair = Pair(name, index, source, place, order, in_float32=match.in_float32, reordered=match.reordered)
+        pair.axes = None if match.reordered else match.axes
         session.pairs[name, index] = pair
         session.used.add(place)
         if match.reordered:
@@ -239,7 +240,10 @@ class RoundingObserver:
         if truth is None or truth.noise is None:
             return
         actual = as_real(output)
-        if axes is None:
+        expected: Tensor | None
+        if axes is None and pair.axes is not None and truth.tensor.numel() == actual.numel():
+            expected = truth.tensor.permute(pair.axes).reshape(actual.shape)
+        elif axes is None:
             expected = _in_shape(truth.tensor, actual, self.session.inputs)
         else:
             expected = truth.tensor.permute(axes)

@@ -52,7 +52,8 @@ class Sums:
 class Pair:
     """A Keras tensor and the PyTorch tensor that it is, by the place where that stands.
 
-    `order` is PyTorch's order of execution. `named` is whether only the names say so: the numbers differ.
+    `order` is PyTorch's order of execution. `named` is whether only the names say so: the numbers differ. `axes` are
+    PyTorch's in Keras's order, as the content has shown them.
     """
 
     target: str
@@ -63,6 +64,7 @@ class Pair:
     named: bool = False
     in_float32: bool = False
     reordered: bool = False
+    axes: Axes | None = None
     exact: Sums = field(default_factory=Sums)
     float32: Sums = field(default_factory=Sums)
     difference: DifferenceSum = field(default_factory=DifferenceSum)

@@ -66,7 +66,8 @@ def port_weights(
     tensors of its kind, those of one side that the other lacks included: a bias that PyTorch does not have becomes
     zeros, and a bias of zeros needs no place in Keras. `drop` names tensors of PyTorch that have none, `keep` variables
     of Keras that stay as they are. Weights under weight_norm and spectral_norm are taken as the module computes them.
-    `check_options` are those of `check_parity`.
+    `check_options` are those of `check_parity`; settings that matter in training alone are a note unless
+    `strict_settings=True`.
 
     Nothing is assigned before every tensor and every variable is accounted for. Raises KeyMapError, with every
     difference, where one is not.
@@ -85,7 +86,11 @@ def port_weights(
     _assign(candidate, variables, conversion)
     report = None
     if inputs is not None:
-        options = {"pairs": _pairs(key_map, reference, candidate), **check_options}
+        options = {
+            "pairs": _pairs(key_map, reference, candidate),
+            "strict_settings": False,  # the models are the user's: what matters in training alone is a note
+            **check_options,
+        }
         # Their epsilon is in the variance.
         absorbed = [f"{pair.source}:eps" for pair in key_map.layers if pair.kind.startswith("batch_norm:")]
         options["waive"] = [*options.get("waive", ()), *absorbed]

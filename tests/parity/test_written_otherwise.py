@@ -996,3 +996,28 @@ def test_a_complex_result_inside() -> None:
     report = check_parity(reference, model, numbers(2, 5, 6))
     assert report.passed, said(report)
     assert "fft" in report.float32_inside
+
+
+def test_queries_with_their_heads_before_the_positions() -> None:
+    """timm's attention normalises (or passes through) queries as (heads, positions); Keras has (positions, heads)."""
+
+    class Split(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.norm, self.out = nn.Linear(6, 12), nn.Identity(), nn.Linear(12, 3)
+
+        def forward(self, x: Any) -> Any:
+            q = self.norm(self.q(x).unflatten(2, (3, 4)).transpose(1, 2))
+            return self.out(q.transpose(1, 2).flatten(2))
+
+    torch.manual_seed(0)
+    reference = Split().eval()
+    inputs = keras.Input((5, 6))
+    heads = layers.EinsumDense("abc,cde->abde", (None, 3, 4), bias_axes="de", name="q")(inputs)
+    model = keras.Model(inputs, layers.Dense(3, name="out")(layers.Reshape((5, 12))(heads)))
+    model.get_layer("q").set_weights(
+        [reference.q.weight.detach().numpy().T.reshape(6, 3, 4), reference.q.bias.detach().numpy().reshape(3, 4)]
+    )
+    model.get_layer("out").set_weights([reference.out.weight.detach().numpy().T, reference.out.bias.detach().numpy()])
+    report = check_parity(reference, model, np.random.default_rng(0).normal(size=(2, 5, 6)).astype(np.float32))
+    assert report.passed, report.objections

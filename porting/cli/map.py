@@ -1,0 +1,88 @@
+"""`van-port map`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from porting.cli.groups import FILE
+
+
+@click.command("map")
+@click.argument("source")
+@click.argument("target")
+@click.option("--out", type=FILE, help="File of rows to write, .toml.  [default: none]")
+@click.option("--source-arg", "source_arguments", multiple=True, metavar="NAME=VALUE", help="Argument for SOURCE.")
+@click.option("--target-arg", "target_arguments", multiple=True, metavar="NAME=VALUE", help="Argument for TARGET.")
+@click.option("--inputs", type=FILE, help="Inputs of the Keras model by name, .npz.  [default: random]")
+@click.option("--pair", "pairs", multiple=True, metavar="TORCH.NAME=KERAS/PATH", help="A row that is known.")
+@click.option("--absorb-epsilon", is_flag=True, help="Put what epsilons of batch norms differ by into the variances.")
+@click.option("--all-rows", is_flag=True, help="Print every row, not only those that are not proven.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def map_command(
+    source: str,
+    target: str,
+    out: Path | None,
+    source_arguments: tuple[str, ...],
+    target_arguments: tuple[str, ...],
+    inputs: Path | None,
+    pairs: tuple[str, ...],
+    absorb_epsilon: bool,
+    all_rows: bool,
+    as_json: bool,
+) -> None:
+    """Propose the key map from SOURCE, a PyTorch model, to TARGET, a Keras model, and prove it by running both.
+
+    \b
+      van-port map timm:resnet18 my_models.py:make_resnet --out rows.toml
+      van-port map torchvision:vgg16 keras.applications:VGG16
+      van-port map timm:tf_mobilenetv3_large_100 keras.applications:MobileNetV3Large \\
+          --target-arg include_preprocessing=False --absorb-epsilon
+
+    Models are timm:NAME, torchvision:NAME, transformers:CLASS[:config.json], keras.applications:NAME,
+    keras_hub:CLASS[:config.json], package.module:callable or file.py:callable, which runs that file. The exit code is
+    0 where the map is complete and the outputs are exact with it, else 4.
+    """
+    from dataclasses import asdict
+
+    from porting.cli.terminal import ProgressBar, say, say_json
+    from porting.errors import KeyMapError
+    from porting.files.atomic import refuse_clashes, require_writable, write_text
+    from porting.mapping.rows_file import rows_text
+    from porting.tasks.map import map_models
+    from porting.tasks.specs import parse_arguments
+
+    stated = {name: path for name, _, path in (pair.partition("=") for pair in pairs)}
+    if broken := [pair for pair in pairs if "=" not in pair]:
+        raise click.UsageError(f"--pair {broken[0]!r}: its form is torch.name=keras/path")
+    if out is not None:
+        refuse_clashes({"--out": [out]}, {"--inputs": [] if inputs is None else [inputs]})
+        require_writable(out)
+    with ProgressBar() as progress:
+        proposal = map_models(
+            source,
+            target,
+            source_arguments=parse_arguments(source_arguments),
+            target_arguments=parse_arguments(target_arguments),
+            inputs=inputs,
+            pairs=stated,
+            absorb_epsilon=absorb_epsilon,
+            progress=progress,
+        )
+    if as_json:
+        rows = [asdict(row) for row in proposal.rows]
+        lists = {name: getattr(proposal, name) for name in ("unused_sources", "unfilled_targets", "differences")}
+        say_json({"complete": proposal.complete, "rows": rows, **lists})
+    else:
+        if all_rows:
+            for row in proposal.rows:
+                say(f"{row.source or '?'} -> {row.target} ({row.kind or 'unknown'}): {row.confidence}, {row.why}")
+        say(str(proposal))
+    if out is not None:
+        verdict = "complete, outputs exact in float64" if proposal.complete else "not complete"
+        write_text(out, rows_text(proposal.rules, [f"{source} -> {target}: {verdict}"]))
+        say(f"Wrote {out}", err=as_json)
+    if not proposal.complete:
+        sys.exit(KeyMapError.exit_code)

@@ -1,0 +1,50 @@
+"""Rows of a key map in a TOML file, to be read, changed and kept with a model.
+
+[[row]]
+source = "layer{s}.{j}.conv1"
+target = "conv{s+1}_block{j+1}_1_conv"
+kind = "conv"
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+
+from porting.errors import KeyMapError
+from porting.mapping.rules import KeyRule
+
+_MAX_BYTES = 16 << 20
+_FIELDS = {"source", "target", "kind"}
+
+
+def rows_text(rows: Iterable[KeyRule], notes: Iterable[str] = ()) -> str:
+    """The file's text; `notes` stand on top as comments."""
+    # A JSON string is a TOML string; what is not printed in a name is an escape in both.
+    lines = [f"# {json.dumps(note)[1:-1]}" for note in notes]
+    for row in rows:
+        lines += ["", "[[row]]"]
+        lines += [f"{name} = {json.dumps(getattr(row, name))}" for name in ("source", "target", "kind")]
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def read_rows(path: Path) -> list[KeyRule]:
+    """The rows in a file; raises KeyMapError where it is none, or a row of it is not."""
+    try:
+        if not path.is_file():
+            raise KeyMapError(f"{path}: no such file", hint="`van-port map` writes one with --out.")
+        with path.open("rb") as file:
+            text = file.read(_MAX_BYTES + 1)
+        if len(text) > _MAX_BYTES:
+            raise ValueError(f"larger than {_MAX_BYTES >> 20} MiB")
+        rows = tomllib.loads(text.decode())["row"]
+        for row in rows:
+            if row.keys() != _FIELDS or not all(isinstance(value, str) for value in row.values()):
+                raise ValueError(f"a row has source, target and kind, all of them text: got {row!r:.200}")
+        return [KeyRule(**row) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise KeyMapError(
+            f"{path}: not a file of rows: {error}", hint="Each row: [[row]] source, target, kind."
+        ) from None

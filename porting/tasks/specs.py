@@ -1,0 +1,108 @@
+"""Models named on a command line: by the library that has them, or by the code that makes them."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from porting.errors import FamilyError
+
+FORMS = (
+    "timm:NAME, torchvision:NAME, transformers:CLASS[:config.json], keras.applications:NAME, "
+    "keras_hub:CLASS[:config.json], package.module:callable or file.py:callable"
+)
+
+
+def parse_arguments(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """`name=value` as keyword arguments; a value is a Python literal, else text. Raises FamilyError."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise FamilyError(f"{pair!r} is not an argument", hint="Its form is name=value, such as num_classes=10.")
+        try:
+            found[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            found[name] = text
+    return found
+
+
+def build_model(spec: str, arguments: Mapping[str, Any]) -> Any:
+    """The model that `spec` names, fresh, with random weights; raises FamilyError where there is none.
+
+    `file.py:callable` runs that file.
+    """
+    library, _, rest = spec.partition(":")
+    name, _, config = rest.partition(":")
+    if not rest:
+        raise FamilyError(f"{spec!r} does not name a model", hint=f"Its forms are {FORMS}.")
+    try:
+        return _build(library, name, config, dict(arguments))
+    except FamilyError:
+        raise
+    except ImportError as error:
+        raise FamilyError(
+            f"{spec}: the package {error.name} is not installed, or cannot be imported",
+            hint=f"pip install {(error.name or library).partition('.')[0].replace('_', '-')}",
+        ) from None
+    except Exception as error:  # whatever the code that makes it raises
+        first_line = str(error).partition("\n")[0]
+        raise FamilyError(f"{spec}: cannot be made: {type(error).__name__}: {first_line[:300]}") from None
+
+
+def _build(library: str, name: str, config: str, arguments: dict[str, Any]) -> Any:
+    if library == "timm":
+        return importlib.import_module("timm").create_model(name, **arguments)
+    if library == "torchvision":
+        return importlib.import_module("torchvision.models").get_model(name, **arguments)
+    if library == "transformers":
+        owner = _attribute(importlib.import_module("transformers"), name, library)
+        return owner(owner.config_class(**_config(config), **arguments))
+    if library == "keras.applications":
+        owner = _attribute(importlib.import_module("keras").applications, name, library)
+        return owner(**{"weights": None, "classifier_activation": None, **arguments})
+    if library in {"keras_hub", "keras-hub"}:
+        owner = _attribute(importlib.import_module("keras_hub").models, name, library)
+        return owner(**_config(config), **arguments)
+    return _callable(library, name)(**arguments)
+
+
+def _callable(place: str, name: str) -> Callable[..., Any]:
+    if place.endswith(".py"):
+        path = Path(place)
+        if not path.is_file():
+            raise FamilyError(f"{place}: no such file")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        if spec is None or spec.loader is None:
+            raise FamilyError(f"{place}: not a Python file")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules.setdefault(path.stem, module)
+        spec.loader.exec_module(module)
+    else:
+        module = importlib.import_module(place)
+    found: Callable[..., Any] = _attribute(module, name, place)
+    return found
+
+
+def _attribute(owner: Any, name: str, place: str) -> Any:
+    if not hasattr(owner, name):
+        raise FamilyError(f"{place} has no {name!r}", hint=f"The forms of a model's name are {FORMS}.")
+    return getattr(owner, name)
+
+
+def _config(path: str) -> dict[str, Any]:
+    if not path:
+        return {}
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("a JSON object was expected")
+    except (OSError, ValueError) as error:
+        raise FamilyError(f"{path}: not a configuration: {error}") from None
+    return found

@@ -1,0 +1,158 @@
+"""`van-port map`: models named on the command line, rows in a file, and what goes wrong on the way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import Result
+
+import porting
+from porting.errors import KeyMapError
+from porting.mapping.rows_file import read_rows, rows_text
+from porting.mapping.rules import KeyRule
+
+RunCli = Callable[..., Result]
+MODELS = """
+from torch import nn
+import keras
+from keras import layers
+
+def reference(width=4):
+    return nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU(), nn.Flatten(), nn.Linear(width * 36, 2))
+
+def candidate(width=4, stride=1):
+    inputs = keras.Input((8, 8, 3))
+    x = layers.Conv2D(width, 3, stride, "same" if stride > 1 else "valid", activation="relu", name="conv")(inputs)
+    return keras.Model(inputs, layers.Dense(2, name="head")(layers.Flatten()(x)))
+
+def broken():
+    raise RuntimeError("[bold]no")
+
+def number():
+    return 3
+"""
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    path = tmp_path / "models.py"
+    path.write_text(MODELS)
+    return path
+
+
+def test_rows_are_proposed_written_and_taken(run_cli: RunCli, models: Path, tmp_path: Path) -> None:
+    out = tmp_path / "rows.toml"
+    arguments = ("--source-arg", "width=6", "--target-arg", "width=6")
+    result = run_cli("map", f"{models}:reference", f"{models}:candidate", *arguments, "--out", out, "--all-rows")
+    assert result.exit_code == 0, result.output
+    assert "0 -> conv (conv): proven, exact through it to the outputs" in result.output
+    assert "2 rows proven, 0 likely, 0 open" in result.output
+    rows = porting.read_rows(out)
+    assert rows == [KeyRule("0", "conv", "conv"), KeyRule("3", "head", "dense:6x6x6")]
+    namespace: dict[str, Callable[..., object]] = {}
+    exec(MODELS, namespace)
+    images = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
+    reference, candidate = namespace["reference"](6), namespace["candidate"](6)
+    ported = porting.port_weights(reference.eval(), candidate, rows, inputs=images)  # type: ignore[attr-defined,arg-type]
+    assert ported.require_parity()
+
+
+def test_json_and_given_inputs(run_cli: RunCli, models: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", images=np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32))
+    result = run_cli("map", f"{models}:reference", f"{models}:candidate", "--inputs", tmp_path / "x.npz", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["complete"]
+    assert [row["confidence"] for row in found["rows"]] == ["proven", "proven"]
+
+
+def test_two_networks_that_differ_are_exit_code_4(run_cli: RunCli, models: Path) -> None:
+    result = run_cli("map", f"{models}:reference", f"{models}:candidate", "--target-arg", "stride=2")
+    assert result.exit_code == 4, result.output
+    assert "conv does not give what 0 gives: " in result.output
+    assert "stride is (2, 2) in Keras, (1, 1) in PyTorch" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("reference", "models.py:candidate"), 2, "does not name a model"),
+        (("nowhere.py:make", "models.py:candidate"), 2, "no such file"),
+        (("models.py:nothing", "models.py:candidate"), 2, "has no 'nothing'"),
+        (("models.py:broken", "models.py:candidate"), 2, "RuntimeError: [bold]no"),
+        (("models.py:number", "models.py:candidate"), 2, "makes a int, not a PyTorch model"),
+        (("models.py:reference", "models.py:number"), 2, "makes a int, not a Keras model"),
+        (("no_such_package:make", "models.py:candidate"), 2, "the package no_such_package is not installed"),
+        (("models.py:reference", "keras.applications:Nothing"), 2, "keras.applications has no 'Nothing'"),
+        (("models.py:reference", "models.py:candidate", "--pair", "x"), 2, "its form is torch.name=keras/path"),
+        (("models.py:reference", "models.py:candidate", "--pair", "9=conv"), 4, "'9' is no module"),
+        (("models.py:reference", "models.py:candidate", "--source-arg", "x"), 2, "is not an argument"),
+        (("models.py:reference", "models.py:candidate", "--inputs", "models.py"), 5, "not an .npz of inputs"),
+    ],
+)
+def test_errors_are_one_message(
+    run_cli: RunCli,
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    code: int,
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run_cli("map", *arguments)
+    assert result.exit_code == code, result.output
+    assert isinstance(result.exception, SystemExit)
+    assert said in result.output
+
+
+def test_a_published_pair(run_cli: RunCli) -> None:
+    pytest.importorskip("timm")
+    result = run_cli(
+        "map",
+        "timm:tf_mobilenetv3_small_100",
+        "keras.applications:MobileNetV3Small",
+        "--target-arg",
+        "include_preprocessing=False",
+        "--absorb-epsilon",
+    )
+    assert result.exit_code == 0, result.output
+    assert "rows proven, 0 likely, 0 open\nOutputs: exact in float64" in result.output
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "x = 1",
+        "row = 3",
+        "[[row]]\nsource = 'a'",
+        "[[row]]\nsource = 'a'\ntarget = 'b'\nkind = 3",
+        "[[row]]\nsource = 'a'\ntarget = 'b'\nkind = 'none'",
+        "row = [1]",
+        "\x00",
+        "a = " + "[" * 5000,
+    ],
+)
+def test_files_that_are_no_rows(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "rows.toml"
+    path.write_text(text)
+    with pytest.raises(KeyMapError):
+        read_rows(path)
+    with pytest.raises(KeyMapError, match="no such file"):
+        read_rows(tmp_path / "none.toml")
+
+
+def test_rows_come_back_whatever_their_names(tmp_path: Path) -> None:
+    rows = [
+        KeyRule('a"b\\c\n', "x/y", "conv"),
+        KeyRule("layer{s}.0", "b{s+1}", "dense:2x3x4"),
+        KeyRule("ü\x1b", "z", "dense"),
+    ]
+    path = tmp_path / "rows.toml"
+    path.write_text(rows_text(rows, ["a note\nof two lines"]))
+    assert read_rows(path) == rows
