@@ -394,6 +394,12 @@ class ParityReport:
         ]
         return tuple(found)
 
+    def __str__(self) -> str:
+        """The verdict, and every reason against parity on a line of its own."""
+        if self.passed:
+            return f"at parity: {len(self.layers)} tensors compared"
+        return "\n".join(["not at parity:", *(f"  {line}" for line in self.objections)])
+
     @property
     def divergences(self) -> tuple[Divergence, ...]:
         """What is not at parity, in data flow. In the exact view only the outputs judge; all layers round."""

@@ -321,3 +321,9 @@ def test_a_report_that_proves_nothing_is_never_parity(name: str, change: Callabl
     except ReportError:
         return
     assert not report.passed
+
+
+def test_a_report_prints_as_its_verdict() -> None:
+    assert str(PASSED) == f"at parity: {len(PASSED.layers)} tensors compared"
+    assert str(FAILED).startswith("not at parity:\n  ")
+    assert str(FAILED).count("\n") == len(FAILED.objections)
