@@ -33,11 +33,12 @@ class Embedding(Kind):
         return {"num_embeddings": layer.input_dim, "embedding_dim": layer.output_dim}
 
     def mistakes(self, module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
+        tokens = [each.long() for each in inputs]  # which a recording keeps as floats
         for offset in (1, 2, -1, -2):
             direction = "behind" if offset > 0 else "before"
             yield Mistake(
                 f"its rows are taken {abs(offset)} {direction} where PyTorch takes them",
-                with_value(module, inputs, "weight", _rolled(-offset)),
+                with_value(module, tokens, "weight", _rolled(-offset)),
             )
 
 

@@ -194,12 +194,16 @@ def _confidence(choice: Choice, outcome: Outcome) -> tuple[str, str]:
         return LIKELY, f"interchangeable with {choice.tied}: no input shows which is which"
     if choice.steered:
         return LIKELY, "its kind, its shapes and what it takes fit, and what it gives differs"
-    if exact and (choice.rivals == 1 or choice.refuted or choice.seen):
+    if exact and choice.untold:
+        return LIKELY, f"exact through it to the outputs, but not told apart from {choice.untold} for lack of time"
+    if exact and (choice.seen or choice.refuted or (choice.rivals == 1 and not choice.guessed)):
         return PROVEN, "exact through it to the outputs"
-    if choice.seen and (choice.rivals == 1 or choice.refuted):
+    # Where the two networks differ, what failed may have failed for that.
+    if choice.seen and choice.rivals == 1 and not choice.guessed:
         return PROVEN, "it gives what PyTorch gives, and nothing else fits"
     if choice.seen:
-        return LIKELY, f"it gives what PyTorch gives, and {choice.rivals - 1} others take the same"
+        others = f"{choice.rivals - 1} others take" if choice.rivals > 1 else "its input is not PyTorch's that it takes"
+        return LIKELY, f"it gives what PyTorch gives, and {others}{' the same' if choice.rivals > 1 else ''}"
     return LIKELY, "its kind and its shapes fit"
 
 

@@ -9,6 +9,7 @@ the time being, and the first tensor that nobody knows sends the walk back to tr
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
 # How often the walk goes back before it gives a layer up.
 _TRIES = 48
-_TIES_TRIED = 16
+# How long, in seconds, choices are exchanged with each other to see whether that shows.
+_TIES_SECONDS = 60.0
 
 
 @dataclass
@@ -38,7 +40,8 @@ class Choice:
 
     A slot is a layer, or a variable that a layer of no known kind has by itself; `layer` is the layer in either case.
     `rivals` is how many fitted at first, whether or not they were taken elsewhere. `seen` is whether PyTorch has what
-    the layer then gave; `guessed` whether its input said nothing; `steered` whether its result had to be replaced.
+    the layer then gave; `guessed` whether its input said nothing; `steered` whether its result had to be replaced;
+    `refuted` whether nothing else would do; `tied` names what would, and `untold` what was not tried.
     """
 
     slot: str
@@ -51,6 +54,7 @@ class Choice:
     steered: bool = False
     refuted: bool = False
     tied: str = ""
+    untold: str = ""
 
     @property
     def option(self) -> Option:
@@ -95,7 +99,6 @@ class Walk:
         self.choices: dict[str, Choice] = {}
         self.open: dict[str, str] = {}
         self._given_up: set[str] = set()
-        self._skipped: set[str] = set()
         self._filled: dict[str, Option] = {}
         self._truths_of: dict[int, list[Truth]] = {}
         self._stacks: dict[int, tuple[str, int]] = {}
@@ -306,11 +309,13 @@ class Walk:
             return
         if any(self._find(tensor) for tensor in outputs if tensor.is_floating_point()):
             for choice in own:
+                choice.seen = True
                 # Unlike a module's result, this is PyTorch's with the right numbers alone.
-                choice.seen = choice.refuted = True
+                choice.refuted |= len(own) == 1
 
     def _judge(self, choice: Choice, outputs: list[Tensor]) -> Replacement:
         """Whether the layer gave what PyTorch has; else the next option, or PyTorch's result in its place."""
+        choice.seen = choice.steered = False  # an earlier run may have come here by another way
         option = choice.option
         own = [truth for call in self._calls(option.source) for truth in self.recording.calls[call].outputs]
         tensors = [each for each in outputs if each.is_floating_point() and each.numel() > 1]
@@ -385,7 +390,13 @@ class Walk:
             for other in several[place + 1 :]
             if not one.tied and {o.source for o in one.options} >= {other.option.source}
         ]
-        for one, other in pairs[:_TIES_TRIED]:
+        begin = time.monotonic()
+        for one, other in pairs:
+            if time.monotonic() - begin > _TIES_SECONDS:
+                for choice, rival in ((one, other), (other, one)):
+                    if not choice.refuted:
+                        self.choices[choice.slot].untold = rival.option.source
+                continue
             theirs = next((o for o in one.options if o.source == other.option.source), None)
             ours = next((o for o in self._fitting_again(other, one)), None)
             if theirs is None or ours is None:

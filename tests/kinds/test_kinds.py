@@ -43,6 +43,20 @@ CASES: dict[str, tuple[str, Callable[[], nn.Module], Callable[[], Any], tuple[in
         lambda: layers.Bidirectional(layers.GRU(4)),
         (5, 2, 3),
     ),
+    "transposed convolution": (
+        "conv_transpose",
+        lambda: nn.ConvTranspose2d(3, 3, 3, 2, 1),
+        lambda: layers.Conv2DTranspose(3, 3, 2),
+        (2, 3, 6, 6),
+    ),
+    "RMS norm": ("rms_norm", lambda: nn.RMSNorm(5, eps=1e-6), layers.RMSNormalization, (2, 5)),
+    "PReLU": ("prelu", lambda: nn.PReLU(4), lambda: layers.PReLU(shared_axes=[1, 2]), (2, 4, 6, 6)),
+    "resizing": (
+        "resampling",
+        lambda: nn.Upsample(scale_factor=2, mode="bilinear"),
+        lambda: layers.UpSampling2D(2, interpolation="bilinear"),
+        (2, 3, 5, 5),
+    ),
     "activation": ("activation", nn.GELU, lambda: layers.Activation("gelu"), (2, 5)),
     "ReLU": ("activation", nn.ReLU, layers.ReLU, (2, 5)),
     "dropout": ("dropout", lambda: nn.Dropout(0.1), lambda: layers.Dropout(0.1), (2, 5)),
@@ -98,7 +112,7 @@ def test_settings_agree_where_the_two_are_set_alike(case: str) -> None:
     built(given, given) if name == "attention" else built(given)
     expected, actual = kind.module_settings(module()), kind.layer_settings(built)
     common = [key for key in expected if key in actual and key not in {"eps", "momentum", "padding"}]
-    assert common or name in {"dense", "layer_norm"}
+    assert common or name in {"dense", "layer_norm", "prelu", "resampling"}
     for key in common:
         assert np.allclose(expected[key], actual[key]) if key == "activation" else expected[key] == actual[key], key
 
@@ -125,3 +139,50 @@ def test_the_axis_of_a_norm_is_told_by_its_rank(axis: int, rank: int, said: str)
     odd = layers.BatchNormalization(axis=2)
     odd.build((None, 4, 4, 4))
     assert KINDS["batch_norm"].layer_settings(odd)["axis"] == "axis 2"
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (nn.PixelShuffle(2), (2, 8, 3, 3)),
+        (nn.PixelUnshuffle(2), (2, 2, 6, 6)),
+        (nn.InstanceNorm2d(3, affine=True), (2, 3, 6, 6)),
+    ],
+    ids=["pixel shuffle", "pixel unshuffle", "instance norm"],
+)
+def test_kinds_without_a_layer_of_their_own_have_their_mistakes(module: nn.Module, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    given = torch.randn(shape)
+    kind = kind_of_module(module)
+    assert kind is not None
+    right = module.double()(given.double())
+    made = [mistake.make() for mistake in kind.mistakes(module.float(), [given])]
+    assert made
+    for result in made:
+        assert isinstance(result, torch.Tensor)
+        assert result.shape == right.shape
+    assert any(not torch.allclose(result, right) for result in made if isinstance(result, torch.Tensor))
+
+
+def test_tensorflows_order_of_a_pixel_shuffle_is_what_tensorflow_computes() -> None:
+    import tensorflow as tf
+
+    given = torch.randn(2, 12, 3, 4, dtype=torch.float64)
+    kind = kind_of_module(nn.PixelShuffle(2))
+    assert kind is not None
+    made = next(iter(kind.mistakes(nn.PixelShuffle(2), [given]))).make()
+    theirs = tf.nn.depth_to_space(given.numpy().transpose(0, 2, 3, 1), 2).numpy()
+    assert isinstance(made, torch.Tensor)
+    np.testing.assert_array_equal(made.numpy(), theirs.transpose(0, 3, 1, 2))
+    back = next(iter(kind.mistakes(nn.PixelUnshuffle(2), [made]))).make()
+    assert isinstance(back, torch.Tensor)
+    np.testing.assert_array_equal(back.numpy(), given.numpy())
+
+
+def test_an_embedding_that_is_off_by_one() -> None:
+    module, tokens = nn.Embedding(7, 3), torch.tensor([[0, 3, 6]])
+    kind = kind_of_module(module)
+    assert kind is not None
+    causes = {mistake.cause: mistake.make() for mistake in kind.mistakes(module, [tokens])}
+    expected = module(tokens + 1 - torch.tensor([[0, 0, 7]])).double()
+    assert torch.equal(causes["its rows are taken 1 behind where PyTorch takes them"], expected)

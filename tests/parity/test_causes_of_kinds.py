@@ -1,0 +1,136 @@
+"""Mistakes in transposed convolutions, resizing, pixel shuffles and embeddings are named, and healthy ones pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import torch
+from keras import layers
+from torch import nn
+
+from porting.parity.compare import check_parity
+from porting.parity.report import ParityReport
+
+IMAGES = np.random.default_rng(0).normal(size=(2, 6, 6, 4)).astype(np.float32)
+
+
+def kernel(module: Any, flip: bool = False) -> list[Any]:
+    array = module.weight.detach().numpy().transpose(2, 3, 1, 0)
+    return [array[::-1, ::-1] if flip else array, module.bias.detach().numpy()]
+
+
+def around(
+    module: nn.Module, layer: Callable[[], Any], weights: Callable[[Any], list[Any]] | None = None
+) -> ParityReport:
+    """The module and the layer between two convolutions of the same weights."""
+    torch.manual_seed(0)
+    first, last = nn.Conv2d(4, 8, 1), nn.LazyConv2d(2, 1)
+    reference = nn.Sequential(first, module, last).eval()
+    with torch.no_grad():
+        reference(torch.from_numpy(IMAGES.transpose(0, 3, 1, 2).copy()))
+    inputs = keras.Input((6, 6, 4))
+    own = layer()
+    x = own(layers.Conv2D(8, 1, name="0")(inputs))
+    model = keras.Model(inputs, layers.Conv2D(2, 1, name="2")(x))
+    for name in ("0", "2"):
+        conv = reference[int(name)]
+        model.get_layer(name).set_weights(
+            [conv.weight.detach().numpy().transpose(2, 3, 1, 0), conv.bias.detach().numpy()]
+        )
+    if weights is not None:
+        own.set_weights(weights(module))
+    return check_parity(reference, model, IMAGES)
+
+
+class DepthToSpace(layers.Layer):  # type: ignore[misc]
+    """As TensorFlow does it, or with the channels brought into its order before, as a right port does."""
+
+    def __init__(self, right: bool) -> None:
+        super().__init__(name="1")
+        self.right = right
+
+    def call(self, x: Any) -> Any:
+        import tensorflow as tf
+
+        if self.right:
+            height, width, channels = x.shape[1:]
+            x = tf.reshape(x, (-1, height, width, channels // 4, 4))
+            x = tf.reshape(tf.transpose(x, (0, 1, 2, 4, 3)), (-1, height, width, channels))
+        return tf.nn.depth_to_space(x, 2)
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], Any, str]] = {
+    "transposed convolution": (
+        lambda: nn.ConvTranspose2d(8, 8, 3, 2),
+        lambda: layers.Conv2DTranspose(8, 3, 2, name="1"),
+        kernel,
+        "",
+    ),
+    "transposed convolution, flipped": (
+        lambda: nn.ConvTranspose2d(8, 8, 3, 2),
+        lambda: layers.Conv2DTranspose(8, 3, 2, name="1"),
+        lambda module: kernel(module, flip=True),
+        "the kernel is flipped in height and width",
+    ),
+    "resizing": (
+        lambda: nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False),
+        lambda: layers.UpSampling2D(2, interpolation="bilinear", name="1"),
+        None,
+        "",
+    ),
+    "resizing with aligned corners": (
+        lambda: nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
+        lambda: layers.UpSampling2D(2, interpolation="bilinear", name="1"),
+        None,
+        "align_corners=False instead of True",
+    ),
+    "resizing by the nearest": (
+        lambda: nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False),
+        lambda: layers.UpSampling2D(2, name="1"),
+        None,
+        "nearest interpolation instead of bilinear",
+    ),
+    "pixel shuffle": (lambda: nn.PixelShuffle(2), lambda: DepthToSpace(right=True), None, ""),
+    "pixel shuffle in TensorFlow's order": (
+        lambda: nn.PixelShuffle(2),
+        lambda: DepthToSpace(right=False),
+        None,
+        "channels and pixels are in TensorFlow's order",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_mistake_is_named_and_its_healthy_neighbour_passes(case: str) -> None:
+    build, layer, weights, cause = CASES[case]
+    torch.manual_seed(1)
+    report = around(build(), layer, weights)
+    if not cause:
+        assert report.passed, report.objections
+        return
+    assert not report.passed
+    assert report.culprits[0].culprit == "1"
+    assert report.diagnosis is not None
+    assert cause in report.diagnosis.cause
+    assert report.diagnosis.confidence == "certain"
+
+
+def test_tokens_that_are_off_by_one() -> None:
+    torch.manual_seed(0)
+    reference = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 3)).eval()
+    inputs = keras.Input((5,), dtype="int32")
+    model = keras.Model(inputs, layers.Dense(3, name="1")(layers.Embedding(9, 4, name="0")(inputs)))
+    table, linear = reference[0].weight.detach().numpy(), reference[1]
+    model.get_layer("1").set_weights([linear.weight.detach().numpy().T, linear.bias.detach().numpy()])
+    tokens = np.random.default_rng(0).integers(0, 9, (3, 5)).astype(np.int32)
+    model.get_layer("0").set_weights([table])
+    assert check_parity(reference, model, tokens).passed
+    model.get_layer("0").set_weights([np.roll(table, -1, 0)])
+    report = check_parity(reference, model, tokens)
+    assert not report.passed
+    assert report.diagnosis is not None
+    assert "its rows are taken 1 behind where PyTorch takes them" in report.diagnosis.cause
