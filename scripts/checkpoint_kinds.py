@@ -20,6 +20,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def lightning(folder: Path, model: Any) -> Path:
     import lightning as pl
     import torch
 
-    class Module(pl.LightningModule):
+    class Module(pl.LightningModule):  # type: ignore[misc]
         def __init__(self, width: int = 3) -> None:
             super().__init__()
             self.save_hyperparameters()
@@ -175,14 +176,16 @@ def averaged(folder: Path, model: Any) -> Path:
 def traced(folder: Path, model: Any) -> Path:
     import torch
 
-    torch.jit.trace(model, torch.zeros(1, 3, 64, 64)).save(str(folder / "x.pt"))
+    trace: Any = torch.jit.trace
+    trace(model, torch.zeros(1, 3, 64, 64)).save(str(folder / "x.pt"))
     return folder / "x.pt"
 
 
 def frozen(folder: Path, model: Any) -> Path:
     import torch
 
-    torch.jit.freeze(torch.jit.trace(model, torch.zeros(1, 3, 64, 64))).save(str(folder / "x.pt"))
+    trace: Any = torch.jit.trace
+    torch.jit.freeze(trace(model, torch.zeros(1, 3, 64, 64))).save(str(folder / "x.pt"))
     return folder / "x.pt"
 
 
@@ -194,20 +197,19 @@ def exported(folder: Path, model: Any) -> Path:
 
 
 def distributed(folder: Path, model: Any) -> Path:
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.save({"model": model.state_dict()}, checkpoint_id=folder / "dcp")
+        save({"model": model.state_dict()}, checkpoint_id=folder / "dcp")
     return folder / "dcp"
 
 
 def quantised(folder: Path, model: Any) -> Path:
     import torch
 
-    layer = torch.ao.quantization.quantize_dynamic(
-        torch.nn.Sequential(torch.nn.Linear(4, 4)), {torch.nn.Linear}, dtype=torch.qint8
-    )
+    quantise: Any = torch.ao.quantization.quantize_dynamic
+    layer = quantise(torch.nn.Sequential(torch.nn.Linear(4, 4)), {torch.nn.Linear}, dtype=torch.qint8)
     torch.save(layer.state_dict(), folder / "x.pth")
     return folder / "x.pth"
 
@@ -341,9 +343,11 @@ def kinds() -> list[Kind]:
         Kind("a whole pickled model", wrapped(lambda m: m), "refused: the file asks to run or build"),
     ]
     keys = ("state_dict", "model_state_dict", "params", "net", "network", "weights", "generator", "params_ema")
-    return made + [
-        Kind(f"under {key!r}", wrapped(lambda m, key=key: {key: m.state_dict(), "epoch": 1})) for key in keys
-    ]
+    return made + [Kind(f"under {key!r}", wrapped(partial(under, key))) for key in keys]
+
+
+def under(key: str, model: Any) -> dict[str, Any]:
+    return {key: model.state_dict(), "epoch": 1}
 
 
 def old_format(folder: Path, model: Any) -> Path:

@@ -97,7 +97,8 @@ def healthy() -> dict[str, bytes]:
     torch.save(nested, stream)
     files["nested.ckpt"] = stream.getvalue()
     stream = io.BytesIO()
-    torch.jit.save(torch.jit.trace(torch.nn.Sequential(torch.nn.Linear(3, 2)), torch.ones(1, 3)), stream)
+    trace: Any = torch.jit.trace
+    torch.jit.save(trace(torch.nn.Sequential(torch.nn.Linear(3, 2)), torch.ones(1, 3)), stream)
     files["script.pt"] = stream.getvalue()
     return files
 
@@ -116,7 +117,7 @@ def a_report() -> str:
     x = keras.layers.ReLU(name="1")(keras.layers.Dense(5, name="0")(inputs))
     candidate = keras.Model(inputs, keras.layers.Dense(2, name="2")(x))
     for name in ("0", "2"):
-        module = reference[int(name)]
+        module: Any = reference[int(name)]
         candidate.get_layer(name).set_weights([module.weight.detach().numpy().T, module.bias.detach().numpy() * 2])
     return to_json(check_parity(reference, candidate, np.random.default_rng(0).normal(size=(3, 4)).astype("f4")))
 
@@ -124,7 +125,7 @@ def a_report() -> str:
 def retyped(rng: random.Random, content: bytes) -> bytes:
     """JSON with a few values, anywhere, of another type or size."""
     document = json.loads(content)
-    others = [
+    others: list[Any] = [
         None,
         True,
         -1,

@@ -6,7 +6,9 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -107,16 +109,17 @@ def mutations(document: object) -> list[tuple[str, object]]:
     found: list[tuple[str, object]] = []
 
     def visit(path: str, value: object, put: Callable[[object], None]) -> None:
-        for other in (None, [], {}, "x", -1, 1e308, True, "\ud800", "NaN", [None], {"a": []}):
+        others: tuple[Any, ...] = (None, [], {}, "x", -1, 1e308, True, "\ud800", "NaN", [None], {"a": []})
+        for other in others:
             if type(other) is not type(value):
                 put(other)
                 found.append((f"{path} as {other!r}", json.loads(json.dumps(document))))
         put(value)
         if isinstance(value, dict):
             for key in list(value)[:40]:
-                visit(f"{path}.{key}", value[key], lambda new, key=key, value=value: value.__setitem__(key, new))
+                visit(f"{path}.{key}", value[key], partial(value.__setitem__, key))
         if isinstance(value, list) and value:
-            visit(f"{path}[0]", value[0], lambda new, value=value: value.__setitem__(0, new))
+            visit(f"{path}[0]", value[0], partial(value.__setitem__, 0))
 
     holder = {"root": document}
     visit("", document, lambda new: holder.__setitem__("root", new))

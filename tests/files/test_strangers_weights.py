@@ -8,6 +8,7 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import h5py
 import keras
@@ -124,7 +125,7 @@ def another_extension(model: keras.Model, path: Path) -> Path:
     return path.with_suffix(".weights.h5")
 
 
-REFUSED = {
+REFUSED: dict[Callable[[Any, Path], Path], str] = {
     foreign: "2 not in the model: dense",
     extra_layer: "2 not in the model: extra/bias, extra/kernel",
     empty: "no item named 'model.weights.h5'",

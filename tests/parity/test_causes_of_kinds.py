@@ -37,7 +37,7 @@ def around(
     x = own(layers.Conv2D(8, 1, name="0")(inputs))
     model = keras.Model(inputs, layers.Conv2D(2, 1, name="2")(x))
     for name in ("0", "2"):
-        conv = reference[int(name)]
+        conv: Any = reference[int(name)]
         model.get_layer(name).set_weights(
             [conv.weight.detach().numpy().transpose(2, 3, 1, 0), conv.bias.detach().numpy()]
         )
@@ -124,8 +124,9 @@ def test_tokens_that_are_off_by_one() -> None:
     reference = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 3)).eval()
     inputs = keras.Input((5,), dtype="int32")
     model = keras.Model(inputs, layers.Dense(3, name="1")(layers.Embedding(9, 4, name="0")(inputs)))
-    table, linear = reference[0].weight.detach().numpy(), reference[1]
-    model.get_layer("1").set_weights([linear.weight.detach().numpy().T, linear.bias.detach().numpy()])
+    state = {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
+    table = state["0.weight"]
+    model.get_layer("1").set_weights([state["1.weight"].T, state["1.bias"]])
     tokens = np.random.default_rng(0).integers(0, 9, (3, 5)).astype(np.int32)
     model.get_layer("0").set_weights([table])
     assert check_parity(reference, model, tokens).passed

@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "fuzz_inputs.py"
 @pytest.mark.slow
 def test_no_file_brings_a_reader_down() -> None:
     """All that is hostile by design, and accidents drawn by the date."""
-    command = [sys.executable, SCRIPT, "--cases", "800", "--seed", f"{date.today():%Y%m%d}"]
+    command = [sys.executable, str(SCRIPT), "--cases", "800", "--seed", f"{date.today():%Y%m%d}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "800 cases, 0 failures" in done.stdout

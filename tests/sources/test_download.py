@@ -309,7 +309,7 @@ def test_a_file_of_unknown_length_has_a_bound(server: Server, monkeypatch: pytes
 
 def test_a_file_that_does_not_fit_is_not_begun(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 10})
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     with pytest.raises(SourceError, match="bytes, and the cache .* has room for 10"):
         download(server.url)
 

@@ -123,7 +123,9 @@ def test_every_tensor_survives_the_round_trip(
         # Any bits at all that are a finite number of the type.
         state_dict = {}
         for entry in key_map.entries:
-            drawn = rng.integers(0, 2**16, entry.transform.source_shape(targets[entry.targets[0]]), dtype=np.uint16)
+            source_shapes = entry.transform.source_shapes([targets[entry.targets[0]]])
+            assert source_shapes is not None
+            drawn = rng.integers(0, 2**16, source_shapes[0], dtype=np.uint16)
             array = drawn.view(DTYPES[dtype]) if dtype != "float32" else rng.normal(size=drawn.shape).astype(np.float32)
             state_dict[entry.sources[0]] = np.where(np.isfinite(array.astype(np.float32)), array, array.dtype.type(0))
         weights = convert(state_dict, key_map, targets).weights

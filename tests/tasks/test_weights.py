@@ -20,6 +20,7 @@ from porting.mapping.rules import KeyRule
 from porting.models.synthetic import fill_with_synthetic_weights
 from porting.models.traverse import named_variables
 
+Array = np.ndarray[Any, Any]
 Build = Callable[[], tuple[nn.Module, keras.Model]]
 
 
@@ -285,12 +286,16 @@ CASES: dict[str, tuple[str, Build, tuple[int, ...]]] = {
 ONE_WAY = {"weight norm of the old kind", "spectral norm"}
 
 
-def fill(reference: nn.Module, inputs: np.ndarray, seed: int = 1) -> None:
+def moved_axes(case: str, inputs: Array) -> dict[str, Any]:
+    return {"input_axes": [(0, *range(2, inputs.ndim), 1)]} if inputs.ndim > 3 or "1-D" in case else {}
+
+
+def fill(reference: nn.Module, inputs: Array, seed: int = 1) -> None:
     given = torch.from_numpy(np.ascontiguousarray(inputs))
     fill_with_synthetic_weights(reference, seed, run=lambda model: model(given))
 
 
-def built(case: str) -> tuple[str, nn.Module, keras.Model, np.ndarray]:
+def built(case: str) -> tuple[str, nn.Module, keras.Model, Array]:
     kind, build, shape = CASES[case]
     module, model = build()
     reference = module if isinstance(module, Reference) else Reference(module)
@@ -302,7 +307,7 @@ def built(case: str) -> tuple[str, nn.Module, keras.Model, np.ndarray]:
 @pytest.mark.parametrize("case", CASES)
 def test_a_kind_goes_there_is_proven_and_comes_back(case: str) -> None:
     kind, reference, model, inputs = built(case)
-    axes = {"input_axes": [(0, *range(2, inputs.ndim), 1)]} if inputs.ndim > 3 or "1-D" in case else {}
+    axes = moved_axes(case, inputs)
     ported = porting.port_weights(reference, model, [KeyRule("a", "a", kind)], inputs=inputs, **axes)
     assert ported.report is not None
     assert ported.report.passed, ported.report.objections
@@ -332,7 +337,7 @@ def test_a_kind_goes_there_is_proven_and_comes_back(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_one_wrong_number_is_found(case: str) -> None:
     kind, reference, model, inputs = built(case)
-    axes = {"input_axes": [(0, *range(2, inputs.ndim), 1)]} if inputs.ndim > 3 or "1-D" in case else {}
+    axes = moved_axes(case, inputs)
     ported = porting.port_weights(reference, model, [KeyRule("a", "a", kind)])
     variable = model.weights[0]
     values = np.array(variable)
@@ -455,7 +460,7 @@ def test_numbers_that_keras_has_no_place_for_are_never_lost() -> None:
     with pytest.raises(KeyMapError, match="a.bias: it holds numbers other than 0"):
         porting.port_weights(reference, model, rows)
     with torch.no_grad():
-        reference.a.bias.zero_()
+        dict(reference.named_parameters())["a.bias"].zero_()
     ported = porting.port_weights(reference, model, rows, inputs=IMAGES)
     assert ported.require_parity()
     # And the other way: a bias that PyTorch does not have must be zeros in Keras.
@@ -492,9 +497,10 @@ def test_a_port_that_is_wrong_says_so() -> None:
 def test_half_precision_on_pytorchs_side() -> None:
     reference, model = small()
     ported = porting.port_weights(reference.half(), model, ROWS)
-    np.testing.assert_array_equal(np.array(model.get_layer("conv").bias), reference[0].bias.detach().float().numpy())
+    bias = reference.state_dict()["0.bias"]
+    np.testing.assert_array_equal(np.array(model.get_layer("conv").bias), bias.float().numpy())
     porting.revert_weights(model, reference, ported.key_map)
-    assert reference[0].weight.dtype == torch.float16
+    assert reference.state_dict()["0.weight"].dtype == torch.float16
 
 
 def test_details_of_kinds_that_are_none() -> None:
