@@ -127,16 +127,24 @@ def temporary_file(path: Path, suffix: str = ".tmp") -> Iterator[Path]:
     """
     stem = f".{os.fsdecode(os.fsencode(path.name)[:_LONGEST_STEM])}.{secrets.token_hex(4)}"
     lock = filelock.FileLock(path.with_name(f"{stem}.lock"))
-    # Some network file systems have no locks; there, leftovers stay.
-    with contextlib.suppress(OSError, NotImplementedError):
-        lock.acquire(blocking=False)
     try:
+        # Some network file systems have no locks; there, leftovers stay.
+        with contextlib.suppress(OSError, NotImplementedError):
+            lock.acquire(blocking=False)
         yield path.with_name(f"{stem}{suffix}")
     finally:
-        _remove_all(path.parent, stem)
-        with contextlib.suppress(OSError):
-            lock.release()
-            Path(lock.lock_file).unlink(missing_ok=True)
+        try:
+            _clean_up(lock, path.parent, stem)
+        except KeyboardInterrupt:  # in the midst of it
+            _clean_up(lock, path.parent, stem)
+            raise
+
+
+def _clean_up(lock: filelock.BaseFileLock, folder: Path, stem: str) -> None:
+    _remove_all(folder, stem)
+    with contextlib.suppress(OSError):
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path) -> None:
