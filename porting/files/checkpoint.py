@@ -28,10 +28,10 @@ from porting.errors import CheckpointError, SourceError
 from porting.files.containers import (
     MAX_PICKLE,
     MAX_TENSORS,
+    SAVE_THE_STATE_DICT,
     open_checkpoint,
     recognise,
     refuse_other_folder,
-    save_the_state_dict,
 )
 from porting.files.torchscript import read_torchscript
 from porting.files.unwrap import Fit, find_weights
@@ -337,7 +337,7 @@ def _verify_checksums(path: Path, file: BufferedReader) -> None:
         if any(info.file_size > MAX_PICKLE for info in pickles):
             raise CheckpointError(
                 f"{path}: its list of tensors takes more than {MAX_PICKLE >> 20} MiB, which no model needs",
-                hint=save_the_state_dict(),
+                hint=SAVE_THE_STATE_DICT,
             )
         damaged = archive.testzip()
     file.seek(0)
@@ -356,7 +356,7 @@ def _refuse_allocation(path: Path, file: BufferedReader) -> None:
             raise CheckpointError(
                 f"{path}: refused: the file asks to build a bytearray, and a checkpoint may hold only tensors and "
                 "plain values; nothing in it was run",
-                hint=save_the_state_dict(),
+                hint=SAVE_THE_STATE_DICT,
             )
 
 
@@ -368,7 +368,7 @@ def _pickle_error(path: Path, error: Exception) -> CheckpointError:
         return CheckpointError(
             f"{path}: refused: the file asks to run or build {name}, and a checkpoint may hold only tensors and "
             "plain values; nothing in it was run",
-            hint=save_the_state_dict(),
+            hint=SAVE_THE_STATE_DICT,
         )
     if "qtensor" in text or "per_channel" in text or "quantized" in text:
         return CheckpointError(

@@ -19,7 +19,8 @@ MAX_PICKLE = 64 << 20
 MAX_TENSORS = 200_000
 
 _WEIGHTS_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".safetensors", ".ckpt")
-_SAVE_THE_STATE_DICT = "Load it where it was made and save only its weights: torch.save(model.state_dict(), FILE)."
+# What to do with a file that holds code beside its weights.
+SAVE_THE_STATE_DICT = "Load it where it was made and save only its weights: torch.save(model.state_dict(), FILE)."
 
 
 def open_checkpoint(path: Path) -> BufferedReader:
@@ -136,11 +137,6 @@ def refuse_other_folder(folder: Path) -> None:
             f"{folder}: a DeepSpeed checkpoint, in parts",
             hint=f"Join them: python zero_to_fp32.py {folder} consolidated.pt, with the script beside the checkpoint.",
         )
-
-
-def save_the_state_dict() -> str:
-    """What to do with a file that holds code beside its weights."""
-    return _SAVE_THE_STATE_DICT
 
 
 def _consolidate(folder: Path) -> str:

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 from porting.errors import CheckpointError
 from porting.files.containers import MAX_PICKLE, MAX_TENSORS
+from porting.files.unwrap import is_tensor
 
 # Opcodes that reserve memory before they read, or reach outside the pickle.
 _REFUSED_OPCODES = ("BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER", "EXT1", "EXT2", "EXT4", "INST", "OBJ")
@@ -93,7 +94,7 @@ def read_torchscript(path: Path, file: BinaryIO) -> dict[str, Any]:
     while pending:
         prefix, value = pending.pop()
         if not isinstance(value, _Record):
-            if _is_tensor(value):
+            if is_tensor(value):
                 found[prefix.removesuffix(".")] = value
             continue
         pending += [(f"{prefix}{name}.", item) for name, item in reversed(value.attributes.items())]
@@ -138,9 +139,3 @@ def _stored(archive: zipfile.ZipFile, name: str) -> bytes:
     if info.compress_type != zipfile.ZIP_STORED:
         raise pickle.UnpicklingError(f"{name} is compressed, and torch compresses no tensors")
     return archive.read(info)
-
-
-def _is_tensor(value: Any) -> bool:
-    import torch
-
-    return isinstance(value, torch.Tensor)

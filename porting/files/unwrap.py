@@ -80,7 +80,7 @@ def _candidates(contents: Mapping[Any, Any]) -> dict[str, Mapping[str, Any]]:
     def visit(key: str, value: Mapping[Any, Any], depth: int) -> None:
         if "param_groups" in value:  # an optimizer's
             return
-        if any(isinstance(name, str) and _is_tensor(item) for name, item in value.items()):
+        if any(isinstance(name, str) and is_tensor(item) for name, item in value.items()):
             found[key] = value
         if depth < _DEEPEST:
             for name, item in value.items():
@@ -90,7 +90,7 @@ def _candidates(contents: Mapping[Any, Any]) -> dict[str, Mapping[str, Any]]:
     visit("", contents, 0)
     if "" in found and len(found) > 1:
         # A few tensors beside a state_dict, such as a mean, are not another.
-        count = {name: sum(map(_is_tensor, value.values())) for name, value in found.items()}
+        count = {name: sum(map(is_tensor, value.values())) for name, value in found.items()}
         if max(count[name] for name in count if name) >= count[""]:
             del found[""]
         else:
@@ -147,7 +147,7 @@ def _best_fit(entries: Mapping[str, Any], fit: Fit) -> float:
 
 def _listed(found: Mapping[str, Mapping[str, Any]]) -> str:
     shown = [
-        f"{name or 'the top'} ({sum(map(_is_tensor, value.values()))} tensors)" for name, value in list(found.items())
+        f"{name or 'the top'} ({sum(map(is_tensor, value.values()))} tensors)" for name, value in list(found.items())
     ]
     return ", ".join(shown[:10]) + (", ..." if len(shown) > 10 else "")
 
@@ -156,7 +156,7 @@ def _without_bookkeeping(entries: Mapping[str, Any]) -> tuple[dict[str, Any], tu
     kept = {
         name: value
         for name, value in entries.items()
-        if isinstance(name, str) and _is_tensor(value) and not _BOOKKEEPING.fullmatch(name)
+        if isinstance(name, str) and is_tensor(value) and not _BOOKKEEPING.fullmatch(name)
     }
     return kept, tuple(str(name) for name in entries if name not in kept)
 
@@ -219,7 +219,8 @@ def _without_prefixes(
     )
 
 
-def _is_tensor(value: Any) -> bool:
+def is_tensor(value: Any) -> bool:
+    """Whether it is PyTorch's, which is imported only now."""
     import torch
 
     return isinstance(value, torch.Tensor)

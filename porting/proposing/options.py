@@ -168,7 +168,7 @@ class Options:
         return found + tables
 
     def similarity(self, source: str, target: str) -> float:
-        """How alike two names are, from 0 to 100."""
+        """How alike two names are, from 0 to 200."""
         return float(fuzz.token_set_ratio(_words(source), _words(target)) + fuzz.ratio(_words(source), _words(target)))
 
     def _fits(self, entry: TensorEntry) -> bool:

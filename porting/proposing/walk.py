@@ -201,7 +201,7 @@ class Walk:
 
     def _choose(self, base: str, inputs: list[Tensor]) -> None:
         wanted = self._wanted(base)
-        if not wanted and not self._is_whole(base):
+        if not wanted:
             return
         matches = [match for tensor in inputs for match in self._find(tensor)]
         truths = [match.truth for match in matches] or [t for tensor in inputs for t in self._origins(tensor)]
@@ -213,7 +213,7 @@ class Walk:
             return  # its parts are filled one by one
         table = not options and len(wanted) == 1 and bool(self.options.parameters_like(wanted[0]))
         if not table and (options or kind_of_layer(self.options.layers[base]) is not None):
-            self._settle(base, base, options, bool(truths) or not wanted, fixed is not None)
+            self._settle(base, base, options, bool(truths), fixed is not None)
             return
         for name in wanted:
             own = self.options.parameters_like(name, truths)
@@ -222,16 +222,11 @@ class Walk:
             own = [each for each in own if each.source.rpartition(".")[0] not in self._taken] or own
             self._settle(name, base, own, True, False)
 
-    def _is_whole(self, base: str) -> bool:
-        """Whether a layer without variables of its own is of a kind that has them inside, such as attention."""
-        kind = kind_of_layer(self.options.layers[base])
-        return kind is not None and bool(kind.leaves) and bool(self._wanted(base))
-
     def _settle(self, slot: str, base: str, options: list[Option], known: bool, stated: bool) -> None:
         free = [option for option in options if option.claim not in self._taken]
         guessed = False
         if not free:
-            if not known and base not in self._given_up and not self._loose(base):
+            if not known and base not in self._given_up and not self._is_fixed():
                 raise _StuckError(base)
             if not stated and slot == base:
                 free = [option for option in self._guesses(base) if option.claim not in self._taken]
@@ -240,8 +235,7 @@ class Walk:
                 if self._wanted(base):
                     self.open[slot] = "nothing of PyTorch that is free has its kind and its shapes"
                 return
-        name = slot if slot != base else base
-        free.sort(key=lambda option: (-self.options.similarity(option.source, name), self._place(option)))
+        free.sort(key=lambda option: (-self.options.similarity(option.source, slot), self._place(option)))
         rivals = len({option.source for option in options}) or len(free)
         self.open.pop(slot, None)
         self.choices[slot] = Choice(slot, base, free, 0, rivals, guessed=guessed)
@@ -287,7 +281,7 @@ class Walk:
             dict.fromkeys([*self.options.owned.get(base, ()), *(self.options.names.get(id(v), "") for v in found)])
         )
 
-    def _loose(self, base: str) -> bool:
+    def _is_fixed(self) -> bool:
         """Whether no earlier choice could have been another: then going back is of no use."""
         return not any(choice.index + 1 < len(choice.options) for choice in self.choices.values())
 
