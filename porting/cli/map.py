@@ -52,7 +52,7 @@ def map_command(
     from porting.files.atomic import refuse_clashes, require_writable, write_text
     from porting.mapping.rows_file import rows_text
     from porting.tasks.map import map_models
-    from porting.tasks.specs import parse_arguments
+    from porting.families.specs import parse_arguments
 
     stated = {name: path for name, _, path in (pair.partition("=") for pair in pairs)}
     if broken := [pair for pair in pairs if "=" not in pair]:

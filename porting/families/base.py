@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from porting.errors import KeyMapError, SourceError
+from porting.files.checkpoint import Checkpoint
 from porting.kinds.transforms import Array, Shape
 from porting.mapping.convert import diff_keys
 from porting.mapping.key_map import KeyMap
 from porting.mapping.naming import Naming, Recognition, recognise_naming
 from porting.models.images import Preprocessing
 from porting.parity.training import OptimizerPair, usual_optimizers
+from porting.progress import SILENT, Progress
 from porting.sources.table import Source, read_table
 
 if TYPE_CHECKING:
@@ -68,6 +70,8 @@ class Family:
     namings: tuple[Naming, ...]
     sources: Path | tuple[Source, ...]
     inputs: Preprocessing
+    # Whether settings that matter in training alone must agree between the two models that are built here.
+    strict_settings = True
 
     def build_reference(self, spec: Spec) -> nn.Module:
         """The PyTorch model, fresh; it takes `(N, 3, H, W)` and gives `(N, num_classes)` logits, or its features."""
@@ -160,6 +164,18 @@ class Family:
     def preprocessing(self, spec: Spec) -> Preprocessing:
         """How images were prepared when the published weights were trained."""
         return self.inputs
+
+    def check_inputs(self, spec: Spec) -> dict[str, Array] | None:
+        """The Keras model's inputs for a check, by name; None: it takes images, prepared as `preprocessing` says."""
+        return None
+
+    def tensor_shapes(self, spec: Spec) -> dict[str, Shape]:
+        """Of PyTorch's tensors, for transforms that need them on the way back; by default none does."""
+        return {}
+
+    def published(self, variant: str, progress: Progress = SILENT) -> Checkpoint | None:
+        """The published weights by the publisher's own package; None where a file in the table holds them."""
+        return None
 
     def build_with_dropout(self, spec: Spec) -> tuple[nn.Module, keras.Model] | None:
         """Both models with dropout and drop path at rates above 0, to compare what they draw; None: it has neither."""

@@ -21,6 +21,7 @@ ENTRY_POINTS = "porting.families"
 # Ours: a new one is a file in this folder and a line here.
 _FAMILIES = {
     "van": "porting.families.van:VanFamily",
+    "densenet": "porting.families.densenet:DenseNetFamily",
 }
 
 

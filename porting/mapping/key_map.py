@@ -5,13 +5,14 @@ No name is split, searched or replaced anywhere.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from porting.errors import KeyMapError
 from porting.kinds import kind_called
-from porting.kinds.transforms import Array, Shape, Transform
-from porting.mapping.rules import Counters, KeyRule, bind, fill, join_name
+from porting.kinds.transforms import VECTOR, Array, Shape, Transform
+from porting.mapping.rules import KeyRule, bind, fill, join_name
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,22 @@ class KeyMap:
         """Those of the names that are left out on purpose, sorted."""
         return tuple(sorted(name for name in names if name in self.drops or name.startswith(self.foreign)))
 
+    def covering(self, names: Iterable[str]) -> KeyMap:
+        """With one entry a name, which says that a model has the tensor, and nothing of where it goes."""
+        entries = tuple(TensorEntry((name,), (), VECTOR) for name in names)
+        return KeyMap(self.layers, (*self.entries, *entries), self.drops, self.foreign)
+
+    @property
+    def absorbed(self) -> tuple[str, ...]:
+        """The batch norms whose epsilon differs between the two models; the difference is in their variance."""
+        return tuple(pair.source for pair in self.layers if pair.kind.startswith("batch_norm:"))
+
+    @property
+    def one_to_one(self) -> dict[str, str]:
+        """The layer of each module, where no other module goes into it; parameters are none."""
+        count = Counter(pair.target for pair in self.layers)
+        return {p.source: p.target for p in self.layers if p.kind != "parameter" and count[p.target] == 1}
+
     @classmethod
     def match(
         cls,
@@ -142,8 +159,7 @@ def expand(
     With each comes the module's name in that model; the pair has that of `sources`. Raises KeyMapError for a row that
     matches nothing.
     """
-    found = bind(rules, names)
-    counters = Counters(indices for bindings in found for indices in bindings)
+    found, counters = bind(rules, names)
     for rule, source, bindings in zip(rules, sources or [rule.source for rule in rules], found, strict=True):
         for indices in bindings:
             own = fill(rule.source, indices, counters)

@@ -7,6 +7,8 @@ A placeholder stands for a whole number. What one side counts otherwise, its nam
     {s}, {s-1}, {s+1}   the number itself, or counted from another one
     {s:letter}          a letter: a for 0
     {s.j}, {s.j+1}      s and j counted straight through: the place of this pair among all pairs, from 0 or from 1
+
+A row with fewer placeholders is an exception from one with more that would match the same module.
 """
 
 from __future__ import annotations
@@ -65,6 +67,11 @@ class KeyRule:
     def _leaf_names(self) -> tuple[str, ...]:
         kind = self.rules_of_kind
         return (*(name for leaf in kind.leaves for name in leaf.sources), *kind.drops)
+
+    @property
+    def placeholders(self) -> int:
+        """How many placeholders its source has."""
+        return len(list(_fields(self.source)))
 
     def bindings(self, names: Iterable[str]) -> list[dict[str, int]]:
         """The numbers for which PyTorch has a tensor of this row, each once, in order."""
@@ -131,9 +138,22 @@ def join_name(name: str, separator: str, leaf: str) -> str:
     return f"{name}{separator}{leaf}" if leaf else name
 
 
-def bind(rules: Sequence[KeyRule], names: Collection[str]) -> list[list[dict[str, int]]]:
-    """For each row the numbers for which PyTorch has its tensors; raises KeyMapError where a row has none at all."""
-    found = [rule.bindings(names) for rule in rules]
-    if unused := [rule.source for rule, bindings in zip(rules, found, strict=True) if not bindings]:
+def bind(rules: Sequence[KeyRule], names: Collection[str]) -> tuple[list[list[dict[str, int]]], Counters]:
+    """For each row the numbers for which PyTorch has its tensors, and the places of pairs of numbers.
+
+    Of two rows that match one module, the one with fewer placeholders has it: it is an exception from the other, in
+    which the module counts all the same. Raises KeyMapError where a row matches nothing at all.
+    """
+    matched = [rule.bindings(names) for rule in rules]
+    if unused := [rule.source for rule, bindings in zip(rules, matched, strict=True) if not bindings]:
         raise KeyMapError(f"rows of the key map that no tensor of the PyTorch model matches: {', '.join(unused)}")
-    return found
+    counters = Counters(indices for bindings in matched for indices in bindings)
+    sources = [[fill(rule.source, each, counters) for each in own] for rule, own in zip(rules, matched, strict=True)]
+    fewest: dict[str, int] = {}
+    for rule, own in zip(rules, sources, strict=True):
+        fewest |= {source: min(fewest.get(source, rule.placeholders), rule.placeholders) for source in own}
+    found = [
+        [each for each, source in zip(bindings, own, strict=True) if rule.placeholders == fewest[source]]
+        for rule, bindings, own in zip(rules, matched, sources, strict=True)
+    ]
+    return found, counters

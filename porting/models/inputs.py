@@ -7,6 +7,7 @@ said in the report, and can be stated.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -73,7 +74,8 @@ def inverse(axes: Axes) -> Axes:
 class Inputs:
     """The same inputs for both models, in order.
 
-    `names` are the keys of a dict of inputs, None for inputs given by position. `axes` are PyTorch's axes in Keras's
+    `names` are the keys of a dict of inputs, None for inputs given by position; `reference_names` are PyTorch's where it
+    calls them otherwise. `axes` are PyTorch's axes in Keras's
     order, None where the two arrays are not one another's permutation.
     """
 
@@ -81,6 +83,7 @@ class Inputs:
     reference: tuple[Array, ...]
     axes: tuple[Axes | None, ...]
     names: tuple[str, ...] | None = None
+    reference_names: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.candidate[0])
@@ -91,6 +94,7 @@ class Inputs:
             tuple(_slice(array, axes, start, stop) for array, axes in zip(self.reference, self.axes, strict=True)),
             self.axes,
             self.names,
+            self.reference_names,
         )
 
     def output_axes(self, rank: int) -> Axes:
@@ -137,8 +141,9 @@ class Inputs:
 
         tensors = [torch.from_numpy(np.array(array, order="C")) for array in self.reference]
         tensors = [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors]
-        if self.names is not None:
-            return model(**dict(zip(self.names, tensors, strict=True)))
+        names = self.reference_names or self.names
+        if names is not None:
+            return model(**dict(zip(names, tensors, strict=True)))
         return model(*tensors)
 
 
@@ -165,7 +170,8 @@ def make_inputs(
     """
     names = tuple(map(str, inputs)) if isinstance(inputs, Mapping) else None
     theirs_named = isinstance(reference_inputs, Mapping)
-    if names is not None and theirs_named and set(reference_inputs) != set(names):
+    theirs_names = tuple(map(str, reference_inputs)) if theirs_named else _names_in_reference(reference, names)
+    if names is not None and theirs_named and 0 < len(set(reference_inputs) & set(names)) < len(names):
         raise ValueError(f"reference_inputs has the keys {sorted(reference_inputs)}, inputs {sorted(names)}")
     ours = [_array(each) for each in _listed(inputs)]
     if not ours or not all(len(array) if array.ndim else 0 for array in ours):
@@ -178,10 +184,14 @@ def make_inputs(
         raise ValueError(f"input_axes has {len(input_axes)} entries for {len(ours)} inputs")
     if reference_inputs is None:
         stated = list(input_axes) if input_axes is not None else [None] * len(ours)
-        axes = _axes_that_reference_takes(reference, ours, stated, names)
+        axes = _axes_that_reference_takes(reference, ours, stated, theirs_names)
         theirs = [array.transpose(inverse(order)) for array, order in zip(ours, axes, strict=True)]
-        return Inputs(tuple(ours), tuple(theirs), tuple(axes), names)
-    given = [reference_inputs[name] for name in names] if theirs_named and names else _listed(reference_inputs)
+        return Inputs(tuple(ours), tuple(theirs), tuple(axes), names, theirs_names)
+    if theirs_named and names and set(reference_inputs) == set(names):
+        theirs_names = names
+        given = [reference_inputs[name] for name in names]
+    else:  # under PyTorch's own names, in the same order
+        given = _listed(reference_inputs)
     theirs = [_array(each) for each in given]
     if len(theirs) != len(ours):
         raise ValueError(f"{len(theirs)} reference_inputs for {len(ours)} inputs")
@@ -193,7 +203,32 @@ def make_inputs(
         stated if stated is not None else _permutation(our, their)
         for our, their, stated in zip(ours, theirs, input_axes or [None] * len(ours), strict=True)
     ]
-    return Inputs(tuple(ours), tuple(theirs), tuple(found), names)
+    return Inputs(tuple(ours), tuple(theirs), tuple(found), names, theirs_names)
+
+
+# What keras-hub and transformers call the same input.
+_KNOWN_NAMES = {
+    "token_ids": "input_ids",
+    "padding_mask": "attention_mask",
+    "segment_ids": "token_type_ids",
+    "encoder_token_ids": "input_ids",
+    "encoder_padding_mask": "attention_mask",
+    "decoder_token_ids": "decoder_input_ids",
+    "decoder_padding_mask": "decoder_attention_mask",
+}
+
+
+def _names_in_reference(reference: nn.Module, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """The arguments of the PyTorch model that inputs go to; the inputs' own names where it takes those."""
+    if names is None:
+        return None
+    try:
+        taken = inspect.signature(reference.forward).parameters
+    except (TypeError, ValueError):  # TorchScript
+        return names
+    return tuple(
+        _KNOWN_NAMES[name] if name not in taken and _KNOWN_NAMES.get(name) in taken else name for name in names
+    )
 
 
 def _listed(value: Any) -> list[Any]:

@@ -53,6 +53,23 @@ def _parametrized(model: nn.Module) -> Iterable[tuple[str, str, list[str]]]:
                 yield prefix, hook.name, [f"{stem}{hook.name}{end}" for end in ends]
 
 
+def effective_names(model: nn.Module) -> set[str]:
+    """The names of `effective_tensors`; the model may be without memory."""
+    names = set(model.state_dict())
+    for prefix, name, parts in _parametrized(model):
+        names -= set(parts)
+        names.add(f"{prefix}.{name}" if prefix else name)
+    return names
+
+
+def float_names(model: nn.Module) -> set[str]:
+    """The names of the floating-point tensors in a model's state_dict."""
+    import torch
+
+    state = model.state_dict()
+    return {n for n, each in state.items() if isinstance(each, torch.Tensor) and each.is_floating_point()}
+
+
 def shapes_of(tensors: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(array.shape) for name, array in tensors.items()}
 

@@ -11,7 +11,7 @@ from porting.kinds.base import Leaf
 from porting.kinds.transforms import Constant
 from porting.mapping.key_map import KeyMap, LayerPair, TensorEntry, expand
 from porting.mapping.rules import KeyRule, join_name
-from porting.models.live import effective_tensors
+from porting.models.live import effective_names
 from porting.models.traverse import named_layers, named_variables
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def key_map_of_rows(reference: nn.Module, candidate: keras.Model, rows: Iterable
     rows = list(rows)
     if other := [row for row in rows if not isinstance(row, KeyRule)]:
         raise KeyMapError(f"a key map is a KeyMap or a list of KeyRule: got {other[0]!r:.100}")
-    tensors = effective_tensors(reference)
+    tensors = effective_names(reference)
     modules = dict(reference.named_modules())
     layers, variables = named_layers(candidate), named_variables(candidate)
     names = {id(variable): name for name, variable in variables.items()}
@@ -34,7 +34,7 @@ def key_map_of_rows(reference: nn.Module, candidate: keras.Model, rows: Iterable
     owners = {name.rpartition(".")[0] for name in tensors}
     # A norm without weights is a layer with weights in Keras all the same.
     bare = {f"{name}.weight" for name in modules if name and name not in owners}
-    for own, pair in expand(rows, tensors.keys() | bare):
+    for own, pair in expand(rows, tensors | bare):
         pairs.append(pair)
         kind = kind_called(pair.kind)
         drops += [join_name(own, ".", name) for name in kind.drops]

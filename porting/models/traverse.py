@@ -7,12 +7,15 @@ that hangs in two places has the name of the first.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import keras
+
+_NUMBERED = re.compile(r"variable_\d+")
 
 
 def named_layers(model: keras.Model) -> dict[str, keras.layers.Layer]:
@@ -46,7 +49,8 @@ def named_variables(model: keras.Model) -> dict[str, keras.Variable]:
     for prefix, layer in (("", model), *((f"{name}/", layer) for name, layer in named_layers(model).items())):
         for variable in _own_variables(layer):
             if id(variable) not in names:
-                name = f"{prefix}{variable.name}"
+                # Keras numbers nameless variables through the process: such a number is none of the model's.
+                name = prefix + ("variable" if _NUMBERED.fullmatch(variable.name) else variable.name)
                 used[name] += 1
                 names[id(variable)] = name if used[name] == 1 else f"{name}~{used[name] - 1}"
     return {names.get(id(variable), variable.path): variable for variable in model.weights}

@@ -65,7 +65,7 @@ class Case:
     @property
     def reference_pairs(self) -> dict[str, str]:
         """The Keras layer of every module of the reference; a parameter that a module holds by itself is none."""
-        return {pair.source: pair.target for pair in self.reference_map.layers if pair.kind != "parameter"}
+        return self.reference_map.one_to_one
 
     @cached_property
     def layers(self) -> dict[str, dict[str, Shape]]:
@@ -89,6 +89,10 @@ class Case:
     @property
     def preprocessing(self) -> Preprocessing:
         return self.family.preprocessing(self.spec)
+
+    def check_inputs(self) -> dict[str, Array] | None:
+        """Inputs by name for a model that takes no images."""
+        return self.family.check_inputs(self.spec)
 
     def build_candidate(self) -> keras.Model:
         """The Keras model, fresh."""
@@ -128,6 +132,9 @@ class Case:
         import torch
 
         reference = self.family.build_reference(self.spec)
+        own = reference.state_dict()
+        # What the key map leaves out and the class has: its own counters and constants.
+        state_dict = {**{name: own[name].numpy() for name in own.keys() & self.reference_map.drops}, **state_dict}
         arrays = {
             name: array if np.issubdtype(array.dtype, np.integer) else to_float32(array)
             for name, array in state_dict.items()
@@ -165,6 +172,7 @@ class Case:
             "num_classes": self.num_classes,
             "layout": self.naming.name,
             "settings": self.spec.settings,
+            "absorbed_epsilon": list(self.key_map.absorbed),
             "assumed": sorted(self.spec.settings.keys() - self.spec.stated.keys()),
             "build": self.how_to_build,
             "versions": versions(),
@@ -194,13 +202,17 @@ def open_case(
     """
     found = family.source_of(variant) if location is None else parse_location(family.name, variant, location)
     source = found if isinstance(found, Source) else None
-    path = (
-        fetch(found, verify=verify_container, sha256=sha256, progress=progress) if isinstance(found, Source) else found
-    )
-    progress("reading the checkpoint")
-    loaded = read_checkpoint(path, ema=ema, key=key, prefix=prefix, fit=partial(family.fit, variant))
-    if source is None:
-        require_sha256(str(path), loaded.sha256, sha256)
+    loaded = family.published(variant, progress) if location is None else None
+    if loaded is None:
+        path = (
+            fetch(found, verify=verify_container, sha256=sha256, progress=progress)
+            if isinstance(found, Source)
+            else found
+        )
+        progress("reading the checkpoint")
+        loaded = read_checkpoint(path, ema=ema, key=key, prefix=prefix, fit=partial(family.fit, variant))
+        if source is None:
+            require_sha256(str(path), loaded.sha256, sha256)
     spec = family.recognise(variant, loaded.state_dict, forced=layout, facts=loaded.facts)
     return Case(family, spec, loaded, source)
 

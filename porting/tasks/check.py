@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from porting.errors import WeightsFileError
+from porting.errors import FamilyError, WeightsFileError
 from porting.families.base import Family
 from porting.files import weights_file
 from porting.files.atomic import sha256_of
@@ -97,6 +97,14 @@ def compare_models(
     if options.allow_non_finite:
         _put_zeros_for_non_finite(candidate, reference, case)
     candidate, note = _channels_last(case, candidate)
+    given = case.check_inputs()
+    if given is not None:
+        if options.stress or options.train:
+            raise FamilyError(
+                f"{case.family.name} takes no images, and --stress and --train are for those that do",
+                hint="A check compares the outputs on loud weights in any case.",
+            )
+        return _run(case, "as ported", reference, candidate, given, options, progress, strict=strict)
     sides = tuple(candidate.input_shape[1:3])
     if None not in sides and sides[0] != sides[1]:
         raise WeightsFileError(
@@ -104,24 +112,9 @@ def compare_models(
             hint=f"Save its weights as .weights.h5, or the model of {case.how_to_build} with free sides.",
         )
     images = options.load_images(case.preprocessing, sides[0])
-    pairs = case.reference_pairs
 
     def run(name: str, model: nn.Module, keras_model: keras.Model, batch: Array) -> ParityReport:
-        return check_parity(
-            model,
-            keras_model,
-            batch,
-            pairs=pairs,
-            key_map=case.reference_map,
-            input_axes=[moved(batch.ndim)],
-            limits=options.limits,
-            batch_size=max(1, _PIXELS_AT_ONCE // (batch.shape[1] * batch.shape[2])),
-            strict_settings=strict or options.train,
-            waive=options.waive,
-            locate_culprits=options.locate,
-            name=name,
-            progress=progress,
-        )
+        return _run(case, name, model, keras_model, batch, options, progress, strict=strict)
 
     report = run("as ported", reference, candidate, images)
     if note:
@@ -137,6 +130,38 @@ def compare_models(
             keras_model = _with_weights(case, _values_of(candidate))
         stressed.append(run(stress.name, stress.reference, keras_model, stress.images))
     return replace(report, stress=tuple(stressed))
+
+
+def _run(
+    case: Case,
+    name: str,
+    reference: nn.Module,
+    candidate: keras.Model,
+    inputs: Array | dict[str, Array],
+    options: CheckOptions,
+    progress: Progress,
+    *,
+    strict: bool,
+) -> ParityReport:
+    """One comparison, on images or on inputs by name."""
+    how: dict[str, Any] = {}
+    if not isinstance(inputs, dict):
+        pixels = inputs.shape[1] * inputs.shape[2]
+        how = {"input_axes": [moved(inputs.ndim)], "batch_size": max(1, _PIXELS_AT_ONCE // pixels)}
+    return check_parity(
+        reference,
+        candidate,
+        inputs,
+        **how,
+        pairs=case.reference_pairs,
+        key_map=case.reference_map,
+        limits=options.limits,
+        strict_settings=(strict and case.family.strict_settings) or options.strict_settings or options.train,
+        waive=(*options.waive, *(f"{source}:eps" for source in case.reference_map.absorbed)),
+        locate_culprits=options.locate,
+        name=name,
+        progress=progress,
+    )
 
 
 def _channels_last(case: Case, candidate: keras.Model) -> tuple[keras.Model, str]:

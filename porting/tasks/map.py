@@ -13,7 +13,7 @@ from porting.kinds.transforms import Array
 from porting.models.frameworks import start_tensorflow
 from porting.progress import SILENT, Progress
 from porting.proposing.proposal import Proposal, propose_map
-from porting.tasks.specs import build_model
+from porting.families.specs import build_model
 
 if TYPE_CHECKING:
     import keras

@@ -92,7 +92,7 @@ def port_weights(
             **check_options,
         }
         # Their epsilon is in the variance.
-        absorbed = [f"{pair.source}:eps" for pair in key_map.layers if pair.kind.startswith("batch_norm:")]
+        absorbed = [f"{source}:eps" for source in key_map.absorbed]
         options["waive"] = [*options.get("waive", ()), *absorbed]
         report = check_parity(reference, candidate, inputs, key_map=key_map, **options)
     return Ported(key_map, conversion.dropped, tuple(sorted(keep)), report)

@@ -1,0 +1,239 @@
+"""Families whose models other packages have on both sides: a file of such a family is its names, builders and rows."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from porting.errors import FamilyError, SourceError
+from porting.families.base import Family, Spec
+from porting.files.checkpoint import Checkpoint
+from porting.files.weights_file import weight_shapes
+from porting.kinds.transforms import Array, Shape
+from porting.mapping.key_map import KeyMap
+from porting.mapping.naming import Naming
+from porting.mapping.rules import KeyRule
+from porting.models.images import Preprocessing
+from porting.models.live import float_names
+from porting.models.rows import key_map_of_rows
+from porting.progress import SILENT, Progress
+from porting.sources.table import USUAL_CLASSES, Source
+
+if TYPE_CHECKING:
+    import keras
+    from torch import nn
+
+# Means and deviations of ImageNet's images, on which most published models were trained.
+IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+class LibraryFamily(Family):
+    """A family whose PyTorch models are in timm, torchvision or transformers, and whose Keras models are elsewhere.
+
+    A subclass gives `name`; `publisher`, the package of the PyTorch models; `models`, by variant, which is the
+    publisher's own name, what `build_candidate` needs to know; `rows`; `head`, the PyTorch name of the classifier, ""
+    for none; `inputs`; and the two builders. The rows are matched against both live models, so that they also cover
+    what the names alone do not say, such as a bias that one side lacks. `drops` are patterns of tensors of PyTorch
+    that Keras computes or does without; whole numbers and masks are left out in any case.
+    """
+
+    publisher = "timm"
+    models: Mapping[str, Any]
+    rows: Sequence[KeyRule] = ()
+    head = ""
+    drops: Sequence[str] = ()
+    inputs = Preprocessing(224, 256, **IMAGENET)
+    # Settings of training are the packages' own affair.
+    strict_settings = False
+
+    @abstractmethod
+    def build_reference(self, spec: Spec) -> nn.Module: ...
+
+    @abstractmethod
+    def make_candidate(self, spec: Spec) -> keras.Model:
+        """The Keras model, fresh."""
+
+    def rows_of(self, spec: Spec) -> Sequence[KeyRule]:
+        """The rows of one variant, by default those of all."""
+        return self.rows
+
+    def load_published(self, variant: str) -> nn.Module:
+        """The PyTorch model with the published weights, by the publisher's own loading, which may download."""
+        if self.publisher == "timm":
+            return library("timm").create_model(variant, pretrained=True)  # type: ignore[no-any-return]
+        if self.publisher == "torchvision":
+            return library("torchvision.models").get_model(variant, weights="DEFAULT")  # type: ignore[no-any-return]
+        raise SourceError(f"{self.name} {variant} has no published weights")
+
+    @cached_property
+    def namings(self) -> tuple[Naming, ...]:  # type: ignore[override]
+        return (Naming(self.publisher, tuple(self.rows), head=self.head),)
+
+    @cached_property
+    def table(self) -> tuple[Source, ...]:
+        return tuple(Source(self.name, variant, self.publisher, variant) for variant in self.models)
+
+    def usual_classes(self, variant: str) -> int:
+        self.source_of(variant)
+        return USUAL_CLASSES if self.head else 0
+
+    def published(self, variant: str, progress: Progress = SILENT) -> Checkpoint:
+        """The published weights; raises SourceError where the publisher's package cannot get them."""
+        self.source_of(variant)
+        progress(f"loading {variant} by {self.publisher}")
+        try:
+            with progress.paused():  # the packages draw bars of their own
+                model = self.load_published(variant)
+        except (FamilyError, SourceError):
+            raise
+        except Exception as error:  # whatever the package and its HTTP client raise
+            first_line = str(error).strip().partition("\n")[0]
+            raise SourceError(
+                f"{self.publisher} cannot load the published weights of {variant}: {first_line[:300]}",
+                hint="Fetch them on a machine with access and give them with --checkpoint FILE.",
+            ) from None
+        tensors = {name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}
+        digest = hashlib.sha256()
+        for name in sorted(tensors):
+            digest.update(name.encode() + np.ascontiguousarray(tensors[name]).tobytes())
+        return Checkpoint(Path(variant), digest.hexdigest(), f"{self.publisher}'s own loading", tensors)
+
+    def build_candidate(self, spec: Spec) -> keras.Model:
+        # The one that the rows were matched against is as fresh as any.
+        spare: dict[tuple[str, int], Any] = vars(self).setdefault("_spare", {})
+        return spare.pop(_key(spec), None) or self.make_candidate(spec)
+
+    def reference_names(self, spec: Spec) -> Collection[str]:
+        names: dict[tuple[str, int], Collection[str]] = vars(self).setdefault("_names", {})
+        if _key(spec) not in names:
+            names[_key(spec)] = list(self._reference_without_memory(spec).state_dict())
+        return names[_key(spec)]
+
+    def key_map(self, spec: Spec) -> KeyMap:
+        return self._bound(spec)[0]
+
+    def weight_shapes(self, spec: Spec) -> dict[str, dict[str, Shape]]:
+        return self._bound(spec)[1]
+
+    def tensor_shapes(self, spec: Spec) -> dict[str, Shape]:
+        return {n: tuple(t.shape) for n, t in self._reference_without_memory(spec).state_dict().items()}
+
+    def unused_tensors(self, spec: Spec) -> dict[str, Array]:
+        dropped = self.key_map(spec).drops
+        state = self.build_reference(spec).state_dict()
+        return {name: tensor.numpy() for name, tensor in state.items() if name in dropped}
+
+    def num_classes(self, variant: str, state_dict: Mapping[str, Array], naming: Naming | None = None) -> int:
+        return super().num_classes(variant, state_dict, naming) if self.head else 0
+
+    def classes_in(self, variant: str, shapes: Any) -> int | None:
+        return None if self.head else 0
+
+    def guess_variant(self, state_dict: Mapping[str, Array]) -> str | None:
+        """By the names and shapes of PyTorch's tensors alone: building every variant in Keras would take minutes."""
+        for variant in self.models:
+            spec = Spec(variant, self.num_classes(variant, state_dict), self.namings[0])
+            expected = self.tensor_shapes(spec)
+            if all(name in state_dict and state_dict[name].shape == shape for name, shape in expected.items()):
+                return variant
+        return None
+
+    def _key_map_under(self, variant: str, naming: Naming) -> KeyMap:
+        """For telling a checkpoint's form: PyTorch's names say that, and no Keras model is built."""
+        spec = self.spec(variant, None if naming.head or not self.head else 0, naming)
+        return KeyMap((), (), frozenset()).covering(self.reference_names(spec))
+
+    def _bound(self, spec: Spec) -> tuple[KeyMap, dict[str, dict[str, Shape]]]:
+        """The rows in both live models, and the shapes of the Keras model."""
+        from porting.models.frameworks import start_tensorflow
+
+        bound: dict[tuple[str, int], tuple[KeyMap, dict[str, dict[str, Shape]]]] = vars(self).setdefault("_maps", {})
+        if _key(spec) not in bound:
+            start_tensorflow()
+            reference, candidate = self._reference_without_memory(spec), self.make_candidate(spec)
+            rows = [row for row in self.rows_of(spec) if spec.num_classes or not self.head or row.source != self.head]
+            key_map = key_map_of_rows(reference, candidate, rows)
+            used = {name for entry in key_map.entries for name in entry.sources}
+            names = reference.state_dict().keys() - used
+            floats = float_names(reference)
+            drops = {name for name in names if name not in floats or any(fnmatch.fnmatch(name, p) for p in self.drops)}
+            key_map = KeyMap.of(key_map.layers, key_map.entries, key_map.drops | drops)
+            bound[_key(spec)] = key_map, weight_shapes(candidate)
+            vars(self)["_spare"] = {_key(spec): candidate}
+        return bound[_key(spec)]
+
+    def _reference_without_memory(self, spec: Spec) -> nn.Module:
+        """On the meta device; some models compute with numbers while they are built, and cannot be built there."""
+        import torch
+
+        try:
+            with torch.device("meta"):
+                return self.build_reference(spec)
+        except (NotImplementedError, RuntimeError):
+            return self.build_reference(spec)
+
+
+def _key(spec: Spec) -> tuple[str, int]:
+    return spec.variant, spec.num_classes
+
+
+def library(name: str) -> Any:
+    """A package that only some families need; raises FamilyError, with what to install, where it is not there."""
+    from porting.models.frameworks import load_triton
+
+    load_triton()  # which must not come after TensorFlow
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise FamilyError(
+            f"this family needs {name.partition('.')[0]}, which cannot be imported: {error}",
+            hint="pip install 'van-port[hub]'",
+        ) from None
+
+
+def timm_model(spec: Spec, **options: Any) -> nn.Module:
+    """`timm.create_model`, without weights."""
+    return library("timm").create_model(spec.variant, num_classes=spec.num_classes, **options)  # type: ignore[no-any-return]
+
+
+def torchvision_model(spec: Spec, headless: Callable[[Any], nn.Module]) -> nn.Module:
+    """A model of torchvision, without weights; `headless` changes one that has a head into one without."""
+    classes = {"num_classes": spec.num_classes} if spec.num_classes else {}
+    model = library("torchvision.models").get_model(spec.variant, weights=None, **classes)
+    return model if spec.num_classes else headless(model)
+
+
+def application(name: str, spec: Spec, **options: Any) -> keras.Model:
+    """A model of keras.applications that gives logits, or the mean of its features where there is no head."""
+    import keras
+
+    head = {"classes": spec.num_classes, "classifier_activation": None}
+    top = head if spec.num_classes else {"include_top": False, "pooling": "avg"}
+    return getattr(keras.applications, name)(weights=None, **top, **options)
+
+
+def classifier(name: str, backbone: Any, spec: Spec, **options: Any) -> keras.Model:
+    """An image classifier of keras-hub around a backbone, or the mean of the backbone's features without a head."""
+    import keras
+
+    if spec.num_classes:
+        owner = getattr(library("keras_hub.models"), name)
+        return owner(backbone=backbone, num_classes=spec.num_classes, **options)  # type: ignore[no-any-return]
+    pooled = keras.layers.GlobalAveragePooling2D(name="pooler")(backbone.output)
+    return keras.Model(backbone.input, pooled)
+
+
+def text_inputs(vocabulary: int, length: int = 16) -> dict[str, Array]:
+    """Two sequences of random tokens under keras-hub's names, the second with padding behind it; int32."""
+    tokens = np.random.default_rng(0).integers(0, vocabulary, (2, length)).astype(np.int32)
+    mask = np.ones_like(tokens)
+    mask[1, length - length // 4 :] = 0
+    return {"token_ids": tokens, "padding_mask": mask}
