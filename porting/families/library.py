@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import inspect
+import re
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from importlib import import_module
@@ -17,8 +20,8 @@ from porting.errors import FamilyError, SourceError
 from porting.families.base import Family, Spec
 from porting.files.checkpoint import Checkpoint
 from porting.files.weights_file import weight_shapes
-from porting.kinds.transforms import Array, Shape
-from porting.mapping.key_map import KeyMap
+from porting.kinds.transforms import Array, Constant, Shape
+from porting.mapping.key_map import KeyMap, TensorEntry
 from porting.mapping.naming import Naming
 from porting.mapping.rules import KeyRule
 from porting.models.images import Preprocessing
@@ -42,7 +45,8 @@ class LibraryFamily(Family):
     publisher's own name, what `build_candidate` needs to know; `rows`; `head`, the PyTorch name of the classifier, ""
     for none; `inputs`; and the two builders. The rows are matched against both live models, so that they also cover
     what the names alone do not say, such as a bias that one side lacks. `drops` are patterns of tensors of PyTorch
-    that Keras computes or does without; whole numbers and masks are left out in any case.
+    that Keras computes or does without; whole numbers are left out in any case. `foreign` are the beginnings of names
+    that belong to larger models around these. `zeros` are tensors that Keras lacks, and that must hold zeros.
     """
 
     publisher = "timm"
@@ -50,6 +54,8 @@ class LibraryFamily(Family):
     rows: Sequence[KeyRule] = ()
     head = ""
     drops: Sequence[str] = ()
+    foreign: tuple[str, ...] = ()
+    zeros: Sequence[str] = ()
     inputs = Preprocessing(224, 256, **IMAGENET)
     # Settings of training are the packages' own affair.
     strict_settings = False
@@ -71,11 +77,13 @@ class LibraryFamily(Family):
             return library("timm").create_model(variant, pretrained=True)  # type: ignore[no-any-return]
         if self.publisher == "torchvision":
             return library("torchvision.models").get_model(variant, weights="DEFAULT")  # type: ignore[no-any-return]
-        raise SourceError(f"{self.name} {variant} has no published weights")
+        # By the package's own class of that name: the one built here derives from it and loads as it does.
+        model = type(self.build_reference(self.spec(variant)))
+        return model.from_pretrained(variant)  # type: ignore[attr-defined,no-any-return]
 
     @cached_property
     def namings(self) -> tuple[Naming, ...]:  # type: ignore[override]
-        return (Naming(self.publisher, tuple(self.rows), head=self.head),)
+        return (Naming(self.publisher, tuple(self.rows), head=self.head, foreign=self.foreign),)
 
     @cached_property
     def table(self) -> tuple[Source, ...]:
@@ -161,11 +169,13 @@ class LibraryFamily(Family):
             reference, candidate = self._reference_without_memory(spec), self.make_candidate(spec)
             rows = [row for row in self.rows_of(spec) if spec.num_classes or not self.head or row.source != self.head]
             key_map = key_map_of_rows(reference, candidate, rows)
+            lost = [TensorEntry((name,), (), Constant(0.0)) for name in self.zeros]
+            key_map = KeyMap.of(key_map.layers, (*key_map.entries, *lost), key_map.drops)
             used = {name for entry in key_map.entries for name in entry.sources}
             names = reference.state_dict().keys() - used
             floats = float_names(reference)
             drops = {name for name in names if name not in floats or any(fnmatch.fnmatch(name, p) for p in self.drops)}
-            key_map = KeyMap.of(key_map.layers, key_map.entries, key_map.drops | drops)
+            key_map = KeyMap.of(key_map.layers, key_map.entries, key_map.drops | drops, self.foreign)
             bound[_key(spec)] = key_map, weight_shapes(candidate)
             vars(self)["_spare"] = {_key(spec): candidate}
         return bound[_key(spec)]
@@ -211,7 +221,7 @@ def torchvision_model(spec: Spec, headless: Callable[[Any], nn.Module]) -> nn.Mo
     return model if spec.num_classes else headless(model)
 
 
-def application(name: str, spec: Spec, **options: Any) -> keras.Model:
+def application(name: str, spec: Spec, /, **options: Any) -> keras.Model:
     """A model of keras.applications that gives logits, or the mean of its features where there is no head."""
     import keras
 
@@ -220,7 +230,7 @@ def application(name: str, spec: Spec, **options: Any) -> keras.Model:
     return getattr(keras.applications, name)(weights=None, **top, **options)
 
 
-def classifier(name: str, backbone: Any, spec: Spec, **options: Any) -> keras.Model:
+def classifier(name: str, backbone: Any, spec: Spec, /, **options: Any) -> keras.Model:
     """An image classifier of keras-hub around a backbone, or the mean of the backbone's features without a head."""
     import keras
 
@@ -237,3 +247,41 @@ def text_inputs(vocabulary: int, length: int = 16) -> dict[str, Array]:
     mask = np.ones_like(tokens)
     mask[1, length - length // 4 :] = 0
     return {"token_ids": tokens, "padding_mask": mask}
+
+
+def transformers_model(name: str, result: Callable[[Any], Any], config: Mapping[str, Any], **options: Any) -> nn.Module:
+    """A model of transformers, without weights, that gives what `result` takes of its output.
+
+    Its class derives from the package's own, so that its tensors have the names that checkpoints have.
+    """
+    transformers = library("transformers")
+    owner = getattr(transformers, name)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return result(owner.forward(self, *args, **kwargs))
+
+    # The signature says which inputs the model takes.
+    forward.__signature__ = inspect.signature(owner.forward)  # type: ignore[attr-defined]
+    model = type(name, (owner,), {"forward": forward})
+    # The other kinds of attention have kernels of their own, which float64 and hooks do not go through.
+    return model(owner.config_class(**config, attn_implementation="eager"), **options)  # type: ignore[no-any-return]
+
+
+def with_names_by_place(model: keras.Model) -> keras.Model:
+    """The same model, fresh, with `conv2d~3` for the fourth layer that its author has given no name of that kind.
+
+    Keras numbers such layers through the whole process, so their own names say nothing.
+    """
+    import keras
+
+    places: Counter[str] = Counter()
+
+    def renamed(layer: Any) -> Any:
+        config = layer.get_config()
+        usual = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(layer).__name__).lower().replace("conv2_d", "conv2d")
+        if re.fullmatch(rf"{usual}(_\d+)?", layer.name):
+            config["name"] = f"{usual}~{places[usual]}"
+            places[usual] += 1
+        return type(layer).from_config(config)
+
+    return keras.models.clone_model(model, clone_function=renamed)

@@ -21,7 +21,21 @@ ENTRY_POINTS = "porting.families"
 # Ours: a new one is a file in this folder and a line here.
 _FAMILIES = {
     "van": "porting.families.van:VanFamily",
+    "convnext": "porting.families.convnext:ConvNeXtFamily",
+    "deit": "porting.families.deit:DeiTFamily",
     "densenet": "porting.families.densenet:DenseNetFamily",
+    "distilbert": "porting.families.distilbert:DistilBertFamily",
+    "efficientnet": "porting.families.efficientnet:EfficientNetFamily",
+    "efficientnetv2": "porting.families.efficientnetv2:EfficientNetV2Family",
+    "gpt2": "porting.families.gpt2:GPT2Family",
+    "mobilenetv3": "porting.families.mobilenetv3:MobileNetV3Family",
+    "resnet": "porting.families.resnet:ResNetFamily",
+    "roberta": "porting.families.roberta:RobertaFamily",
+    "swin": "porting.families.swin:SwinFamily",
+    "vgg": "porting.families.vgg:VGGFamily",
+    "vit": "porting.families.vit:ViTFamily",
+    "whisper": "porting.families.whisper:WhisperFamily",
+    "xception": "porting.families.xception:XceptionFamily",
 }
 
 

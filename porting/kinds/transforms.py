@@ -227,6 +227,24 @@ class Flattened(Transform):
 
 
 @dataclass(frozen=True)
+class RowsBehind(Transform):
+    """A table without its first rows, which nothing reads in PyTorch; on the way back these are zero."""
+
+    name: str
+    first: int
+
+    def to_keras(self, arrays: Sequence[Array], shapes: Sequence[Shape]) -> list[Array]:
+        return [arrays[0][self.first :]]
+
+    def to_torch(self, arrays: Sequence[Array], shapes: Sequence[Shape]) -> list[Array]:
+        (array,) = arrays
+        return [np.concatenate([np.zeros((self.first, *array.shape[1:]), array.dtype), array])]
+
+    def source_shapes(self, targets: Sequence[Shape]) -> list[Shape] | None:
+        return [(shape[0] + self.first, *shape[1:]) for shape in targets]
+
+
+@dataclass(frozen=True)
 class Slopes(Transform):
     """What a PReLU multiplies by: one number for each channel, or one for all, which Keras may repeat."""
 

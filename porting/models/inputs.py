@@ -215,6 +215,7 @@ _KNOWN_NAMES = {
     "encoder_padding_mask": "attention_mask",
     "decoder_token_ids": "decoder_input_ids",
     "decoder_padding_mask": "decoder_attention_mask",
+    "encoder_features": "input_features",
 }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from porting.errors import KeyMapError
-from porting.kinds import kind_called
+from porting.kinds import kind_called, kind_of_module
 from porting.kinds.base import Leaf
 from porting.kinds.transforms import Constant
 from porting.mapping.key_map import KeyMap, LayerPair, TensorEntry, expand
@@ -33,7 +33,7 @@ def key_map_of_rows(reference: nn.Module, candidate: keras.Model, rows: Iterable
     drops: list[str] = []
     owners = {name.rpartition(".")[0] for name in tensors}
     # A norm without weights is a layer with weights in Keras all the same.
-    bare = {f"{name}.weight" for name in modules if name and name not in owners}
+    bare = {f"{name}.weight" for name, each in modules.items() if name not in owners and kind_of_module(each)}
     for own, pair in expand(rows, tensors | bare):
         pairs.append(pair)
         kind = kind_called(pair.kind)

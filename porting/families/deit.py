@@ -1,0 +1,81 @@
+"""DeiT: transformers', to keras-hub."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from porting.families.base import Spec
+from porting.families.library import LibraryFamily, transformers_model, library
+from porting.mapping.rules import KeyRule
+
+if TYPE_CHECKING:
+    import keras
+    from torch import nn
+
+_EPSILON = 1e-12
+
+
+class DeiTFamily(LibraryFamily):
+    """DeiT with a token for distillation (arXiv 2012.12877); its classifier takes the token of the class."""
+
+    name = "deit"
+    publisher = "transformers"
+    # The heads and the width.
+    models = {
+        f"facebook/deit-{size}-distilled-patch16-224": shape
+        for size, shape in {"tiny": (3, 192), "small": (6, 384), "base": (12, 768)}.items()
+    }
+    head = "classifier"
+    # The published files have a second classifier, for the token of distillation.
+    foreign = ("distillation_classifier.", "cls_classifier.", "deit.pooler.", "pooler.")
+
+    def rows_of(self, spec: Spec) -> tuple[KeyRule, ...]:
+        own, inside = ("deit.", "backbone/") if spec.num_classes else ("", "")
+        tokens, layer = f"{inside}deit_patching_and_embedding", f"{own}encoder.layer.{{s}}"
+        block = f"{inside}deit_encoder/transformer_block_{{s+1}}"
+        return (
+            KeyRule(f"{own}embeddings.cls_token", f"{tokens}/class_token", "parameter"),
+            KeyRule(f"{own}embeddings.distillation_token", f"{tokens}/distillation_token", "parameter"),
+            KeyRule(f"{own}embeddings.position_embeddings", f"{tokens}/position_embedding", "parameter"),
+            KeyRule(f"{own}embeddings.patch_embeddings.projection", f"{tokens}/patch_embedding", "conv"),
+            KeyRule(f"{layer}.layernorm_before", f"{block}/ln_1", "layer_norm"),
+            KeyRule(f"{layer}.attention.attention.query", f"{block}/mha/query", "dense"),
+            KeyRule(f"{layer}.attention.attention.key", f"{block}/mha/key", "dense"),
+            KeyRule(f"{layer}.attention.attention.value", f"{block}/mha/value", "dense"),
+            KeyRule(f"{layer}.attention.output.dense", f"{block}/mha/attention_output", "dense"),
+            KeyRule(f"{layer}.layernorm_after", f"{block}/ln_2", "layer_norm"),
+            KeyRule(f"{layer}.intermediate.dense", f"{block}/mlp/dense", "dense"),
+            KeyRule(f"{layer}.output.dense", f"{block}/output_layer/output", "dense"),
+            KeyRule(f"{own}layernorm", f"{inside}deit_encoder/ln", "layer_norm"),
+            KeyRule("classifier", "predictions", "dense"),
+        )
+
+    def build_reference(self, spec: Spec) -> nn.Module:
+        heads, width = self.models[spec.variant]
+        config = {
+            "hidden_size": width,
+            "num_attention_heads": heads,
+            "intermediate_size": 4 * width,
+            "layer_norm_eps": _EPSILON,
+        }
+        if spec.num_classes:
+            config["num_labels"] = spec.num_classes
+            return transformers_model("DeiTForImageClassification", lambda output: output.logits, config)
+        return transformers_model("DeiTModel", lambda output: output.last_hidden_state, config, add_pooling_layer=False)
+
+    def make_candidate(self, spec: Spec) -> keras.Model:
+        heads, width = self.models[spec.variant]
+        hub = library("keras_hub.models")
+        backbone = hub.DeiTBackbone(
+            image_shape=(224, 224, 3),
+            patch_size=16,
+            num_layers=12,
+            num_heads=heads,
+            hidden_dim=width,
+            intermediate_dim=4 * width,
+            layer_norm_epsilon=_EPSILON,
+            name="backbone",
+        )
+        if not spec.num_classes:
+            return backbone  # type: ignore[no-any-return]
+        return hub.DeiTImageClassifier(backbone=backbone, num_classes=spec.num_classes)  # type: ignore[no-any-return]

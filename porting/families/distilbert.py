@@ -1,0 +1,63 @@
+"""DistilBERT: transformers' encoder, to keras-hub."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from porting.families.base import Spec
+from porting.families.library import LibraryFamily, transformers_model, library, text_inputs
+from porting.kinds.transforms import Array
+from porting.mapping.rules import KeyRule
+
+if TYPE_CHECKING:
+    import keras
+    from torch import nn
+
+_TABLES = "token_and_position_embedding"
+_LAYER, _TARGET = "transformer.layer.{s}", "transformer_layer_{s}"
+_ATTENTION = f"{_TARGET}/self_attention_layer"
+
+
+class DistilBertFamily(LibraryFamily):
+    """DistilBERT's encoder (arXiv 1910.01108), by the size of its vocabulary."""
+
+    name = "distilbert"
+    publisher = "transformers"
+    models = {
+        "distilbert-base-uncased": 30522,
+        "distilbert-base-cased": 28996,
+        "distilbert-base-multilingual-cased": 119547,
+    }
+    rows = (
+        KeyRule("embeddings.word_embeddings", f"{_TABLES}/token_embedding", "embedding"),
+        KeyRule("embeddings.position_embeddings.weight", f"{_TABLES}/position_embedding/embeddings", "parameter"),
+        KeyRule("embeddings.LayerNorm", "embeddings_layer_norm", "layer_norm"),
+        KeyRule(f"{_LAYER}.attention.q_lin", f"{_ATTENTION}/query", "dense"),
+        KeyRule(f"{_LAYER}.attention.k_lin", f"{_ATTENTION}/key", "dense"),
+        KeyRule(f"{_LAYER}.attention.v_lin", f"{_ATTENTION}/value", "dense"),
+        KeyRule(f"{_LAYER}.attention.out_lin", f"{_ATTENTION}/attention_output", "dense"),
+        KeyRule(f"{_LAYER}.sa_layer_norm", f"{_TARGET}/self_attention_layer_norm", "layer_norm"),
+        KeyRule(f"{_LAYER}.ffn.lin1", f"{_TARGET}/feedforward_intermediate_dense", "dense"),
+        KeyRule(f"{_LAYER}.ffn.lin2", f"{_TARGET}/feedforward_output_dense", "dense"),
+        KeyRule(f"{_LAYER}.output_layer_norm", f"{_TARGET}/feedforward_layer_norm", "layer_norm"),
+    )
+    # A language model's or classifier's head, which the encoder lacks.
+    foreign = ("vocab_", "pre_classifier.", "classifier.", "qa_outputs.")
+
+    def check_inputs(self, spec: Spec) -> dict[str, Array]:
+        return text_inputs(self.models[spec.variant])
+
+    def build_reference(self, spec: Spec) -> nn.Module:
+        return transformers_model(
+            "DistilBertModel", lambda output: output.last_hidden_state, {"vocab_size": self.models[spec.variant]}
+        )
+
+    def make_candidate(self, spec: Spec) -> keras.Model:
+        return library("keras_hub.models").DistilBertBackbone(  # type: ignore[no-any-return]
+            vocabulary_size=self.models[spec.variant],
+            num_layers=6,
+            num_heads=12,
+            hidden_dim=768,
+            intermediate_dim=3072,
+            max_sequence_length=512,
+        )

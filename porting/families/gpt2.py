@@ -1,0 +1,64 @@
+"""GPT-2: transformers', to keras-hub. Its dense kernels are `(in, out)` in PyTorch as well."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from porting.families.base import Spec
+from porting.families.library import LibraryFamily, transformers_model, library, text_inputs
+from porting.kinds.transforms import Array
+from porting.mapping.rules import KeyRule
+
+if TYPE_CHECKING:
+    import keras
+    from torch import nn
+
+_TARGET = "transformer_layer_{s}"
+
+
+class GPT2Family(LibraryFamily):
+    """GPT-2 without its head, which is the table of tokens again."""
+
+    name = "gpt2"
+    publisher = "transformers"
+    # The layers, the heads and the width.
+    models = {
+        "gpt2": (12, 12, 768),
+        "distilgpt2": (6, 12, 768),
+        "gpt2-medium": (24, 16, 1024),
+        "gpt2-large": (36, 20, 1280),
+        "gpt2-xl": (48, 25, 1600),
+    }
+    rows = (
+        KeyRule("wte", "token_embedding", "embedding"),
+        KeyRule("wpe.weight", "position_embedding/embeddings", "parameter"),
+        KeyRule("h.{s}.ln_1", f"{_TARGET}/self_attention_layer_norm", "layer_norm"),
+        KeyRule("h.{s}.attn.c_attn", f"{_TARGET}/self_attention", "qkv:in_first"),
+        KeyRule("h.{s}.attn.c_proj", f"{_TARGET}/self_attention/attention_output", "dense_in_first"),
+        KeyRule("h.{s}.ln_2", f"{_TARGET}/feedforward_layer_norm", "layer_norm"),
+        KeyRule("h.{s}.mlp.c_fc", f"{_TARGET}/feedforward_intermediate_dense", "dense_in_first"),
+        KeyRule("h.{s}.mlp.c_proj", f"{_TARGET}/feedforward_output_dense", "dense_in_first"),
+        KeyRule("ln_f", "layer_norm", "layer_norm"),
+    )
+    # The head, and masks that older versions of transformers saved.
+    foreign = ("lm_head.",)
+    drops = ("h.*.attn.bias", "h.*.attn.masked_bias")
+
+    def check_inputs(self, spec: Spec) -> dict[str, Array]:
+        return text_inputs(50257)
+
+    def build_reference(self, spec: Spec) -> nn.Module:
+        layers, heads, width = self.models[spec.variant]
+        config = {"n_layer": layers, "n_head": heads, "n_embd": width, "use_cache": False}
+        return transformers_model("GPT2Model", lambda output: output.last_hidden_state, config)
+
+    def make_candidate(self, spec: Spec) -> keras.Model:
+        layers, heads, width = self.models[spec.variant]
+        return library("keras_hub.models").GPT2Backbone(  # type: ignore[no-any-return]
+            vocabulary_size=50257,
+            num_layers=layers,
+            num_heads=heads,
+            hidden_dim=width,
+            intermediate_dim=4 * width,
+            max_sequence_length=1024,
+        )

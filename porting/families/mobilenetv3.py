@@ -1,0 +1,73 @@
+"""MobileNetV3: timm's `tf_` models, which pad as TensorFlow does, to keras.applications."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from porting.families.base import Spec
+from porting.families.library import LibraryFamily, application, timm_model
+from porting.mapping.rules import KeyRule
+
+if TYPE_CHECKING:
+    import keras
+    from torch import nn
+
+# Keras counts the blocks straight through, and the first has no number.
+_ROW, _BLOCK = "blocks.{s}.{j}", "expanded_conv_{s.j}"
+
+
+class MobileNetV3Family(LibraryFamily):
+    """MobileNetV3 large and small, of width 1 and 0.75, and without squeeze and excitation (arXiv 1905.02244)."""
+
+    name = "mobilenetv3"
+    models = {
+        f"tf_mobilenetv3_{size}_{more}": (f"MobileNetV3{size.title()}", options)
+        for size in ("large", "small")
+        for more, options in (("100", {}), ("075", {"alpha": 0.75}), ("minimal_100", {"minimalistic": True}))
+    }
+    head = "classifier"
+
+    def rows_of(self, spec: Spec) -> tuple[KeyRule, ...]:
+        last = 6 if "large" in spec.variant else 5
+        squeeze = f"{_BLOCK}_squeeze_excite_conv"
+        return (
+            KeyRule("conv_stem", "conv", "conv"),
+            KeyRule("bn1", "conv_bn", "batch_norm"),
+            KeyRule("blocks.0.0.conv_dw", "expanded_conv_depthwise", "depthwise"),
+            KeyRule("blocks.0.0.bn1", "expanded_conv_depthwise_bn", "batch_norm"),
+            KeyRule("blocks.0.0.conv_pw", "expanded_conv_project", "conv"),
+            KeyRule("blocks.0.0.bn2", "expanded_conv_project_bn", "batch_norm"),
+            *(
+                KeyRule(f"blocks.0.0.se.{name}", f"expanded_conv_squeeze_excite_conv{number}", "conv")
+                for name, number in (("conv_reduce", ""), ("conv_expand", "_1"))
+                if "small" in spec.variant and "minimal" not in spec.variant
+            ),
+            KeyRule(f"{_ROW}.conv_pw", f"{_BLOCK}_expand", "conv"),
+            KeyRule(f"{_ROW}.bn1", f"{_BLOCK}_expand_bn", "batch_norm"),
+            KeyRule(f"{_ROW}.conv_dw", f"{_BLOCK}_depthwise", "depthwise"),
+            KeyRule(f"{_ROW}.bn2", f"{_BLOCK}_depthwise_bn", "batch_norm"),
+            *(
+                KeyRule(f"{_ROW}.se.{name}", f"{squeeze}{number}", "conv")
+                for name, number in (("conv_reduce", ""), ("conv_expand", "_1"))
+                if "minimal" not in spec.variant
+            ),
+            KeyRule(f"{_ROW}.conv_pwl", f"{_BLOCK}_project", "conv"),
+            KeyRule(f"{_ROW}.bn3", f"{_BLOCK}_project_bn", "batch_norm"),
+            KeyRule(f"blocks.{last}.0.conv", "conv_1", "conv"),
+            KeyRule(f"blocks.{last}.0.bn1", "conv_1_bn", "batch_norm"),
+            *((KeyRule("conv_head", "conv_2", "conv"),) if spec.num_classes else ()),
+            KeyRule("classifier", "logits", "dense"),
+        )
+
+    def build_reference(self, spec: Spec) -> nn.Module:
+        from torch import nn
+
+        model: Any = timm_model(spec)
+        if not spec.num_classes:
+            # Keras's model ends where the pooling stands.
+            model.conv_head, model.act2 = nn.Identity(), nn.Identity()
+        return model  # type: ignore[no-any-return]
+
+    def make_candidate(self, spec: Spec) -> keras.Model:
+        name, options = self.models[spec.variant]
+        return application(name, spec, input_shape=(224, 224, 3), include_preprocessing=False, **options)

@@ -1,0 +1,59 @@
+"""ResNet with the stride on the 3x3 convolution (v1.5): timm's, to keras-hub."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from porting.families.base import Spec
+from porting.families.library import LibraryFamily, classifier, library, timm_model
+from porting.mapping.rules import KeyRule
+
+if TYPE_CHECKING:
+    import keras
+    from torch import nn
+
+_BLOCK = "stack{s-1}_block{j}"
+_BASIC, _BOTTLENECK = "basic_block", "bottleneck_block"
+
+
+class ResNetFamily(LibraryFamily):
+    """ResNet 18 to 152 (arXiv 1512.03385)."""
+
+    name = "resnet"
+    models = {
+        "resnet18": (_BASIC, [2, 2, 2, 2]),
+        "resnet34": (_BASIC, [3, 4, 6, 3]),
+        "resnet50": (_BOTTLENECK, [3, 4, 6, 3]),
+        "resnet101": (_BOTTLENECK, [3, 4, 23, 3]),
+        "resnet152": (_BOTTLENECK, [3, 8, 36, 3]),
+    }
+    head = "fc"
+
+    def rows_of(self, spec: Spec) -> tuple[KeyRule, ...]:
+        inside = "backbone/" if spec.num_classes else ""
+        return (
+            KeyRule("conv1", f"{inside}conv1_conv", "conv"),
+            KeyRule("bn1", f"{inside}conv1_bn", "batch_norm"),
+            KeyRule("layer{s}.{j}.conv{n}", f"{inside}{_BLOCK}_{{n}}_conv", "conv"),
+            KeyRule("layer{s}.{j}.bn{n}", f"{inside}{_BLOCK}_{{n}}_bn", "batch_norm"),
+            KeyRule("layer{s}.{j}.downsample.0", f"{inside}{_BLOCK}_0_conv", "conv"),
+            KeyRule("layer{s}.{j}.downsample.1", f"{inside}{_BLOCK}_0_bn", "batch_norm"),
+            KeyRule("fc", "predictions", "dense"),
+        )
+
+    def build_reference(self, spec: Spec) -> nn.Module:
+        return timm_model(spec)
+
+    def make_candidate(self, spec: Spec) -> keras.Model:
+        block, depths = self.models[spec.variant]
+        backbone = library("keras_hub.models").ResNetBackbone(
+            input_conv_filters=[64],
+            input_conv_kernel_sizes=[7],
+            stackwise_num_filters=[64, 128, 256, 512],
+            stackwise_num_blocks=depths,
+            stackwise_num_strides=[1, 2, 2, 2],
+            block_type=block,
+            image_shape=(None, None, 3),
+            name="backbone",
+        )
+        return classifier("ResNetImageClassifier", backbone, spec)

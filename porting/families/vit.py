@@ -1,0 +1,66 @@
+"""Vision Transformer: timm's, to keras-hub."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from porting.families.base import Spec
+from porting.families.library import LibraryFamily, library, timm_model
+from porting.mapping.rules import KeyRule
+from porting.models.images import Preprocessing
+
+if TYPE_CHECKING:
+    import keras
+    from torch import nn
+
+# The heads, the width and the depth.
+_SIZES = {"tiny": (3, 192, 12), "small": (6, 384, 12), "base": (12, 768, 12), "large": (16, 1024, 24)}
+
+
+class ViTFamily(LibraryFamily):
+    """ViT of patches of 16 pixels, for images of 224 and of 384 (arXiv 2010.11929)."""
+
+    name = "vit"
+    models = {f"vit_{size}_patch16_{side}": (*_SIZES[size], side) for side in (224, 384) for size in _SIZES}
+    head = "head"
+    inputs = Preprocessing(224, 248)
+
+    def rows_of(self, spec: Spec) -> tuple[KeyRule, ...]:
+        own = "backbone/" if spec.num_classes else ""
+        patches, block = f"{own}vit_patching_and_embedding", f"{own}vit_encoder/transformer_block_{{s+1}}"
+        return (
+            KeyRule("cls_token", f"{patches}/class_token", "parameter"),
+            KeyRule("patch_embed.proj", f"{patches}/patch_embedding", "conv"),
+            KeyRule("pos_embed", f"{patches}/position_embedding/embeddings", "parameter"),
+            KeyRule("blocks.{s}.norm{n}", f"{block}/ln_{{n}}", "layer_norm"),
+            KeyRule("blocks.{s}.attn.qkv", f"{block}/mha", "qkv"),
+            KeyRule("blocks.{s}.attn.proj", f"{block}/mha/attention_output", "dense"),
+            KeyRule("blocks.{s}.mlp.fc{n}", f"{block}/mlp/dense_{{n}}", "dense"),
+            KeyRule("norm", f"{own}vit_encoder/ln", "layer_norm"),
+            KeyRule("head", "predictions", "dense"),
+        )
+
+    def preprocessing(self, spec: Spec) -> Preprocessing:
+        side = self.models[spec.variant][-1]
+        return Preprocessing(side, side * 10 // 9)
+
+    def build_reference(self, spec: Spec) -> nn.Module:
+        # Without a head: all tokens, as keras-hub's backbone gives them.
+        return timm_model(spec) if spec.num_classes else timm_model(spec, global_pool="")
+
+    def make_candidate(self, spec: Spec) -> keras.Model:
+        heads, width, depth, side = self.models[spec.variant]
+        hub = library("keras_hub.models")
+        backbone = hub.ViTBackbone(
+            image_shape=(side, side, 3),
+            patch_size=16,
+            num_layers=depth,
+            num_heads=heads,
+            hidden_dim=width,
+            mlp_dim=4 * width,
+            layer_norm_epsilon=1e-6,
+            name="backbone",
+        )
+        if not spec.num_classes:
+            return backbone  # type: ignore[no-any-return]
+        return hub.ViTImageClassifier(backbone=backbone, num_classes=spec.num_classes)  # type: ignore[no-any-return]
