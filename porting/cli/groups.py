@@ -99,6 +99,12 @@ class OfFamily(click.ParamType):  # type: ignore[type-arg]
         return [CompletionItem(name) for name in self._choices(family_of(ctx)) if name.startswith(incomplete)]
 
 
+SOURCE_ARGUMENTS = click.option(
+    "--source-arg", "source_arguments", multiple=True, metavar="NAME=VALUE", help="Argument for the PyTorch model."
+)
+TARGET_ARGUMENTS = click.option(
+    "--target-arg", "target_arguments", multiple=True, metavar="NAME=VALUE", help="Argument for the Keras model."
+)
 VARIANT = OfFamily("variant", lambda family: family.variants)
 LAYOUT = OfFamily("layout", lambda family: tuple(naming.name for naming in family.namings))
 
@@ -158,13 +164,60 @@ def family_option(command: Command) -> Command:
 
 
 def model_options(*, required: bool = True) -> Callable[[Command], Command]:
-    """`--family` and `--variant`, handed on as `model`."""
+    """`--family` and `--variant`, or `--source`, `--target` and `--map`, handed on as `model`."""
     return option_group(
         "model",
-        Model,
+        functools.partial(_model, required),
         family_option,
-        click.option("--variant", type=VARIANT, required=required, help="Variant of the family."),
+        click.option("--variant", type=VARIANT, help="Variant of the family."),
+        click.option("--source", help="Instead of a family: the PyTorch model, such as FILE.py:make."),
+        click.option("--target", help="The Keras model, such as FILE.py:make; forms as of `van-port map`."),
+        click.option("--map", "rows_file", type=FILE, help="The rows between them, .toml; `van-port map` writes it."),
+        SOURCE_ARGUMENTS,
+        TARGET_ARGUMENTS,
+        click.option("--inputs", type=FILE, help="Inputs of --target for the check, .npz.  [default: random]"),
     )
+
+
+def _model(
+    required: bool,
+    family: Family,
+    variant: str | None,
+    source: str | None,
+    target: str | None,
+    rows_file: Path | None,
+    source_arguments: tuple[str, ...],
+    target_arguments: tuple[str, ...],
+    inputs: Path | None,
+) -> Model:
+    given = {"--source": source, "--target": target, "--map": rows_file}
+    if not any(given.values()):
+        if source_arguments or target_arguments or inputs:
+            raise click.UsageError("--source-arg, --target-arg and --inputs go with --source and --target")
+        if required and variant is None:
+            raise click.UsageError("Missing option '--variant'.")
+        return Model(family, variant)
+    if missing := [option for option, value in given.items() if not value]:
+        raise click.UsageError(f"--source, --target and --map go together: {', '.join(missing)} is missing")
+    if variant is not None:
+        raise click.UsageError("--variant is of a family: it does not go with --source")
+    from porting.families.given import VARIANT as OWN
+    from porting.families.given import GivenFamily
+    from porting.families.specs import parse_arguments
+    from porting.mapping.rows_file import read_rows
+
+    assert source is not None  # as seen above
+    assert target is not None
+    assert rows_file is not None
+    made = GivenFamily(
+        source,
+        target,
+        read_rows(rows_file),
+        source_arguments=parse_arguments(source_arguments),
+        target_arguments=parse_arguments(target_arguments),
+        inputs=inputs,
+    )
+    return Model(made, OWN)
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import click
 
-from porting.cli.groups import FILE
+from porting.cli.groups import FILE, SOURCE_ARGUMENTS, TARGET_ARGUMENTS
 
 
 @click.command("map")
 @click.argument("source")
 @click.argument("target")
 @click.option("--out", type=FILE, help="File of rows to write, .toml.  [default: none]")
-@click.option("--source-arg", "source_arguments", multiple=True, metavar="NAME=VALUE", help="Argument for SOURCE.")
-@click.option("--target-arg", "target_arguments", multiple=True, metavar="NAME=VALUE", help="Argument for TARGET.")
+@SOURCE_ARGUMENTS
+@TARGET_ARGUMENTS
 @click.option("--inputs", type=FILE, help="Inputs of the Keras model by name, .npz.  [default: random]")
 @click.option("--pair", "pairs", multiple=True, metavar="TORCH.NAME=KERAS/PATH", help="A row that is known.")
 @click.option("--absorb-epsilon", is_flag=True, help="Put what epsilons of batch norms differ by into the variances.")
@@ -49,10 +49,10 @@ def map_command(
 
     from porting.cli.terminal import ProgressBar, say, say_json
     from porting.errors import KeyMapError
+    from porting.families.specs import parse_arguments
     from porting.files.atomic import refuse_clashes, require_writable, write_text
     from porting.mapping.rows_file import rows_text
     from porting.tasks.map import map_models
-    from porting.families.specs import parse_arguments
 
     stated = {name: path for name, _, path in (pair.partition("=") for pair in pairs)}
     if broken := [pair for pair in pairs if "=" not in pair]:
@@ -79,10 +79,13 @@ def map_command(
         if all_rows:
             for row in proposal.rows:
                 say(f"{row.source or '?'} -> {row.target} ({row.kind or 'unknown'}): {row.confidence}, {row.why}")
+        else:
+            for rule in proposal.short_rules:
+                say(f"{rule.source} -> {rule.target} ({rule.kind})")
         say(str(proposal))
     if out is not None:
         verdict = "complete, outputs exact in float64" if proposal.complete else "not complete"
-        write_text(out, rows_text(proposal.rules, [f"{source} -> {target}: {verdict}"]))
+        write_text(out, rows_text(proposal.short_rules, [f"{source} -> {target}: {verdict}"]))
         say(f"Wrote {out}", err=as_json)
     if not proposal.complete:
         sys.exit(KeyMapError.exit_code)

@@ -26,7 +26,7 @@ def run_port(
     from porting.tasks.port import port
 
     assert model.variant is not None  # the command has seen to it
-    out = out if out is not None else Path(f"{model.family.name}_{model.variant}.h5")
+    out = out if out is not None else Path(f"{model.family.name}_{model.variant.rpartition('/')[2]}.h5")
     reporting.require_writable(
         {**result_paths(out), "--keep-failed": [keep_failed]}, {"--checkpoint": checkpoint.files}
     )

@@ -84,6 +84,8 @@ def revert(
     say(
         f"{len(result.state_dict)} tensors in {dtype}: {result.spec.naming.name} names, "
         f"{f'{result.spec.num_classes} classes' if result.spec.num_classes else 'without a head'}."
+        if result.spec.naming.has_head
+        else f"{len(result.state_dict)} tensors in {dtype}, under {result.spec.naming.name} names."
     )
     for note in result.notes:
         say(note, colour="yellow")

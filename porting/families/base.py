@@ -50,7 +50,7 @@ class Spec:
             for name, value in self.settings.items()
         ]
         head = "with a head" if self.naming.head else "without a head"
-        return ", ".join([f"{self.naming.name} names", *facts, head])
+        return ", ".join([f"{self.naming.name} names", *facts, *([head] if self.naming.has_head else [])])
 
     def without_head(self) -> Spec:
         """The model's body saved alone: no name has a prefix that stands before all of them."""
@@ -80,6 +80,11 @@ class Family:
     def build_candidate(self, spec: Spec) -> keras.Model:
         """The Keras model, fresh; it takes `(N, H, W, 3)` and gives `(N, num_classes)` logits, or its features."""
         raise NotImplementedError
+
+    @property
+    def described(self) -> str:
+        """What reports call it."""
+        return self.name
 
     @cached_property
     def table(self) -> tuple[Source, ...]:
@@ -165,8 +170,11 @@ class Family:
         """How images were prepared when the published weights were trained."""
         return self.inputs
 
-    def check_inputs(self, spec: Spec) -> dict[str, Array] | None:
-        """The Keras model's inputs for a check, by name; None: it takes images, prepared as `preprocessing` says."""
+    def check_inputs(self, spec: Spec) -> Any:
+        """The Keras model's inputs for a check, an array or several by name.
+
+        None: it takes images, prepared as `preprocessing` says.
+        """
         return None
 
     def tensor_shapes(self, spec: Spec) -> dict[str, Shape]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from porting.families.base import Spec
-from porting.families.library import LibraryFamily, transformers_model, library
+from porting.families.library import LibraryFamily, library, transformers_model
 from porting.mapping.rules import KeyRule
 
 if TYPE_CHECKING:
@@ -77,5 +77,5 @@ class DeiTFamily(LibraryFamily):
             name="backbone",
         )
         if not spec.num_classes:
-            return backbone  # type: ignore[no-any-return]
-        return hub.DeiTImageClassifier(backbone=backbone, num_classes=spec.num_classes)  # type: ignore[no-any-return]
+            return backbone
+        return hub.DeiTImageClassifier(backbone=backbone, num_classes=spec.num_classes)

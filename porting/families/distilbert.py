@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from porting.families.base import Spec
-from porting.families.library import LibraryFamily, transformers_model, library, text_inputs
+from porting.families.library import LibraryFamily, library, text_inputs, transformers_model
 from porting.kinds.transforms import Array
 from porting.mapping.rules import KeyRule
 
@@ -53,7 +53,7 @@ class DistilBertFamily(LibraryFamily):
         )
 
     def make_candidate(self, spec: Spec) -> keras.Model:
-        return library("keras_hub.models").DistilBertBackbone(  # type: ignore[no-any-return]
+        return library("keras_hub.models").DistilBertBackbone(
             vocabulary_size=self.models[spec.variant],
             num_layers=6,
             num_heads=12,

@@ -47,6 +47,4 @@ class EfficientNetV2Family(LibraryFamily):
         return timm_model(spec)
 
     def make_candidate(self, spec: Spec) -> keras.Model:
-        return application(
-            self.models[spec.variant], spec, input_shape=(224, 224, 3), include_preprocessing=False
-        )
+        return application(self.models[spec.variant], spec, input_shape=(224, 224, 3), include_preprocessing=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from porting.families.base import Spec
-from porting.families.library import LibraryFamily, transformers_model, library, text_inputs
+from porting.families.library import LibraryFamily, library, text_inputs, transformers_model
 from porting.kinds.transforms import Array
 from porting.mapping.rules import KeyRule
 
@@ -54,7 +54,7 @@ class GPT2Family(LibraryFamily):
 
     def make_candidate(self, spec: Spec) -> keras.Model:
         layers, heads, width = self.models[spec.variant]
-        return library("keras_hub.models").GPT2Backbone(  # type: ignore[no-any-return]
+        return library("keras_hub.models").GPT2Backbone(
             vocabulary_size=50257,
             num_layers=layers,
             num_heads=heads,

@@ -5,9 +5,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import inspect
-import re
 from abc import abstractmethod
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from importlib import import_module
@@ -83,7 +81,9 @@ class LibraryFamily(Family):
 
     @cached_property
     def namings(self) -> tuple[Naming, ...]:  # type: ignore[override]
-        return (Naming(self.publisher, tuple(self.rows), head=self.head, foreign=self.foreign),)
+        return (
+            Naming(self.publisher, tuple(self.rows), head=self.head, foreign=self.foreign, has_head=bool(self.head)),
+        )
 
     @cached_property
     def table(self) -> tuple[Source, ...]:
@@ -236,8 +236,9 @@ def classifier(name: str, backbone: Any, spec: Spec, /, **options: Any) -> keras
 
     if spec.num_classes:
         owner = getattr(library("keras_hub.models"), name)
-        return owner(backbone=backbone, num_classes=spec.num_classes, **options)  # type: ignore[no-any-return]
-    pooled = keras.layers.GlobalAveragePooling2D(name="pooler")(backbone.output)
+        return owner(backbone=backbone, num_classes=spec.num_classes, **options)
+    rank = len(backbone.output.shape) - 2
+    pooled = getattr(keras.layers, f"GlobalAveragePooling{rank}D")(name="pooler")(backbone.output)
     return keras.Model(backbone.input, pooled)
 
 
@@ -265,23 +266,3 @@ def transformers_model(name: str, result: Callable[[Any], Any], config: Mapping[
     model = type(name, (owner,), {"forward": forward})
     # The other kinds of attention have kernels of their own, which float64 and hooks do not go through.
     return model(owner.config_class(**config, attn_implementation="eager"), **options)  # type: ignore[no-any-return]
-
-
-def with_names_by_place(model: keras.Model) -> keras.Model:
-    """The same model, fresh, with `conv2d~3` for the fourth layer that its author has given no name of that kind.
-
-    Keras numbers such layers through the whole process, so their own names say nothing.
-    """
-    import keras
-
-    places: Counter[str] = Counter()
-
-    def renamed(layer: Any) -> Any:
-        config = layer.get_config()
-        usual = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(layer).__name__).lower().replace("conv2_d", "conv2d")
-        if re.fullmatch(rf"{usual}(_\d+)?", layer.name):
-            config["name"] = f"{usual}~{places[usual]}"
-            places[usual] += 1
-        return type(layer).from_config(config)
-
-    return keras.models.clone_model(model, clone_function=renamed)

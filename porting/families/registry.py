@@ -30,12 +30,12 @@ _FAMILIES = {
     "gpt2": "porting.families.gpt2:GPT2Family",
     "mobilenetv3": "porting.families.mobilenetv3:MobileNetV3Family",
     "resnet": "porting.families.resnet:ResNetFamily",
+    "resnetv2": "porting.families.resnetv2:ResNetV2Family",
     "roberta": "porting.families.roberta:RobertaFamily",
     "swin": "porting.families.swin:SwinFamily",
     "vgg": "porting.families.vgg:VGGFamily",
     "vit": "porting.families.vit:ViTFamily",
     "whisper": "porting.families.whisper:WhisperFamily",
-    "xception": "porting.families.xception:XceptionFamily",
 }
 
 

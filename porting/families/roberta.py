@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from porting.families.base import Spec
-from porting.families.library import LibraryFamily, transformers_model, library, text_inputs
+from porting.families.library import LibraryFamily, library, text_inputs, transformers_model
 from porting.kinds.transforms import Array
 from porting.mapping.rules import KeyRule
 
@@ -67,7 +67,7 @@ class RobertaFamily(LibraryFamily):
 
     def make_candidate(self, spec: Spec) -> keras.Model:
         vocabulary, layers, heads, width = self.models[spec.variant]
-        return library("keras_hub.models").RobertaBackbone(  # type: ignore[no-any-return]
+        return library("keras_hub.models").RobertaBackbone(
             vocabulary_size=vocabulary,
             num_layers=layers,
             num_heads=heads,

@@ -62,5 +62,5 @@ class ViTFamily(LibraryFamily):
             name="backbone",
         )
         if not spec.num_classes:
-            return backbone  # type: ignore[no-any-return]
-        return hub.ViTImageClassifier(backbone=backbone, num_classes=spec.num_classes)  # type: ignore[no-any-return]
+            return backbone
+        return hub.ViTImageClassifier(backbone=backbone, num_classes=spec.num_classes)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from porting.families.base import Spec
-from porting.families.library import LibraryFamily, transformers_model, library, text_inputs
+from porting.families.library import LibraryFamily, library, text_inputs, transformers_model
 from porting.kinds.transforms import Array
 from porting.mapping.rules import KeyRule
 
@@ -58,7 +58,9 @@ class WhisperFamily(LibraryFamily):
         KeyRule("decoder.embed_tokens", f"{_TABLES}/token_embedding", "embedding"),
         KeyRule("decoder.embed_positions.weight", f"{_TABLES}/position_embedding/embeddings", "parameter"),
         *_layers(
-            "decoder", "transformer_decoder_layer_{s}", {"self_attn": "self_attention", "encoder_attn": "cross_attention"}
+            "decoder",
+            "transformer_decoder_layer_{s}",
+            {"self_attn": "self_attention", "encoder_attn": "cross_attention"},
         ),
     )
     foreign = ("proj_out.",)
@@ -81,7 +83,7 @@ class WhisperFamily(LibraryFamily):
 
     def make_candidate(self, spec: Spec) -> keras.Model:
         layers, heads, width, vocabulary = self.models[spec.variant]
-        return library("keras_hub.models").WhisperBackbone(  # type: ignore[no-any-return]
+        return library("keras_hub.models").WhisperBackbone(
             vocabulary_size=vocabulary,
             num_layers=layers,
             num_heads=heads,

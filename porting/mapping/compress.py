@@ -1,8 +1,8 @@
 """Many rows of single layers as few rows with placeholders, which stand for exactly the same layers.
 
-    layer1.0.conv1 -> conv2_block1_1_conv
-    layer1.1.conv1 -> conv2_block2_1_conv     become     layer{s}.{j}.conv1 -> conv{s+1}_block{j+1}_1_conv
-    layer2.0.conv1 -> conv3_block1_1_conv
+layer1.0.conv1 -> conv2_block1_1_conv
+layer1.1.conv1 -> conv2_block2_1_conv     become     layer{s}.{j}.conv1 -> conv{s+1}_block{j+1}_1_conv
+layer2.0.conv1 -> conv3_block1_1_conv
 """
 
 from __future__ import annotations

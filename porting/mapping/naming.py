@@ -32,6 +32,8 @@ class Naming:
     drops: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
     settings: Mapping[str, float] = field(default_factory=dict)
+    # Whether models under these names have a classifier at all.
+    has_head: bool = True
 
     @property
     def own_sources(self) -> tuple[str, ...]:

@@ -7,7 +7,9 @@ the products are the same and so is, to rounding in float64, their sum.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +33,30 @@ def in_float64(model: nn.Module) -> nn.Module:
         if type(module) is nn.Conv2d and _is_plain_depthwise(module):
             vars(module)["forward"] = partial(_depthwise, module)
     return truth
+
+
+@contextlib.contextmanager
+def staying_in_float64() -> Iterator[None]:
+    """While it lasts, tensors in float64 stay so where a model's code turns them to float32.
+
+    Many models do so around a softmax or a norm, whatever precision they are in, to be safe in half precision.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Staying(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            first = args[0] if args else kwargs.get("input")
+            if isinstance(first, torch.Tensor) and first.dtype == torch.float64:
+                if func is torch.Tensor.float:
+                    return first
+                args = tuple(torch.float64 if each is torch.float32 else each for each in args)
+                kwargs = {k: torch.float64 if each is torch.float32 else each for k, each in kwargs.items()}
+            return func(*args, **kwargs)
+
+    with Staying():
+        yield
 
 
 def _exact_copy(tensor: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from porting.kinds.transforms import Array
+from porting.models.float64 import staying_in_float64
 
 if TYPE_CHECKING:
     import keras
@@ -74,9 +75,9 @@ def inverse(axes: Axes) -> Axes:
 class Inputs:
     """The same inputs for both models, in order.
 
-    `names` are the keys of a dict of inputs, None for inputs given by position; `reference_names` are PyTorch's where it
-    calls them otherwise. `axes` are PyTorch's axes in Keras's
-    order, None where the two arrays are not one another's permutation.
+    `names` are the keys of a dict of inputs, None for inputs given by position; `reference_names` are PyTorch's where
+    it calls them otherwise. `axes` are PyTorch's axes in Keras's order, None where the two arrays are not one another's
+    permutation.
     """
 
     candidate: tuple[Array, ...]
@@ -142,9 +143,10 @@ class Inputs:
         tensors = [torch.from_numpy(np.array(array, order="C")) for array in self.reference]
         tensors = [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors]
         names = self.reference_names or self.names
-        if names is not None:
-            return model(**dict(zip(names, tensors, strict=True)))
-        return model(*tensors)
+        with staying_in_float64() if dtype == torch.float64 else contextlib.nullcontext():
+            if names is not None:
+                return model(**dict(zip(names, tensors, strict=True)))
+            return model(*tensors)
 
 
 def _slice(array: Array, axes: Axes | None, start: int, stop: int) -> Array:
@@ -171,7 +173,11 @@ def make_inputs(
     names = tuple(map(str, inputs)) if isinstance(inputs, Mapping) else None
     theirs_named = isinstance(reference_inputs, Mapping)
     theirs_names = tuple(map(str, reference_inputs)) if theirs_named else _names_in_reference(reference, names)
-    if names is not None and theirs_named and 0 < len(set(reference_inputs) & set(names)) < len(names):
+    if (
+        names is not None
+        and theirs_named
+        and not (set(reference_inputs) == set(names) or set(reference_inputs) <= set(_arguments(reference)))
+    ):
         raise ValueError(f"reference_inputs has the keys {sorted(reference_inputs)}, inputs {sorted(names)}")
     ours = [_array(each) for each in _listed(inputs)]
     if not ours or not all(len(array) if array.ndim else 0 for array in ours):
@@ -223,13 +229,18 @@ def _names_in_reference(reference: nn.Module, names: tuple[str, ...] | None) -> 
     """The arguments of the PyTorch model that inputs go to; the inputs' own names where it takes those."""
     if names is None:
         return None
-    try:
-        taken = inspect.signature(reference.forward).parameters
-    except (TypeError, ValueError):  # TorchScript
-        return names
+    taken = _arguments(reference)
     return tuple(
         _KNOWN_NAMES[name] if name not in taken and _KNOWN_NAMES.get(name) in taken else name for name in names
     )
+
+
+def _arguments(reference: nn.Module) -> list[str]:
+    """The names of what a PyTorch model takes; none for TorchScript, which does not say it."""
+    try:
+        return list(inspect.signature(reference.forward).parameters)
+    except (TypeError, ValueError):
+        return []
 
 
 def _listed(value: Any) -> list[Any]:

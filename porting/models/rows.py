@@ -33,7 +33,7 @@ def key_map_of_rows(reference: nn.Module, candidate: keras.Model, rows: Iterable
     drops: list[str] = []
     owners = {name.rpartition(".")[0] for name in tensors}
     # A norm without weights is a layer with weights in Keras all the same.
-    bare = {f"{name}.weight" for name, each in modules.items() if name not in owners and kind_of_module(each)}
+    bare = {f"{name}.weight" for name, each in modules.items() if name not in owners and _has_weights(each)}
     for own, pair in expand(rows, tensors | bare):
         pairs.append(pair)
         kind = kind_called(pair.kind)
@@ -52,6 +52,12 @@ def key_map_of_rows(reference: nn.Module, candidate: keras.Model, rows: Iterable
         found = {name: names[id(each)] for name, each in kind.variables(layer).items() if id(each) in names}
         entries += entries_of(own, leaves, tensors, found)
     return KeyMap.of(pairs, entries, drops)
+
+
+def _has_weights(module: nn.Module) -> bool:
+    """Whether modules of this kind have weights, as a rule."""
+    kind = kind_of_module(module)
+    return kind is not None and bool(kind.leaves)
 
 
 def entries_of(

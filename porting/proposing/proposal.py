@@ -10,6 +10,7 @@ import numpy as np
 
 from porting.errors import KeyMapError
 from porting.kinds import kind_called, kind_of_layer
+from porting.mapping.compress import compress_rows
 from porting.mapping.key_map import KeyMap, LayerPair, TensorEntry
 from porting.mapping.rules import KeyRule, join_name
 from porting.models.float64 import in_float64
@@ -52,6 +53,7 @@ class Proposal:
     """A key map as far as it could be found; `differences` says where the two models are not the same network.
 
     `unused_sources` are PyTorch's tensors that no row takes, `unfilled_targets` Keras's variables that none writes.
+    `names` are those of all of PyTorch's tensors.
     """
 
     rows: tuple[Row, ...]
@@ -60,6 +62,7 @@ class Proposal:
     unfilled_targets: tuple[str, ...]
     differences: tuple[str, ...] = ()
     agrees: bool = False
+    names: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -70,6 +73,11 @@ class Proposal:
     def rules(self) -> list[KeyRule]:
         """The rows that are not open, as `port_weights` takes them."""
         return [KeyRule(row.source, row.target, row.kind) for row in self.rows if row.confidence != OPEN]
+
+    @property
+    def short_rules(self) -> list[KeyRule]:
+        """The same rows in as few as there are, with placeholders for the numbers in names."""
+        return compress_rows(self.rules, self.names)
 
     def require_complete(self, drop: Collection[str] = (), keep: Collection[str] = ()) -> Proposal:
         """Itself; raises KeyMapError, with what is open, where it is not complete.
@@ -185,6 +193,7 @@ def _proposal(outcome: Outcome, options: Options, given: Inputs) -> Proposal:
         tuple(sorted(options.variables.keys() - filled)),
         tuple(differences),
         outcome.agrees and not any(choice.steered for choice in outcome.choices.values()),
+        tuple(options.tensors),
     )
 
 

@@ -90,8 +90,8 @@ class Case:
     def preprocessing(self) -> Preprocessing:
         return self.family.preprocessing(self.spec)
 
-    def check_inputs(self) -> dict[str, Array] | None:
-        """Inputs by name for a model that takes no images."""
+    def check_inputs(self) -> Any:
+        """The Keras model's inputs, an array or several by name; None for a model of images."""
         return self.family.check_inputs(self.spec)
 
     def build_candidate(self) -> keras.Model:
@@ -167,7 +167,7 @@ class Case:
     def describe(self) -> dict[str, Any]:
         """For provenance and reports."""
         facts: dict[str, Any] = {
-            "family": self.family.name,
+            "family": self.family.described,
             "variant": self.spec.variant,
             "num_classes": self.num_classes,
             "layout": self.naming.name,

@@ -114,7 +114,9 @@ def compare_models(
     images = options.load_images(case.preprocessing, sides[0])
 
     def run(name: str, model: nn.Module, keras_model: keras.Model, batch: Array) -> ParityReport:
-        return _run(case, name, model, keras_model, batch, options, progress, strict=strict)
+        pixels = batch.shape[1] * batch.shape[2]
+        how = {"input_axes": [moved(batch.ndim)], "batch_size": max(1, _PIXELS_AT_ONCE // pixels)}
+        return _run(case, name, model, keras_model, batch, options, progress, strict=strict, **how)
 
     report = run("as ported", reference, candidate, images)
     if note:
@@ -137,17 +139,14 @@ def _run(
     name: str,
     reference: nn.Module,
     candidate: keras.Model,
-    inputs: Array | dict[str, Array],
+    inputs: Any,
     options: CheckOptions,
     progress: Progress,
     *,
     strict: bool,
+    **how: Any,
 ) -> ParityReport:
-    """One comparison, on images or on inputs by name."""
-    how: dict[str, Any] = {}
-    if not isinstance(inputs, dict):
-        pixels = inputs.shape[1] * inputs.shape[2]
-        how = {"input_axes": [moved(inputs.ndim)], "batch_size": max(1, _PIXELS_AT_ONCE // pixels)}
+    """One comparison; `how` is more that `check_parity` takes."""
     return check_parity(
         reference,
         candidate,

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from porting.errors import ExportError, FailedParityError, OutputError, PortingError
 from porting.exporting import FORMATS, NEEDED, open_runtime, write
 from porting.families.base import Family
@@ -99,7 +101,7 @@ def export(
         start_tensorflow()
         progress("reading the weights")
         model = case.load_candidate(weights)
-        images = options.load_images(case.preprocessing, input_size)
+        images = _samples(case, options, input_size)
         if fused:
             progress("fusing")
             with _export_errors("the model cannot be fused"):
@@ -126,6 +128,23 @@ def export(
                 raise FailedParityError(f"{out} was not written: {refusal(report)}", report)
             report_path = pending.commit(to_json(report))
     return ExportResult(out, form, precision, _size(out), operators, report, report_path)
+
+
+def _samples(case: Case, options: CheckOptions, input_size: int | None) -> Array:
+    """What the artifact is run on: images, or the one array that a model of another kind takes."""
+    given = case.check_inputs()
+    if given is None:
+        return options.load_images(case.preprocessing, input_size)
+    if not isinstance(given, np.ndarray) or given.dtype.kind != "f":
+        raise ExportError(
+            f"{case.family.described} takes several inputs or whole numbers; exports are of models of one array",
+            hint="Load the ported file in Keras and export it there: model.export(FOLDER).",
+        )
+    if input_size is not None:
+        raise ExportError(
+            "--input-size is for a family of image models", hint="Give the inputs with --inputs FILE.npz."
+        )
+    return given
 
 
 def _compare(

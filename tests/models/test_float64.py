@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from porting.models.float64 import in_float64
+from porting.models.float64 import in_float64, staying_in_float64
 
 
 @pytest.mark.parametrize(
@@ -59,3 +59,23 @@ def test_every_other_convolution_is_left_alone(module: nn.Conv2d) -> None:
 def test_an_image_smaller_than_the_kernel_is_pytorchs_own_error() -> None:
     with pytest.raises(RuntimeError, match="Kernel size can't be greater than actual input size"):
         in_float64(nn.Conv2d(3, 3, 5, groups=3))(torch.zeros(1, 3, 4, 4, dtype=torch.float64))
+
+
+class CarefulSoftmax(nn.Module):
+    """As transformers writes it: in float32, whatever the model is in."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = torch.nn.functional.softmax(x, dim=-1, dtype=torch.float32).to(x.dtype)
+        return scores + x.float().mean().to(torch.float32) + x.to(torch.float32).sum(dtype=torch.float32)
+
+
+def test_a_models_own_casts_to_float32_do_not_round_the_truth() -> None:
+    x = torch.randn(3, 5, dtype=torch.float64)
+    with staying_in_float64():
+        found = CarefulSoftmax()(x)
+    assert torch.equal(found, x.softmax(-1) + x.mean() + x.sum())
+    assert found.dtype == torch.float64
+    assert CarefulSoftmax()(x).sub(found).abs().max() > 1e-9
+    in_float32 = x.float()
+    with staying_in_float64():
+        assert CarefulSoftmax()(in_float32).dtype == torch.float32

@@ -1,0 +1,136 @@
+"""Two models of a user's own on the command line: port, check, revert and export by a file of rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import Result
+
+from porting.families.specs import build_model
+from porting.models.synthetic import fill_with_synthetic_weights
+
+RunCli = Callable[..., Result]
+MODELS = """
+import torch
+from torch import nn
+import keras
+from keras import layers
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.points = nn.ModuleList(nn.Conv2d(6, 6, 1) for _ in range(3))
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, images):
+        x = torch.relu(self.norm(self.stem(images)))
+        for point in self.points:
+            x = torch.relu(point(x))
+        return self.head(x.mean((2, 3)))
+
+def candidate(epsilon=1e-5):
+    inputs = keras.Input((32, 32, 3))
+    x = layers.Conv2D(6, 3, padding="same", name="first")(inputs)
+    x = layers.ReLU()(layers.BatchNormalization(epsilon=epsilon, name="first_norm")(x))
+    for number in (1, 2, 3):
+        x = layers.Conv2D(6, 1, activation="relu", name=f"point{number}")(x)
+    return keras.Model(inputs, layers.Dense(4, name="out")(layers.GlobalAveragePooling2D()(x)))
+"""
+ROWS = """
+[[row]]
+source = "stem"
+target = "first"
+kind = "conv"
+[[row]]
+source = "norm"
+target = "first_norm"
+kind = "batch_norm"
+[[row]]
+source = "points.{s}"
+target = "point{s+1}"
+kind = "conv"
+[[row]]
+source = "head"
+target = "out"
+kind = "dense"
+"""
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> list[str]:
+    """The arguments that name both models; the checkpoint lies beside them."""
+    models, rows = tmp_path / "models.py", tmp_path / "rows.toml"
+    models.write_text(MODELS)
+    rows.write_text(ROWS)
+    reference = build_model(f"{models}:Net", {})
+    fill_with_synthetic_weights(reference, 1)
+    torch.save(reference.state_dict(), tmp_path / "own.pth")
+    return ["--source", f"{models}:Net", "--target", f"{models}:candidate", "--map", str(rows)]
+
+
+def test_there_and_back(run_cli: RunCli, given: list[str], tmp_path: Path) -> None:
+    checkpoint, weights, back = tmp_path / "own.pth", tmp_path / "own.h5", tmp_path / "back.pth"
+    result = run_cli(*given, "--checkpoint", checkpoint, "--out", weights)
+    assert result.exit_code == 0, result.output
+    report = json.loads(weights.with_name("own.h5.parity.json").read_text())
+    assert report["passed"]
+    assert report["context"]["family"] == f"{given[1]} -> {given[3]}"
+    assert run_cli("check", *given, "--weights", weights, "--checkpoint", checkpoint).exit_code == 0
+    result = run_cli("revert", *given, "--weights", weights, "--out", back)
+    assert result.exit_code == 0, result.output
+    assert "without a head" not in result.output
+    own, found = torch.load(checkpoint, weights_only=True), torch.load(back, weights_only=True)
+    assert own.keys() == found.keys()
+    assert all(torch.equal(own[name], found[name]) for name in own if "num_batches" not in name)
+
+
+def test_a_wrong_number_and_another_epsilon_fail(run_cli: RunCli, given: list[str], tmp_path: Path) -> None:
+    checkpoint, weights = tmp_path / "own.pth", tmp_path / "own.h5"
+    result = run_cli(*given, "--target-arg", "epsilon=1e-3", "--checkpoint", checkpoint, "--out", weights)
+    assert result.exit_code == 1, result.output
+    assert not weights.exists()
+    assert run_cli(*given, "--checkpoint", checkpoint, "--out", weights).exit_code == 0
+    state = torch.load(checkpoint, weights_only=True)
+    state["points.1.weight"][3, 2] *= 1.0001
+    torch.save(state, checkpoint)
+    result = run_cli("check", *given, "--weights", weights, "--checkpoint", checkpoint)
+    assert result.exit_code == 1
+    assert "points.1" in result.output
+
+
+def test_export(run_cli: RunCli, given: list[str], tmp_path: Path) -> None:
+    checkpoint, weights, out = tmp_path / "own.pth", tmp_path / "own.h5", tmp_path / "own.onnx"
+    assert run_cli(*given, "--checkpoint", checkpoint, "--out", weights, "--no-check").exit_code == 0
+    result = run_cli("export", *given, "--weights", weights, "--checkpoint", checkpoint, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--source", "timm:resnet18"], 2, "--target, --map is missing"),
+        (["--source-arg", "a=1", "--variant", "nano"], 2, "go with --source and --target"),
+    ],
+)
+def test_half_of_it_is_wrong_usage(run_cli: RunCli, arguments: list[str], code: int, message: str) -> None:
+    result = run_cli(*arguments)
+    assert result.exit_code == code
+    assert message in result.output
+
+
+def test_errors_say_what_to_do(run_cli: RunCli, given: list[str], tmp_path: Path) -> None:
+    result = run_cli(*given, "--variant", "nano")
+    assert result.exit_code == 2
+    result = run_cli(*given, "--out", tmp_path / "x.h5")
+    assert result.exit_code == 5
+    assert "--checkpoint FILE" in result.output
+    Path(given[5]).write_text(ROWS.replace('"out"', '"aut"'))
+    result = run_cli(*given, "--checkpoint", tmp_path / "own.pth", "--out", tmp_path / "x.h5")
+    assert result.exit_code == 4
+    assert "the Keras model has no layer 'aut'" in result.output

@@ -1,0 +1,152 @@
+"""Families of other packages' models: their tables, and each small one ported both ways."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from porting.errors import FailedParityError, KeyMapError, SourceError
+from porting.families.library import LibraryFamily, library
+from porting.families.registry import family_names, get_family
+from porting.mapping.rules import KeyRule, bind
+from porting.models.inputs import make_inputs
+from porting.models.synthetic import fill_with_synthetic_weights
+from porting.tasks.port import port
+from porting.tasks.revert import revert
+
+FAMILIES = [name for name in family_names() if isinstance(get_family(name), LibraryFamily)]
+# By family the variant that is quickest to build, and how many classes to give it.
+SMALL = [
+    ("deit", "facebook/deit-tiny-distilled-patch16-224", 10),
+    ("densenet", "densenet121", 0),
+    ("efficientnet", "tf_efficientnet_b0", 10),
+    ("efficientnetv2", "tf_efficientnetv2_b0", 0),
+    ("mobilenetv3", "tf_mobilenetv3_small_100", 0),
+    ("mobilenetv3", "tf_mobilenetv3_large_minimal_100", 7),
+    ("resnet", "resnet18", 10),
+    ("vit", "vit_tiny_patch16_224", 0),
+]
+
+
+def write_checkpoint(family: LibraryFamily, variant: str, classes: int, path: Path) -> dict[str, Any]:
+    """Synthetic weights of a variant, in a file, and as a state_dict."""
+    spec = family.spec(variant, classes)
+    reference = family.build_reference(spec)
+    given = family.check_inputs(spec)
+    if given is None:
+        images = torch.randn(2, 3, *[family.preprocessing(spec).input_size] * 2)
+        fill_with_synthetic_weights(reference, 0, run=lambda model: model(images))
+    else:
+        inputs = make_inputs(reference, family.make_candidate(spec), given)
+        fill_with_synthetic_weights(reference, 0, run=partial(inputs.call_reference, dtype=torch.float32))
+    for name in family.zeros:
+        reference.get_parameter(name).data.zero_()
+    torch.save(reference.state_dict(), path)
+    return reference.state_dict()
+
+
+def test_there_are_fifteen_families() -> None:
+    assert len(FAMILIES) >= 15
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_variant_has_names_that_every_row_matches(name: str) -> None:
+    """Without Keras, and without memory for weights."""
+    family = get_family(name)
+    assert isinstance(family, LibraryFamily)
+    for variant in family.variants:
+        spec = family.spec(variant)
+        names = family.reference_names(spec)
+        bound, _ = bind(family.rows_of(spec), names)
+        assert all(bound)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "variant", "classes"), SMALL)
+def test_there_and_back(name: str, variant: str, classes: int, tmp_path: Path) -> None:
+    family = get_family(name)
+    assert isinstance(family, LibraryFamily)
+    checkpoint, out, back = tmp_path / "own.pth", tmp_path / "own.h5", tmp_path / "back.pth"
+    state = write_checkpoint(family, variant, classes, checkpoint)
+    result = port(family, variant, out, checkpoint=checkpoint)
+    assert result.report is not None
+    assert result.report.passed
+    assert result.case.num_classes == classes
+    reverted = revert(family, variant, out, back, num_classes=classes)
+    assert reverted.report is not None
+    assert reverted.report.passed
+    found = torch.load(back, weights_only=True)
+    assert found.keys() == state.keys()
+    absorbed = {f"{source}.running_var" for source in result.case.key_map.absorbed}
+    for key, tensor in state.items():
+        if key in absorbed:  # what the epsilons differ by went in and out again
+            torch.testing.assert_close(found[key], tensor, rtol=1e-6, atol=1e-7)
+        elif not key.endswith("num_batches_tracked"):
+            assert torch.equal(found[key], tensor), key
+
+
+@pytest.mark.slow
+def test_an_epsilon_that_went_into_the_variances_is_said(tmp_path: Path) -> None:
+    family = get_family("densenet")
+    assert isinstance(family, LibraryFamily)
+    write_checkpoint(family, "densenet121", 5, tmp_path / "own.pth")
+    result = port(family, "densenet121", tmp_path / "own.h5", checkpoint=tmp_path / "own.pth")
+    assert "features.norm5" in result.provenance["absorbed_epsilon"]
+    assert result.report_path is not None
+    assert json.loads(result.report_path.read_text())["context"]["absorbed_epsilon"]
+
+
+@pytest.mark.slow
+def test_a_wrong_number_is_found(tmp_path: Path) -> None:
+    """The rows of two norms exchanged, and the weights of a variant that is another."""
+    family = get_family("resnet")
+    assert isinstance(family, LibraryFamily)
+    write_checkpoint(family, "resnet18", 5, tmp_path / "own.pth")
+
+    class Exchanged(type(family)):  # type: ignore[misc]
+        def rows_of(self, spec: Any) -> Any:
+            norm = "backbone/stack{s-1}_block{j}"
+            return [
+                *(row for row in super().rows_of(spec) if row.source != "layer{s}.{j}.bn{n}"),
+                KeyRule("layer{s}.{j}.bn1", f"{norm}_2_bn", "batch_norm"),
+                KeyRule("layer{s}.{j}.bn2", f"{norm}_1_bn", "batch_norm"),
+            ]
+
+    with pytest.raises(FailedParityError):
+        port(Exchanged(), "resnet18", tmp_path / "own.h5", checkpoint=tmp_path / "own.pth")
+    with pytest.raises(KeyMapError, match="not those of the model") as raised:
+        port(family, "resnet34", tmp_path / "own.h5", checkpoint=tmp_path / "own.pth")
+    assert "resnet18" in raised.value.hint
+
+
+def test_published_weights_that_cannot_be_had_are_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = library("timm")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("no way to the hub")
+
+    monkeypatch.setattr(timm, "create_model", fail)
+    with pytest.raises(SourceError, match="timm cannot load the published weights of resnet18: no way") as raised:
+        get_family("resnet").published("resnet18")
+    assert "--checkpoint" in raised.value.hint
+
+
+def test_published_weights_come_by_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    timm, asked = library("timm"), []
+    build = timm.create_model
+
+    def create(name: str, pretrained: bool = False, **options: Any) -> Any:
+        asked.append((name, pretrained))
+        return build(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", create)
+    loaded = get_family("resnet").published("resnet18")
+    assert loaded is not None
+    assert asked == [("resnet18", True)]
+    assert loaded.state_dict["conv1.weight"].shape == (64, 3, 7, 7)
+    assert len(loaded.sha256) == 64
