@@ -114,7 +114,8 @@ def main(wanted: tuple[str, ...], every: bool, one: tuple[str, str, str] | None)
                     continue
                 click.echo(
                     f"| {name} | {variant} | {classes or '-'} | {found['megabytes']:.0f} | {found['exact']:.1e} "
-                    f"| {'passed' if found['back'] else 'FAILED'} | {found['seconds']:.0f} | {found['peak']:.1f} | {lines} |"
+                    f"| {'passed' if found['back'] else 'FAILED'} | {found['seconds']:.0f} "
+                    f"| {found['peak']:.1f} | {lines} |"
                 )
 
 

@@ -6,7 +6,8 @@ import fnmatch
 import hashlib
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from porting.errors import FamilyError, SourceError
-from porting.families.base import Family, Spec
+from porting.families.base import Family, Spec, by_path
 from porting.files.checkpoint import Checkpoint
 from porting.files.weights_file import weight_shapes
 from porting.kinds.transforms import Array, Constant, Shape
@@ -142,8 +143,22 @@ class LibraryFamily(Family):
     def num_classes(self, variant: str, state_dict: Mapping[str, Array], naming: Naming | None = None) -> int:
         return super().num_classes(variant, state_dict, naming) if self.head else 0
 
-    def classes_in(self, variant: str, shapes: Any) -> int | None:
-        return None if self.head else 0
+    def classes_in(self, variant: str, shapes: Iterable[Shape]) -> int | None:
+        """By what the file has beside the shapes of the body."""
+        if not self.head:
+            return 0
+        key_map, layers = self._bound(self.spec(variant))
+        own = by_path(layers)
+        head = {t for e in key_map.entries for t in e.targets if e.sources[:1] in _tensors_of(self.head)}
+        kernel = max((own[name] for name in head), key=len)
+        left = Counter(shapes)
+        left.subtract(shape for name, shape in own.items() if name not in head)
+        found = {
+            shape[-1] for shape, count in left.items() if count > 0 and shape[:-1] == kernel[:-1] and len(shape) > 1
+        }
+        if not found:
+            return 0
+        return found.pop() if len(found) == 1 else None
 
     def guess_variant(self, state_dict: Mapping[str, Array]) -> str | None:
         """By the names and shapes of PyTorch's tensors alone: building every variant in Keras would take minutes."""
@@ -189,6 +204,10 @@ class LibraryFamily(Family):
                 return self.build_reference(spec)
         except (NotImplementedError, RuntimeError):
             return self.build_reference(spec)
+
+
+def _tensors_of(module: str) -> set[tuple[str]]:
+    return {(f"{module}.weight",), (f"{module}.bias",)}
 
 
 def _key(spec: Spec) -> tuple[str, int]:

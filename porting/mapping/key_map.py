@@ -98,7 +98,8 @@ class KeyMap:
     def one_to_one(self) -> dict[str, str]:
         """The layer of each module, where no other module goes into it; parameters are none."""
         count = Counter(pair.target for pair in self.layers)
-        return {p.source: p.target for p in self.layers if p.kind != "parameter" and count[p.target] == 1}
+        layers = [pair for pair in self.layers if pair.kind.partition(":")[0] != "parameter"]
+        return {pair.source: pair.target for pair in layers if count[pair.target] == 1}
 
     @classmethod
     def match(
