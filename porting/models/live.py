@@ -55,10 +55,13 @@ def _parametrized(model: nn.Module) -> Iterable[tuple[str, str, list[str]]]:
 
 def effective_names(model: nn.Module) -> set[str]:
     """The names of `effective_tensors`; the model may be without memory."""
+    import torch
+
     names = set(model.state_dict())
-    for prefix, name, parts in _parametrized(model):
-        names -= set(parts)
-        names.add(f"{prefix}.{name}" if prefix else name)
+    with torch.no_grad():  # a weight with a gradient could not be copied with its model
+        for prefix, name, parts in _parametrized(model):
+            names -= set(parts)
+            names.add(f"{prefix}.{name}" if prefix else name)
     return names
 
 

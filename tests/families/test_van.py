@@ -11,10 +11,10 @@ from porting.references.van import VARIANTS, build_van
 
 
 def test_registered_families() -> None:
-    assert family_names() == ("van",)
+    assert "van" in family_names()
     assert isinstance(get_family("van"), VanFamily)
-    with pytest.raises(FamilyError, match="no family 'resnet'"):
-        get_family("resnet")
+    with pytest.raises(FamilyError, match="no family 'lenet'"):
+        get_family("lenet")
 
 
 def test_the_key_map_is_sixteen_rows() -> None:
