@@ -269,8 +269,16 @@ def text_inputs(vocabulary: int, length: int = 16) -> dict[str, Array]:
     return {"token_ids": tokens, "padding_mask": mask}
 
 
-def transformers_model(name: str, result: Callable[[Any], Any], config: Mapping[str, Any], **options: Any) -> nn.Module:
+def transformers_model(
+    name: str,
+    result: Callable[[Any], Any],
+    config: Mapping[str, Any],
+    prepare: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    **options: Any,
+) -> nn.Module:
     """A model of transformers, without weights, that gives what `result` takes of its output.
+
+    `prepare` makes its arguments by name of those that it is called with.
 
     Its class derives from the package's own, so that its tensors have the names that checkpoints have.
     """
@@ -278,7 +286,7 @@ def transformers_model(name: str, result: Callable[[Any], Any], config: Mapping[
     owner = getattr(transformers, name)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return result(owner.forward(self, *args, **kwargs))
+        return result(owner.forward(self, *args, **prepare(kwargs)))
 
     # The signature says which inputs the model takes.
     forward.__signature__ = inspect.signature(owner.forward)  # type: ignore[attr-defined]

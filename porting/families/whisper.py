@@ -79,7 +79,7 @@ class WhisperFamily(LibraryFamily):
         config: dict[str, Any] = {"vocab_size": vocabulary, "d_model": width, "use_cache": False}
         for side in ("encoder", "decoder"):
             config |= {f"{side}_layers": layers, f"{side}_attention_heads": heads, f"{side}_ffn_dim": 4 * width}
-        return transformers_model("WhisperModel", _results, config)
+        return transformers_model("WhisperModel", _results, config, _with_frames_last)
 
     def make_candidate(self, spec: Spec) -> keras.Model:
         layers, heads, width, vocabulary = self.models[spec.variant]
@@ -90,6 +90,11 @@ class WhisperFamily(LibraryFamily):
             hidden_dim=width,
             intermediate_dim=4 * width,
         )
+
+
+def _with_frames_last(arguments: dict[str, Any]) -> dict[str, Any]:
+    """keras-hub has the frames before the bands, as all that follows has on both sides."""
+    return {**arguments, "input_features": arguments["input_features"].transpose(1, 2)}
 
 
 def _results(output: Any) -> dict[str, Any]:
