@@ -9,12 +9,12 @@ Nothing is downloaded. A family in its turn runs in a process of its own, so tha
 from __future__ import annotations
 
 import json
+import math
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 import click
@@ -32,8 +32,6 @@ def smallest(family: LibraryFamily) -> str:
 
 
 def _size(family: LibraryFamily, variant: str) -> int:
-    import math
-
     return sum(math.prod(shape) for shape in family.tensor_shapes(family.spec(variant)).values())
 
 
@@ -42,8 +40,6 @@ def measure(name: str, variant: str, classes: int) -> dict[str, object]:
     import torch
 
     from porting.models.frameworks import start_tensorflow
-    from porting.models.inputs import make_inputs
-    from porting.models.synthetic import fill_with_synthetic_weights
     from porting.tasks.port import port
     from porting.tasks.revert import revert
 
@@ -51,20 +47,10 @@ def measure(name: str, variant: str, classes: int) -> dict[str, object]:
     family = get_family(name)
     assert isinstance(family, LibraryFamily)
     spec = family.spec(variant, classes)
-    reference, given = family.build_reference(spec), family.check_inputs(spec)
-    if given is None:
-        images = torch.randn(2, 3, *[family.preprocessing(spec).input_size] * 2)
-        fill_with_synthetic_weights(reference, 0, run=lambda model: model(images))
-    else:
-        inputs = make_inputs(reference, family.make_candidate(spec), given)
-        fill_with_synthetic_weights(reference, 0, run=partial(inputs.call_reference, dtype=torch.float32))
-    for zero in family.zeros:
-        reference.get_parameter(zero).data.zero_()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint, out = Path(folder, "own.pth"), Path(folder, "own.h5")
-        torch.save(reference.state_dict(), checkpoint)
+        torch.save(family.synthetic_reference(spec).state_dict(), checkpoint)
         size = checkpoint.stat().st_size
-        del reference
         begin = time.perf_counter()
         result = port(family, variant, out, checkpoint=checkpoint)
         there = time.perf_counter() - begin

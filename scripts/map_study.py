@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import click
@@ -21,6 +22,9 @@ import torch
 from torch import nn
 
 import porting
+from porting.errors import FamilyError
+from porting.families.library import last_hidden_state, transformer_backbone, transformers_model
+from porting.families.registry import get_family
 from porting.models.frameworks import start_tensorflow
 
 
@@ -31,18 +35,6 @@ class Pair:
     build: Callable[[], tuple[nn.Module, Any]]
     inputs: Any
     absorb_epsilon: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-class Text(nn.Module):
-    """A model of transformers, with the inputs under keras-hub's names and one tensor as the result."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, token_ids: Any, padding_mask: Any) -> Any:
-        return self.model(input_ids=token_ids, attention_mask=padding_mask).last_hidden_state
 
 
 def images(side: int) -> np.ndarray:
@@ -54,109 +46,38 @@ def tokens() -> dict[str, np.ndarray]:
     return {"token_ids": ids, "padding_mask": np.ones_like(ids)}
 
 
-def applications(name: str, **options: Any) -> Any:
-    import keras
-
-    return getattr(keras.applications, name)(weights=None, classifier_activation=None, **options)
-
-
-def timm_model(name: str) -> nn.Module:
-    import timm
-
-    return timm.create_model(name)  # type: ignore[no-any-return]
-
-
-def torchvision_model(name: str) -> nn.Module:
-    import torchvision
-
-    return getattr(torchvision.models, name)()  # type: ignore[no-any-return]
-
-
-def resnet50() -> tuple[nn.Module, Any]:
-    import keras_hub
-
-    backbone = keras_hub.models.ResNetBackbone(
-        input_conv_filters=[64],
-        input_conv_kernel_sizes=[7],
-        stackwise_num_filters=[64, 128, 256, 512],
-        stackwise_num_blocks=[3, 4, 6, 3],
-        stackwise_num_strides=[1, 2, 2, 2],
-        block_type="bottleneck_block",
-        use_pre_activation=False,
-        image_shape=(None, None, 3),
-    )
-    return timm_model("resnet50"), keras_hub.models.ResNetImageClassifier(backbone=backbone, num_classes=1000)
-
-
-def vit() -> tuple[nn.Module, Any]:
-    import keras_hub
-
-    backbone = keras_hub.models.ViTBackbone(
-        image_shape=(224, 224, 3),
-        patch_size=16,
-        num_layers=12,
-        num_heads=3,
-        hidden_dim=192,
-        mlp_dim=768,
-        layer_norm_epsilon=1e-6,
-    )
-    return timm_model("vit_tiny_patch16_224"), keras_hub.models.ViTImageClassifier(backbone=backbone, num_classes=1000)
+def of_family(name: str, variant: str) -> tuple[nn.Module, Any]:
+    """Both models of a family, whose rows stay hidden."""
+    family = get_family(name)
+    spec = family.spec(variant)
+    return family.build_reference(spec), family.build_candidate(spec)
 
 
 def gpt2() -> tuple[nn.Module, Any]:
-    import keras_hub
-    import transformers
-
-    config = transformers.GPT2Config(n_layer=6, vocab_size=1000, n_positions=128)
-    backbone = keras_hub.models.GPT2Backbone(
-        vocabulary_size=1000,
-        num_layers=6,
-        num_heads=12,
-        hidden_dim=768,
-        intermediate_dim=3072,
-        max_sequence_length=128,
-    )
-    return Text(transformers.GPT2Model(config)), backbone
+    config = {"n_layer": 6, "vocab_size": 1000, "n_positions": 128}
+    backbone = transformer_backbone("GPT2Backbone", 6, 12, 768, vocabulary_size=1000, max_sequence_length=128)
+    return transformers_model("GPT2Model", last_hidden_state, config), backbone
 
 
 def distilbert() -> tuple[nn.Module, Any]:
-    import keras_hub
-    import transformers
-
-    config = transformers.DistilBertConfig(vocab_size=1000, attn_implementation="eager")
-    backbone = keras_hub.models.DistilBertBackbone(
-        vocabulary_size=1000,
-        num_layers=6,
-        num_heads=12,
-        hidden_dim=768,
-        intermediate_dim=3072,
-        max_sequence_length=512,
-    )
-    return Text(transformers.DistilBertModel(config)), backbone
-
-
-def bare(name: str) -> Any:
-    return applications(name, include_preprocessing=False)
+    backbone = transformer_backbone("DistilBertBackbone", 6, 12, 768, vocabulary_size=1000, max_sequence_length=512)
+    return transformers_model("DistilBertModel", last_hidden_state, {"vocab_size": 1000}), backbone
 
 
 PAIRS: dict[str, Pair] = {
-    "torchvision vgg16 -> keras.applications": Pair(
-        lambda: (torchvision_model("vgg16"), applications("VGG16")), images(224)
-    ),
+    "torchvision vgg16 -> keras.applications": Pair(partial(of_family, "vgg", "vgg16"), images(224)),
     "torchvision densenet121 -> keras.applications": Pair(
-        lambda: (torchvision_model("densenet121"), applications("DenseNet121")), images(224), absorb_epsilon=True
+        partial(of_family, "densenet", "densenet121"), images(224), absorb_epsilon=True
     ),
     "timm tf_efficientnetv2_b0 -> keras.applications": Pair(
-        lambda: (timm_model("tf_efficientnetv2_b0"), bare("EfficientNetV2B0")), images(224), absorb_epsilon=True
+        partial(of_family, "efficientnetv2", "tf_efficientnetv2_b0"), images(224), absorb_epsilon=True
     ),
     "timm tf_mobilenetv3_large_100 -> keras.applications": Pair(
-        lambda: (timm_model("tf_mobilenetv3_large_100"), bare("MobileNetV3Large")), images(224), absorb_epsilon=True
+        partial(of_family, "mobilenetv3", "tf_mobilenetv3_large_100"), images(224), absorb_epsilon=True
     ),
-    "timm convnext_tiny -> keras.applications": Pair(
-        lambda: (timm_model("convnext_tiny"), bare("ConvNeXtTiny")), images(224)
-    ),
-    "timm resnet50 -> keras-hub": Pair(resnet50, images(128), absorb_epsilon=True),
-    "timm vit_tiny_patch16_224 -> keras-hub": Pair(vit, images(224)),
+    "timm convnext_tiny -> keras.applications": Pair(partial(of_family, "convnext", "convnext_tiny"), images(224)),
+    "timm resnet50 -> keras-hub": Pair(partial(of_family, "resnet", "resnet50"), images(128), absorb_epsilon=True),
+    "timm vit_tiny_patch16_224 -> keras-hub": Pair(partial(of_family, "vit", "vit_tiny_patch16_224"), images(224)),
     "transformers gpt2, 6 layers -> keras-hub": Pair(gpt2, tokens()),
     "transformers distilbert -> keras-hub": Pair(distilbert, tokens()),
 }
@@ -169,8 +90,8 @@ def study(names: list[str]) -> Iterator[tuple[str, ...]]:
         try:
             torch.manual_seed(0)
             reference, candidate = pair.build()
-        except ImportError as error:
-            yield name, "-", f"not tried: {error.name} is not installed", "-", "-", "-", "-"
+        except FamilyError as error:
+            yield name, "-", f"not tried: {error.message}", "-", "-", "-", "-"
             continue
         reference.eval()
         begin = time.perf_counter()

@@ -81,11 +81,10 @@ def revert(
             progress=progress,
         )
     reporting.show(result.report)
+    head = f", {result.spec.num_classes} classes" if result.spec.num_classes else ", without a head"
     say(
-        f"{len(result.state_dict)} tensors in {dtype}: {result.spec.naming.name} names, "
-        f"{f'{result.spec.num_classes} classes' if result.spec.num_classes else 'without a head'}."
-        if result.spec.naming.has_head
-        else f"{len(result.state_dict)} tensors in {dtype}, under {result.spec.naming.name} names."
+        f"{len(result.state_dict)} tensors in {dtype}: {result.spec.naming.name} names"
+        f"{head if result.spec.naming.has_head else ''}."
     )
     for note in result.notes:
         say(note, colour="yellow")

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from porting.errors import KeyMapError, SourceError
-from porting.files.checkpoint import Checkpoint
 from porting.kinds.transforms import Array, Shape
 from porting.mapping.convert import diff_keys
 from porting.mapping.key_map import KeyMap
@@ -24,6 +23,8 @@ from porting.sources.table import Source, read_table
 if TYPE_CHECKING:
     import keras
     from torch import nn
+
+    from porting.files.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from porting.families.base import Spec
-from porting.families.library import LibraryFamily, library, transformers_model
+from porting.families.library import (
+    LibraryFamily,
+    classifier,
+    last_hidden_state,
+    transformer_backbone,
+    transformers_model,
+)
 from porting.mapping.rules import KeyRule
 
 if TYPE_CHECKING:
@@ -61,21 +67,18 @@ class DeiTFamily(LibraryFamily):
         if spec.num_classes:
             config["num_labels"] = spec.num_classes
             return transformers_model("DeiTForImageClassification", lambda output: output.logits, config)
-        return transformers_model("DeiTModel", lambda output: output.last_hidden_state, config, add_pooling_layer=False)
+        return transformers_model("DeiTModel", last_hidden_state, config, add_pooling_layer=False)
 
     def make_candidate(self, spec: Spec) -> keras.Model:
         heads, width = self.models[spec.variant]
-        hub = library("keras_hub.models")
-        backbone = hub.DeiTBackbone(
+        backbone = transformer_backbone(
+            "DeiTBackbone",
+            12,
+            heads,
+            width,
             image_shape=(224, 224, 3),
             patch_size=16,
-            num_layers=12,
-            num_heads=heads,
-            hidden_dim=width,
-            intermediate_dim=4 * width,
             layer_norm_epsilon=_EPSILON,
             name="backbone",
         )
-        if not spec.num_classes:
-            return backbone
-        return hub.DeiTImageClassifier(backbone=backbone, num_classes=spec.num_classes)
+        return classifier("DeiTImageClassifier", backbone, spec, pooled=False)

@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from porting.families.base import Spec
-from porting.families.library import LibraryFamily, library, text_inputs, transformers_model
+from porting.families.library import (
+    LibraryFamily,
+    last_hidden_state,
+    text_inputs,
+    transformer_backbone,
+    transformers_model,
+)
 from porting.kinds.transforms import Array
 from porting.mapping.rules import KeyRule
 
@@ -48,16 +54,9 @@ class DistilBertFamily(LibraryFamily):
         return text_inputs(self.models[spec.variant])
 
     def build_reference(self, spec: Spec) -> nn.Module:
-        return transformers_model(
-            "DistilBertModel", lambda output: output.last_hidden_state, {"vocab_size": self.models[spec.variant]}
-        )
+        return transformers_model("DistilBertModel", last_hidden_state, {"vocab_size": self.models[spec.variant]})
 
     def make_candidate(self, spec: Spec) -> keras.Model:
-        return library("keras_hub.models").DistilBertBackbone(
-            vocabulary_size=self.models[spec.variant],
-            num_layers=6,
-            num_heads=12,
-            hidden_dim=768,
-            intermediate_dim=3072,
-            max_sequence_length=512,
+        return transformer_backbone(
+            "DistilBertBackbone", 6, 12, 768, vocabulary_size=self.models[spec.variant], max_sequence_length=512
         )

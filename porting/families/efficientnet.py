@@ -5,16 +5,35 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from porting.families.base import Spec
-from porting.families.library import IMAGENET, LibraryFamily, application, timm_model
+from porting.families.library import LibraryFamily, application, timm_model
 from porting.mapping.rules import KeyRule
-from porting.models.images import Preprocessing
+from porting.models.images import IMAGENET, Preprocessing
 
 if TYPE_CHECKING:
     import keras
     from torch import nn
 
-_ROW, _BLOCK = "blocks.{s}.{j}", "block{s+1}{j:letter}"
 _SIDES = {"b0": 224, "b1": 240, "b2": 260, "b3": 300, "b4": 380, "b5": 456, "b6": 528, "b7": 600}
+
+
+def rows_around(depthwise: str) -> tuple[KeyRule, ...]:
+    """The rows of both generations: stem, blocks with an expansion, head; `depthwise` is Keras's name of that layer."""
+    row, block = "blocks.{s}.{j}", "block{s+1}{j:letter}"
+    return (
+        KeyRule("conv_stem", "stem_conv", "conv"),
+        KeyRule("bn1", "stem_bn", "batch_norm"),
+        KeyRule(f"{row}.conv_pw", f"{block}_expand_conv", "conv"),
+        KeyRule(f"{row}.bn1", f"{block}_expand_bn", "batch_norm"),
+        KeyRule(f"{row}.conv_dw", f"{block}_{depthwise}", "depthwise"),
+        KeyRule(f"{row}.bn2", f"{block}_bn", "batch_norm"),
+        KeyRule(f"{row}.se.conv_reduce", f"{block}_se_reduce", "conv"),
+        KeyRule(f"{row}.se.conv_expand", f"{block}_se_expand", "conv"),
+        KeyRule(f"{row}.conv_pwl", f"{block}_project_conv", "conv"),
+        KeyRule(f"{row}.bn3", f"{block}_project_bn", "batch_norm"),
+        KeyRule("conv_head", "top_conv", "conv"),
+        KeyRule("bn2", "top_bn", "batch_norm"),
+        KeyRule("classifier", "predictions", "dense"),
+    )
 
 
 class EfficientNetFamily(LibraryFamily):
@@ -24,23 +43,11 @@ class EfficientNetFamily(LibraryFamily):
     models = {f"tf_efficientnet_{size}": (f"EfficientNet{size.upper()}", side) for size, side in _SIDES.items()}
     head = "classifier"
     rows = (
-        KeyRule("conv_stem", "stem_conv", "conv"),
-        KeyRule("bn1", "stem_bn", "batch_norm"),
         # The first stage has no expansion.
         KeyRule("blocks.0.{j}.bn1", "block1{j:letter}_bn", "batch_norm"),
         KeyRule("blocks.0.{j}.conv_pw", "block1{j:letter}_project_conv", "conv"),
         KeyRule("blocks.0.{j}.bn2", "block1{j:letter}_project_bn", "batch_norm"),
-        KeyRule(f"{_ROW}.conv_pw", f"{_BLOCK}_expand_conv", "conv"),
-        KeyRule(f"{_ROW}.bn1", f"{_BLOCK}_expand_bn", "batch_norm"),
-        KeyRule(f"{_ROW}.conv_dw", f"{_BLOCK}_dwconv", "depthwise"),
-        KeyRule(f"{_ROW}.bn2", f"{_BLOCK}_bn", "batch_norm"),
-        KeyRule(f"{_ROW}.se.conv_reduce", f"{_BLOCK}_se_reduce", "conv"),
-        KeyRule(f"{_ROW}.se.conv_expand", f"{_BLOCK}_se_expand", "conv"),
-        KeyRule(f"{_ROW}.conv_pwl", f"{_BLOCK}_project_conv", "conv"),
-        KeyRule(f"{_ROW}.bn3", f"{_BLOCK}_project_bn", "batch_norm"),
-        KeyRule("conv_head", "top_conv", "conv"),
-        KeyRule("bn2", "top_bn", "batch_norm"),
-        KeyRule("classifier", "predictions", "dense"),
+        *rows_around("dwconv"),
     )
 
     def preprocessing(self, spec: Spec) -> Preprocessing:

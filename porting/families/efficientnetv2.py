@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from porting.families.base import Spec
+from porting.families.efficientnet import rows_around
 from porting.families.library import LibraryFamily, application, timm_model
 from porting.mapping.rules import KeyRule
 
 if TYPE_CHECKING:
     import keras
     from torch import nn
-
-_ROW, _BLOCK = "blocks.{s}.{j}", "block{s+1}{j:letter}"
 
 
 class EfficientNetV2Family(LibraryFamily):
@@ -22,25 +21,13 @@ class EfficientNetV2Family(LibraryFamily):
     models = {f"tf_efficientnetv2_{size}": f"EfficientNetV2{size.upper()}" for size in ("b0", "b1", "b2", "b3", *"sml")}
     head = "classifier"
     rows = (
-        KeyRule("conv_stem", "stem_conv", "conv"),
-        KeyRule("bn1", "stem_bn", "batch_norm"),
         # The first stage has no expansion; the next two have one convolution for it and the depthwise one.
         KeyRule("blocks.0.{j}.conv", "block1{j:letter}_project_conv", "conv"),
         KeyRule("blocks.0.{j}.bn1", "block1{j:letter}_project_bn", "batch_norm"),
         KeyRule("blocks.1.{j}.bn2", "block2{j:letter}_project_bn", "batch_norm"),
         KeyRule("blocks.2.{j}.bn2", "block3{j:letter}_project_bn", "batch_norm"),
-        KeyRule(f"{_ROW}.conv_exp", f"{_BLOCK}_expand_conv", "conv"),
-        KeyRule(f"{_ROW}.conv_pw", f"{_BLOCK}_expand_conv", "conv"),
-        KeyRule(f"{_ROW}.bn1", f"{_BLOCK}_expand_bn", "batch_norm"),
-        KeyRule(f"{_ROW}.conv_dw", f"{_BLOCK}_dwconv2", "depthwise"),
-        KeyRule(f"{_ROW}.bn2", f"{_BLOCK}_bn", "batch_norm"),
-        KeyRule(f"{_ROW}.se.conv_reduce", f"{_BLOCK}_se_reduce", "conv"),
-        KeyRule(f"{_ROW}.se.conv_expand", f"{_BLOCK}_se_expand", "conv"),
-        KeyRule(f"{_ROW}.conv_pwl", f"{_BLOCK}_project_conv", "conv"),
-        KeyRule(f"{_ROW}.bn3", f"{_BLOCK}_project_bn", "batch_norm"),
-        KeyRule("conv_head", "top_conv", "conv"),
-        KeyRule("bn2", "top_bn", "batch_norm"),
-        KeyRule("classifier", "predictions", "dense"),
+        KeyRule("blocks.{s}.{j}.conv_exp", "block{s+1}{j:letter}_expand_conv", "conv"),
+        *rows_around("dwconv2"),
     )
 
     def build_reference(self, spec: Spec) -> nn.Module:

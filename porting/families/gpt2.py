@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from porting.families.base import Spec
-from porting.families.library import LibraryFamily, library, text_inputs, transformers_model
+from porting.families.library import (
+    LibraryFamily,
+    last_hidden_state,
+    text_inputs,
+    transformer_backbone,
+    transformers_model,
+)
 from porting.kinds.transforms import Array
 from porting.mapping.rules import KeyRule
 
@@ -13,6 +19,7 @@ if TYPE_CHECKING:
     import keras
     from torch import nn
 
+_VOCABULARY = 50257
 _TARGET = "transformer_layer_{s}"
 
 
@@ -45,20 +52,14 @@ class GPT2Family(LibraryFamily):
     drops = ("h.*.attn.bias", "h.*.attn.masked_bias")
 
     def check_inputs(self, spec: Spec) -> dict[str, Array]:
-        return text_inputs(50257)
+        return text_inputs(_VOCABULARY)
 
     def build_reference(self, spec: Spec) -> nn.Module:
         layers, heads, width = self.models[spec.variant]
         config = {"n_layer": layers, "n_head": heads, "n_embd": width, "use_cache": False}
-        return transformers_model("GPT2Model", lambda output: output.last_hidden_state, config)
+        return transformers_model("GPT2Model", last_hidden_state, config)
 
     def make_candidate(self, spec: Spec) -> keras.Model:
-        layers, heads, width = self.models[spec.variant]
-        return library("keras_hub.models").GPT2Backbone(
-            vocabulary_size=50257,
-            num_layers=layers,
-            num_heads=heads,
-            hidden_dim=width,
-            intermediate_dim=4 * width,
-            max_sequence_length=1024,
+        return transformer_backbone(
+            "GPT2Backbone", *self.models[spec.variant], vocabulary_size=_VOCABULARY, max_sequence_length=1024
         )

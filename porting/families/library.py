@@ -8,7 +8,7 @@ import inspect
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +23,7 @@ from porting.kinds.transforms import Array, Constant, Shape
 from porting.mapping.key_map import KeyMap, TensorEntry
 from porting.mapping.naming import Naming
 from porting.mapping.rules import KeyRule
-from porting.models.images import Preprocessing
-from porting.models.live import float_names
+from porting.models.images import IMAGENET, Preprocessing
 from porting.models.rows import key_map_of_rows
 from porting.progress import SILENT, Progress
 from porting.sources.table import USUAL_CLASSES, Source
@@ -32,9 +31,6 @@ from porting.sources.table import USUAL_CLASSES, Source
 if TYPE_CHECKING:
     import keras
     from torch import nn
-
-# Means and deviations of ImageNet's images, on which most published models were trained.
-IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 class LibraryFamily(Family):
@@ -88,15 +84,11 @@ class LibraryFamily(Family):
 
     @cached_property
     def table(self) -> tuple[Source, ...]:
-        return tuple(Source(self.name, variant, self.publisher, variant) for variant in self.models)
-
-    def usual_classes(self, variant: str) -> int:
-        self.source_of(variant)
-        return USUAL_CLASSES if self.head else 0
+        classes = USUAL_CLASSES if self.head else 0
+        return tuple(Source(self.name, variant, self.publisher, variant, classes=classes) for variant in self.models)
 
     def published(self, variant: str, progress: Progress = SILENT) -> Checkpoint:
         """The published weights; raises SourceError where the publisher's package cannot get them."""
-        self.source_of(variant)
         progress(f"loading {variant} by {self.publisher}")
         try:
             with progress.paused():  # the packages draw bars of their own
@@ -121,10 +113,7 @@ class LibraryFamily(Family):
         return spare.pop(_key(spec), None) or self.make_candidate(spec)
 
     def reference_names(self, spec: Spec) -> Collection[str]:
-        names: dict[tuple[str, int], Collection[str]] = vars(self).setdefault("_names", {})
-        if _key(spec) not in names:
-            names[_key(spec)] = list(self._reference_without_memory(spec).state_dict())
-        return names[_key(spec)]
+        return self.tensor_shapes(spec).keys()
 
     def key_map(self, spec: Spec) -> KeyMap:
         return self._bound(spec)[0]
@@ -133,15 +122,35 @@ class LibraryFamily(Family):
         return self._bound(spec)[1]
 
     def tensor_shapes(self, spec: Spec) -> dict[str, Shape]:
-        return {n: tuple(t.shape) for n, t in self._reference_without_memory(spec).state_dict().items()}
+        shapes: dict[tuple[str, int], dict[str, Shape]] = vars(self).setdefault("_shapes", {})
+        if _key(spec) not in shapes:
+            state = self._reference_without_memory(spec).state_dict()
+            shapes[_key(spec)] = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        return shapes[_key(spec)]
+
+    def synthetic_reference(self, spec: Spec) -> nn.Module:
+        """The PyTorch model with synthetic weights, on which mistakes show, for checks where no trained ones are."""
+        import torch
+
+        from porting.models.inputs import make_inputs
+        from porting.models.synthetic import fill_with_synthetic_weights
+
+        reference, given = self.build_reference(spec), self.check_inputs(spec)
+        if given is None:
+            images = torch.randn(2, 3, *[self.preprocessing(spec).input_size] * 2)
+            fill_with_synthetic_weights(reference, 0, run=lambda model: model(images))
+        else:
+            inputs = make_inputs(reference, self.make_candidate(spec), given)
+            run = partial(inputs.call_reference, dtype=torch.float32)
+            fill_with_synthetic_weights(reference, 0, run=run)
+        for name in self.zeros:
+            reference.get_parameter(name).data.zero_()
+        return reference
 
     def unused_tensors(self, spec: Spec) -> dict[str, Array]:
         dropped = self.key_map(spec).drops
         state = self.build_reference(spec).state_dict()
         return {name: tensor.numpy() for name, tensor in state.items() if name in dropped}
-
-    def num_classes(self, variant: str, state_dict: Mapping[str, Array], naming: Naming | None = None) -> int:
-        return super().num_classes(variant, state_dict, naming) if self.head else 0
 
     def classes_in(self, variant: str, shapes: Iterable[Shape]) -> int | None:
         """By what the file has beside the shapes of the body."""
@@ -172,7 +181,7 @@ class LibraryFamily(Family):
     def _key_map_under(self, variant: str, naming: Naming) -> KeyMap:
         """For telling a checkpoint's form: PyTorch's names say that, and no Keras model is built."""
         spec = self.spec(variant, None if naming.head or not self.head else 0, naming)
-        return KeyMap((), (), frozenset()).covering(self.reference_names(spec))
+        return KeyMap.of((), [TensorEntry((name,), (), Constant(0.0)) for name in self.reference_names(spec)])
 
     def _bound(self, spec: Spec) -> tuple[KeyMap, dict[str, dict[str, Shape]]]:
         """The rows in both live models, and the shapes of the Keras model."""
@@ -184,13 +193,15 @@ class LibraryFamily(Family):
             reference, candidate = self._reference_without_memory(spec), self.make_candidate(spec)
             rows = [row for row in self.rows_of(spec) if spec.num_classes or not self.head or row.source != self.head]
             key_map = key_map_of_rows(reference, candidate, rows)
-            lost = [TensorEntry((name,), (), Constant(0.0)) for name in self.zeros]
-            key_map = KeyMap.of(key_map.layers, (*key_map.entries, *lost), key_map.drops)
-            used = {name for entry in key_map.entries for name in entry.sources}
-            names = reference.state_dict().keys() - used
-            floats = float_names(reference)
-            drops = {name for name in names if name not in floats or any(fnmatch.fnmatch(name, p) for p in self.drops)}
-            key_map = KeyMap.of(key_map.layers, key_map.entries, key_map.drops | drops, self.foreign)
+            entries = [*key_map.entries, *(TensorEntry((name,), (), Constant(0.0)) for name in self.zeros)]
+            used = {name for entry in entries for name in entry.sources}
+            drops = {
+                name
+                for name, tensor in reference.state_dict().items()
+                if name not in used
+                and (not tensor.is_floating_point() or any(fnmatch.fnmatch(name, each) for each in self.drops))
+            }
+            key_map = KeyMap.of(key_map.layers, entries, key_map.drops | drops, self.foreign)
             bound[_key(spec)] = key_map, weight_shapes(candidate)
             vars(self)["_spare"] = {_key(spec): candidate}
         return bound[_key(spec)]
@@ -249,16 +260,24 @@ def application(name: str, spec: Spec, /, **options: Any) -> keras.Model:
     return getattr(keras.applications, name)(weights=None, **top, **options)
 
 
-def classifier(name: str, backbone: Any, spec: Spec, /, **options: Any) -> keras.Model:
-    """An image classifier of keras-hub around a backbone, or the mean of the backbone's features without a head."""
+def classifier(name: str, backbone: Any, spec: Spec, *, pooled: bool = True) -> keras.Model:
+    """An image classifier of keras-hub around a backbone; without a head the mean of its features, or all of them."""
     import keras
 
     if spec.num_classes:
-        owner = getattr(library("keras_hub.models"), name)
-        return owner(backbone=backbone, num_classes=spec.num_classes, **options)
+        return getattr(library("keras_hub.models"), name)(backbone=backbone, num_classes=spec.num_classes)
+    if not pooled:
+        return backbone
     rank = len(backbone.output.shape) - 2
     pooled = getattr(keras.layers, f"GlobalAveragePooling{rank}D")(name="pooler")(backbone.output)
     return keras.Model(backbone.input, pooled)
+
+
+def transformer_backbone(name: str, layers: int, heads: int, width: int, /, **options: Any) -> keras.Model:
+    """A backbone of keras-hub whose feedforward layers are four times as wide as the rest."""
+    owner = getattr(library("keras_hub.models"), name)
+    sizes = {"num_layers": layers, "num_heads": heads, "hidden_dim": width, "intermediate_dim": 4 * width}
+    return owner(**sizes, **options)
 
 
 def text_inputs(vocabulary: int, length: int = 16) -> dict[str, Array]:
@@ -267,6 +286,11 @@ def text_inputs(vocabulary: int, length: int = 16) -> dict[str, Array]:
     mask = np.ones_like(tokens)
     mask[1, length - length // 4 :] = 0
     return {"token_ids": tokens, "padding_mask": mask}
+
+
+def last_hidden_state(output: Any) -> Any:
+    """What a body of transformers gives, without what is kept for the next token."""
+    return output.last_hidden_state
 
 
 def transformers_model(
@@ -278,9 +302,8 @@ def transformers_model(
 ) -> nn.Module:
     """A model of transformers, without weights, that gives what `result` takes of its output.
 
-    `prepare` makes its arguments by name of those that it is called with.
-
-    Its class derives from the package's own, so that its tensors have the names that checkpoints have.
+    `prepare` makes its arguments by name of those that it is called with. Its class derives from the package's own, so
+    that its tensors have the names that checkpoints have.
     """
     transformers = library("transformers")
     owner = getattr(transformers, name)

@@ -29,7 +29,7 @@ class MobileNetV3Family(LibraryFamily):
 
     def rows_of(self, spec: Spec) -> tuple[KeyRule, ...]:
         last = 6 if "large" in spec.variant else 5
-        squeeze = f"{_BLOCK}_squeeze_excite_conv"
+        squeezes = "minimal" not in spec.variant
         return (
             KeyRule("conv_stem", "conv", "conv"),
             KeyRule("bn1", "conv_bn", "batch_norm"),
@@ -37,20 +37,12 @@ class MobileNetV3Family(LibraryFamily):
             KeyRule("blocks.0.0.bn1", "expanded_conv_depthwise_bn", "batch_norm"),
             KeyRule("blocks.0.0.conv_pw", "expanded_conv_project", "conv"),
             KeyRule("blocks.0.0.bn2", "expanded_conv_project_bn", "batch_norm"),
-            *(
-                KeyRule(f"blocks.0.0.se.{name}", f"expanded_conv_squeeze_excite_conv{number}", "conv")
-                for name, number in (("conv_reduce", ""), ("conv_expand", "_1"))
-                if "small" in spec.variant and "minimal" not in spec.variant
-            ),
+            *(_squeeze("blocks.0.0", "expanded_conv") if squeezes and "small" in spec.variant else ()),
             KeyRule(f"{_ROW}.conv_pw", f"{_BLOCK}_expand", "conv"),
             KeyRule(f"{_ROW}.bn1", f"{_BLOCK}_expand_bn", "batch_norm"),
             KeyRule(f"{_ROW}.conv_dw", f"{_BLOCK}_depthwise", "depthwise"),
             KeyRule(f"{_ROW}.bn2", f"{_BLOCK}_depthwise_bn", "batch_norm"),
-            *(
-                KeyRule(f"{_ROW}.se.{name}", f"{squeeze}{number}", "conv")
-                for name, number in (("conv_reduce", ""), ("conv_expand", "_1"))
-                if "minimal" not in spec.variant
-            ),
+            *(_squeeze(_ROW, _BLOCK) if squeezes else ()),
             KeyRule(f"{_ROW}.conv_pwl", f"{_BLOCK}_project", "conv"),
             KeyRule(f"{_ROW}.bn3", f"{_BLOCK}_project_bn", "batch_norm"),
             KeyRule(f"blocks.{last}.0.conv", "conv_1", "conv"),
@@ -71,3 +63,11 @@ class MobileNetV3Family(LibraryFamily):
     def make_candidate(self, spec: Spec) -> keras.Model:
         name, options = self.models[spec.variant]
         return application(name, spec, input_shape=(224, 224, 3), include_preprocessing=False, **options)
+
+
+def _squeeze(source: str, target: str) -> list[KeyRule]:
+    """The rows of a block's squeeze and excitation."""
+    return [
+        KeyRule(f"{source}.se.conv_reduce", f"{target}_squeeze_excite_conv", "conv"),
+        KeyRule(f"{source}.se.conv_expand", f"{target}_squeeze_excite_conv_1", "conv"),
+    ]

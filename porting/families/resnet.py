@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _BLOCK = "stack{s-1}_block{j}"
-_BASIC, _BOTTLENECK = "basic_block", "bottleneck_block"
+_BASIC, BOTTLENECK = "basic_block", "bottleneck_block"
 
 
 class ResNetFamily(LibraryFamily):
@@ -23,9 +23,9 @@ class ResNetFamily(LibraryFamily):
     models = {
         "resnet18": (_BASIC, [2, 2, 2, 2]),
         "resnet34": (_BASIC, [3, 4, 6, 3]),
-        "resnet50": (_BOTTLENECK, [3, 4, 6, 3]),
-        "resnet101": (_BOTTLENECK, [3, 4, 23, 3]),
-        "resnet152": (_BOTTLENECK, [3, 8, 36, 3]),
+        "resnet50": (BOTTLENECK, [3, 4, 6, 3]),
+        "resnet101": (BOTTLENECK, [3, 4, 23, 3]),
+        "resnet152": (BOTTLENECK, [3, 8, 36, 3]),
     }
     head = "fc"
 
@@ -46,14 +46,19 @@ class ResNetFamily(LibraryFamily):
 
     def make_candidate(self, spec: Spec) -> keras.Model:
         block, depths = self.models[spec.variant]
-        backbone = library("keras_hub.models").ResNetBackbone(
-            input_conv_filters=[64],
-            input_conv_kernel_sizes=[7],
-            stackwise_num_filters=[64, 128, 256, 512],
-            stackwise_num_blocks=depths,
-            stackwise_num_strides=[1, 2, 2, 2],
-            block_type=block,
-            image_shape=(None, None, 3),
-            name="backbone",
-        )
-        return classifier("ResNetImageClassifier", backbone, spec)
+        return classifier("ResNetImageClassifier", resnet_backbone(block, depths), spec)
+
+
+def resnet_backbone(block: str, depths: list[int], *, pre_activation: bool = False) -> keras.Model:
+    """keras-hub's backbone of four stages, v1.5 or, with `pre_activation`, v2."""
+    return library("keras_hub.models").ResNetBackbone(
+        input_conv_filters=[64],
+        input_conv_kernel_sizes=[7],
+        stackwise_num_filters=[64, 128, 256, 512],
+        stackwise_num_blocks=depths,
+        stackwise_num_strides=[1, 2, 2, 2],
+        block_type=block,
+        use_pre_activation=pre_activation,
+        image_shape=(None, None, 3),
+        name="backbone",
+    )

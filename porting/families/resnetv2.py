@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from porting.families.base import Spec
-from porting.families.library import LibraryFamily, classifier, library, timm_model
+from porting.families.library import LibraryFamily, classifier, timm_model
+from porting.families.resnet import BOTTLENECK, resnet_backbone
 from porting.mapping.rules import KeyRule
 from porting.models.images import Preprocessing
 
@@ -41,15 +42,5 @@ class ResNetV2Family(LibraryFamily):
         return timm_model(spec)
 
     def make_candidate(self, spec: Spec) -> keras.Model:
-        backbone = library("keras_hub.models").ResNetBackbone(
-            input_conv_filters=[64],
-            input_conv_kernel_sizes=[7],
-            stackwise_num_filters=[64, 128, 256, 512],
-            stackwise_num_blocks=self.models[spec.variant],
-            stackwise_num_strides=[1, 2, 2, 2],
-            block_type="bottleneck_block",
-            use_pre_activation=True,
-            image_shape=(None, None, 3),
-            name="backbone",
-        )
+        backbone = resnet_backbone(BOTTLENECK, self.models[spec.variant], pre_activation=True)
         return classifier("ResNetImageClassifier", backbone, spec)

@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from porting.families.base import Spec
-from porting.families.library import LibraryFamily, library, text_inputs, transformers_model
+from porting.families.library import (
+    LibraryFamily,
+    last_hidden_state,
+    text_inputs,
+    transformer_backbone,
+    transformers_model,
+)
 from porting.kinds.transforms import Array
 from porting.mapping.rules import KeyRule
 
@@ -61,17 +67,8 @@ class RobertaFamily(LibraryFamily):
             "type_vocab_size": 1,
             "layer_norm_eps": 1e-5,
         }
-        return transformers_model(
-            "RobertaModel", lambda output: output.last_hidden_state, config, add_pooling_layer=False
-        )
+        return transformers_model("RobertaModel", last_hidden_state, config, add_pooling_layer=False)
 
     def make_candidate(self, spec: Spec) -> keras.Model:
-        vocabulary, layers, heads, width = self.models[spec.variant]
-        return library("keras_hub.models").RobertaBackbone(
-            vocabulary_size=vocabulary,
-            num_layers=layers,
-            num_heads=heads,
-            hidden_dim=width,
-            intermediate_dim=4 * width,
-            max_sequence_length=512,
-        )
+        vocabulary, *sizes = self.models[spec.variant]
+        return transformer_backbone("RobertaBackbone", *sizes, vocabulary_size=vocabulary, max_sequence_length=512)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from porting.families.base import Spec
-from porting.families.library import IMAGENET, LibraryFamily, classifier, library, timm_model
+from porting.families.library import LibraryFamily, classifier, library, timm_model
 from porting.mapping.rules import KeyRule
-from porting.models.images import Preprocessing
+from porting.models.images import IMAGENET, Preprocessing
 
 if TYPE_CHECKING:
     import keras

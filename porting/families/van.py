@@ -12,7 +12,7 @@ from porting.families.base import Family, Spec
 from porting.kinds.transforms import Array, Shape
 from porting.mapping.naming import Naming
 from porting.mapping.rules import KeyRule
-from porting.models.images import Preprocessing
+from porting.models.images import IMAGENET, Preprocessing
 from porting.parity.training import OptimizerPair, usual_optimizers
 from porting.sources.table import embedded_table
 
@@ -207,7 +207,7 @@ class VanFamily(Family):
         if spec.variant == "nano":
             return Preprocessing(input_size=64, resize_size=64)
         if spec.naming.name == "segmentation":
-            return replace(self.inputs, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+            return replace(self.inputs, **IMAGENET)
         return self.inputs
 
     def shrinkable(self, parameter: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from porting.families.base import Spec
-from porting.families.library import LibraryFamily, library, timm_model
+from porting.families.library import LibraryFamily, classifier, library, timm_model
 from porting.mapping.rules import KeyRule
 from porting.models.images import Preprocessing
 
@@ -50,8 +50,7 @@ class ViTFamily(LibraryFamily):
 
     def make_candidate(self, spec: Spec) -> keras.Model:
         heads, width, depth, side = self.models[spec.variant]
-        hub = library("keras_hub.models")
-        backbone = hub.ViTBackbone(
+        backbone = library("keras_hub.models").ViTBackbone(
             image_shape=(side, side, 3),
             patch_size=16,
             num_layers=depth,
@@ -61,6 +60,4 @@ class ViTFamily(LibraryFamily):
             layer_norm_epsilon=1e-6,
             name="backbone",
         )
-        if not spec.num_classes:
-            return backbone
-        return hub.ViTImageClassifier(backbone=backbone, num_classes=spec.num_classes)
+        return classifier("ViTImageClassifier", backbone, spec, pooled=False)

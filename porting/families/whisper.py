@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from porting.families.base import Spec
-from porting.families.library import LibraryFamily, library, text_inputs, transformers_model
+from porting.families.library import LibraryFamily, text_inputs, transformer_backbone, transformers_model
 from porting.kinds.transforms import Array
 from porting.mapping.rules import KeyRule
 
@@ -82,14 +82,8 @@ class WhisperFamily(LibraryFamily):
         return transformers_model("WhisperModel", _results, config, _with_frames_last)
 
     def make_candidate(self, spec: Spec) -> keras.Model:
-        layers, heads, width, vocabulary = self.models[spec.variant]
-        return library("keras_hub.models").WhisperBackbone(
-            vocabulary_size=vocabulary,
-            num_layers=layers,
-            num_heads=heads,
-            hidden_dim=width,
-            intermediate_dim=4 * width,
-        )
+        *sizes, vocabulary = self.models[spec.variant]
+        return transformer_backbone("WhisperBackbone", *sizes, vocabulary_size=vocabulary)
 
 
 def _with_frames_last(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from porting.errors import KeyMapError
 from porting.kinds import kind_called
-from porting.kinds.transforms import VECTOR, Array, Shape, Transform
+from porting.kinds.transforms import Array, Shape, Transform
 from porting.mapping.rules import KeyRule, bind, fill, join_name
 
 
@@ -83,11 +83,6 @@ class KeyMap:
     def dropped(self, names: Iterable[str]) -> tuple[str, ...]:
         """Those of the names that are left out on purpose, sorted."""
         return tuple(sorted(name for name in names if name in self.drops or name.startswith(self.foreign)))
-
-    def covering(self, names: Iterable[str]) -> KeyMap:
-        """With one entry a name, which says that a model has the tensor, and nothing of where it goes."""
-        entries = tuple(TensorEntry((name,), (), VECTOR) for name in names)
-        return KeyMap(self.layers, (*self.entries, *entries), self.drops, self.foreign)
 
     @property
     def absorbed(self) -> tuple[str, ...]:

@@ -65,14 +65,6 @@ def effective_names(model: nn.Module) -> set[str]:
     return names
 
 
-def float_names(model: nn.Module) -> set[str]:
-    """The names of the floating-point tensors in a model's state_dict."""
-    import torch
-
-    state = model.state_dict()
-    return {n for n, each in state.items() if isinstance(each, torch.Tensor) and each.is_floating_point()}
-
-
 def shapes_of(tensors: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(array.shape) for name, array in tensors.items()}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -148,9 +147,8 @@ def _proposed(
 def _pairs(key_map: KeyMap, reference: nn.Module, candidate: keras.Model) -> dict[str, str]:
     """Which layer stands for which module, where one does for one."""
     modules, layers = dict(reference.named_modules()), named_layers(candidate)
-    found = [pair for pair in key_map.layers if pair.source in modules and pair.target in layers]
-    count = Counter(pair.target for pair in found)
-    return {pair.source: pair.target for pair in found if pair.source and count[pair.target] == 1}
+    found = key_map.one_to_one.items()
+    return {source: target for source, target in found if source and source in modules and target in layers}
 
 
 def _assign(candidate: keras.Model, variables: Mapping[str, Any], conversion: Conversion) -> None:

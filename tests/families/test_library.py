@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,6 @@ from porting.errors import FailedParityError, KeyMapError, SourceError
 from porting.families.library import LibraryFamily, library
 from porting.families.registry import family_names, get_family
 from porting.mapping.rules import KeyRule, bind
-from porting.models.inputs import make_inputs
-from porting.models.synthetic import fill_with_synthetic_weights
 from porting.tasks.port import port
 from porting.tasks.revert import revert
 
@@ -35,19 +32,9 @@ SMALL = [
 
 def write_checkpoint(family: LibraryFamily, variant: str, classes: int, path: Path) -> dict[str, Any]:
     """Synthetic weights of a variant, in a file, and as a state_dict."""
-    spec = family.spec(variant, classes)
-    reference = family.build_reference(spec)
-    given = family.check_inputs(spec)
-    if given is None:
-        images = torch.randn(2, 3, *[family.preprocessing(spec).input_size] * 2)
-        fill_with_synthetic_weights(reference, 0, run=lambda model: model(images))
-    else:
-        inputs = make_inputs(reference, family.make_candidate(spec), given)
-        fill_with_synthetic_weights(reference, 0, run=partial(inputs.call_reference, dtype=torch.float32))
-    for name in family.zeros:
-        reference.get_parameter(name).data.zero_()
-    torch.save(reference.state_dict(), path)
-    return reference.state_dict()
+    state = family.synthetic_reference(family.spec(variant, classes)).state_dict()
+    torch.save(state, path)
+    return state
 
 
 def test_there_are_fifteen_families() -> None:

@@ -11,40 +11,23 @@ import torch
 from torch import nn
 
 import porting
+from porting.families.library import last_hidden_state, transformer_backbone, transformers_model
+from porting.families.registry import get_family
 
 keras_hub = pytest.importorskip("keras_hub")
 timm = pytest.importorskip("timm")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 IMAGES = np.random.default_rng(0).normal(size=(1, 32, 32, 3)).astype(np.float32)
 IDS = np.random.default_rng(0).integers(0, 50, (2, 8)).astype(np.int32)
 TEXT = {"token_ids": IDS, "padding_mask": np.ones_like(IDS)}
 
 
-class Text(nn.Module):
-    """A model of transformers under keras-hub's names of inputs."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, token_ids: Any, padding_mask: Any) -> Any:
-        return self.model(input_ids=token_ids, attention_mask=padding_mask).last_hidden_state
-
-
 def resnet() -> tuple[nn.Module, Any, Any]:
-    backbone = keras_hub.models.ResNetBackbone(
-        input_conv_filters=[64],
-        input_conv_kernel_sizes=[7],
-        stackwise_num_filters=[64, 128, 256, 512],
-        stackwise_num_blocks=[2, 2, 2, 2],
-        stackwise_num_strides=[1, 2, 2, 2],
-        block_type="basic_block",
-        use_pre_activation=False,
-        image_shape=(None, None, 3),
-    )
-    model = keras_hub.models.ResNetImageClassifier(backbone=backbone, num_classes=10)
-    return timm.create_model("resnet18", num_classes=10), model, np.repeat(np.repeat(IMAGES, 2, 1), 2, 2)
+    family = get_family("resnet")
+    spec = family.spec("resnet18", 10)
+    images = np.repeat(np.repeat(IMAGES, 2, 1), 2, 2)
+    return family.build_reference(spec), family.build_candidate(spec), images
 
 
 def vit() -> tuple[nn.Module, Any, Any]:
@@ -63,20 +46,15 @@ def vit() -> tuple[nn.Module, Any, Any]:
 
 
 def gpt2() -> tuple[nn.Module, Any, Any]:
-    config = transformers.GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=50, n_positions=16)
-    backbone = keras_hub.models.GPT2Backbone(
-        vocabulary_size=50, num_layers=2, num_heads=2, hidden_dim=16, intermediate_dim=64, max_sequence_length=16
-    )
-    return Text(transformers.GPT2Model(config)), backbone, TEXT
+    config = {"n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": 50, "n_positions": 16}
+    backbone = transformer_backbone("GPT2Backbone", 2, 2, 16, vocabulary_size=50, max_sequence_length=16)
+    return transformers_model("GPT2Model", last_hidden_state, config), backbone, TEXT
 
 
 def distilbert() -> tuple[nn.Module, Any, Any]:
-    sizes = {"n_layers": 2, "dim": 16, "n_heads": 2, "vocab_size": 50, "hidden_dim": 32, "max_position_embeddings": 16}
-    config = transformers.DistilBertConfig(**sizes, attn_implementation="eager")
-    backbone = keras_hub.models.DistilBertBackbone(
-        vocabulary_size=50, num_layers=2, num_heads=2, hidden_dim=16, intermediate_dim=32, max_sequence_length=16
-    )
-    return Text(transformers.DistilBertModel(config)), backbone, TEXT
+    sizes = {"n_layers": 2, "dim": 16, "n_heads": 2, "vocab_size": 50, "hidden_dim": 64, "max_position_embeddings": 16}
+    backbone = transformer_backbone("DistilBertBackbone", 2, 2, 16, vocabulary_size=50, max_sequence_length=16)
+    return transformers_model("DistilBertModel", last_hidden_state, sizes), backbone, TEXT
 
 
 @pytest.mark.parametrize("build", [resnet, vit, gpt2, distilbert], ids=lambda build: build.__name__)
