@@ -6,13 +6,8 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from porting.exporting.base import Runtime
-from porting.kinds.transforms import Array
-
-if TYPE_CHECKING:
-    import keras
+from porting.exporting.base import Exportable, Runtime, gelu_by_erf
 
 # What the artifact's name ends in, by format.
 FORMATS = {"saved_model": "", "litert": ".tflite", "onnx": ".onnx"}
@@ -24,16 +19,15 @@ NEEDED = {
 }
 
 
-def write(
-    form: str, model: keras.Model, path: Path, precision: str, images: Array, *, split_kernels: bool = False
-) -> None:
-    """Writes `model` to `path`, for images of the size of `images`, `(N, H, W, C)`, to which int8 is fitted.
+def write(form: str, given: Exportable, path: Path, precision: str, *, split_kernels: bool = False) -> None:
+    """Writes a model to `path`, for inputs of the size of those given with it, to which int8 is fitted.
 
     `split_kernels` is for LiteRT: large depthwise kernels become sums of smaller ones. In int8 XNNPACK takes only
     summands whose steps are of about one size. What the converters raise comes through as it is.
     """
     settings = {"split_kernels": split_kernels} if form == "litert" else {}
-    import_module(f"{__name__}.{form}").write(model, path, precision, images, **settings)
+    with gelu_by_erf():
+        import_module(f"{__name__}.{form}").write(given, path, precision, **settings)
 
 
 @contextlib.contextmanager

@@ -1,23 +1,126 @@
-"""What the formats share: the protocol of a runtime, and finding a layer's tensor by its name."""
+"""What the formats share: a model whose inputs and results have names, and the protocol of a runtime."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 from porting.kinds.transforms import Array
+from porting.models.inputs import Inputs, leaves_by_key
+
+if TYPE_CHECKING:
+    import keras
 
 # Operations that are also made of weights, and that change nothing where they are not.
 OF_WEIGHTS = {"DEQUANTIZE", "DequantizeLinear", "QuantizeLinear", "Transpose", "Reshape"}
 
 
+@dataclass(frozen=True)
+class Exportable:
+    """A Keras model as a function of named inputs with named results, and inputs to run it on.
+
+    One image is called `images`, other inputs as Keras calls them. Results are `output_0`, `output_1` and so on, or
+    have the keys under which the model gives them.
+    """
+
+    model: keras.Model
+    inputs: Inputs
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the inputs, in order; each can be an argument's name."""
+        if self.inputs.names is not None:
+            found: Sequence[str] = self.inputs.names
+        elif len(self.inputs.candidate) == 1 and self.inputs.candidate[0].ndim == 4:
+            found = ["images"]
+        else:
+            found = [tensor.name for tensor in self.model.inputs]
+        return tuple(re.sub(r"\W", "_", name) for name in found)
+
+    def specs(self, *, fixed: bool) -> dict[str, Any]:
+        """A tf.TensorSpec an input: of one sample when `fixed`, else of any number, and of sequences of any length."""
+        import tensorflow as tf
+
+        found = {}
+        open_sides = [tuple(tensor.shape) for tensor in self.model.inputs]
+        for place, (name, array) in enumerate(zip(self.names, self.inputs.candidate, strict=True)):
+            sides: tuple[int | None, ...] = (1 if fixed else None, *array.shape[1:])
+            if not fixed and array.ndim < 3 and len(open_sides) == len(self.names):
+                sides = (None, *self._sides_of(place, open_sides)[1:])
+            found[name] = tf.TensorSpec(sides, tf.as_dtype(array.dtype), name=name)
+        return found
+
+    def _sides_of(self, place: int, sides: list[tuple[int | None, ...]]) -> tuple[int | None, ...]:
+        """What Keras says of the input at `place`, whose names may be in another order than its own."""
+        if self.inputs.names is None:
+            return sides[place]
+        by_name = {tensor.name: tuple(tensor.shape) for tensor in self.model.inputs}
+        return by_name.get(self.inputs.names[place], self.inputs.candidate[place].shape)
+
+    def __call__(self, **given: Any) -> dict[str, Any]:
+        return self.named(self.model(self.structured(given), training=False))
+
+    def structured(self, given: Mapping[str, Any]) -> Any:
+        """Inputs by name in the structure that the model takes."""
+        return self.inputs.structured(self.model, [given[name] for name in self.names])
+
+    def named(self, result: Any) -> dict[str, Any]:
+        """What the model gives, by the names that the results have in the file."""
+        leaves = leaves_by_key(result)
+        return dict(zip(self.result_names(list(leaves)).values(), leaves.values(), strict=True))
+
+    def result_names(self, keys: Sequence[str] | None = None) -> dict[str, str]:
+        """Every result's name by its key in what the model gives."""
+        if keys is None:
+            keys = list(leaves_by_key(self.model.output))
+        digits = len(str(len(keys) - 1))  # runtimes sort by name
+        return {
+            key: f"output_{place:0{digits}}" if not key or key.startswith("[") else re.sub(r"\W", "_", key)
+            for place, key in enumerate(keys)
+        }
+
+    def samples(self) -> Iterator[dict[str, Array]]:
+        """One after the other, each as a batch of one, by the inputs' names."""
+        for index in range(len(self.inputs)):
+            batch = self.inputs.batch(index, index + 1)
+            yield dict(zip(self.names, batch.candidate, strict=True))
+
+
+@contextmanager
+def gelu_by_erf() -> Iterator[None]:
+    """While a model is traced, Keras's GELU is computed by Erf: its own Erfc is an operation that ONNX lacks.
+
+    It is what every way to Keras's GELU ends in: layers' activations, functions of their own and keras.ops.
+    """
+    from keras.src import backend
+
+    own = backend.nn.gelu
+
+    def gelu(x: Any, approximate: bool = True) -> Any:
+        import tensorflow as tf
+
+        if approximate:
+            return own(x, approximate=True)
+        x = tf.convert_to_tensor(x)
+        return 0.5 * x * (1.0 + tf.math.erf(x * math.sqrt(0.5)))
+
+    try:
+        backend.nn.gelu = gelu
+        yield
+    finally:
+        backend.nn.gelu = own
+
+
 class Runtime(Protocol):
     """One loaded artifact."""
 
-    def run(self, image: Array) -> Mapping[str, Array]:
-        """`(1, H, W, 3)` to the result, under `OUTPUT`, and to the layers' results by the Keras layers' names."""
+    def run(self, sample: Mapping[str, Array]) -> tuple[Mapping[str, Array], Mapping[str, Array]]:
+        """A batch of one, by the inputs' names, to the results by name and the layers' results by Keras's names."""
         ...
 
     def operators(self) -> Counter[str]:

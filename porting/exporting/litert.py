@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from porting.errors import ExportError
-from porting.exporting.base import OF_WEIGHTS, last_of_each_layer
+from porting.exporting.base import OF_WEIGHTS, Exportable, last_of_each_layer
 from porting.kinds.transforms import Array
 from porting.models.traverse import named_layers
-from porting.parity.report import OUTPUT
 
 if TYPE_CHECKING:
     import keras
@@ -25,22 +24,20 @@ if TYPE_CHECKING:
 _TAPS_AT_ONCE = 25
 
 
-def write(model: keras.Model, path: Path, precision: str, images: Array, split_kernels: bool) -> None:
+def write(given: Exportable, path: Path, precision: str, split_kernels: bool) -> None:
     import tensorflow as tf
     from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
-    with kernels_in_parts(model) if split_kernels else nullcontext():
-        run = tf.function(lambda x: model(x, training=False)).get_concrete_function(
-            tf.TensorSpec((1, *images.shape[1:]), tf.float32, name="images")
-        )
-    converter = tf.lite.TFLiteConverter.from_concrete_functions([convert_variables_to_constants_v2(run)], model)
+    with kernels_in_parts(given.model) if split_kernels else nullcontext():
+        run = tf.function(given.__call__).get_concrete_function(**given.specs(fixed=True))
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([convert_variables_to_constants_v2(run)], given.model)
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]  # no Flex
     if precision != "float32":
         converter.optimizations = [tf.lite.Optimize.DEFAULT]
     if precision == "float16":
         converter.target_spec.supported_types = [tf.float16]
     if precision == "int8":
-        converter.representative_dataset = lambda: ([image[None]] for image in images)
+        converter.representative_dataset = given.samples
     path.write_bytes(converter.convert())
 
 
@@ -124,17 +121,11 @@ class LiteRTRuntime:
         names = last_of_each_layer([each["name"].partition(";")[0] for each in details], layers)
         self._layers = {layer: details[position] for layer, position in names.items()}
 
-    def run(self, image: Array) -> Mapping[str, Array]:
-        found = {layer: _dequantized(self._open, detail) for layer, detail in self._invoke(self._open, image)}
-        (output,) = self._fast.get_output_details()
-        self._invoke(self._fast, image)
-        return {**found, OUTPUT: _dequantized(self._fast, output)}
-
-    def _invoke(self, interpreter: Any, image: Array) -> list[tuple[str, Any]]:
-        (given,) = interpreter.get_input_details()
-        interpreter.set_tensor(given["index"], image.astype(given["dtype"]))
-        interpreter.invoke()
-        return list(self._layers.items())
+    def run(self, sample: Mapping[str, Array]) -> tuple[Mapping[str, Array], Mapping[str, Array]]:
+        results = self._fast.get_signature_runner()(**sample)
+        self._open.get_signature_runner()(**sample)
+        layers = {layer: _dequantized(self._open, detail) for layer, detail in self._layers.items()}
+        return {name: array.astype(np.float32) for name, array in results.items()}, layers
 
     def operators(self) -> Counter[str]:
         return Counter(each["op_name"] for each in self._open._get_ops_details())

@@ -5,21 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from porting.errors import ExportError
-from porting.exporting.base import OF_WEIGHTS, last_of_each_layer
+from porting.exporting.base import OF_WEIGHTS, Exportable, last_of_each_layer
 from porting.kinds.transforms import Array
-from porting.models.traverse import named_layers
-from porting.parity.report import OUTPUT
-
-if TYPE_CHECKING:
-    import keras
 
 # What tf2onnx writes at most, and the first that has Gelu.
 _OPSET_WRITTEN, _OPSET = 18, 20
@@ -27,15 +21,14 @@ _OPSET_WRITTEN, _OPSET = 18, 20
 _INSERTED = re.compile(r"__\d+(:\d+)?$")
 
 
-def write(model: keras.Model, path: Path, precision: str, images: Array) -> None:
+def write(given: Exportable, path: Path, precision: str) -> None:
     import onnx
     import tensorflow as tf
     import tf2onnx
 
-    signature = [tf.TensorSpec((None, *images.shape[1:]), tf.float32, name="images")]
-    run = tf.function(lambda x: model(x, training=False), input_signature=signature)
-    with _gelu_by_erf(model):
-        converted, _ = tf2onnx.convert.from_function(run, signature, opset=_OPSET_WRITTEN)
+    specs = given.specs(fixed=False)
+    run = tf.function(lambda *values: given(**dict(zip(specs, values, strict=True))))
+    converted, _ = tf2onnx.convert.from_function(run, list(specs.values()), opset=_OPSET_WRITTEN)
     converted = _polished(converted)
     if precision == "float16":
         from onnxruntime.transformers.float16 import convert_float_to_float16
@@ -43,27 +36,7 @@ def write(model: keras.Model, path: Path, precision: str, images: Array) -> None
         converted = convert_float_to_float16(converted, keep_io_types=True)
     onnx.save(converted, path)
     if precision == "int8":
-        _quantize_onnx(path, images)
-
-
-@contextmanager
-def _gelu_by_erf(model: keras.Model) -> Iterator[None]:
-    """While the model is traced, Keras's GELU is computed by Erf: its own Erfc is an operation that ONNX lacks."""
-    import keras
-
-    def gelu(x: Any) -> Any:
-        return 0.5 * x * (1.0 + keras.ops.erf(x * math.sqrt(0.5)))
-
-    found = [
-        layer for layer in named_layers(model).values() if getattr(layer, "activation", None) is keras.activations.gelu
-    ]
-    try:
-        for layer in found:
-            layer.activation = gelu
-        yield
-    finally:
-        for layer in found:
-            layer.activation = keras.activations.gelu
+        _quantize_onnx(path, given.samples())
 
 
 def _polished(model: Any) -> Any:
@@ -104,19 +77,15 @@ def _polished(model: Any) -> Any:
     return onnx_ir.to_proto(polished)
 
 
-def _quantize_onnx(path: Path, images: Array) -> None:
+def _quantize_onnx(path: Path, samples: Iterator[dict[str, Array]]) -> None:
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
-    class Images(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self._left = iter(images)
-
+    class Samples(CalibrationDataReader):  # type: ignore[misc]
         def get_next(self) -> dict[str, Array] | None:
-            image = next(self._left, None)
-            return None if image is None else {"images": image[None]}
+            return next(samples, None)
 
     quantize_static(
-        path, path, Images(), per_channel=True, activation_type=QuantType.QInt8, weight_type=QuantType.QInt8
+        path, path, Samples(), per_channel=True, activation_type=QuantType.QInt8, weight_type=QuantType.QInt8
     )
 
 
@@ -143,12 +112,15 @@ class OnnxRuntime:
         except Exception as error:  # both libraries have many kinds
             raise ExportError(f"ONNX Runtime cannot load the file: {str(error).partition(chr(10))[0]}") from None
 
-    def run(self, image: Array) -> Mapping[str, Array]:
-        (given,) = self._fast.get_inputs()
-        (output,) = self._fast.run(None, {given.name: image})
-        found = self._open.run(list(self._layers.values()), {given.name: image}) if self._layers else []
-        layers = {layer: np.asarray(array, np.float32) for layer, array in zip(self._layers, found, strict=True)}
-        return {**layers, OUTPUT: np.asarray(output, np.float32)}
+    def run(self, sample: Mapping[str, Array]) -> tuple[Mapping[str, Array], Mapping[str, Array]]:
+        given = {each.name: sample[each.name] for each in self._fast.get_inputs()}  # some are read by no operation
+        results = [each.name for each in self._fast.get_outputs()]
+        layers = self._open.run(list(self._layers.values()), given) if self._layers else []
+        return _by_name(results, self._fast.run(results, given)), _by_name(self._layers, layers)
 
     def operators(self) -> Counter[str]:
         return Counter(node.op_type for node in self._model.graph.node)
+
+
+def _by_name(names: Iterable[str], arrays: Sequence[Any]) -> dict[str, Array]:
+    return {name: np.asarray(array, np.float32) for name, array in zip(names, arrays, strict=True)}

@@ -10,18 +10,14 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from porting.errors import ExportError
-from porting.exporting.base import last_of_each_layer
+from porting.exporting.base import Exportable, last_of_each_layer
 from porting.kinds.transforms import Array
 from porting.models.traverse import named_layers
-from porting.parity.report import OUTPUT
-
-if TYPE_CHECKING:
-    import keras
 
 # Says which tensors depend on the input, in the order in which they are computed; is told which to show.
 _RUN_SAVED_MODEL = """
@@ -35,9 +31,9 @@ from tensorflow.python.framework.convert_to_constants import convert_variables_t
 path, taken = sys.argv[1:]
 model = tf.saved_model.load(path)
 run = model.signatures["serving_default"]
-(name,) = run.structured_input_signature[1]
+names_of_inputs = sorted(run.structured_input_signature[1])
 inlined = convert_variables_to_constants_v2(run)
-reached, names = {inlined.inputs[0].op}, []
+reached, names = {each.op for each in inlined.inputs}, []
 for each in inlined.graph.get_operations():  # an imported graph has every operation behind those that it takes from
     if any(given.op in reached for given in each.inputs):
         reached.add(each)
@@ -45,40 +41,43 @@ for each in inlined.graph.get_operations():  # an imported graph has every opera
             names.append(each.outputs[0].name)
 print(json.dumps(names), file=answers, flush=True)
 wanted = [inlined.graph.get_tensor_by_name(each) for each in json.loads(sys.stdin.readline())]
-show = inlined.prune(inlined.inputs, wanted) if wanted else lambda image: []
+show = inlined.prune(inlined.inputs, wanted) if wanted else lambda *given: []
 for line in sys.stdin:
-    image = tf.constant(np.load(line.strip()))
-    (result,) = run(**{name: image}).values()
-    np.savez(taken, result.numpy(), *(each.numpy() for each in show(image)))
+    with np.load(line.strip()) as file:
+        given = {name: tf.constant(file[name]) for name in names_of_inputs}
+    results = {f"result/{name}": result.numpy() for name, result in run(**given).items()}
+    shown = [each.numpy() for each in show(*given.values())]
+    np.savez(taken, **results, **{f"layer/{place}": each for place, each in enumerate(shown)})
     print("done", file=answers, flush=True)
 """
 
 
-def write(model: keras.Model, path: Path, precision: str, images: Array) -> None:
+def write(given: Exportable, path: Path, precision: str) -> None:
     """Weights are constants of the graph, so that TensorFlow can bring them into the order that its kernels like."""
     import keras
     import tensorflow as tf
 
     depthwise = {
-        id(layer.kernel) for layer in named_layers(model).values() if isinstance(layer, keras.layers.DepthwiseConv2D)
+        id(layer.kernel)
+        for layer in named_layers(given.model).values()
+        if isinstance(layer, keras.layers.DepthwiseConv2D)
     }
     constants = {
         id(variable): stored(np.asarray(variable), precision, depthwise=id(variable) in depthwise)
-        for variable in model.variables
+        for variable in given.model.variables
     }
 
-    def serve(images: Any) -> dict[str, Any]:
+    def serve(**inputs: Any) -> dict[str, Any]:
         def of(variables: list[Any]) -> list[Any]:
             return [_restored(*constants[id(variable)]) for variable in variables]
 
-        trained, others = of(model.trainable_variables), of(model.non_trainable_variables)
-        output, _ = model.stateless_call(trained, others, images, training=False)
-        return {"output_0": output}
+        trained, others = of(given.model.trainable_variables), of(given.model.non_trainable_variables)
+        output, _ = given.model.stateless_call(trained, others, given.structured(inputs), training=False)
+        return given.named(output)
 
     path.unlink(missing_ok=True)
     # As a signature alone: as a method too, all weights would be in the file twice.
-    signature = tf.TensorSpec((None, *images.shape[1:]), tf.float32, name="images")
-    run = tf.function(serve).get_concrete_function(signature)
+    run = tf.function(serve).get_concrete_function(**given.specs(fixed=False))
     tf.saved_model.save(tf.Module(), str(path), signatures={"serving_default": run})
 
 
@@ -87,7 +86,7 @@ def stored(values: Array, precision: str, *, depthwise: bool) -> tuple[Array, Ar
 
     What has one axis or none, such as a bias, stays in float32.
     """
-    if precision == "float32" or values.ndim < 2:
+    if precision == "float32" or values.ndim < 2 or values.dtype.kind != "f":
         return values, None
     if precision == "float16":
         return values.astype(np.float16), None
@@ -114,7 +113,7 @@ class SavedModelRuntime:
 
     def __enter__(self) -> SavedModelRuntime:
         self._folder = tempfile.TemporaryDirectory()
-        self._given, self._taken = Path(self._folder.name, "in.npy"), Path(self._folder.name, "out.npz")
+        self._given, self._taken = Path(self._folder.name, "in.npz"), Path(self._folder.name, "out.npz")
         command = [sys.executable, "-P", "-c", _RUN_SAVED_MODEL, str(self._path), str(self._taken)]
         self._said = Path(self._folder.name, "stderr").open("w+")  # a pipe that nobody empties would fill up
         self._process = subprocess.Popen(
@@ -136,13 +135,14 @@ class SavedModelRuntime:
         self._said.close()
         self._folder.cleanup()
 
-    def run(self, image: Array) -> Mapping[str, Array]:
-        np.save(self._given, image)
+    def run(self, sample: Mapping[str, Array]) -> tuple[Mapping[str, Array], Mapping[str, Array]]:
+        np.savez(self._given, **sample)  # type: ignore[arg-type]
         self._say(str(self._given))
         self._answer()
         with np.load(self._taken) as found:
-            output, *layers = found.values()
-        return {**dict(zip(self._layers, layers, strict=True)), OUTPUT: output}
+            results = {name.partition("/")[2]: found[name] for name in found.files if name.startswith("result/")}
+            layers = {layer: found[f"layer/{place}"] for place, layer in enumerate(self._layers)}
+        return results, layers
 
     def _say(self, line: str) -> None:
         assert self._process.stdin is not None

@@ -40,7 +40,9 @@ class Activation(Kind):
     name = "activation"
 
     def is_module(self, module: nn.Module) -> bool:
-        return type(module).__module__ == "torch.nn.modules.activation" and not list(module.parameters())
+        # timm and transformers have classes of their own, in modules called so.
+        home = type(module).__module__.rpartition(".")[2]
+        return home.startswith("activation") and not list(module.parameters()) and not list(module.children())
 
     def is_layer(self, layer: keras.layers.Layer) -> bool:
         from keras import layers
@@ -52,9 +54,12 @@ class Activation(Kind):
 
         if type(module).__name__ in _NOT_ELEMENTWISE:
             return {}
-        with torch.no_grad():
-            values: Array = copy.deepcopy(module)(torch.from_numpy(GRID.copy())).numpy()
-        return {"activation": values}
+        try:
+            with torch.no_grad():
+                values: Array = copy.deepcopy(module)(torch.from_numpy(GRID.copy())).numpy()
+        except Exception:  # whatever a package's own class raises on a single axis
+            return {}
+        return {"activation": values} if values.shape == GRID.shape else {}
 
     def layer_settings(self, layer: Any) -> Settings:
         return _values(layer if type(layer).__name__ in _WITHOUT_ARGUMENT else layer.activation)
@@ -71,7 +76,11 @@ class Activation(Kind):
         def made(cause: str, compute: Callable[[Tensor], Tensor]) -> Mistake:
             return Mistake(cause, lambda: compute(in_double(inputs[0])))
 
-        if isinstance(module, nn.GELU):
+        own = self.module_settings(module).get("activation")
+        function = name_of_function(own) if own is not None else ""
+        if function == "GELU (tanh)":
+            yield made("GELU by erf, where PyTorch has its tanh approximation", F.gelu)
+        elif isinstance(module, nn.GELU) or function == "GELU (erf)":
             yield made("the tanh approximation of GELU", lambda x: F.gelu(x, approximate="tanh"))
             yield made("the sigmoid approximation of GELU", lambda x: x * torch.sigmoid(1.702 * x))
         others: dict[str, Callable[[Tensor], Tensor]] = {

@@ -128,13 +128,16 @@ class Inputs:
 
     def for_candidate(self, model: keras.Model) -> Any:
         """The structure that the Keras model takes."""
-        arrays = list(self.candidate)
+        return self.structured(model, self.candidate)
+
+    def structured(self, model: keras.Model, values: Sequence[Any]) -> Any:
+        """Values in the order of these inputs, in the structure that the Keras model takes."""
         if self.names is not None:
-            return dict(zip(self.names, arrays, strict=True))
+            return dict(zip(self.names, values, strict=True))
         structure = getattr(model, "_inputs_struct", None)
-        if isinstance(structure, Mapping) and len(structure) == len(arrays):
-            return dict(zip(structure, arrays, strict=True))
-        return arrays[0] if len(arrays) == 1 else arrays
+        if isinstance(structure, Mapping) and len(structure) == len(values):
+            return dict(zip(structure, values, strict=True))
+        return values[0] if len(values) == 1 else list(values)
 
     def call_reference(self, model: nn.Module, dtype: Any) -> Any:
         """Runs the PyTorch model, floats in `dtype`, on copies of the arrays."""
@@ -147,6 +150,11 @@ class Inputs:
             if names is not None:
                 return model(**dict(zip(names, tensors, strict=True)))
             return model(*tensors)
+
+
+def image_inputs(images: Array) -> Inputs:
+    """The inputs of two models of images, `(N, H, W, C)` for Keras and `(N, C, H, W)` for PyTorch."""
+    return Inputs((images,), (np.moveaxis(images, -1, 1),), (moved(images.ndim),))
 
 
 def _slice(array: Array, axes: Axes | None, start: int, stop: int) -> Array:

@@ -10,9 +10,8 @@ import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from porting.kinds.transforms import Array
+from porting.models.inputs import Inputs, image_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -22,12 +21,12 @@ PRECISIONS = ("float32", "float16", "int8")
 _HALVES = ("float16", "bfloat16")
 
 
-def in_precision(model: nn.Module, precision: str, images: Array, *, results: bool = True) -> nn.Module:
+def in_precision(model: nn.Module, precision: str, inputs: Array | Inputs, *, results: bool = True) -> nn.Module:
     """A copy of `model` in float32 whose numbers are those that `precision` has.
 
     float16, bfloat16: weights and every module's result are rounded to it. int8: kernels are rounded to 255 steps a
-    channel of their output, and every result to 256 steps between the least and the greatest that `images`
-    `(N, H, W, C)` make. Without `results` only the weights are rounded.
+    channel of their output, and every result to 256 steps between the least and the greatest that `inputs`,
+    images `(N, H, W, C)` or any, make. Without `results` only the weights are rounded.
 
     Raises ValueError for an unknown precision.
     """
@@ -52,7 +51,7 @@ def in_precision(model: nn.Module, precision: str, images: Array, *, results: bo
         for module in leaves:
             module.register_forward_hook(partial(_in_half, getattr(torch, precision)))
         return rounded
-    ranges = _ranges(model, images)
+    ranges = _ranges(model, inputs if isinstance(inputs, Inputs) else image_inputs(inputs))
     names = {id(module): name for name, module in rounded.named_modules()}
     for module in leaves:
         if names[id(module)] in ranges:
@@ -80,8 +79,8 @@ def _in_steps(tensor: Tensor, low: float, high: float) -> Tensor:
     return torch.fake_quantize_per_tensor_affine(tensor, step, round(-128 - low / step), -128, 127)
 
 
-def _ranges(model: nn.Module, images: Array) -> dict[str, tuple[float, float]]:
-    """Least and greatest result of every module over the images, with zero between them."""
+def _ranges(model: nn.Module, inputs: Inputs) -> dict[str, tuple[float, float]]:
+    """Least and greatest result of every module over the inputs, with zero between them."""
     import torch
 
     found: dict[str, tuple[float, float]] = {}
@@ -90,15 +89,17 @@ def _ranges(model: nn.Module, images: Array) -> dict[str, tuple[float, float]]:
         if list(module.children()):
             continue
 
-        def watch(_: Any, __: Any, output: Tensor, name: str = name) -> None:
+        def watch(_: Any, __: Any, output: Any, name: str = name) -> None:
+            if not (isinstance(output, torch.Tensor) and output.is_floating_point()):
+                return
             low, high = found.get(name, (0.0, 0.0))
             found[name] = min(low, float(output.min())), max(high, float(output.max()))
 
         handles.append(module.register_forward_hook(watch))
     try:
         with torch.no_grad():
-            for image in images:
-                model(torch.from_numpy(np.ascontiguousarray(np.moveaxis(image[None], -1, 1))))
+            for index in range(len(inputs)):
+                inputs.batch(index, index + 1).call_reference(model, torch.float32)
     finally:
         for handle in handles:
             handle.remove()

@@ -1,7 +1,8 @@
-"""What a program outside Keras makes of the same images, against PyTorch, by the names of PyTorch's modules."""
+"""What a program outside Keras makes of the same inputs, against PyTorch, by the names of PyTorch's modules."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,9 @@ import numpy as np
 
 from porting.kinds.transforms import Array
 from porting.models.float64 import in_float64
-from porting.models.inputs import Inputs, moved
+from porting.models.inputs import Axes, Inputs, image_inputs, moved
 from porting.parity.measure import DifferenceSum, DistanceSum, measure_distance, measure_size
-from porting.parity.record import kinds_of, record
+from porting.parity.record import kinds_of, output_name, record
 from porting.parity.report import (
     FLOAT32,
     FLOAT32_ROUNDOFF,
@@ -22,6 +23,7 @@ from porting.parity.report import (
     ParityReport,
     View,
 )
+from porting.parity.results import pair_results
 from porting.parity.summary import compare_logits, with_usual_rounding
 from porting.progress import SILENT, Progress
 
@@ -39,11 +41,12 @@ class _Layer:
         self.problem, self.dtype = "", ""
         self.shape: tuple[int, ...] = ()
 
-    def include(self, rounded: Tensor, truth: Tensor, actual: Tensor, limit: float, index: int) -> None:
-        axes = _axes(truth, actual)
-        if axes is None:
-            last = tuple(truth.shape[axis] for axis in (moved(truth.ndim) if truth.ndim > 2 else range(truth.ndim)))
-            self.problem = f"shape {tuple(actual.shape)} instead of {last}"
+    def include(
+        self, rounded: Tensor, truth: Tensor, actual: Tensor, axes: Axes | None, limit: float, index: int
+    ) -> None:
+        if axes is None or tuple(truth.shape[axis] for axis in axes) != tuple(actual.shape):
+            last = [truth.shape[axis] for axis in axes or (moved(truth.ndim) if truth.ndim > 2 else range(truth.ndim))]
+            self.problem = f"shape {tuple(actual.shape)} instead of {tuple(last)}"
             return
         self.scale.include(measure_size(truth))
         self.expected_error.include(measure_distance(rounded, truth))
@@ -63,60 +66,75 @@ class _Layer:
 
 def compare_outputs(
     reference: nn.Module,
-    run: Callable[[Array], Mapping[str, Array]],
-    images: Array,
+    run: Callable[[Any], Mapping[str, Array]],
+    inputs: Array | Inputs,
     *,
     rounded: nn.Module | None = None,
     limits: Limits | None = None,
     name: str = "as exported",
     progress: Progress = SILENT,
 ) -> ParityReport:
-    """Compares what a program outside Keras makes of images with PyTorch, by the names of PyTorch's modules.
+    """Compares what a program outside Keras makes of inputs with PyTorch, by the names of PyTorch's modules.
 
-    `run` takes `(1, H, W, C)` and gives the tensors that it can show, `OUTPUT` among them, in either order of axes.
-    `rounded` is the reference as it is in the program's precision; its distance to float64 is then the unit, by default
-    the reference's own.
+    `inputs` are images `(N, H, W, C)`, of which `run` takes one, `(1, H, W, C)`, or any, of which it takes a sample.
+    It gives the results, under `OUTPUT` or `output_name` of each key, in Keras's order of axes, and what else it can
+    show, in either order. `rounded` is the reference as it is in the program's precision; its distance to float64 is
+    then the unit, by default the reference's own.
 
-    Raises ValueError when there are no images.
+    Raises ValueError when there are no inputs.
     """
     import torch
 
-    if not len(images):
+    given = inputs if isinstance(inputs, Inputs) else image_inputs(inputs)
+    if not len(given):
         raise ValueError("at least one input is needed for a parity check")
     limits = limits or Limits()
     reference = reference.eval()
     truth_model, noisy_model = in_float64(reference), reference if rounded is None else rounded
     layers: dict[str, _Layer] = {}
     logits: list[tuple[Array, Array]] = []
-    kinds = kinds_of(reference)
-    axes = moved(images.ndim)
-    for index, image in enumerate(images):
-        progress("comparing what was exported", index, len(images))
-        found = run(image[None])
-        theirs = np.ascontiguousarray(np.moveaxis(image[None], -1, 1))
-        inputs = Inputs((image[None],), (theirs,), (axes,))
-        exact = record(truth_model, partial(_call, inputs, torch.float64))
-        noisy = record(noisy_model, partial(_call, inputs, torch.float32))
-        tensors = {call: each.outputs for call, each in exact.calls.items()} | {OUTPUT: list(exact.outputs.values())}
-        units = {call: each.outputs for call, each in noisy.calls.items()} | {OUTPUT: list(noisy.outputs.values())}
-        for source, truths in tensors.items():
-            if source not in found or len(truths) != 1:
+    kinds, notes = kinds_of(reference), dict[str, None]()
+    for index in range(len(given)):
+        progress("comparing what was exported", index, len(given))
+        batch = given.batch(index, index + 1)
+        found = run(batch if isinstance(inputs, Inputs) else batch.candidate[0])
+        exact = record(truth_model, partial(_call, batch, torch.float64))
+        noisy = record(noisy_model, partial(_call, batch, torch.float32))
+        for source, each in exact.calls.items():
+            if source not in found or len(each.outputs) != 1:
                 continue
             layer = layers.setdefault(source, _Layer(kinds.get(source, "output")))
-            actual = torch.from_numpy(np.array(found[source], np.float32))
-            layer.include(units[source][0].tensor, truths[0].tensor, actual, limits.of(source), index)
-        if len(tensors[OUTPUT]) == 1:
-            logits.append((tensors[OUTPUT][0].tensor.numpy(), np.asarray(found[OUTPUT])))
-    progress("done", len(images), len(images))
+            truth, actual = each.outputs[0].tensor, torch.from_numpy(np.array(found[source], np.float32))
+            unit = noisy.calls[source].outputs[0].tensor
+            layer.include(unit, truth, actual, _axes(truth, actual), limits.of(source), index)
+        ours = {_key(name): name for name in found if name.partition("[")[0] == OUTPUT}
+        results, problems = pair_results(exact.outputs, ours)
+        notes.update(dict.fromkeys(problems))
+        for theirs, key in results.items():
+            source, truth = output_name(theirs), exact.outputs[theirs].tensor
+            actual = torch.from_numpy(np.array(found[ours[key]], np.float32))
+            axes = given.output_axes(truth.ndim) if truth.ndim == actual.ndim else None
+            layer = layers.setdefault(source, _Layer("output"))
+            layer.include(noisy.outputs[theirs].tensor, truth, actual, axes, limits.of(source), index)
+        if len(exact.outputs) == 1 and not problems:
+            logits.extend((truth.tensor.numpy(), np.asarray(found[OUTPUT])) for truth in exact.outputs.values())
+    progress("done", len(given), len(given))
     return ParityReport(
         layers=tuple(with_usual_rounding([layer.total(source) for source, layer in layers.items()], reference)),
         unpaired_source=(),
         unpaired_target=(),
         logits=compare_logits(logits),
-        input_shapes=(tuple(images.shape),),
+        input_shapes=tuple(tuple(array.shape) for array in given.candidate),
         limits=limits,
         name=name,
+        notes=tuple(notes),
     )
+
+
+def _key(name: str) -> str:
+    """The key of a result by what reports call it."""
+    key = name.removeprefix(OUTPUT)
+    return key if not key or re.fullmatch(r"\[\d+\]", key) else key[1:-1]
 
 
 def _call(inputs: Inputs, dtype: Any, model: nn.Module) -> Any:

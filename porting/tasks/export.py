@@ -15,6 +15,7 @@ import numpy as np
 
 from porting.errors import ExportError, FailedParityError, OutputError, PortingError
 from porting.exporting import FORMATS, NEEDED, open_runtime, write
+from porting.exporting.base import Exportable
 from porting.families.base import Family
 from porting.files import weights_file
 from porting.files.atomic import output_errors
@@ -23,8 +24,10 @@ from porting.files.survey import survey_file
 from porting.kinds.transforms import Array
 from porting.mapping.convert import refuse_other_keys
 from porting.models.frameworks import start_tensorflow
+from porting.models.inputs import Inputs, image_inputs, make_inputs
 from porting.models.precision import PRECISIONS, in_precision
 from porting.parity.exported import compare_outputs
+from porting.parity.record import output_name
 from porting.parity.report import Limits, ParityReport, refusal
 from porting.progress import SILENT, Progress
 from porting.reports.document import to_json
@@ -32,6 +35,7 @@ from porting.tasks.case import Case, case_of_file, files_of, open_case
 from porting.tasks.options import CheckOptions
 
 if TYPE_CHECKING:
+    import keras
     from torch import nn
 
     from porting.exporting.base import Runtime
@@ -72,10 +76,11 @@ def export(
     """Writes a ported file as a SavedModel (a folder), for LiteRT or as ONNX.
 
     `precision` is float32, float16 or int8, the last with the images of `options` as the representative set; in a
-    SavedModel it is that of the stored weights, and all is computed in float32. The model takes
-    `(N, input_size, input_size, 3)` (LiteRT: N = 1), by default of the variant's own size, and is `fused` as the family
-    can. `split_kernels` writes large depthwise kernels for LiteRT as sums of smaller ones, which its CPU kernels
-    compute sooner, by default in float32 and float16.
+    SavedModel it is that of the stored weights, and all is computed in float32. A model of images takes
+    `(N, input_size, input_size, 3)` (LiteRT: N = 1), by default of the variant's own size. One of tokens takes
+    sequences of `input_size` in LiteRT, by default as long as those of its check, and of any length elsewhere. The
+    model is `fused` as the family can. `split_kernels` writes large depthwise kernels for LiteRT as sums of smaller
+    ones, which its CPU kernels compute sooner, by default in float32 and float16.
 
     With `check`, the artifact is loaded in its own runtime and compared with the PyTorch model of the checkpoint, in
     units of what its precision costs PyTorch; only then it gets its name, with the report beside it. Without, no
@@ -101,14 +106,15 @@ def export(
         start_tensorflow()
         progress("reading the weights")
         model = case.load_candidate(weights)
-        images = _samples(case, options, input_size)
+        samples = _samples(case, model, options, input_size)
         if fused:
             progress("fusing")
             with _export_errors("the model cannot be fused"):
                 model = case.fuse(model, form)
+        exportable = Exportable(model, samples)
         progress(f"exporting to {form}")
         with _quiet(), output_errors(out), _export_errors(f"the model cannot be converted for {form}"):
-            write(form, model, pending.path, precision, images, split_kernels=split_kernels)
+            write(form, exportable, pending.path, precision, split_kernels=split_kernels)
         report = None
         # The last layer's result is the model's.
         last = {tensor._keras_history.operation.name for tensor in model.outputs}
@@ -116,7 +122,7 @@ def export(
         with open_runtime(form, pending.path, layers) as runtime:
             operators = runtime.operators()
             if check:
-                report = _compare(case, form, precision, runtime, images, options.limits, progress)
+                report = _compare(case, form, precision, runtime, exportable, options.limits, progress)
         if report is None:
             report_path = pending.commit(None)
         else:
@@ -130,38 +136,46 @@ def export(
     return ExportResult(out, form, precision, _size(out), operators, report, report_path)
 
 
-def _samples(case: Case, options: CheckOptions, input_size: int | None) -> Array:
-    """What the artifact is run on: images, or the one array that a model of another kind takes."""
+def _samples(case: Case, model: keras.Model, options: CheckOptions, input_size: int | None) -> Inputs:
+    """What the artifact is run on: images, or what a model of another kind takes.
+
+    `input_size` is the length of a model's sequences of tokens, which repeat those of the check up to it.
+    """
     given = case.check_inputs()
     if given is None:
-        return options.load_images(case.preprocessing, input_size)
-    if not isinstance(given, np.ndarray) or given.dtype.kind != "f":
-        raise ExportError(
-            f"{case.family.described} takes several inputs or whole numbers; exports are of models of one array",
-            hint="Load the ported file in Keras and export it there: model.export(FOLDER).",
-        )
+        return image_inputs(options.load_images(case.preprocessing, input_size))
     if input_size is not None:
-        raise ExportError(
-            "--input-size is for a family of image models", hint="Give the inputs with --inputs FILE.npz."
-        )
-    return given
+        if not isinstance(given, dict) or not any(_is_sequence(array) for array in given.values()):
+            raise ExportError(
+                "--input-size is for models of images and of tokens", hint="Give the inputs with --inputs FILE.npz."
+            )
+        given = {
+            name: np.resize(array.T, (input_size, len(array))).T if _is_sequence(array) else array
+            for name, array in given.items()
+        }
+    return make_inputs(case.family.build_reference(case.spec), model, given)
+
+
+def _is_sequence(array: Array) -> bool:
+    return array.ndim == 2 and array.dtype.kind in "iu"
 
 
 def _compare(
-    case: Case, form: str, precision: str, runtime: Runtime, images: Array, limits: Limits, progress: Progress
+    case: Case, form: str, precision: str, runtime: Runtime, given: Exportable, limits: Limits, progress: Progress
 ) -> ParityReport:
     """The artifact, in its own runtime, against the PyTorch model of the case."""
     reference = case.load_reference()
 
-    def run(image: Array) -> Mapping[str, Array]:
+    def run(sample: Inputs) -> Mapping[str, Array]:
         with _export_errors(f"the {form} runtime cannot run the result"):
-            return runtime.run(image)
+            results, layers = runtime.run(dict(zip(given.names, sample.candidate, strict=True)))
+        return {**layers, **{output_name(key): results[name] for key, name in given.result_names().items()}}
 
     return compare_outputs(
         reference,
         run,
-        images,
-        rounded=_in_precision(reference, form, precision, images),
+        given.inputs,
+        rounded=_in_precision(reference, form, precision, given.inputs),
         limits=limits,
         name=f"{form}, {precision}",
         progress=progress,
@@ -188,12 +202,12 @@ def _check_arguments(form: str, precision: str, out: Path) -> None:
             raise OutputError(f"{out} is there and is no SavedModel", hint="Give the folder another name.")
 
 
-def _in_precision(reference: nn.Module, form: str, precision: str, images: Array) -> nn.Module | None:
+def _in_precision(reference: nn.Module, form: str, precision: str, inputs: Inputs) -> nn.Module | None:
     """What `form` rounds to `precision`: a SavedModel only its weights, and LiteRT on a CPU in float16 too."""
     if precision == "float32":
         return None
     weights_only = form == "saved_model" or (form == "litert" and precision == "float16")
-    return in_precision(reference, precision, images, results=not weights_only)
+    return in_precision(reference, precision, inputs, results=not weights_only)
 
 
 @contextmanager

@@ -18,9 +18,11 @@ from click.testing import Result
 import van_tf
 from porting.errors import ExportError, FailedParityError, OutputError, WeightsFileError
 from porting.exporting import open_runtime, write
+from porting.exporting.base import Exportable
 from porting.exporting.litert import kernels_in_parts
 from porting.exporting.saved_model import stored
 from porting.families.van import VanFamily
+from porting.models.inputs import image_inputs
 from porting.models.precision import in_precision
 from porting.parity.exported import compare_outputs
 from porting.parity.report import OUTPUT
@@ -30,6 +32,7 @@ from porting.tasks.options import CheckOptions
 from porting.tasks.port import port
 
 TWO = CheckOptions(samples=2)
+ZEROS = image_inputs(np.zeros((1, 8, 8, 3), np.float32))
 # Activations of weights that were never trained reach far, which eight bits bear badly.
 slow = pytest.mark.slow
 
@@ -83,7 +86,7 @@ def test_every_format_and_precision(
         with open_runtime(form, out, []) as runtime:
             image = np.random.default_rng(0).normal(size=(1, 64, 64, 3)).astype(np.float32)
             expected = van_tf.van_nano(weights=ported)(image)
-            np.testing.assert_allclose(runtime.run(image)[OUTPUT], expected, atol=1e-5)
+            np.testing.assert_allclose(runtime.run({"images": image})[0]["output_0"], expected, atol=1e-5)
 
 
 @slow
@@ -137,11 +140,11 @@ def test_keras_own_gelu_is_onnx_own(tmp_path: Path) -> None:
     """Other families may use it; TensorFlow's has an operation that ONNX lacks."""
     inputs = keras.Input((8, 8, 3))
     model = keras.Model(inputs, keras.layers.Conv2D(4, 3, activation="gelu", name="conv")(inputs))
-    write("onnx", model, tmp_path / "x.onnx", "float32", np.zeros((1, 8, 8, 3), np.float32))
+    write("onnx", Exportable(model, ZEROS), tmp_path / "x.onnx", "float32")
     image = np.random.default_rng(0).normal(size=(1, 8, 8, 3)).astype(np.float32)
     with open_runtime("onnx", tmp_path / "x.onnx", []) as runtime:
         assert runtime.operators()["Gelu"] == 1
-        np.testing.assert_allclose(runtime.run(image)[OUTPUT], model(image), atol=1e-6)
+        np.testing.assert_allclose(runtime.run({"images": image})[0]["output_0"], model(image), atol=1e-6)
     assert model.get_layer("conv").activation is keras.activations.gelu
 
 
@@ -151,10 +154,10 @@ def test_onnx_names_are_not_given_twice(tmp_path: Path) -> None:
     for name in ("one", "two"):
         x = keras.layers.Conv2D(3, 3, padding="same", name=name)(keras.layers.ReLU()(x))
     model = keras.Model(inputs, keras.layers.ReLU()(x))
-    write("onnx", model, tmp_path / "x.onnx", "float32", np.zeros((1, 8, 8, 3), np.float32))
+    write("onnx", Exportable(model, ZEROS), tmp_path / "x.onnx", "float32")
     image = np.random.default_rng(0).normal(size=(1, 8, 8, 3)).astype(np.float32)
     with open_runtime("onnx", tmp_path / "x.onnx", ["one", "two"]) as runtime:
-        np.testing.assert_allclose(runtime.run(image)[OUTPUT], model(image), atol=1e-6)
+        np.testing.assert_allclose(runtime.run({"images": image})[0]["output_0"], model(image), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -292,7 +295,7 @@ def test_a_damaged_artifact_is_an_error(tmp_path: Path, form: str, name: str) ->
         path = path / "saved_model.pb"
     path.write_bytes(b"nothing of the kind")
     with pytest.raises(ExportError), open_runtime(form, tmp_path / name, []) as runtime:
-        runtime.run(np.zeros((1, 64, 64, 3), np.float32))
+        runtime.run({"images": np.zeros((1, 64, 64, 3), np.float32)})
 
 
 @slow

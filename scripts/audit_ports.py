@@ -1,0 +1,207 @@
+"""Checks the ports that a published converter makes, and prints a table: exact or not, and where the two part.
+
+    python scripts/audit_ports.py                          # every port
+    python scripts/audit_ports.py --port timm/densenet121  # one of them
+
+keras-hub converts checkpoints of timm and of transformers as it loads them. Each PyTorch model here gets synthetic
+weights and is saved by its own package's function; keras-hub then loads that folder by `from_preset`, as its users
+load a published one. Nothing is downloaded, and nothing of this project takes part in the port: it only judges. Every
+port runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+
+# One small configuration of each of transformers' text models.
+_NARROW = {
+    "vocab_size": 500,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "max_position_embeddings": 64,
+}
+_GROUPED = {**_NARROW, "num_key_value_heads": 2, "head_dim": 16}
+_IMAGES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "image_size": 64,
+    "patch_size": 16,
+}
+
+
+@dataclass(frozen=True)
+class Port:
+    """A body of transformers: its class, what its configuration holds, and the side of its images, 0 for tokens.
+
+    `saved_as` is the class that published checkpoints are of, where the converter wants the names of that one.
+    """
+
+    model: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    side: int = 0
+    saved_as: str = ""
+
+
+TIMM = (
+    "resnet18",
+    "resnet50",
+    "resnetv2_50",
+    "vgg16",
+    "densenet121",
+    "efficientnet_b0",
+    "efficientnet_lite0",
+    "mobilenetv3_small_100",
+    "cspdarknet53",
+    "cspresnet50",
+    "hgnetv2_b4",
+)
+TRANSFORMERS = {
+    "bert": Port("BertModel", _NARROW),
+    "roberta": Port("RobertaModel", _NARROW),
+    "xlm-roberta": Port("XLMRobertaModel", _NARROW),
+    "distilbert": Port(
+        "DistilBertModel",
+        {"vocab_size": 500, "dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 128, "max_position_embeddings": 64},
+        saved_as="DistilBertForMaskedLM",
+    ),
+    "albert": Port("AlbertModel", {**_NARROW, "embedding_size": 32}),
+    "gpt2": Port("GPT2Model", {"vocab_size": 500, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+    "llama": Port("LlamaModel", {**_GROUPED, "rms_norm_eps": 1e-6}),
+    "mistral": Port("MistralModel", {**_GROUPED, "sliding_window": 8}),
+    "qwen2": Port("Qwen2Model", _GROUPED),
+    "qwen3": Port("Qwen3Model", _GROUPED),
+    "gemma": Port("GemmaModel", _GROUPED),
+    "esm": Port("EsmModel", {**_NARROW, "pad_token_id": 1, "mask_token_id": 4, "position_embedding_type": "rotary"}),
+    "vit": Port("ViTModel", _IMAGES, 64),
+    "deit": Port("DeiTModel", _IMAGES, 64),
+    "dinov2": Port("Dinov2Model", {**_IMAGES, "mlp_ratio": 2}, 64),
+    "swin": Port(
+        "SwinModel",
+        {"image_size": 64, "patch_size": 4, "embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4},
+        64,
+    ),
+}
+PORTS = (*(f"timm/{name}" for name in TIMM), *(f"transformers/{name}" for name in TRANSFORMERS))
+
+
+def of_timm(name: str, folder: Path) -> tuple[Any, Any, Any]:
+    """A classifier of timm, and what keras-hub makes of its folder."""
+    import keras_hub
+    import timm
+    import torch
+
+    from porting.models.synthetic import fill_with_synthetic_weights
+
+    reference = timm.create_model(name, pretrained=False).eval()
+    side = reference.default_cfg["input_size"][-1]
+    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+    fill_with_synthetic_weights(reference, 0, run=lambda model: model(images))
+    timm.models.save_for_hf(reference, folder, safe_serialization=True)
+    return reference, keras_hub.models.ImageClassifier.from_preset(str(folder)), images[:1].permute(0, 2, 3, 1).numpy()
+
+
+def of_transformers(name: str, folder: Path) -> tuple[Any, Any, Any]:
+    """A body of transformers, and the backbone that keras-hub makes of its folder."""
+    import keras_hub
+    import numpy as np
+    import torch
+    import transformers
+
+    from porting.families.library import last_hidden_state, text_inputs, transformers_model
+    from porting.models.synthetic import fill_with_synthetic_weights
+
+    port = TRANSFORMERS[name]
+    reference = transformers_model(port.model, last_hidden_state, port.config).eval()
+    if port.side:
+        given: Any = np.random.default_rng(1).normal(size=(1, port.side, port.side, 3)).astype(np.float32)
+        images = torch.from_numpy(given).permute(0, 3, 1, 2)
+        fill_with_synthetic_weights(reference, 0, run=lambda model: model(images))
+    else:
+        given = text_inputs(port.config["vocab_size"])
+        given["token_ids"] = np.maximum(given["token_ids"], 5)  # none of the special ones
+        tokens = torch.from_numpy(given["token_ids"])
+        fill_with_synthetic_weights(reference, 0, run=lambda model: model(input_ids=tokens))
+    plain = getattr(transformers, port.saved_as or port.model)(reference.config)  # its name goes into the folder
+    body = getattr(plain, plain.base_model_prefix) if port.saved_as else plain
+    body.load_state_dict(reference.state_dict())
+    plain.save_pretrained(folder)
+    backbone = keras_hub.models.Backbone.from_preset(str(folder))
+    if isinstance(given, dict):
+        if "segment_ids" in backbone.input:
+            given["segment_ids"] = np.zeros_like(given["token_ids"])
+        given = {key: given[key] for key in backbone.input}
+    return reference, backbone, given
+
+
+def judge(port: str) -> dict[str, Any]:
+    """What the check says of one port."""
+    from porting.models.frameworks import start_tensorflow
+
+    start_tensorflow()
+    import porting
+
+    package, _, name = port.partition("/")
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            make = of_timm if package == "timm" else of_transformers
+            reference, candidate, inputs = make(name, Path(folder))
+        except Exception as error:  # whatever a package raises on what it does not carry
+            lines = str(error).strip().splitlines()
+            return {"failed": f"{type(error).__name__}: {lines[0] if lines else ''}"}
+    report = porting.check_parity(reference, candidate, inputs, strict_settings=False)
+    output, first = report.worst_exact, report.first_divergence
+    return {
+        "passed": report.passed,
+        "output": None if output is None else output.relative_error,
+        "said": "" if report.passed else str(first or ""),
+        "causes": [
+            f"{culprit.layer}: {culprit.diagnosis.cause}"
+            for culprit in report.culprits
+            if culprit.diagnosis is not None
+        ],
+    }
+
+
+def _row(port: str, found: Mapping[str, Any]) -> str:
+    if "failed" in found:
+        cells = ["not converted", "-", found["failed"]]
+    else:
+        output = "-" if found["output"] is None else f"{found['output']:.1e}"
+        first = "; ".join(found["causes"]) or found["said"]
+        cells = ["exact" if found["passed"] else "**differs**", output, first]
+    return f"| {port} | " + " | ".join(cell.replace("|", "/").replace("\n", " ")[:300] for cell in cells) + " |"
+
+
+@click.command(help=__doc__)
+@click.option("--port", "wanted", multiple=True, type=click.Choice(PORTS), help="A port.  [default: all]")
+@click.option("--one", hidden=True)
+def main(wanted: tuple[str, ...], one: str | None) -> None:
+    if one:
+        print(json.dumps(judge(one)))
+        return
+    click.echo("| port | verdict | error of the outputs | where the two part |")
+    click.echo("|---|---|---|---|")
+    for port in wanted or PORTS:
+        run = subprocess.run([sys.executable, __file__, "--one", port], capture_output=True, text=True)
+        lines = run.stdout.strip().splitlines()
+        if run.returncode or not lines:
+            last = run.stderr.strip().splitlines()
+            raise SystemExit(f"{port}: the check itself failed: {last[-1] if last else run.returncode}")
+        click.echo(_row(port, json.loads(lines[-1])))
+
+
+if __name__ == "__main__":
+    main()
