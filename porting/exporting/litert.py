@@ -30,7 +30,14 @@ def write(given: Exportable, path: Path, precision: str, split_kernels: bool) ->
 
     with kernels_in_parts(given.model) if split_kernels else nullcontext():
         run = tf.function(given.__call__).get_concrete_function(**given.specs(fixed=True))
-    converter = tf.lite.TFLiteConverter.from_concrete_functions([convert_variables_to_constants_v2(run)], given.model)
+    specs, results = run.structured_input_signature[1], sorted(run.structured_outputs)
+    frozen = convert_variables_to_constants_v2(run)  # which takes and gives what it has in order, without names
+
+    def named(**inputs: Any) -> dict[str, Any]:
+        return dict(zip(results, frozen(*(inputs[name] for name in sorted(inputs))), strict=True))
+
+    constant = tf.function(named).get_concrete_function(**specs)
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([constant], given.model)
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]  # no Flex
     if precision != "float32":
         converter.optimizations = [tf.lite.Optimize.DEFAULT]

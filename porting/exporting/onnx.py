@@ -29,7 +29,7 @@ def write(given: Exportable, path: Path, precision: str) -> None:
     specs = given.specs(fixed=False)
     run = tf.function(lambda *values: given(**dict(zip(specs, values, strict=True))))
     converted, _ = tf2onnx.convert.from_function(run, list(specs.values()), opset=_OPSET_WRITTEN)
-    converted = _polished(converted)
+    converted = _polished(converted, list(specs))
     if precision == "float16":
         from onnxruntime.transformers.float16 import convert_float_to_float16
 
@@ -39,7 +39,7 @@ def write(given: Exportable, path: Path, precision: str) -> None:
         _quantize_onnx(path, given.samples())
 
 
-def _polished(model: Any) -> Any:
+def _polished(model: Any, inputs: Sequence[str]) -> Any:
     """One Gelu for the five operations on the way through Erf, and the layers' names where tf2onnx has lost them.
 
     Gelu makes the whole of a VAN a third quicker in ONNX Runtime.
@@ -64,6 +64,8 @@ def _polished(model: Any) -> Any:
         )
 
     polished = onnx_ir.from_proto(model)
+    # tf2onnx lists constants beside the inputs, which would be left without values where nothing reads them.
+    polished.graph.inputs[:] = [value for value in polished.graph.inputs if value.name in inputs]
     version_converter.convert_version(polished, _OPSET)
     pattern.RewriteRuleSet([pattern.RewriteRule(by_erf, gelu, is_gelu)], commute=True).apply_to_model(polished)
     for node in polished.graph:

@@ -1,0 +1,134 @@
+"""Models of several inputs, of whole numbers and of several results, in every format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import torch
+from torch import nn
+
+from porting.exporting import open_runtime, write
+from porting.exporting.base import Exportable
+from porting.models.inputs import Inputs, make_inputs
+from porting.parity.exported import compare_outputs
+from porting.parity.record import output_name
+
+FORMS = [("litert", "x.tflite"), ("onnx", "x.onnx"), ("saved_model", "x")]
+TOKENS = np.array([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]], np.int32)
+MASK = np.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]], np.int32)
+
+
+class Net(nn.Module):
+    """Tokens and a mask to features and their masked mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.dense = nn.Embedding(10, 8), nn.Linear(8, 5)
+
+    def forward(self, token_ids: torch.Tensor, padding_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        mask = padding_mask[..., None].to(self.dense.weight.dtype)
+        features = nn.functional.gelu(self.dense(self.table(token_ids))) * mask
+        return {"pooled": features.sum(1) / mask.sum(1), "features": features}
+
+
+def pair(*, listed: bool = False) -> tuple[Net, keras.Model]:
+    """The same on both sides; `listed` gives the results by place."""
+    torch.manual_seed(0)
+    reference = Net().eval()
+    tokens, mask = (keras.Input((None,), name=name, dtype="int32") for name in ("token_ids", "padding_mask"))
+    table, dense = keras.layers.Embedding(10, 8), keras.layers.Dense(5)
+    weight = keras.ops.cast(mask, "float32")[..., None]
+    features = keras.layers.Lambda(lambda x: keras.ops.gelu(x, approximate=False))(dense(table(tokens))) * weight
+    pooled = keras.ops.sum(features, 1) / keras.ops.sum(weight, 1)
+    results = [pooled, features] if listed else {"pooled": pooled, "features": features}
+    candidate = keras.Model({"token_ids": tokens, "padding_mask": mask}, results)
+    table.embeddings.assign(reference.table.weight.detach())
+    dense.kernel.assign(reference.dense.weight.detach().T)
+    dense.bias.assign(reference.dense.bias.detach())
+    return reference, candidate
+
+
+def given_to(reference: nn.Module, candidate: keras.Model) -> Inputs:
+    # In another order than the model's own.
+    return make_inputs(reference, candidate, {"padding_mask": MASK, "token_ids": TOKENS})
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["by_key", "by_place"])
+@pytest.mark.parametrize(("form", "name"), FORMS)
+def test_every_format_has_the_names(form: str, name: str, listed: bool, tmp_path: Path) -> None:
+    reference, candidate = pair(listed=listed)
+    exportable = Exportable(candidate, given_to(reference, candidate))
+    write(form, exportable, tmp_path / name, "float32")
+    names = ("output_0", "output_1") if listed else ("pooled", "features")
+    expected = keras.tree.flatten(candidate({"token_ids": TOKENS, "padding_mask": MASK}))
+    by_name = dict(zip(names if listed else sorted(names), expected, strict=True))
+    with open_runtime(form, tmp_path / name, []) as runtime:
+        for index, sample in enumerate(exportable.samples()):
+            results, _ = runtime.run(sample)
+            assert set(results) == set(names)
+            for each in names:
+                np.testing.assert_allclose(results[each][0], np.asarray(by_name[each])[index], atol=1e-6)
+        if form != "litert":  # which has one sample of one length
+            longer = {"token_ids": np.tile(TOKENS, 2), "padding_mask": np.tile(MASK, 2)}
+            assert runtime.run(longer)[0][names[1]].shape == (2, 12, 5)
+
+
+@pytest.mark.parametrize("fault", [False, True])
+@pytest.mark.parametrize(("form", "name"), FORMS)
+def test_what_is_exported_is_judged(form: str, name: str, fault: bool, tmp_path: Path) -> None:
+    reference, candidate = pair()
+    inputs = given_to(reference, candidate)
+    if fault:
+        kernel = next(weight for weight in candidate.weights if weight.name == "kernel")
+        kernel.assign(np.asarray(kernel) * (1 + 1e-4 * (np.arange(40).reshape(8, 5) == 7)))
+    exportable = Exportable(candidate, inputs)
+    write(form, exportable, tmp_path / name, "float32")
+    with open_runtime(form, tmp_path / name, []) as runtime:
+
+        def run(sample: Inputs) -> dict[str, Any]:
+            results, _ = runtime.run(dict(zip(exportable.names, sample.candidate, strict=True)))
+            return {output_name(key): results[own] for key, own in exportable.result_names().items()}
+
+        report = compare_outputs(reference, run, inputs)
+    assert report.passed is not fault
+    assert {layer.source for layer in report.layers} == {"output[pooled]", "output[features]"}
+    assert [layer.shape for layer in report.layers if layer.source == "output[features]"] == [(2, 6, 5)]
+
+
+def test_a_result_in_another_order_of_axes_is_refused() -> None:
+    """Sides that are equal decide nothing: features (N, S, D) are not (N, D, S)."""
+    torch.manual_seed(0)
+    reference = nn.Linear(6, 6)
+    values = np.random.default_rng(0).normal(size=(2, 6, 6)).astype(np.float32)
+    inputs = Inputs((values,), (values,), ((0, 1, 2),))
+
+    def run(sample: Inputs) -> dict[str, Any]:
+        with torch.no_grad():
+            return {"output": reference(torch.from_numpy(sample.candidate[0].copy())).numpy()}
+
+    assert compare_outputs(reference, run, inputs).passed
+    assert not compare_outputs(reference, lambda x: {"output": run(x)["output"].transpose(0, 2, 1)}, inputs).passed
+
+
+def test_numbered_results_sort_as_they_stand() -> None:
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, [inputs * place for place in range(11)])
+    exportable = Exportable(model, Inputs((np.zeros((1, 3), np.float32),), (np.zeros((1, 3), np.float32),), (None,)))
+    names = list(exportable.result_names().values())
+    assert names == sorted(names)
+    assert names[10] == "output_10"
+
+
+def test_keras_own_gelu_is_back_behind_an_export(tmp_path: Path) -> None:
+    reference, candidate = pair()
+    from keras.src import backend
+
+    own = backend.nn.gelu
+    write("onnx", Exportable(candidate, given_to(reference, candidate)), tmp_path / "x.onnx", "float32")
+    assert backend.nn.gelu is own
+    assert tf.reduce_all(keras.ops.gelu(tf.constant([-1.0, 1.0])) > -1.0)
