@@ -111,4 +111,6 @@ def export(
     reporting.show(result.report)
     operators = ", ".join(f"{count} {name}" for name, count in result.operators.most_common())
     say(f"{form} in {precision}, {result.size / 2**20:.1f} MiB: {operators}")
+    for line in result.usage.lines():
+        say(line)
     show_written(result.path, result.report_path)

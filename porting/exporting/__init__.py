@@ -8,26 +8,40 @@ from importlib import import_module
 from pathlib import Path
 
 from porting.exporting.base import Exportable, Runtime, gelu_by_erf
+from porting.exporting.usage import Usage
 
 # What the artifact's name ends in, by format.
 FORMATS = {"saved_model": "", "litert": ".tflite", "onnx": ".onnx"}
 # The packages that it takes, besides those of every installation.
 NEEDED = {
-    "litert": ("ai_edge_litert",),
+    "litert": ("ai_edge_litert", "flatbuffers"),
     "onnx": ("onnx", "onnx_ir", "onnxruntime", "onnxscript", "tf2onnx"),
     "saved_model": (),
 }
 
 
-def write(form: str, given: Exportable, path: Path, precision: str, *, split_kernels: bool = False) -> None:
+def write(
+    form: str,
+    given: Exportable,
+    path: Path,
+    precision: str,
+    *,
+    usage: Usage | None = None,
+    split_kernels: bool = False,
+) -> None:
     """Writes a model to `path`, for inputs of the size of those given with it, to which int8 is fitted.
+
+    `usage` goes into the file's own metadata, where its format has any; a SavedModel has its signature alone.
 
     `split_kernels` is for LiteRT: large depthwise kernels become sums of smaller ones. In int8 XNNPACK takes only
     summands whose steps are of about one size. What the converters raise comes through as it is.
     """
     settings = {"split_kernels": split_kernels} if form == "litert" else {}
+    module = import_module(f"{__name__}.{form}")
     with gelu_by_erf():
-        import_module(f"{__name__}.{form}").write(given, path, precision, **settings)
+        module.write(given, path, precision, **settings)
+    if usage is not None and form != "saved_model":
+        module.write_usage(path, usage)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import numpy as np
 
 from porting.errors import ExportError
 from porting.exporting.base import OF_WEIGHTS, Exportable, last_of_each_layer
+from porting.exporting.usage import Usage
 from porting.kinds.transforms import Array
 from porting.models.traverse import named_layers
 
@@ -46,6 +47,13 @@ def write(given: Exportable, path: Path, precision: str, split_kernels: bool) ->
     if precision == "int8":
         converter.representative_dataset = given.samples
     path.write_bytes(converter.convert())
+
+
+def write_usage(path: Path, usage: Usage) -> None:
+    """As TFLite metadata, which MediaPipe's and ML Kit's image pipelines read."""
+    from porting.exporting.tflite_metadata import with_metadata
+
+    path.write_bytes(with_metadata(path.read_bytes(), usage))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import numpy as np
 
 from porting.errors import ExportError
 from porting.exporting.base import OF_WEIGHTS, Exportable, last_of_each_layer
+from porting.exporting.usage import Usage
 from porting.kinds.transforms import Array
 
 # What tf2onnx writes at most, and the first that has Gelu.
@@ -37,6 +38,15 @@ def write(given: Exportable, path: Path, precision: str) -> None:
     onnx.save(converted, path)
     if precision == "int8":
         _quantize_onnx(path, given.samples())
+
+
+def write_usage(path: Path, usage: Usage) -> None:
+    """As the file's metadata_props."""
+    import onnx
+
+    model = onnx.load(path)
+    onnx.helper.set_model_props(model, usage.properties())
+    onnx.save(model, path)
 
 
 def _polished(model: Any, inputs: Sequence[str]) -> Any:

@@ -39,7 +39,8 @@ def in_float64(model: nn.Module) -> nn.Module:
 def staying_in_float64() -> Iterator[None]:
     """While it lasts, tensors in float64 stay so where a model's code turns them to float32.
 
-    Many models do so around a softmax or a norm, whatever precision they are in, to be safe in half precision.
+    Many models do so around a softmax or a norm, whatever precision they are in, to be safe in half precision. Whole
+    numbers that it turns to float32, such as positions, become float64 as well, and so does what it makes in float32.
     """
     import torch
     from torch.overrides import TorchFunctionMode
@@ -48,9 +49,10 @@ def staying_in_float64() -> Iterator[None]:
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
             first = args[0] if args else kwargs.get("input")
-            if isinstance(first, torch.Tensor) and first.dtype == torch.float64:
+            made = not isinstance(first, torch.Tensor)
+            if made or first.dtype == torch.float64 or not (first.is_floating_point() or first.is_complex()):
                 if func is torch.Tensor.float:
-                    return first
+                    return first.double()
                 args = tuple(torch.float64 if each is torch.float32 else each for each in args)
                 kwargs = {k: torch.float64 if each is torch.float32 else each for k, each in kwargs.items()}
             return func(*args, **kwargs)

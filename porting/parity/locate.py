@@ -188,8 +188,12 @@ def _gives_anothers(
         outputs = recording.calls[call].outputs
         if not outputs or outputs[0].tensor.numel() != node.outputs[0].numel():
             continue
-        if tracer.library.match(as_real(node.outputs[0]), outputs[0]) is None:
-            return node, call
+        if tracer.library.match(as_real(node.outputs[0]), outputs[0]) is not None:
+            continue
+        match, inside = tracer.match(node.outputs[0]), f"{call.partition('#')[0]}."
+        if match is not None and any(place[0].startswith(inside) for place in match.truth.places):
+            continue  # of a module that also activates, say, Keras has the parts as layers
+        return node, call
     return None
 
 

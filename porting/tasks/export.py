@@ -9,13 +9,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from porting.errors import ExportError, FailedParityError, OutputError, PortingError
 from porting.exporting import FORMATS, NEEDED, open_runtime, write
 from porting.exporting.base import Exportable
+from porting.exporting.usage import Usage, usage_of
 from porting.families.base import Family
 from porting.files import weights_file
 from porting.files.atomic import output_errors
@@ -45,13 +46,14 @@ _OF_A_SAVED_MODEL = {"saved_model.pb", "fingerprint.pb", "variables", "assets"}
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What an export has made: its size in bytes and its operations, and the report that vouches for it."""
+    """What an export has made: its size in bytes, its operations, its usage, and the report that vouches for it."""
 
     path: Path
     form: str
     precision: str
     size: int
     operators: Counter[str]
+    usage: Usage
     report: ParityReport | None = None
     report_path: Path | None = None
 
@@ -112,9 +114,15 @@ def export(
             with _export_errors("the model cannot be fused"):
                 model = case.fuse(model, form)
         exportable = Exportable(model, samples)
+        usage = usage_of(
+            exportable,
+            fixed=form == "litert",
+            preprocessing=case.preprocessing if case.check_inputs() is None else None,
+            facts=_facts(case, precision, survey.provenance, check=check),
+        )
         progress(f"exporting to {form}")
         with _quiet(), output_errors(out), _export_errors(f"the model cannot be converted for {form}"):
-            write(form, exportable, pending.path, precision, split_kernels=split_kernels)
+            write(form, exportable, pending.path, precision, usage=usage, split_kernels=split_kernels)
         report = None
         # The last layer's result is the model's.
         last = {tensor._keras_history.operation.name for tensor in model.outputs}
@@ -133,7 +141,22 @@ def export(
             if not report.passed:
                 raise FailedParityError(f"{out} was not written: {refusal(report)}", report)
             report_path = pending.commit(to_json(report))
-    return ExportResult(out, form, precision, _size(out), operators, report, report_path)
+    return ExportResult(out, form, precision, _size(out), operators, usage, report, report_path)
+
+
+def _facts(case: Case, precision: str, provenance: Mapping[str, Any] | None, *, check: bool) -> dict[str, Any]:
+    """Where the model comes from, for the file itself, which gets its name only where the check passes."""
+    source = case.describe().get("source") or (provenance or {}).get("source") or {}
+    known = source if isinstance(source, dict) else {}  # a file says of itself what it likes
+    return {
+        "family": case.family.described,
+        "variant": case.spec.variant,
+        "num_classes": case.num_classes,
+        "precision": precision,
+        "checkpoint_sha256": str(known.get("sha256", "unknown")),
+        "license": str(known.get("license", "unknown")),
+        "parity_with_pytorch": "passed" if check else "not checked",
+    }
 
 
 def _samples(case: Case, model: keras.Model, options: CheckOptions, input_size: int | None) -> Inputs:

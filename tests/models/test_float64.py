@@ -77,5 +77,31 @@ def test_a_models_own_casts_to_float32_do_not_round_the_truth() -> None:
     assert found.dtype == torch.float64
     assert CarefulSoftmax()(x).sub(found).abs().max() > 1e-9
     in_float32 = x.float()
+    assert in_float32.dtype == torch.float32
     with staying_in_float64():
         assert CarefulSoftmax()(in_float32).dtype == torch.float32
+
+
+class Rotary(nn.Module):
+    """As language models write it: positions, and a scale made on the way, in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frequencies = nn.Buffer(torch.tensor([0.1, 0.7]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(x.shape[0])[None, :].float()
+        angles = self.frequencies[:, None].float() @ positions
+        mask = (positions > 1).to(torch.float32) + torch.ones(x.shape[0], dtype=torch.float32)
+        return x + angles.sum() + mask @ x
+
+
+def test_positions_become_float64_as_well() -> None:
+    model, x = Rotary(), torch.randn(4, dtype=torch.float64)
+    with staying_in_float64():
+        found = in_float64(model)(x)
+    angles = torch.tensor([0.1, 0.7]).double()[:, None] @ torch.arange(4, dtype=torch.float64)[None]
+    expected = x + angles.sum() + torch.tensor([1.0, 1.0, 2.0, 2.0], dtype=torch.float64) @ x
+    torch.testing.assert_close(found, expected.expand_as(found), rtol=1e-15, atol=1e-15)
+    with pytest.raises(RuntimeError):
+        in_float64(model)(x)

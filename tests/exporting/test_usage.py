@@ -1,0 +1,94 @@
+"""What an exported file says of its own use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import keras
+import numpy as np
+import onnx
+import pytest
+from ai_edge_litert import schema_py_generated as schema
+from ai_edge_litert.interpreter import Interpreter
+
+from porting.exporting import write
+from porting.exporting.base import Exportable
+from porting.exporting.usage import Usage, usage_of
+from porting.models.images import IMAGENET, Preprocessing
+from porting.models.inputs import Inputs, image_inputs
+
+FACTS = {"family": "toy", "variant": "one", "license": "MIT", "num_classes": 4}
+
+
+def image_model() -> Exportable:
+    inputs = keras.Input((None, None, 3))
+    features = keras.layers.Conv2D(16, 3)(inputs)
+    model = keras.Model(inputs, keras.layers.Dense(4)(keras.layers.GlobalAveragePooling2D()(features)))
+    return Exportable(model, image_inputs(np.zeros((1, 16, 16, 3), np.float32)))
+
+
+def usage(given: Exportable, *, fixed: bool, half: bool = True) -> Usage:
+    preprocessing = Preprocessing(16, 16) if half else Preprocessing(16, 16, **IMAGENET)
+    return usage_of(given, fixed=fixed, preprocessing=preprocessing, facts=FACTS)
+
+
+def test_a_person_is_told() -> None:
+    assert usage(image_model(), fixed=True).lines() == [
+        "input images 1x16x16x3 float32, RGB from 0 to 255, x / 127.5 - 1",
+        "output output_0 1x4 float32",
+    ]
+    line = usage(image_model(), fixed=False, half=False).lines()[0]
+    assert line == (
+        "input images Nx16x16x3 float32, RGB from 0 to 255, (x / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]"
+    )
+
+
+def test_tokens_have_no_preparation() -> None:
+    tokens = keras.Input((None,), name="token_ids", dtype="int32")
+    model = keras.Model({"token_ids": tokens}, {"features": keras.layers.Embedding(9, 4)(tokens)})
+    values = np.zeros((2, 7), np.int32)
+    given = Exportable(model, Inputs((values,), (values,), ((0, 1),), ("token_ids",)))
+    assert usage_of(given, fixed=False, preprocessing=None, facts={}).lines() == [
+        "input token_ids NxN int32",
+        "output features NxNx4 float32",
+    ]
+    assert usage_of(given, fixed=True, preprocessing=None, facts={}).lines()[0] == "input token_ids 1x7 int32"
+
+
+def test_onnx_has_it_as_properties(tmp_path: Path) -> None:
+    given = image_model()
+    write("onnx", given, tmp_path / "x.onnx", "float32", usage=usage(given, fixed=False))
+    found = {each.key: each.value for each in onnx.load(tmp_path / "x.onnx").metadata_props}
+    assert found["preprocessing"] == "x / 127.5 - 1"
+    assert found["license"] == "MIT"
+    assert found["num_classes"] == "4"
+    assert found["inputs"] == "images Nx16x16x3 float32"
+
+
+@pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter:UserWarning")  # the converter's own, in int8
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_litert_has_it_as_tflite_metadata(tmp_path: Path, precision: str) -> None:
+    given, plain, said = image_model(), tmp_path / "plain.tflite", tmp_path / "said.tflite"
+    write("litert", given, plain, precision)
+    write("litert", given, said, precision, usage=usage(given, fixed=True, half=False))
+    image = np.random.default_rng(0).normal(size=(1, 16, 16, 3)).astype(np.float32)
+    results = []
+    for path in (plain, said):
+        interpreter = Interpreter(str(path))
+        interpreter.allocate_tensors()
+        results.append(interpreter.get_signature_runner()(images=image)["output_0"])
+    np.testing.assert_array_equal(*results)
+    content = said.read_bytes()
+    model = schema.ModelT.InitFromPackedBuf(content, 0)
+    entry = next(each for each in model.metadata if each.name == b"TFLITE_METADATA")
+    block = bytes(model.buffers[entry.buffer].data)
+    assert block[4:8] == b"M001"
+    assert b"toy one" in block
+    # Means and deviations are for values from 0 to 255.
+    for numbers in (IMAGENET["mean"], IMAGENET["std"]):
+        assert np.float32([255 * number for number in numbers]).tobytes() in block
+    # Weights lie as runtimes map them.
+    for buffer in model.buffers:
+        if buffer.data is not None and len(buffer.data) >= 16 and buffer.data is not model.buffers[entry.buffer].data:
+            values = bytes(buffer.data)
+            assert any(content.startswith(values, at) for at in range(0, len(content), 16)), len(values)
