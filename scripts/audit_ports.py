@@ -191,7 +191,9 @@ def judge(port: str) -> dict[str, Any]:
     if not (report.passed or said):
         said = [str(report.first_divergence or "")]
     output = report.worst_exact
+    ratios = [layer.views["float32"].ratio for layer in report.layers if layer.is_output and "float32" in layer.views]
     return {
+        "ratio": max(ratios, default=None),
         "passed": report.passed,
         "output": None if output is None else output.relative_error,
         "said": said,
@@ -200,11 +202,12 @@ def judge(port: str) -> dict[str, Any]:
 
 def _row(port: str, found: Mapping[str, Any]) -> str:
     if "failed" in found:
-        cells = ["not converted", "-", found["failed"]]
+        cells = ["not converted", "-", "-", found["failed"]]
     else:
         output = "-" if found["output"] is None else f"{found['output']:.1e}"
         more = f" ({len(found['said']) - 1} more)" if len(found["said"]) > 1 else ""
-        cells = ["exact" if found["passed"] else "**differs**", output, "".join(found["said"][:1]) + more]
+        ratio = "-" if found["ratio"] is None else f"{found['ratio']:.1f}"
+        cells = ["exact" if found["passed"] else "**differs**", output, ratio, "".join(found["said"][:1]) + more]
     return f"| {port} | " + " | ".join(cell.replace("|", "/").replace("\n", " ")[:300] for cell in cells) + " |"
 
 
@@ -215,8 +218,8 @@ def main(wanted: tuple[str, ...], one: str | None) -> None:
     if one:
         print(json.dumps(judge(one)))
         return
-    click.echo("| port | verdict | error of the outputs | where the two part |")
-    click.echo("|---|---|---|---|")
+    click.echo("| port | verdict | error of the outputs | in units of float32's rounding | where the two part |")
+    click.echo("|---|---|---|---|---|")
     for port in wanted or PORTS:
         run = subprocess.run([sys.executable, __file__, "--one", port], capture_output=True, text=True)
         lines = run.stdout.strip().splitlines()

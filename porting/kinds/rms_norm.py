@@ -19,7 +19,9 @@ class RMSNorm(Kind):
     def is_module(self, module: nn.Module) -> bool:
         from torch import nn
 
-        return isinstance(module, nn.RMSNorm)
+        # Those of transformers that compute as PyTorch's does hold their epsilon under this name. Gemma's does not.
+        others = type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
+        return isinstance(module, nn.RMSNorm) or others
 
     def is_layer(self, layer: keras.layers.Layer) -> bool:
         from keras import layers
@@ -27,8 +29,9 @@ class RMSNorm(Kind):
         return isinstance(layer, layers.RMSNormalization)
 
     def module_settings(self, module: Any) -> Settings:
-        settings: Settings = {"axes": len(module.normalized_shape)}
-        return settings if module.eps is None else {**settings, "eps": module.eps}
+        axes = len(module.normalized_shape) if hasattr(module, "normalized_shape") else module.weight.ndim
+        eps = getattr(module, _epsilon(module))
+        return {"axes": axes} if eps is None else {"axes": axes, "eps": eps}
 
     def layer_settings(self, layer: Any) -> Settings:
         axes = layer.axis if isinstance(layer.axis, (list, tuple)) else [layer.axis]
@@ -42,11 +45,18 @@ class RMSNorm(Kind):
             yield Mistake("its scale is lost", lost)
             more = with_value(module, inputs, "weight", lambda m: m.weight + 1)
             yield Mistake("1 is added to its scale", more)
+        name = _epsilon(module)
+        own = getattr(module, name)
         for eps in (1e-5, 1e-6, 1e-7, 1e-8, 0.0):
-            if eps != module.eps:
-                usual = "that of its type" if module.eps is None else f"{module.eps:g}"
+            if eps != own:
+                usual = "that of its type" if own is None else f"{own:g}"
                 cause = f"an epsilon of {eps:g} instead of {usual}"
-                yield Mistake(cause, with_value(module, inputs, "eps", _constant(eps)))
+                yield Mistake(cause, with_value(module, inputs, name, _constant(eps)))
+
+
+def _epsilon(module: nn.Module) -> str:
+    """The name of the attribute."""
+    return "variance_epsilon" if hasattr(module, "variance_epsilon") else "eps"
 
 
 def _constant(value: float) -> Any:

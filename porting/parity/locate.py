@@ -228,11 +228,16 @@ def _search(
         bad = [each for each in own if not tracer.is_exact(each) and key_of(each) not in seen]
         if not bad:
             return node
-        tensor = bad[0]
+        # A mask may have no partner, since PyTorch's models make them up in other ways.
+        tensor = next((each for each in bad if not _is_mask(each)), bad[0])
         gap = Gap(node, next((i for i, each in enumerate(node.inputs) if each is tensor), 0))
         if not any(each is tensor for each in node.inputs):
             inner = next(c for c in node.children if any(o is tensor for o in c.outputs))
             gap = Gap(inner, 0)
+
+
+def _is_mask(tensor: Tensor) -> bool:
+    return bool(((tensor == 0) | (tensor == 1)).all())
 
 
 def _beside(tracer: Tracer, gap: Gap, innocent: set[Place]) -> list[Tensor]:

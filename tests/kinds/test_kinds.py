@@ -188,3 +188,24 @@ def test_an_embedding_that_is_off_by_one() -> None:
     made = causes["its rows are taken 1 behind where PyTorch takes them"]
     assert isinstance(made, torch.Tensor)
     assert torch.equal(made, expected)
+
+
+def test_activations_and_norms_of_other_packages_are_of_the_same_kinds() -> None:
+    from transformers.activations import GELUActivation, NewGELUActivation
+    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    x = torch.randn(2, 5, dtype=torch.float64)
+    kind = KINDS["activation"]
+    assert kind.is_module(GELUActivation())
+    causes = [each.cause for each in kind.mistakes(GELUActivation(), [x])]
+    assert causes[0] == "the tanh approximation of GELU"
+    assert next(iter(kind.mistakes(NewGELUActivation(), [x]))).cause.startswith("GELU by erf")
+    norm = LlamaRMSNorm(5, eps=1e-5).double()
+    assert kind_of_module(norm) is KINDS["rms_norm"]
+    assert KINDS["rms_norm"].module_settings(norm) == {"axes": 1, "eps": 1e-5}
+    made = {each.cause: each.make for each in KINDS["rms_norm"].mistakes(norm, [x])}
+    with torch.no_grad():
+        expected = torch.nn.functional.rms_norm(x, (5,), eps=1e-6)
+        torch.testing.assert_close(made["an epsilon of 1e-06 instead of 1e-05"](), expected, rtol=1e-6, atol=1e-6)
+    assert kind_of_module(GemmaRMSNorm(5)) is None  # which adds 1 to its scale

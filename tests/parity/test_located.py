@@ -1,0 +1,104 @@
+"""What is beside a mistake is not blamed for it."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import torch
+from keras import layers
+from torch import nn
+
+import porting
+
+
+class NormAct(nn.BatchNorm2d):
+    """As timm writes it: a norm that also activates, with modules of its own."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
+class Stem(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv0, self.norm0 = nn.Conv2d(3, 8, 3, 2, 1), NormAct(8)
+        self.conv1 = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv1(self.norm0(self.conv0(x)))
+
+
+def test_a_norm_whose_activation_is_apart_is_right() -> None:
+    torch.manual_seed(0)
+    reference = Stem().eval()
+    reference.norm0.running_mean = torch.randn(8)
+    inputs = keras.Input((16, 16, 3))
+    # TensorFlow's "same" pads an even map on one side alone.
+    x = layers.Conv2D(8, 3, 2, "same", name="conv0")(inputs)
+    x = keras.ops.relu(layers.BatchNormalization(epsilon=1e-5, name="norm0")(x))
+    candidate = keras.Model(inputs, layers.Conv2D(4, 1, name="conv1")(x))
+    for name in ("conv0", "conv1"):
+        module = reference.get_submodule(name)
+        candidate.get_layer(name).set_weights([module.weight.detach().permute(2, 3, 1, 0), module.bias.detach()])
+    norm = reference.norm0
+    candidate.get_layer("norm0").set_weights(
+        [np.asarray(each.detach()) for each in (norm.weight, norm.bias, norm.running_mean, norm.running_var)]
+    )
+    images = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
+    report = porting.check_parity(reference, candidate, images)
+    assert not report.passed
+    assert [culprit.layer for culprit in report.culprits] == ["conv0"]
+    assert "padding" in report.culprits[0].diagnosis.cause
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.dense = nn.LayerNorm(6, eps=1e-5), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return x + self.dense(self.norm(x)) * bias
+
+
+class Encoder(nn.Module):
+    """The mask goes on as something else than what the model is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.block = nn.Embedding(9, 6), Block()
+
+    def forward(self, token_ids: torch.Tensor, padding_mask: torch.Tensor) -> torch.Tensor:
+        return self.block(self.table(token_ids), 1.0 + 2.0 * padding_mask[..., None].to(self.table.weight.dtype))
+
+
+class KerasBlock(layers.Layer):
+    def __init__(self) -> None:
+        super().__init__(name="block")
+        self.norm, self.dense = layers.LayerNormalization(epsilon=1e-3, name="norm"), layers.Dense(6, name="dense")
+
+    def build(self, x_shape: tuple[int | None, ...], mask_shape: object = None) -> None:
+        self.norm.build(x_shape)
+        self.dense.build(x_shape)
+
+    def call(self, x: keras.KerasTensor, mask: keras.KerasTensor) -> keras.KerasTensor:
+        return x + self.dense(self.norm(x)) * (1.0 + 2.0 * keras.ops.cast(mask, x.dtype)[..., None])
+
+
+def test_a_mask_is_not_blamed_for_an_epsilon() -> None:
+    torch.manual_seed(0)
+    reference = Encoder().eval()
+    tokens, mask = (keras.Input((5,), name=name, dtype="int32") for name in ("token_ids", "padding_mask"))
+    table, block = layers.Embedding(9, 6, name="table"), KerasBlock()
+    candidate = keras.Model({"token_ids": tokens, "padding_mask": mask}, block(table(tokens), mask))
+    table.set_weights([reference.table.weight.detach()])
+    block.dense.set_weights([reference.block.dense.weight.detach().T, reference.block.dense.bias.detach()])
+    ids = np.random.default_rng(0).integers(0, 9, (2, 5)).astype(np.int32)
+    given = {"token_ids": ids, "padding_mask": np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], np.int32)}
+    report = porting.check_parity(reference, candidate, given)
+    assert not report.passed
+    assert [culprit.layer for culprit in report.culprits] == ["block.norm"]
+    assert "epsilon" in report.culprits[0].diagnosis.cause
