@@ -69,13 +69,15 @@ _WINDOWED = {
 class Port:
     """A body of transformers: its class, what its configuration holds, and the side of its images, 0 for tokens.
 
-    `saved_as` is the class that published checkpoints are of, where the converter wants the names of that one.
+    `saved_as` is the class that published checkpoints are of, where the converter wants the names of that one. `zeros` is
+    a tensor that holds zeros in what is published.
     """
 
     model: str
     config: Mapping[str, Any] = field(default_factory=dict)
     side: int = 0
     saved_as: str = ""
+    zeros: str = ""
 
 
 TIMM = (
@@ -93,7 +95,12 @@ TIMM = (
 )
 TRANSFORMERS = {
     "bert": Port("BertModel", _NARROW, saved_as="BertForPreTraining"),
-    "roberta": Port("RobertaModel", {**_NARROW, "layer_norm_eps": 1e-5}, saved_as="RobertaForMaskedLM"),
+    "roberta": Port(
+        "RobertaModel",
+        {**_NARROW, "layer_norm_eps": 1e-5},
+        saved_as="RobertaForMaskedLM",
+        zeros="embeddings.token_type_embeddings.weight",
+    ),
     "xlm-roberta": Port("XLMRobertaModel", {**_NARROW, "layer_norm_eps": 1e-5}, saved_as="XLMRobertaForMaskedLM"),
     "distilbert": Port("DistilBertModel", _DISTILLED, saved_as="DistilBertForMaskedLM"),
     "albert": Port("AlbertModel", {**_NARROW, "embedding_size": 32}, saved_as="AlbertForPreTraining"),
@@ -155,6 +162,8 @@ def of_transformers(name: str, folder: Path) -> tuple[Any, Any, Any]:
         given["token_ids"] = np.maximum(given["token_ids"], 5)  # none of the special ones
         tokens = torch.from_numpy(given["token_ids"])
         fill_with_synthetic_weights(reference, 0, run=lambda model: model(input_ids=tokens))
+    if port.zeros:
+        reference.get_parameter(port.zeros).data.zero_()
     plain = getattr(transformers, port.saved_as or port.model)(reference.config)  # its name goes into the folder
     body = getattr(plain, plain.base_model_prefix) if port.saved_as else plain
     state = reference.state_dict()

@@ -44,7 +44,11 @@ if TYPE_CHECKING:
     show_default=True,
     help="int8 takes its ranges from the images of the check.",
 )
-@click.option("--input-size", type=click.IntRange(min=32), help="Side of the images.  [default: the variant's]")
+@click.option(
+    "--input-size",
+    type=click.IntRange(min=1),
+    help="Side of the images, or number of tokens in LiteRT.  [default: the variant's, or the check's]",
+)
 @click.option("--fused/--no-fused", default=True, show_default=True, help="Fold normalisations into convolutions.")
 @click.option(
     "--split-kernels/--no-split-kernels",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import hashlib
 import inspect
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
@@ -257,7 +258,24 @@ def application(name: str, spec: Spec, /, **options: Any) -> keras.Model:
 
     head = {"classes": spec.num_classes, "classifier_activation": None}
     top = head if spec.num_classes else {"include_top": False, "pooling": "avg"}
-    return getattr(keras.applications, name)(weights=None, **top, **options)
+    with _numbered_afresh():
+        return getattr(keras.applications, name)(weights=None, **top, **options)
+
+
+@contextlib.contextmanager
+def _numbered_afresh() -> Iterator[None]:
+    """While it lasts, Keras numbers layers without a name of their own as in a process that has built no other.
+
+    A file keeps those names, and the model that it is loaded into must have the same.
+    """
+    from keras.src.backend.common import global_state
+
+    counts = global_state.get_global_attribute("object_name_uids")
+    try:
+        global_state.set_global_attribute("object_name_uids", None)
+        yield
+    finally:
+        global_state.set_global_attribute("object_name_uids", counts)
 
 
 def classifier(name: str, backbone: Any, spec: Spec, *, pooled: bool = True) -> keras.Model:

@@ -111,6 +111,57 @@ def test_export(run_cli: RunCli, given: list[str], tmp_path: Path) -> None:
     assert out.exists()
 
 
+TEXT = """
+import keras
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.out = nn.Embedding(80, 8), nn.Linear(8, 5)
+
+    def forward(self, token_ids, padding_mask):
+        return self.out(self.table(token_ids)) * padding_mask[..., None]
+
+
+def candidate():
+    tokens, mask = (keras.Input((None,), name=name, dtype="int32") for name in ("token_ids", "padding_mask"))
+    features = keras.layers.Dense(5, name="out")(keras.layers.Embedding(80, 8, name="table")(tokens))
+    seen = keras.ops.cast(mask, "float32")[..., None]
+    return keras.Model({"token_ids": tokens, "padding_mask": mask}, features * seen)
+"""
+TEXT_ROWS = """
+[[row]]
+source = "table"
+target = "table"
+kind = "embedding"
+
+[[row]]
+source = "out"
+target = "out"
+kind = "dense"
+"""
+
+
+def test_export_of_tokens(run_cli: RunCli, tmp_path: Path) -> None:
+    models, rows = tmp_path / "models.py", tmp_path / "rows.toml"
+    models.write_text(TEXT)
+    rows.write_text(TEXT_ROWS)
+    checkpoint, weights, out = tmp_path / "own.pth", tmp_path / "own.h5", tmp_path / "own.tflite"
+    torch.save(build_model(f"{models}:Net", {}).state_dict(), checkpoint)
+    given = ["--source", f"{models}:Net", "--target", f"{models}:candidate", "--map", str(rows)]
+    result = run_cli(*given, "--checkpoint", checkpoint, "--out", weights)
+    assert result.exit_code == 0, result.output
+    files = ["--weights", weights, "--checkpoint", checkpoint, "--out", out]
+    result = run_cli("export", *given, *files, "--input-size", "24")
+    assert result.exit_code == 0, result.output
+    assert "input token_ids 1x24 int32" in result.output
+    assert "input padding_mask 1x24 int32" in result.output
+    assert "output output_0" in result.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

@@ -13,6 +13,8 @@ from porting.errors import FailedParityError, KeyMapError, SourceError
 from porting.families.library import LibraryFamily, library
 from porting.families.registry import family_names, get_family
 from porting.mapping.rules import KeyRule, bind
+from porting.tasks.export import export
+from porting.tasks.options import CheckOptions
 from porting.tasks.port import port
 from porting.tasks.revert import revert
 
@@ -140,3 +142,25 @@ def test_published_weights_come_by_the_package(monkeypatch: pytest.MonkeyPatch) 
     assert asked == [("resnet18", True)]
     assert loaded.state_dict["conv1.weight"].shape == (64, 3, 7, 7)
     assert len(loaded.sha256) == 64
+
+
+@pytest.mark.slow
+def test_exports_are_proven(tmp_path: Path) -> None:
+    family, variant = get_family("vit"), "vit_tiny_patch16_224"
+    assert isinstance(family, LibraryFamily)
+    checkpoint, weights = tmp_path / "own.pth", tmp_path / "own.h5"
+    write_checkpoint(family, variant, 5, checkpoint)
+    port(family, variant, weights, checkpoint=checkpoint, check=False)
+    options = CheckOptions(samples=1)
+    result = export(family, variant, weights, tmp_path / "x.onnx", form="onnx", checkpoint=checkpoint, options=options)
+    assert result.report is not None
+    assert result.report.passed
+
+
+def test_layers_that_keras_numbers_have_the_same_names_in_every_model() -> None:
+    """keras.applications leaves ConvNeXt's last norm without a name where there is no head."""
+    family = get_family("convnext")
+    spec = family.spec("convnext_tiny", 0)
+    names = [[layer.name for layer in family.build_candidate(spec).layers] for _ in range(2)]
+    assert names[0] == names[1]
+    assert "layer_normalization" in names[0]
