@@ -69,7 +69,7 @@ _WINDOWED = {
 class Port:
     """A body of transformers: its class, what its configuration holds, and the side of its images, 0 for tokens.
 
-    `saved_as` is the class that published checkpoints are of, where the converter wants the names of that one. `zeros` is
+    `saved_as` is the class that published checkpoints are of, where the converter wants its names. `zeros` is
     a tensor that holds zeros in what is published.
     """
 
