@@ -96,7 +96,6 @@ def compare_models(
     reference = case.load_reference()
     if options.allow_non_finite:
         _put_zeros_for_non_finite(candidate, reference, case)
-    candidate, note = _channels_last(case, candidate)
     given = case.check_inputs()
     if given is not None:
         if options.stress or options.train:
@@ -105,6 +104,7 @@ def compare_models(
                 hint="A check compares the outputs on loud weights in any case.",
             )
         return _run(case, "as ported", reference, candidate, given, options, progress, strict=strict)
+    candidate, note = _channels_last(case, candidate)
     sides = tuple(candidate.input_shape[1:3])
     if None not in sides and sides[0] != sides[1]:
         raise WeightsFileError(

@@ -108,6 +108,11 @@ def export(
         start_tensorflow()
         progress("reading the weights")
         model = case.load_candidate(weights)
+        if not getattr(model, "inputs", None):
+            raise ExportError(
+                f"{case.how_to_build}: a subclassed Keras model, which does not say what it takes and gives",
+                hint="Wrap it: inputs = keras.Input(...); keras.Model(inputs, model(inputs)).",
+            )
         samples = _samples(case, model, options, input_size)
         if fused:
             progress("fusing")

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import Result
@@ -185,3 +186,42 @@ def test_errors_say_what_to_do(run_cli: RunCli, given: list[str], tmp_path: Path
     result = run_cli(*given, "--checkpoint", tmp_path / "own.pth", "--out", tmp_path / "x.h5")
     assert result.exit_code == 4
     assert "the Keras model has no layer 'aut'" in result.output
+
+
+SUBCLASSED = """
+
+class Candidate(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.table = keras.layers.Embedding(80, 8, name="table")
+        self.out = keras.layers.Dense(5, name="out")
+
+    def call(self, inputs):
+        mask = keras.ops.cast(inputs["padding_mask"], self.compute_dtype)
+        return self.out(self.table(inputs["token_ids"])) * mask[..., None]
+
+
+def subclassed():
+    model = Candidate()
+    model({name: keras.ops.ones((1, 4), "int32") for name in ("token_ids", "padding_mask")})
+    return model
+"""
+
+
+def test_a_subclassed_model_is_checked_and_its_export_is_one_message(run_cli: RunCli, tmp_path: Path) -> None:
+    models, rows, inputs = tmp_path / "models.py", tmp_path / "rows.toml", tmp_path / "inputs.npz"
+    models.write_text(TEXT + SUBCLASSED)
+    rows.write_text(TEXT_ROWS)
+    tokens = np.random.default_rng(0).integers(0, 80, (2, 6)).astype(np.int32)
+    np.savez(inputs, token_ids=tokens, padding_mask=np.ones_like(tokens))
+    checkpoint, weights = tmp_path / "own.pth", tmp_path / "own.h5"
+    torch.save(build_model(f"{models}:Net", {}).state_dict(), checkpoint)
+    given = ["--source", f"{models}:Net", "--target", f"{models}:subclassed", "--map", str(rows)]
+    given += ["--inputs", str(inputs)]
+    result = run_cli(*given, "--checkpoint", checkpoint, "--out", weights)
+    assert result.exit_code == 0, result.output
+    files = ["--weights", weights, "--checkpoint", checkpoint, "--out", tmp_path / "x.onnx"]
+    result = run_cli("export", *given, *files)
+    assert result.exit_code == 9, result.output
+    assert "a subclassed Keras model, which does not say what it takes" in result.output
+    assert not (tmp_path / "x.onnx").exists()
