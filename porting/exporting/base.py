@@ -47,20 +47,19 @@ class Exportable:
         import tensorflow as tf
 
         found = {}
-        open_sides = [tuple(tensor.shape) for tensor in self.model.inputs]
-        for place, (name, array) in enumerate(zip(self.names, self.inputs.candidate, strict=True)):
-            sides: tuple[int | None, ...] = (1 if fixed else None, *array.shape[1:])
-            if not fixed and array.ndim < 3 and len(open_sides) == len(self.names):
-                sides = (None, *self._sides_of(place, open_sides)[1:])
-            found[name] = tf.TensorSpec(sides, tf.as_dtype(array.dtype), name=name)
+        for name, array, stated in zip(self.names, self.inputs.candidate, self._stated_sides(), strict=True):
+            sides = array.shape if fixed or array.ndim > 2 else stated
+            found[name] = tf.TensorSpec((1 if fixed else None, *sides[1:]), tf.as_dtype(array.dtype), name=name)
         return found
 
-    def _sides_of(self, place: int, sides: list[tuple[int | None, ...]]) -> tuple[int | None, ...]:
-        """What Keras says of the input at `place`, whose names may be in another order than its own."""
+    def _stated_sides(self) -> list[tuple[int | None, ...]]:
+        """What Keras says of each input, in the order of these, which may not be its own."""
+        tensors = self.model.inputs
         if self.inputs.names is None:
-            return sides[place]
-        by_name = {tensor.name: tuple(tensor.shape) for tensor in self.model.inputs}
-        return by_name.get(self.inputs.names[place], self.inputs.candidate[place].shape)
+            return [tuple(tensor.shape) for tensor in tensors]
+        stated = {tensor.name: tuple(tensor.shape) for tensor in tensors}
+        given = zip(self.inputs.names, self.inputs.candidate, strict=True)
+        return [stated.get(name, array.shape) for name, array in given]
 
     def __call__(self, **given: Any) -> dict[str, Any]:
         return self.named(self.model(self.structured(given), training=False))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from porting.kinds.transforms import Array
 from porting.models.float64 import in_float64
 from porting.models.inputs import Axes, Inputs, image_inputs, moved
 from porting.parity.measure import DifferenceSum, DistanceSum, measure_distance, measure_size
-from porting.parity.record import kinds_of, output_name, record
+from porting.parity.record import kinds_of, output_name, record, result_key
 from porting.parity.report import (
     FLOAT32,
     FLOAT32_ROUNDOFF,
@@ -107,7 +106,7 @@ def compare_outputs(
             truth, actual = each.outputs[0].tensor, torch.from_numpy(np.array(found[source], np.float32))
             unit = noisy.calls[source].outputs[0].tensor
             layer.include(unit, truth, actual, _axes(truth, actual), limits.of(source), index)
-        ours = {_key(name): name for name in found if name.partition("[")[0] == OUTPUT}
+        ours = {result_key(name): name for name in found if name.partition("[")[0] == OUTPUT}
         results, problems = pair_results(exact.outputs, ours)
         notes.update(dict.fromkeys(problems))
         for theirs, key in results.items():
@@ -129,12 +128,6 @@ def compare_outputs(
         name=name,
         notes=tuple(notes),
     )
-
-
-def _key(name: str) -> str:
-    """The key of a result by what reports call it."""
-    key = name.removeprefix(OUTPUT)
-    return key if not key or re.fullmatch(r"\[\d+\]", key) else key[1:-1]
 
 
 def _call(inputs: Inputs, dtype: Any, model: nn.Module) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,12 @@ class Recording:
 def output_name(key: str) -> str:
     """What a result is called in reports."""
     return f"{OUTPUT}{key}" if not key or key.startswith("[") else f"{OUTPUT}[{key}]"
+
+
+def result_key(name: str) -> str:
+    """The key of a result by what reports call it."""
+    key = name.removeprefix(OUTPUT)
+    return key if not key or re.fullmatch(r"\[\d+\]", key) else key[1:-1]
 
 
 class _Recorder:

@@ -113,7 +113,8 @@ def export(
                 f"{case.how_to_build}: a subclassed Keras model, which does not say what it takes and gives",
                 hint="Wrap it: inputs = keras.Input(...); keras.Model(inputs, model(inputs)).",
             )
-        samples = _samples(case, model, options, input_size)
+        given = case.check_inputs()
+        samples = _samples(case, model, given, options, input_size)
         if fused:
             progress("fusing")
             with _export_errors("the model cannot be fused"):
@@ -122,7 +123,7 @@ def export(
         usage = usage_of(
             exportable,
             fixed=form == "litert",
-            preprocessing=case.preprocessing if case.check_inputs() is None else None,
+            preprocessing=case.preprocessing if given is None else None,
             facts=_facts(case, precision, survey.provenance, check=check),
         )
         progress(f"exporting to {form}")
@@ -164,12 +165,11 @@ def _facts(case: Case, precision: str, provenance: Mapping[str, Any] | None, *, 
     }
 
 
-def _samples(case: Case, model: keras.Model, options: CheckOptions, input_size: int | None) -> Inputs:
-    """What the artifact is run on: images, or what a model of another kind takes.
+def _samples(case: Case, model: keras.Model, given: Any, options: CheckOptions, input_size: int | None) -> Inputs:
+    """What the artifact is run on: images where `given` is None, or what a model of another kind takes.
 
     `input_size` is the length of a model's sequences of tokens, which repeat those of the check up to it.
     """
-    given = case.check_inputs()
     if given is None:
         return image_inputs(options.load_images(case.preprocessing, input_size))
     if input_size is not None:
