@@ -88,3 +88,9 @@ class ExportError(PortingError):
     """A model cannot be brought into another format, or its runtime cannot run what came out."""
 
     exit_code = 9
+
+
+class EngineError(PortingError):
+    """What an evaluation runs on is missing, cannot be reached, or fails."""
+
+    exit_code = 10

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from porting.cli.check import check
+from porting.cli.evaluate import evaluate
 from porting.cli.export import export
 from porting.cli.families import families
 from porting.cli.groups import (
@@ -46,7 +47,7 @@ _BROKEN_PIPE = 141  # as a shell says of a program that SIGPIPE ends
 EPILOG = """\b
 Exit codes: 0 done and at parity; 1 not at parity; 2 wrong usage; 3 bad checkpoint;
 4 tensors do not fit the model; 5 file not found; 6 cannot write; 7 bad weights file;
-8 bad report; 9 cannot export; 130 interrupted.
+8 bad report; 9 cannot export; 10 the engine of an evaluation fails; 130 interrupted.
 """
 
 
@@ -108,7 +109,7 @@ def cli(
     run_port(model, out, checkpoint, check, make_options, reporting, keep_failed)
 
 
-for command in (check, export, families, inspect, map_command, port_all, report, revert):
+for command in (check, evaluate, export, families, inspect, map_command, port_all, report, revert):
     cli.add_command(command)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,16 +15,21 @@ from porting.kinds.transforms import Array, Shape
 from porting.mapping.convert import diff_keys
 from porting.mapping.key_map import KeyMap
 from porting.mapping.naming import Naming, Recognition, recognise_naming
-from porting.models.images import Preprocessing
+from porting.models.images import Preprocessing, prepare_image, prepare_in_tensorflow
 from porting.parity.training import OptimizerPair, usual_optimizers
 from porting.progress import SILENT, Progress
 from porting.sources.table import Source, read_table
 
 if TYPE_CHECKING:
     import keras
+    from PIL import Image
     from torch import nn
 
     from porting.files.checkpoint import Checkpoint
+
+
+# Of a family's attributes, caches that hold live models or follow from them.
+_KEPT_HERE = {"_names", "_key_maps", "_maps", "_spare", "_shapes", "namings", "table"}
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,12 @@ class Family:
     inputs: Preprocessing
     # Whether settings that matter in training alone must agree between the two models that are built here.
     strict_settings = True
+    # The PyTorch name of the table of tokens, where a language model without its head is one with it as the head.
+    tied_head = ""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs; live models and what was found by them stay here."""
+        return {name: value for name, value in vars(self).items() if name not in _KEPT_HERE}
 
     def build_reference(self, spec: Spec) -> nn.Module:
         """The PyTorch model, fresh; it takes `(N, 3, H, W)` and gives `(N, num_classes)` logits, or its features."""
@@ -170,6 +181,18 @@ class Family:
     def preprocessing(self, spec: Spec) -> Preprocessing:
         """How images were prepared when the published weights were trained."""
         return self.inputs
+
+    def prepare_reference(self, spec: Spec) -> Callable[[Image.Image], Array]:
+        """What turns an RGB image into what PyTorch's model takes, as `(H, W, C)` float32, by its authors' code."""
+        return partial(prepare_image, preprocessing=self.preprocessing(spec))
+
+    def prepare_candidate(self, spec: Spec) -> Callable[[Image.Image], Array]:
+        """The same as a user of the Keras model would: by default with TensorFlow's functions and their defaults."""
+        return partial(prepare_in_tensorflow, preprocessing=self.preprocessing(spec))
+
+    def class_names(self, spec: Spec) -> Sequence[str]:
+        """Of the head, in order; none where they are not known, or are ImageNet's."""
+        return ()
 
     def check_inputs(self, spec: Spec) -> Any:
         """The Keras model's inputs for a check, an array or several by name.

@@ -49,6 +49,7 @@ class GPT2Family(LibraryFamily):
     )
     # The head, and masks that older versions of transformers saved.
     foreign = ("lm_head.",)
+    tied_head = "wte.weight"
     drops = ("h.*.attn.bias", "h.*.attn.masked_bias")
 
     def check_inputs(self, spec: Spec) -> dict[str, Array]:

@@ -31,6 +31,7 @@ from porting.sources.table import USUAL_CLASSES, Source
 
 if TYPE_CHECKING:
     import keras
+    from PIL import Image
     from torch import nn
 
 
@@ -76,6 +77,20 @@ class LibraryFamily(Family):
         # By the package's own class of that name: the one built here derives from it and loads as it does.
         model = type(self.build_reference(self.spec(variant)))
         return model.from_pretrained(variant)  # type: ignore[attr-defined,no-any-return]
+
+    def prepare_reference(self, spec: Spec) -> Callable[[Image.Image], Array]:
+        """By the settings that the publisher's package has for the variant's weights; else as `inputs` say."""
+        if self.publisher == "timm":
+            data, models = library("timm.data"), library("timm.models")
+            config = models.get_pretrained_cfg(spec.variant)
+            if config is None:
+                return super().prepare_reference(spec)
+            transform = data.create_transform(**data.resolve_data_config(pretrained_cfg=config.to_dict()))
+        elif self.publisher == "torchvision":
+            transform = library("torchvision.models").get_model_weights(spec.variant).DEFAULT.transforms()
+        else:
+            return super().prepare_reference(spec)
+        return lambda image: np.ascontiguousarray(np.moveaxis(transform(image).numpy(), 0, -1), np.float32)
 
     @cached_property
     def namings(self) -> tuple[Naming, ...]:  # type: ignore[override]

@@ -56,6 +56,23 @@ def build_model(spec: str, arguments: Mapping[str, Any]) -> Any:
         raise FamilyError(f"{spec}: cannot be made: {type(error).__name__}: {first_line[:300]}") from None
 
 
+def load_function(spec: str) -> Callable[..., Any]:
+    """The function that `file.py:function`, which is run, or `package.module:function` names; raises FamilyError."""
+    place, _, name = spec.rpartition(":")
+    if not place or not name:
+        raise FamilyError(f"{spec!r} names no function", hint="Its form is FILE.py:FUNCTION.")
+    try:
+        found = _callable(place, name)
+    except FamilyError:
+        raise
+    except Exception as error:  # whatever that code raises
+        first_line = str(error).partition("\n")[0]
+        raise FamilyError(f"{spec}: cannot be loaded: {type(error).__name__}: {first_line[:300]}") from None
+    if not callable(found):
+        raise FamilyError(f"{spec} is no function")
+    return found
+
+
 def _build(library: str, name: str, config: str, arguments: dict[str, Any]) -> Any:
     if library == "timm":
         return importlib.import_module("timm").create_model(name, **arguments)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from porting.sources.table import embedded_table
 
 if TYPE_CHECKING:
     import keras
+    from PIL import Image
     from torch import nn
 
     from porting.references.van import VanShape
@@ -209,6 +210,23 @@ class VanFamily(Family):
         if spec.naming.name == "segmentation":
             return replace(self.inputs, **IMAGENET)
         return self.inputs
+
+    def prepare_candidate(self, spec: Spec) -> Callable[[Image.Image], Array]:
+        import van_tf
+
+        how = self.preprocessing(spec)
+        mean, std = np.array(how.mean, np.float32), np.array(how.std, np.float32)
+
+        def prepare(image: Image.Image) -> Array:
+            found = van_tf.prepare_images(np.asarray(image), how.input_size, how.input_size / how.resize_size).numpy()
+            return (found / 2 + 0.5 - mean) / std if (std != 0.5).any() else found  # type: ignore[no-any-return]
+
+        return prepare
+
+    def class_names(self, spec: Spec) -> Sequence[str]:
+        import van_tf
+
+        return van_tf.CIFAR10_CLASSES if spec.num_classes == len(van_tf.CIFAR10_CLASSES) else ()
 
     def shrinkable(self, parameter: str) -> bool:
         from_patches = parameter.startswith("patch_embed") and ".norm." in parameter

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from porting.errors import SourceError
 from porting.kinds.transforms import Array
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # Means and deviations of ImageNet's images, on which most published models were trained.
@@ -53,12 +56,33 @@ def _load_image(path: Path, preprocessing: Preprocessing) -> Array:
             image = file.convert("RGB")
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise SourceError(f"{path}: not a readable image: {error}", hint="Remove it or give another folder.") from None
+    return prepare_image(image, preprocessing)
+
+
+def prepare_image(image: Image.Image, preprocessing: Preprocessing) -> Array:
+    """An RGB image as `(input_size, input_size, 3)` float32."""
+    from PIL import Image
+
     # As torchvision's Resize and CenterCrop: the longer side is rounded down, and half a pixel goes to the even number.
     width, height = (preprocessing.resize_size * side // min(image.size) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (round((side - preprocessing.input_size) / 2) for side in (width, height))
     image = image.crop((left, top, left + preprocessing.input_size, top + preprocessing.input_size))
-    pixels = np.asarray(image, np.float32) / np.float32(255)
+    return _normalised(np.asarray(image, np.float32) / np.float32(255), preprocessing)
+
+
+def prepare_in_tensorflow(image: Image.Image, preprocessing: Preprocessing) -> Array:
+    """The same by TensorFlow's functions with their defaults: bilinear, without antialiasing."""
+    import tensorflow as tf
+
+    width, height = (preprocessing.resize_size * side // min(image.size) for side in image.size)
+    resized = tf.image.resize(np.asarray(image), (height, width)).numpy()
+    top, left = (round((side - preprocessing.input_size) / 2) for side in (height, width))
+    cropped = resized[top : top + preprocessing.input_size, left : left + preprocessing.input_size]
+    return _normalised(cropped.astype(np.float32) / np.float32(255), preprocessing)
+
+
+def _normalised(pixels: Array, preprocessing: Preprocessing) -> Array:
     mean, std = np.asarray(preprocessing.mean, np.float32), np.asarray(preprocessing.std, np.float32)
     normalised: Array = (pixels - mean) / std
     return normalised

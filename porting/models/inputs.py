@@ -180,7 +180,7 @@ def make_inputs(
     """
     names = tuple(map(str, inputs)) if isinstance(inputs, Mapping) else None
     theirs_named = isinstance(reference_inputs, Mapping)
-    theirs_names = tuple(map(str, reference_inputs)) if theirs_named else _names_in_reference(reference, names)
+    theirs_names = tuple(map(str, reference_inputs)) if theirs_named else names_in_reference(reference, names)
     if (
         names is not None
         and theirs_named
@@ -233,8 +233,8 @@ _KNOWN_NAMES = {
 }
 
 
-def _names_in_reference(reference: nn.Module, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
-    """The arguments of the PyTorch model that inputs go to; the inputs' own names where it takes those."""
+def names_in_reference(reference: nn.Module, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """The arguments of the PyTorch model that inputs of Keras go to; the inputs' own names where it takes those."""
     if names is None:
         return None
     taken = _arguments(reference)

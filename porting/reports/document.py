@@ -93,11 +93,12 @@ def encoded(value: Any) -> Any:
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
-def _decoded(value: Any) -> Any:
+def decoded(value: Any) -> Any:
+    """What `encoded` gave, with the numbers as they were."""
     if isinstance(value, dict):
-        return {_decoded(key): _decoded(item) for key, item in value.items()}
+        return {decoded(key): decoded(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_decoded(item) for item in value]
+        return [decoded(item) for item in value]
     if isinstance(value, str):
         # A lone half of a pair of surrogates is no text that could be written again.
         return _NOT_FINITE.get(value, value.encode("utf-8", "backslashreplace").decode())
@@ -127,7 +128,7 @@ def from_json(text: str) -> ParityReport:
     """The report that `to_json` wrote; raises ReportError for anything else."""
     hint = "Make it again with this version: van-port check."
     try:
-        document = _decoded(json.loads(text))
+        document = decoded(json.loads(text))
         version = document["schema_version"]
         if version != SCHEMA_VERSION:
             raise ReportError(f"a report of schema {version}, this version reads {SCHEMA_VERSION}", hint=hint)

@@ -1,0 +1,142 @@
+"""`van-port evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from porting.cli.groups import FILE, CheckpointChoice, Model, checkpoint_options, model_options
+
+
+@click.command()
+@model_options()
+@click.option("--weights", type=FILE, required=True, help="Keras weights, or an exported .tflite, .onnx or SavedModel.")
+@checkpoint_options
+@click.option("--data", required=True, metavar="SPEC", help="Data set; its forms are listed above.")
+@click.option("--labels", type=FILE, help="The model's classes in its order, one a line.  [default: the family's]")
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Samples run at once.")
+@click.option("--limit", type=click.IntRange(min=1), help="Take only the first samples.  [default: all]")
+@click.option(
+    "--keras-preprocessing",
+    default="own",
+    show_default=True,
+    metavar="own|tensorflow|none|FILE.py:FUNCTION",
+    help="How the third arm prepares images: the family's way, TensorFlow's defaults, or your own function.",
+)
+@click.option(
+    "--pytorch-preprocessing",
+    default="",
+    metavar="FILE.py:FUNCTION",
+    help="How both models' shared tensors are prepared.  [default: by the checkpoint's publisher]",
+)
+@click.option("--tokenizer", default="", metavar="FOLDER", help="Tokenizer for texts, as transformers saves it.")
+@click.option("--tokens", type=click.IntRange(min=2), default=128, show_default=True, help="Cut texts at this length.")
+@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True)
+@click.option("--ray-address", default="", help="Cluster to run on.  [default: one is started on this machine]")
+@click.option(
+    "--workers",
+    type=(click.IntRange(min=1), click.IntRange(min=1)),
+    default=(1, 1),
+    show_default=True,
+    help="On Ray, the most processes for PyTorch and for Keras.",
+)
+@click.option("--resume", type=FILE, help="Keep how far the run has come in this file, and go on from there.")
+@click.option("--max-flips", type=click.IntRange(min=0), help="Fail where the model itself changes more answers.")
+@click.option("--max-drop", type=click.FloatRange(min=0), help="Fail where Keras's top-1 is more points lower.")
+@click.option("--baseline", type=FILE, help="Earlier JSON of an evaluation: fail where this one is worse.")
+@click.option(
+    "--report", "report_files", type=FILE, multiple=True, help="Also write it: .html, .md or .json; - for JSON here."
+)
+def evaluate(
+    model: Model,
+    weights: Path,
+    checkpoint: CheckpointChoice,
+    data: str,
+    labels: Path | None,
+    batch_size: int,
+    limit: int | None,
+    keras_preprocessing: str,
+    pytorch_preprocessing: str,
+    tokenizer: str,
+    tokens: int,
+    engine: str,
+    ray_address: str,
+    workers: tuple[int, int],
+    resume: Path | None,
+    max_flips: int | None,
+    max_drop: float | None,
+    baseline: Path | None,
+    report_files: tuple[Path, ...],
+) -> None:
+    """Run the original and its port side by side over a data set, and say what changes and why.
+
+    \b
+      van-port evaluate --variant b1 --weights van_b1.h5 --data imagenet/val --report evaluation.html
+      van-port evaluate --variant nano --weights van_nano.tflite --data test.csv --max-flips 0
+
+    Three arms see each sample: PyTorch with its own preprocessing, Keras on the same tensors, and Keras with its own
+    preprocessing. The data set is one of
+
+    \b
+      FOLDER                   class folders, named by class, number or synset; or images without labels
+      FILE.csv, FILE.jsonl     columns image and label; or, for language models, text or token_ids
+      FILE.parquet             columns image and label
+      SHARDS{000..009}.tar     WebDataset
+      tfds:NAME[/CONFIG][:SPLIT], hf:NAME[:SPLIT], or a folder that datasets saved
+
+    Files may lie at any address that fsspec knows, such as s3://bucket/folder. The exit code is 1 where a gate
+    (--max-flips, --max-drop, --baseline) fails.
+    """
+    from porting.cli.terminal import ProgressBar, make_console, route_results, say
+    from porting.errors import ParityError
+    from porting.evaluation.result import objections
+    from porting.files.atomic import refuse_clashes, require_writable
+    from porting.reports import is_stream
+    from porting.reports.evaluation import format_of, print_evaluation, read_evaluation, write_evaluation
+    from porting.tasks.evaluate import EvaluateOptions
+    from porting.tasks.evaluate import evaluate as run
+
+    files = [path for path in report_files if not is_stream(path)]
+    route_results(to_stderr=len(files) < len(report_files))
+    for path in files:
+        format_of(path)
+    kept = [] if resume is None else [resume]
+    read = {"--weights": [weights], "--checkpoint": checkpoint.files, "--data": [Path(data)]}
+    read |= {"--labels": [] if labels is None else [labels], "--baseline": [] if baseline is None else [baseline]}
+    refuse_clashes({"--report": files, "--resume": kept}, {name: list(paths) for name, paths in read.items()})
+    for path in (*files, *kept):
+        require_writable(path)
+    earlier = None if baseline is None else read_evaluation(baseline)
+    arguments = dict(checkpoint.arguments)
+    options = EvaluateOptions(
+        batch_size=batch_size,
+        limit=limit,
+        labels=labels,
+        own=keras_preprocessing,
+        shared=pytorch_preprocessing,
+        tokenizer=tokenizer,
+        longest=tokens,
+        engine=engine,
+        ray_address=ray_address,
+        workers=workers,
+        resume=resume,
+    )
+    assert model.variant is not None  # a required option
+    with ProgressBar() as progress:
+        found = run(
+            model.family,
+            model.variant,
+            weights,
+            data,
+            checkpoint={"location": arguments.pop("checkpoint"), **arguments},
+            options=options,
+            progress=progress,
+        )
+    print_evaluation(found, make_console())
+    for path in report_files:
+        write_evaluation(found, path)
+    if files:
+        say(f"Wrote {', '.join(map(str, files))}")
+    if failed := objections(found, max_flips=max_flips, max_drop=max_drop, earlier=earlier):
+        raise ParityError("; ".join(failed), hint="--report FILE.html shows every sample that changes.")

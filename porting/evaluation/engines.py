@@ -1,0 +1,171 @@
+"""Running an evaluation: in this process, or on Ray. Both judge the same blocks and give the same tally."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from functools import lru_cache, partial
+from importlib import import_module
+from typing import Any, Protocol
+
+from porting.errors import EngineError, PortingError
+from porting.evaluation.items import Block
+from porting.evaluation.judge import PYTORCH, SAME
+from porting.evaluation.samples import Batch
+from porting.evaluation.tally import Tally
+
+ENGINES = ("local", "ray")
+# Blocks that are read while another is run.
+_AHEAD = 2
+_CPUS_TO_LOAD = 0.5
+# A cluster that is started here: each model has one CPU by Ray's count, and reading needs some.
+_LEAST_CPUS = 4
+
+
+class Arm(Protocol):
+    """One model: `prepare` makes what it alone takes; calling it puts its results into the batch."""
+
+    def prepare(self, batch: Batch, pool: Executor | None = None) -> None: ...
+
+    def __call__(self, batch: Batch) -> None: ...
+
+
+class Plan(Protocol):
+    """What is run. Ray's processes get a pickled copy."""
+
+    def load(self, block: Block, pool: Executor | None = None) -> Batch: ...
+
+    def arm(self, name: str) -> contextlib.AbstractContextManager[Arm]: ...
+
+    def judge(self, batch: Batch) -> Tally: ...
+
+
+def run_local(plan: Plan, blocks: Iterable[Block]) -> Iterator[tuple[int, Tally]]:
+    """Every block's number and tally, in order; while one is run, the next are read and prepared."""
+    with contextlib.ExitStack() as stack:
+        arms = [stack.enter_context(plan.arm(name)) for name in (PYTORCH, SAME)]
+        pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count() or 1))
+        ahead = stack.enter_context(ThreadPoolExecutor(1))
+
+        def load(block: Block) -> Batch:
+            batch = plan.load(block, pool)
+            for arm in arms:
+                arm.prepare(batch, pool)
+            return batch
+
+        waiting: deque[Future[Batch]] = deque()
+        try:
+            for block in _then_none(blocks):
+                if block is not None:
+                    waiting.append(ahead.submit(load, block))
+                while waiting and (block is None or len(waiting) > _AHEAD):
+                    batch = waiting.popleft().result()
+                    for arm in arms:
+                        arm(batch)
+                    yield batch.block, plan.judge(batch)
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _then_none(blocks: Iterable[Block]) -> Iterator[Block | None]:
+    yield from blocks
+    yield None
+
+
+def run_on_ray(
+    plan: Plan, blocks: Iterable[Block], *, address: str = "", workers: tuple[int, int] = (1, 1)
+) -> Iterator[tuple[int, Tally]]:
+    """The same on Ray Data, in the order in which blocks get done; each is given once.
+
+    Reading and decoding are tasks; each model has a pool of actors, from one to the number in `workers`, each in a
+    process of its own. What dies is run again. `address` is of a cluster that is running; else one starts on this
+    machine and ends with the run. Raises EngineError where Ray is missing or cannot be reached, or where a
+    block cannot be run.
+    """
+    try:
+        ray = import_module("ray")
+        data = import_module("ray.data")
+    except ImportError:
+        raise EngineError("--engine ray needs Ray", hint="pip install 'van-port[ray]'") from None
+    own_cluster = not ray.is_initialized()
+    if own_cluster:
+        _start(ray, address)
+    try:
+        context = data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.execution_options.preserve_order = False
+        rows = [{"block": pickle.dumps(block)} for block in blocks]
+        if not rows:
+            return
+        shared = pickle.dumps(plan)
+        found = data.from_items(rows, override_num_blocks=len(rows)).map(partial(_load, shared), num_cpus=_CPUS_TO_LOAD)
+        for name, count in zip((PYTORCH, SAME), workers, strict=True):
+            found = found.map(
+                _ArmOnRay,
+                fn_constructor_args=(shared, name),
+                num_cpus=1,
+                compute=data.ActorPoolStrategy(min_size=1, max_size=count),
+            )
+        done: set[int] = set()
+        for row in found.iter_rows():
+            number, tally = pickle.loads(row["tally"])
+            if number not in done:  # what was run again after a failure may come twice
+                done.add(number)
+                yield number, tally
+    except PortingError:
+        raise
+    except ray.exceptions.RayError as error:
+        raise EngineError(f"Ray: {_last_line(error)}") from None
+    finally:
+        if own_cluster:
+            ray.shutdown()
+
+
+def _start(ray: Any, address: str) -> None:
+    options: dict[str, Any] = {"address": address} if address else {"num_cpus": max(os.cpu_count() or 1, _LEAST_CPUS)}
+    if not address:
+        options["include_dashboard"] = False
+    try:
+        ray.init(**options, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise EngineError(
+            f"Ray: {_last_line(error)}", hint="Check --ray-address, or leave it out to start Ray on this machine."
+        ) from None
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__
+
+
+@lru_cache(maxsize=1)
+def _plan_of(shared: bytes) -> Plan:
+    made: Plan = pickle.loads(shared)
+    return made
+
+
+def _load(shared: bytes, row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"batch": pickle.dumps(_plan_of(shared).load(pickle.loads(row["block"])))}
+
+
+class _ArmOnRay:
+    """One model in a process of its own; the last one also judges, so that only tallies travel on."""
+
+    def __init__(self, shared: bytes, name: str) -> None:
+        self._plan = _plan_of(shared)
+        self._last = name == SAME
+        self._stack = contextlib.ExitStack()
+        self._arm = self._stack.enter_context(self._plan.arm(name))
+
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        batch: Batch = pickle.loads(row["batch"])
+        self._arm.prepare(batch)
+        self._arm(batch)
+        if self._last:
+            return {"tally": pickle.dumps((batch.block, self._plan.judge(batch)))}
+        return {"batch": pickle.dumps(batch)}

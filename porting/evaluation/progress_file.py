@@ -1,0 +1,84 @@
+"""How far an evaluation has come, in a file, so that one that was interrupted goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from porting.errors import ReportError
+from porting.evaluation.tally import Tally
+from porting.files.atomic import open_regular, write_text
+
+_MAX_BYTES = 4 << 30
+_SECONDS_BETWEEN = 10.0
+
+
+class ProgressFile:
+    """Blocks that are done and their tally, written every ten seconds and in the end; None for the path: kept nowhere.
+
+    `identity` is what must be the same for the two halves of a run to be of one evaluation. Raises ReportError where
+    the file is of another, or none.
+    """
+
+    def __init__(self, path: Path | None, identity: Mapping[str, Any]) -> None:
+        self._path = path
+        self._identity = json.loads(json.dumps(identity))
+        self._written = time.monotonic()
+        self.tally = Tally()
+        self.done: set[int] = set()
+        if path is not None and path.exists():
+            self._read(path)
+
+    def _read(self, path: Path) -> None:
+        hint = "Remove the file to start anew, or give --resume another one."
+        try:
+            with open_regular(path) as file:
+                document = json.loads(file.read(_MAX_BYTES))
+            identity = document["identity"]
+            different = [name for name, value in self._identity.items() if identity.get(name) != value]
+            done = {number for first, last in document["done"] for number in _range(first, last)}
+            tally = Tally.from_document(document["tally"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ReportError(f"{path}: not the progress of an evaluation: {error}", hint=hint) from None
+        if different:
+            raise ReportError(f"{path}: is of an evaluation with another {', '.join(different)}", hint=hint)
+        self.tally, self.done = tally, done
+
+    def add(self, block: int, tally: Tally) -> None:
+        self.tally.merge(tally)
+        self.done.add(block)
+        if time.monotonic() - self._written > _SECONDS_BETWEEN:
+            self.write()
+
+    def write(self) -> None:
+        """Raises OutputError."""
+        if self._path is None or not self.done:
+            return
+        document = {"identity": self._identity, "done": _ranges(self.done), "tally": self.tally.to_document()}
+        write_text(self._path, json.dumps(document, allow_nan=False))
+        self._written = time.monotonic()
+
+    def remove(self) -> None:
+        """The evaluation is whole."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+
+def _range(first: int, last: int) -> range:
+    if not 0 <= first <= last < 1 << 32:
+        raise ValueError(f"blocks {first} to {last}")
+    return range(first, last + 1)
+
+
+def _ranges(numbers: set[int]) -> list[tuple[int, int]]:
+    """Runs of consecutive numbers, first and last."""
+    found: list[tuple[int, int]] = []
+    for number in sorted(numbers):
+        if found and found[-1][1] == number - 1:
+            found[-1] = found[-1][0], number
+        else:
+            found.append((number, number))
+    return found

@@ -1,0 +1,380 @@
+"""Data sets of every form that `--data` takes, as samples in an order that never changes.
+
+Nothing is read ahead and no code of a data set is run. Files may lie at any address that fsspec knows.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import posixpath
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from porting.errors import SourceError
+from porting.evaluation.items import Item
+from porting.evaluation.labels import Labels
+from porting.models.images import IMAGE_SUFFIXES
+
+_SUFFIXES = (*IMAGE_SUFFIXES, ".jpe", ".gif", ".tif", ".tiff")
+# By what a column of a table may be called, the likeliest first.
+_IMAGE_COLUMNS = ("image", "path", "file", "filename", "file_name", "image_path", "img", "jpg", "png")
+_LABEL_COLUMNS = ("label", "class", "target", "cls", "labels", "category", "synset", "fine_label")
+_TEXT_COLUMNS = ("text", "sentence", "content")
+_TOKEN_COLUMNS = ("token_ids", "input_ids", "tokens", "ids")
+_LONGEST_LINE = 64 << 20
+Tokenizer = Callable[[str], "list[int]"]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set: `items` gives its samples from the first on; `total` is their number where that is cheap to know."""
+
+    described: str
+    items: Callable[[], Iterator[Item]]
+    total: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+def open_data(spec: str, labels: Labels, *, tokenizer: Tokenizer | None = None) -> Dataset:
+    """The data set that `spec` names.
+
+    A folder of class folders, or of images alone; a `.csv` or `.jsonl` of paths and labels, or of texts; a `.parquet`;
+    `.tar` shards of WebDataset, with `{000..009}` or `*`; `tfds:NAME[/CONFIG][:SPLIT]`; `hf:NAME[:SPLIT]`, or a folder
+    that datasets saved. Raises SourceError.
+    """
+    scheme, _, rest = spec.partition(":")
+    if scheme == "tfds" and rest:
+        return _tfds(rest, labels)
+    if scheme == "hf" and rest and not rest.startswith("//"):
+        return _hugging_face(rest, labels)
+    suffix = posixpath.splitext(spec)[1].lower()
+    if suffix == ".tar":
+        return _shards(spec, labels)
+    if suffix == ".parquet":
+        return _parquet(spec, labels)
+    file_system, path = _file_system(spec)
+    if suffix in {".csv", ".tsv", ".jsonl", ".ndjson"}:
+        return _table(spec, suffix, labels, tokenizer)
+    try:
+        is_folder = file_system.isdir(path)
+    except Exception as error:  # whatever the storage's client raises
+        raise SourceError(f"{spec}: {_first_line(error)}") from None
+    if not is_folder:
+        raise SourceError(
+            f"{spec}: no such folder, and no data set by its name",
+            hint="--data takes a folder, .csv, .jsonl, .parquet, .tar shards, tfds:NAME or hf:NAME.",
+        )
+    if file_system.exists(posixpath.join(path, "dataset_info.json")) or file_system.exists(
+        posixpath.join(path, "dataset_dict.json")
+    ):
+        return _hugging_face(spec, labels)
+    return _folder(spec, file_system, path, labels)
+
+
+def _file_system(spec: str) -> tuple[Any, str]:
+    import fsspec
+
+    try:
+        file_system, path = fsspec.core.url_to_fs(spec)
+    except (ImportError, ValueError) as error:
+        raise SourceError(
+            f"{spec}: {_first_line(error)}", hint="fsspec needs a package for that kind of storage, such as s3fs."
+        ) from None
+    return file_system, path
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:300] or type(error).__name__
+
+
+def _address(spec: str, file_system: Any, path: str) -> str:
+    """A path of a file system as an address that any process can open."""
+    return str(file_system.unstrip_protocol(path)) if "://" in spec else path
+
+
+def _folder(spec: str, file_system: Any, path: str, labels: Labels) -> Dataset:
+    entries = sorted(file_system.ls(path, detail=True), key=lambda entry: str(entry["name"]))
+    names = {entry["name"]: posixpath.basename(str(entry["name"]).rstrip("/")) for entry in entries}
+    folders = [e["name"] for e in entries if e["type"] == "directory" and not names[e["name"]].startswith(".")]
+    numbers = labels.of_folders([names[each] for each in folders]) if folders else {}
+
+    def files_in(folder: str) -> list[str]:
+        found = file_system.find(folder) if folder != path else [e["name"] for e in entries if e["type"] == "file"]
+        return sorted(each for each in found if not posixpath.basename(each).startswith("."))
+
+    def items() -> Iterator[Item]:
+        for folder in folders or [path]:
+            number = numbers.get(names.get(folder, ""))
+            for each in files_in(folder):
+                # In class folders every file is meant as an image; beside images, other files may lie.
+                if folders or each.lower().endswith(_SUFFIXES):
+                    yield Item(posixpath.relpath(each, path), number, _address(spec, file_system, each))
+
+    total = sum(len(files_in(folder)) for folder in folders) if folders else None
+    by_order = bool(folders) and not labels.names and any(not names[each].isdigit() for each in folders)
+    note = "class folders were numbered in sorted order: the model's class names are not known"
+    return Dataset(spec, items, total, (note,) if by_order else ())
+
+
+def _column(found: Mapping[str, Any], wanted: tuple[str, ...]) -> str | None:
+    lower = {str(name).lower(): str(name) for name in found}
+    return next((lower[name] for name in wanted if name in lower), None)
+
+
+def _table(spec: str, suffix: str, labels: Labels, tokenizer: Tokenizer | None) -> Dataset:
+    import fsspec
+
+    base = spec.rpartition("/")[0]
+
+    def rows() -> Iterator[tuple[int, dict[str, Any]]]:
+        try:
+            with fsspec.open(spec, "rt", encoding="utf-8", newline="") as file:
+                if suffix in {".csv", ".tsv"}:
+                    yield from enumerate(csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ","), 2)
+                    return
+                number = 0
+                while line := file.readline(_LONGEST_LINE):
+                    number += 1
+                    if line.strip():
+                        row = json.loads(line)
+                        if not isinstance(row, dict):
+                            raise ValueError(f"line {number} is no object")
+                        yield number, row
+        except (OSError, ValueError, csv.Error, RecursionError) as error:
+            raise SourceError(f"{spec}: cannot be read: {_first_line(error)}") from None
+
+    def items() -> Iterator[Item]:
+        for number, row in rows():
+            name = f"line {number}"
+            label_column = _column(row, _LABEL_COLUMNS)
+            label = labels.number(row[label_column]) if label_column else None
+            if image := _column(row, _IMAGE_COLUMNS):
+                where = str(row[image])
+                inside = "://" in where or where.startswith("/") or not base
+                yield Item(where, label, where if inside else f"{base}/{where}")
+            elif tokens := _column(row, _TOKEN_COLUMNS):
+                yield Item(name, label, tokens=_token_ids(row[tokens], f"{spec}, {name}"))
+            elif text := _column(row, _TEXT_COLUMNS):
+                if tokenizer is None:
+                    raise SourceError(f"{spec} holds texts", hint="Give the model's tokenizer with --tokenizer FOLDER.")
+                yield Item(name, label, tokens=tuple(tokenizer(str(row[text]))))
+            else:
+                raise SourceError(
+                    f"{spec}, {name}: no column of images, texts or token ids among {', '.join(map(str, row))}",
+                    hint=f"Images are expected under {', '.join(_IMAGE_COLUMNS[:4])}, labels under label.",
+                )
+
+    return Dataset(spec, items)
+
+
+def _token_ids(value: Any, where: str) -> tuple[int, ...]:
+    if not isinstance(value, list) or not value or not all(type(each) is int and 0 <= each < 2**31 for each in value):
+        raise SourceError(f"{where}: token ids are a list of whole numbers that are not negative")
+    return tuple(value)
+
+
+def _shards(spec: str, labels: Labels) -> Dataset:
+    """WebDataset: files of one sample lie side by side in a tar and have one name up to the first dot."""
+    import fsspec
+
+    paths = sorted(address for part in _braces(spec) for address in _expanded(part))
+    if not paths:
+        raise SourceError(f"{spec}: no such shards")
+
+    def items() -> Iterator[Item]:
+        for path in paths:
+            try:
+                with fsspec.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+                    yield from _samples(path, tar)
+            except (OSError, tarfile.TarError) as error:
+                raise SourceError(f"{path}: not a whole tar file: {_first_line(error)}") from None
+
+    def _samples(path: str, tar: tarfile.TarFile) -> Iterator[Item]:
+        key, image, label = None, None, None
+        shard = posixpath.basename(path)
+
+        def made() -> Iterator[Item]:
+            if image is not None:
+                name = f"{shard}::{image.name}"
+                yield Item(name, labels.number(label), path, image.offset_data, image.size)
+
+        while (member := tar.next()) is not None:
+            vars(tar)["members"] = []  # it would keep every one
+            if not member.isfile():
+                continue
+            stem, _, ending = posixpath.basename(member.name).partition(".")
+            own = posixpath.join(posixpath.dirname(member.name), stem)
+            if own != key:
+                yield from made()
+                key, image, label = own, None, None
+            if f".{ending.lower()}".endswith(_SUFFIXES):
+                image = member
+            elif ending.lower() in {"cls", "txt", "label", "json"} and member.size <= 1 << 20:
+                handle = tar.extractfile(member)
+                text = handle.read().decode("utf-8", "replace").strip() if handle is not None else ""
+                label = _label_of_json(text) if ending.lower() == "json" else text
+        yield from made()
+
+    return Dataset(spec, items)
+
+
+def _label_of_json(text: str) -> Any:
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    column = _column(row, _LABEL_COLUMNS) if isinstance(row, dict) else None
+    return row[column] if column else row if isinstance(row, int) else None
+
+
+def _braces(spec: str) -> Iterator[str]:
+    """`a{00..02}.tar` and `a{x,y}.tar`, written out; at most a million names."""
+    before, found, rest = spec.partition("{")
+    inside, closed, after = rest.partition("}")
+    if not found or not closed:
+        yield spec
+        return
+    first, dots, last = inside.partition("..")
+    if dots and first.isdigit() and last.isdigit() and int(last) - int(first) < 1_000_000:
+        choices = [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
+    else:
+        choices = inside.split(",")
+    for choice in choices:
+        yield from _braces(f"{before}{choice}{after}")
+
+
+def _expanded(spec: str) -> list[str]:
+    file_system, path = _file_system(spec)
+    if "*" in path or "?" in path:
+        return [_address(spec, file_system, each) for each in file_system.glob(path)]
+    return [spec]
+
+
+def _parquet(spec: str, labels: Labels) -> Dataset:
+    import fsspec
+
+    parquet = _package("pyarrow.parquet")
+
+    def opened() -> Any:
+        try:
+            return parquet.ParquetFile(fsspec.open(spec, "rb").open())
+        except Exception as error:  # pyarrow's own errors derive from several
+            raise SourceError(f"{spec}: not a Parquet file: {_first_line(error)}") from None
+
+    names = opened().schema_arrow.names
+    image, label = _column(dict.fromkeys(names), _IMAGE_COLUMNS), _column(dict.fromkeys(names), _LABEL_COLUMNS)
+    if image is None:
+        raise SourceError(f"{spec}: no column of images among {', '.join(names)}", hint="Call it image.")
+    base = spec.rpartition("/")[0]
+
+    def items() -> Iterator[Item]:
+        number = 0
+        for batch in opened().iter_batches(64, columns=[image, *([label] if label else [])]):
+            for row in batch.to_pylist():
+                yield _item_of(row[image], f"row {number}", labels.number(row[label]) if label else None, base)
+                number += 1
+
+    return Dataset(spec, items, opened().metadata.num_rows)
+
+
+def _item_of(value: Any, name: str, label: int | None, base: str = "") -> Item:
+    """An image as a table holds it: bytes, a path, or both in a struct."""
+    if isinstance(value, Mapping):
+        if value.get("bytes") is not None:
+            return Item(value.get("path") or name, label, data=bytes(value["bytes"]))
+        value = value.get("path")
+    if isinstance(value, (bytes, bytearray)):
+        return Item(name, label, data=bytes(value))
+    where = str(value or "")
+    return Item(
+        where or name, label, where if "://" in where or where.startswith("/") or not base else f"{base}/{where}"
+    )
+
+
+def _tfds(rest: str, labels: Labels) -> Dataset:
+    tfds = _package("tensorflow_datasets")
+    name, _, split = rest.partition(":")
+    try:
+        builder = tfds.builder(name)
+        split = split or ("test" if "test" in builder.info.splits else next(iter(builder.info.splits), "train"))
+        total = int(builder.info.splits[split].num_examples)
+    except Exception as error:  # unknown names, and whatever its downloader raises
+        raise SourceError(
+            f"tfds:{rest}: {_first_line(error)}", hint="Prepare it first: tfds build NAME, or check its name and split."
+        ) from None
+    features = builder.info.features
+    image, label = _column(features, _IMAGE_COLUMNS), _column(features, _LABEL_COLUMNS)
+    if image is None:
+        raise SourceError(f"tfds:{rest}: no images among its features {', '.join(features)}")
+    numbered = _numbering(getattr(features[label], "names", None) if label else None, labels)
+
+    def items() -> Iterator[Item]:
+        decoders = {image: tfds.decode.SkipDecoding()}
+        for number, row in enumerate(builder.as_dataset(split=split, decoders=decoders, shuffle_files=False)):
+            stated = int(row[label]) if label else None
+            yield Item(f"{split} {number}", numbered(stated), data=bytes(row[image].numpy()))
+
+    return Dataset(f"tfds:{name}:{split}", items, total)
+
+
+def _hugging_face(rest: str, labels: Labels) -> Dataset:
+    datasets = _package("datasets")
+    name, _, split = rest.partition(":") if "://" not in rest else (rest, "", "")
+    try:
+        folder = _file_system(name)[0].isdir(name)
+        found = datasets.load_from_disk(name) if folder else datasets.load_dataset(name, split=split or None)
+        if isinstance(found, datasets.DatasetDict):
+            split = split or next((each for each in ("test", "validation") if each in found), next(iter(found)))
+            found = found[split]
+        image, label = _column(found.features, _IMAGE_COLUMNS), _column(found.features, _LABEL_COLUMNS)
+        if image is not None and isinstance(found.features[image], datasets.Image):
+            found = found.cast_column(image, datasets.Image(decode=False))
+    except Exception as error:  # its own errors, its client's, and those of the file system
+        raise SourceError(
+            f"hf:{rest}: {_first_line(error)}", hint="Check the name and the split: hf:NAME:SPLIT."
+        ) from None
+    if image is None:
+        raise SourceError(f"hf:{rest}: no column of images among {', '.join(found.features)}")
+    numbered = _numbering(getattr(found.features[label], "names", None) if label else None, labels)
+
+    def items() -> Iterator[Item]:
+        for number, row in enumerate(found):
+            yield _item_of(row[image], f"row {number}", numbered(row[label]) if label else None)
+
+    return Dataset(f"hf:{name}" + (f":{split}" if split else ""), items, len(found))
+
+
+def _numbering(own: list[str] | None, labels: Labels) -> Callable[[Any], int | None]:
+    """By the data set's own names where the model's are known and all fit; else as the data set numbers them."""
+    numbers: list[int | None] = []
+    if own and labels.names:
+        try:
+            numbers = [labels.number(name) for name in own]
+        except SourceError:
+            numbers = []
+    return lambda stated: (
+        numbers[stated] if isinstance(stated, int) and 0 <= stated < len(numbers) else labels.number(stated)
+    )
+
+
+def _package(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError:
+        raise SourceError(
+            f"this data set needs {name.partition('.')[0]}", hint="pip install 'van-port[data]'"
+        ) from None
+
+
+def hugging_face_tokenizer(folder: str) -> Tokenizer:
+    """The tokenizer that transformers saved in a folder, or that a file of tokenizers holds; raises SourceError."""
+    transformers = _package("transformers")
+    try:
+        made = transformers.AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise SourceError(f"{folder}: not a tokenizer: {_first_line(error)}") from None
+    return lambda text: list(made(text)["input_ids"])

@@ -1,0 +1,154 @@
+"""A block as it goes through the stages of an evaluation: read, prepared for each arm, run, judged."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from porting.evaluation.decoding import Decoded, RefusedImageError, decode
+from porting.evaluation.items import Block, Item
+from porting.kinds.transforms import Array
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# An RGB image to `(H, W, C)` float32.
+Prepare = Callable[["Image.Image"], Array]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample of a block that both models take; `number` is its place in the data set."""
+
+    number: int
+    name: str
+    label: int | None
+
+
+@dataclass
+class Batch:
+    """The samples of a block that could be read, and what each arm takes for them.
+
+    `same` goes to both models, `(N, H, W, C)` float32 or token ids and a mask by name. `pixels` are the images before
+    any preparation, until `own`, prepared Keras's own way, is made of them. `refused` and `remarks` say what is
+    remarkable of a sample's file: its number, its name, the cause, and for a refusal its details. `results` are the
+    arms', by name.
+    """
+
+    block: int
+    hashes: Array
+    samples: list[Sample] = field(default_factory=list)
+    same: Any = None
+    pixels: list[Image.Image] = field(default_factory=list)
+    own: Array | None = None
+    refused: list[tuple[int, str, str, str]] = field(default_factory=list)
+    remarks: list[tuple[int, str, str]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    results: dict[str, Array] = field(default_factory=dict)
+
+
+def load_images(block: Block, prepare: Prepare, pool: Executor | None = None, *, keep_pixels: bool = False) -> Batch:
+    """Reads, decodes and prepares a block's images as PyTorch takes them, several at once where there is a pool."""
+
+    def one(item: Item) -> _Loaded:
+        loaded = _Loaded(item)
+        try:
+            data = _read(item)
+            loaded.hash = _hash(data)
+            found = decode(data)
+            loaded.remarks = found.remarks
+            loaded.same = _prepared(found, prepare)
+            loaded.pixels = found.image if keep_pixels else None
+        except RefusedImageError as error:
+            loaded.refusal = error
+        return loaded
+
+    found = list(map(one, block.items) if pool is None else pool.map(one, block.items))
+    batch = Batch(block.number, np.array([each.hash for each in found], np.uint64))
+    same: list[Array] = []
+    for number, loaded in enumerate(found, block.start):
+        name = loaded.item.name
+        if loaded.same is None:
+            assert loaded.refusal is not None  # one of the two is there
+            batch.refused.append((number, name, loaded.refusal.cause, loaded.refusal.detail[:200]))
+            continue
+        batch.samples.append(Sample(number, name, loaded.item.label))
+        batch.remarks += [(number, name, remark) for remark in loaded.remarks]
+        same.append(loaded.same)
+        if loaded.pixels is not None:
+            batch.pixels.append(loaded.pixels)
+    if same:
+        batch.same = np.stack(same)
+    return batch
+
+
+def prepare_own(batch: Batch, prepare: Prepare, pool: Executor | None = None) -> None:
+    """Prepares the images of a batch Keras's own way; what comes out the same is not kept twice."""
+    if not batch.pixels:
+        return
+    stacked = np.stack(list(map(prepare, batch.pixels) if pool is None else pool.map(prepare, batch.pixels)))
+    batch.own = batch.same if np.array_equal(stacked, batch.same) else stacked
+    batch.pixels = []
+
+
+@dataclass
+class _Loaded:
+    item: Item
+    hash: int = 0
+    remarks: tuple[str, ...] = ()
+    refusal: RefusedImageError | None = None
+    same: Array | None = None
+    pixels: Image.Image | None = None
+
+
+def _read(item: Item) -> bytes:
+    try:
+        return item.read()
+    except ValueError as error:
+        raise RefusedImageError("too large", str(error)) from None
+    except Exception as error:  # of the file system, or of a storage's client, whatever it raises
+        raise RefusedImageError("cannot be read", str(error) or repr(error)) from None
+
+
+def _prepared(found: Decoded, prepare: Prepare) -> Array:
+    try:
+        return prepare(found.image)
+    except Exception as error:  # the code of other packages, on sizes that nobody tried
+        size = "x".join(map(str, found.image.size))
+        raise RefusedImageError("cannot be prepared", f"{size} pixels: {error}") from None
+
+
+def load_tokens(block: Block, longest: int, vocabulary: int) -> Batch:
+    """Token ids of a block's texts, cut at the `longest` that the model takes, with zeros and a mask behind others."""
+    batch = Batch(block.number, np.zeros(len(block.items), np.uint64))
+    rows = []
+    for place, (number, item) in enumerate(enumerate(block.items, block.start)):
+        tokens = item.tokens or ()
+        batch.hashes[place] = _hash(np.asarray(tokens, np.int32).tobytes())
+        if not tokens:
+            batch.refused.append((number, item.name, "empty", "no tokens"))
+        elif max(tokens) >= vocabulary:
+            detail = f"token {max(tokens)}, and the model knows {vocabulary}"
+            batch.refused.append((number, item.name, "unknown token", detail))
+        else:
+            if len(tokens) > longest:
+                batch.remarks.append((number, item.name, f"cut at {longest} tokens"))
+            batch.samples.append(Sample(number, item.name, item.label))
+            rows.append(tokens[:longest])
+    if rows:
+        ids = np.zeros((len(rows), max(map(len, rows))), np.int32)
+        mask = np.zeros_like(ids)
+        for row, tokens in enumerate(rows):
+            ids[row, : len(tokens)] = tokens
+            mask[row, : len(tokens)] = 1
+        batch.same = {"token_ids": ids, "padding_mask": mask}
+    return batch
+
+
+def _hash(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")

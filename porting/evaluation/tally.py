@@ -1,0 +1,112 @@
+"""Counts, sums and lists that merge in any order and grouping into exactly the same result.
+
+Counts are whole numbers. Sums are kept as whole multiples of 2^-80, so that adding them is associative. Lists keep the
+first of an order that samples have by themselves.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from porting.kinds.transforms import Array
+
+_SCALE = 80
+# How many samples each list keeps.
+KEPT = 200
+
+
+class Tally:
+    """What is known of some samples; `merge` adds those of others.
+
+    `counts` and `sums` are by name. `lists` hold `(order, sample, record)` by name: the `KEPT` with the smallest order,
+    then the smallest number of the sample. `hashes` are 64 bits of each sample's bytes, by block.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._sums: Counter[str] = Counter()
+        self.lists: dict[str, list[tuple[float, int, dict[str, Any]]]] = {}
+        self.seconds: Counter[str] = Counter()
+        self._hashes: list[tuple[int, bytes]] = []
+
+    def add(self, name: str, value: float) -> None:
+        """To a sum; a value that is not finite is counted apart."""
+        if not math.isfinite(value):
+            self.counts[f"{name}.not_finite"] += 1
+            return
+        mantissa, exponent = math.frexp(value)
+        whole = int(mantissa * 2.0**53)
+        shift = exponent - 53 + _SCALE
+        self._sums[name] += whole << shift if shift >= 0 else whole >> -shift
+
+    def sum(self, name: str) -> float:
+        total = self._sums[name]
+        return math.ldexp(total, -_SCALE) if abs(total) < 2**53 else total / (1 << _SCALE)
+
+    def keep(self, name: str, order: float, sample: int, record: Mapping[str, Any]) -> None:
+        """In a list, as long as it is among the first of it."""
+        found = self.lists.setdefault(name, [])
+        found.append((order, sample, dict(record)))
+        if len(found) > 2 * KEPT:
+            self._shorten(name)
+
+    def first(self, name: str, count: int = KEPT) -> list[dict[str, Any]]:
+        """Of a list, in its order."""
+        self._shorten(name)
+        return [record for _, _, record in self.lists.get(name, [])[:count]]
+
+    def _shorten(self, name: str) -> None:
+        if name in self.lists:
+            self.lists[name] = sorted(self.lists[name], key=lambda entry: entry[:2])[:KEPT]
+
+    def remember(self, block: int, hashes: Array) -> None:
+        """Of all samples of a block, uint64."""
+        self._hashes.append((block, np.ascontiguousarray(hashes, "<u8").tobytes()))
+
+    @property
+    def hashes(self) -> Array:
+        """Of all samples, in the order of the data set."""
+        return np.frombuffer(b"".join(data for _, data in sorted(self._hashes)), "<u8")
+
+    def merge(self, other: Tally) -> None:
+        self.counts += other.counts
+        for name, value in other._sums.items():  # `+=` would drop what is not positive
+            self._sums[name] += value
+        self.seconds.update(other.seconds)
+        for name, entries in other.lists.items():
+            self.lists.setdefault(name, []).extend(entries)
+            self._shorten(name)
+        self._hashes += other._hashes
+
+    def to_document(self) -> dict[str, Any]:
+        """As plain values for JSON."""
+        return {
+            "counts": dict(self.counts),
+            "sums": {name: str(value) for name, value in self._sums.items()},
+            "lists": self.lists,
+            "seconds": dict(self.seconds),
+            "hashes": [[block, base64.b64encode(data).decode()] for block, data in self._hashes],
+        }
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any]) -> Tally:
+        """Raises ValueError, TypeError, KeyError or AttributeError for what `to_document` did not make."""
+        made = cls()
+        made.counts.update({str(name): int(value) for name, value in document["counts"].items()})
+        for name, value in document["sums"].items():
+            if len(value) > 400:
+                raise ValueError(f"the sum {name} has {len(value)} digits")
+            made._sums[str(name)] = int(value)
+        made.lists = {
+            str(name): [(float(order), int(sample), dict(record)) for order, sample, record in entries]
+            for name, entries in document["lists"].items()
+        }
+        made.seconds.update({str(name): float(value) for name, value in document["seconds"].items()})
+        made._hashes = [(int(block), base64.b64decode(data)) for block, data in document["hashes"]]
+        return made

@@ -1,0 +1,77 @@
+"""What one batch of texts says of both models: the next tokens that they expect, or the features that they give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from porting.evaluation.judge import MODEL, PYTORCH, SAME, kl, log_probabilities
+from porting.evaluation.samples import Batch
+from porting.evaluation.tally import Tally
+from porting.kinds.transforms import Array
+
+
+@dataclass(frozen=True)
+class TextJudge:
+    """Judges batches of token ids.
+
+    Results are logits of the `vocabulary`'s next token, `(N, T, vocabulary)`, or features, `(N, T, width)`, which the
+    table `head`, `(vocabulary, width)`, turns into such logits where there is one.
+    """
+
+    vocabulary: int
+    head: Array | None = None
+
+    def judge(self, batch: Batch) -> Tally:
+        tally = Tally()
+        tally.remember(batch.block, batch.hashes)
+        tally.seconds.update(batch.seconds)
+        for number, name, cause, detail in batch.refused:
+            tally.counts[f"refused:{cause}"] += 1
+            tally.keep("refused", number, number, {"sample": name, "cause": cause, "detail": detail})
+        for number, name, remark in batch.remarks:
+            tally.counts[f"remark:{remark}"] += 1
+            tally.keep(f"remark:{remark}", number, number, {"sample": name})
+        tally.counts["samples"] += len(batch.samples)
+        for place, sample in enumerate(batch.samples):
+            length = int(batch.same["padding_mask"][place].sum())
+            tokens = batch.same["token_ids"][place][:length]
+            features = {arm: batch.results[arm][place][:length].astype(np.float64) for arm in (PYTORCH, SAME)}
+            tally.counts["tokens"] += length
+            distance = _relative(features[PYTORCH], features[SAME])
+            tally.add(f"{MODEL}:distance", distance)
+            record = {"sample": sample.name, "distance": distance}
+            scores = {arm: self._scores(values) for arm, values in features.items()}
+            if all(score is not None for score in scores.values()):
+                record |= self._compare(tally, scores[PYTORCH], scores[SAME], tokens)
+            order = -distance if np.isfinite(distance) else -np.inf
+            tally.keep(f"{MODEL}:worst", float(order), sample.number, record)
+        return tally
+
+    def _scores(self, features: Array) -> Array | None:
+        if self.head is not None:
+            features = features @ self.head.T.astype(np.float64)
+        return log_probabilities(features) if features.shape[-1] == self.vocabulary else None
+
+    def _compare(self, tally: Tally, first: Array | None, second: Array | None, tokens: Array) -> dict[str, float]:
+        assert first is not None  # as the caller saw
+        assert second is not None
+        divergence, change = kl(first, second), np.abs(np.exp(first) - np.exp(second)).max(1)
+        same = int((first.argmax(1) == second.argmax(1)).sum())
+        tally.counts["positions"] += len(tokens)
+        tally.counts[f"{MODEL}:same"] += same
+        tally.counts[f"{MODEL}:flips"] += len(tokens) - same
+        tally.counts["predicted"] += max(len(tokens) - 1, 0)
+        for value in divergence:
+            tally.add(f"{MODEL}:kl", float(value))
+        for arm, scores in ((PYTORCH, first), (SAME, second)):
+            for place in range(len(tokens) - 1):
+                tally.add(f"{arm}:nll", -float(scores[place, tokens[place + 1]]))
+        return {"flips": len(tokens) - same, "kl": float(divergence.max()), "probability_change": float(change.max())}
+
+
+def _relative(first: Array, second: Array) -> float:
+    """RMS of the difference, relative to the first."""
+    scale = float(np.sqrt(np.square(first).mean()))
+    return float(np.sqrt(np.square(first - second).mean())) / (scale or 1.0)

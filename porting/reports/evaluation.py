@@ -1,0 +1,259 @@
+"""An evaluation in four forms: JSON, which is the evaluation, and terminal, HTML and Markdown, made from it.
+
+schema_version   1; a reader refuses any other
+kind             "evaluation"
+samples, labelled, classes, tokens
+arms             pytorch, keras (the same tensors), keras_own: {name, top1, top5, calibration_error, bins, not_finite,
+                 perplexity, seconds}; top1 and top5 are {right, total, rate, low, high}, with Wilson's interval of 95%
+steps            model, preprocessing: {name, arms, answers, flips, ties, lost, won, p_value, points, kl,
+                 largest_change, distance, exchanged}
+flips            by step, the first 200 samples whose answer changes: {sample, label, answers, margin, tie, kl,
+                 probability_change, pictures}; margin is in units of float32's noise
+worst            by step, the samples whose probabilities change most
+per_class        {number, samples, right}, right by arm; class_names are of all classes, where they are known
+label_advice     {plain, permuted, mapping}, or null
+refused, remarks counts by cause; refused_samples, remarked, outside and duplicate_samples name the first ones
+context          provenance
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from porting.errors import OutputError, ReportError
+from porting.evaluation.result import SCHEMA_VERSION, TITLES, ArmResult, Evaluation, Share, StepResult, explained
+from porting.files.atomic import open_regular, write_text
+from porting.reports import is_stream
+from porting.reports.document import decoded, encoded
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FORMATS = {".json": "json", ".html": "html", ".md": "markdown"}
+KIND = "evaluation"
+_MAX_BYTES = 256 << 20
+_SHOWN = 10
+_PICTURE = re.compile(r"data:image/jpeg;base64,[A-Za-z0-9+/=]+")
+
+
+def format_of(path: Path) -> str:
+    """The format that a file's suffix names; raises OutputError for one that names none."""
+    if path.suffix not in FORMATS:
+        raise OutputError(f"{path}: the name does not say what to write", hint=f"End it in {', '.join(FORMATS)}.")
+    return FORMATS[path.suffix]
+
+
+def render(found: Evaluation, form: str) -> str:
+    """As text in one of `FORMATS`' values."""
+    if form == "json":
+        return to_json(found)
+    return to_html(found) if form == "html" else to_markdown(found)
+
+
+def write_evaluation(found: Evaluation, path: Path, form: str | None = None) -> None:
+    """To a file, in the format that its suffix names, or to standard output; raises OutputError."""
+    if is_stream(path):
+        sys.stdout.write(render(found, form or "json"))
+        return
+    write_text(path, render(found, form or format_of(path)))
+
+
+def to_json(found: Evaluation) -> str:
+    """The whole evaluation; `from_json` gives it back."""
+    document = {"schema_version": SCHEMA_VERSION, "kind": KIND, "blame": found.blame, **msgspec.to_builtins(found)}
+    return json.dumps(encoded(document), indent=1, allow_nan=False) + "\n"
+
+
+def from_json(text: str) -> Evaluation:
+    """The evaluation that `to_json` wrote; raises ReportError for anything else."""
+    try:
+        document = json.loads(text)
+        if not isinstance(document, dict) or document.get("kind") != KIND:
+            raise ReportError("not an evaluation", hint="Give the JSON that van-port evaluate wrote.")
+        if document.get("schema_version") != SCHEMA_VERSION:
+            raise ReportError(f"an evaluation of schema {document.get('schema_version')}: this reads {SCHEMA_VERSION}")
+        return msgspec.convert(decoded(document), Evaluation)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ReportError(f"not an evaluation: {type(error).__name__}: {error}") from None
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """The evaluation in a JSON file; raises ReportError."""
+    try:
+        with open_regular(path) as file:
+            text = file.read(_MAX_BYTES + 1)
+        if len(text) > _MAX_BYTES:
+            raise ReportError(f"larger than {_MAX_BYTES >> 20} MiB, which no evaluation is")
+        return from_json(text.decode("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ReportError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except ReportError as error:
+        raise ReportError(f"{path}: {error.message}", hint=error.hint) from None
+
+
+def title(found: Evaluation) -> str:
+    """What was evaluated, and on what."""
+    model = " ".join(str(found.context[key]) for key in ("family", "variant") if key in found.context)
+    return f"Evaluation of {model or 'a port'} on {found.context.get('data', 'a data set')}"
+
+
+def conclusion(found: Evaluation) -> str:
+    """The verdict in one line."""
+    tokens = f"{found.tokens:,} tokens of " if found.tokens else ""
+    where = f"{tokens}{found.samples:,} samples"
+    if not found.samples:
+        return "No sample could be read."
+    if found.blame == "nothing":
+        return f"{where}: the port changes no answer beyond float32's ties"
+    return f"{where}: answers change because of {found.blame}"
+
+
+def print_evaluation(found: Evaluation, console: Console) -> None:
+    """A table of the arms, what was found, and the first flips of the model."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for number, heading in enumerate(_headings(found)):
+        table.add_column(heading, justify="left" if not number else "right")
+    for arm in found.arms:
+        table.add_row(*_cells(arm, found))
+    console.print(table)
+    for line in (*explained(found), *found.notes):
+        console.print(line)
+    for step in found.steps:
+        flips = found.flips.get(step.name, [])
+        for flip in flips[:_SHOWN]:
+            console.print(f"  {_flip_text(flip, step, found)}", style="dim")
+        if len(flips) > _SHOWN:
+            console.print(f"  and {step.flips - _SHOWN:,} more; --report FILE.html shows them", style="dim")
+    console.print(conclusion(found), style="bold green" if found.blame == "nothing" else "bold yellow")
+
+
+def _headings(found: Evaluation) -> list[str]:
+    if found.tokens:
+        return ["", "perplexity", "seconds"]
+    return ["", "top-1", "95% interval", "top-5", "calibration error", "samples a second"]
+
+
+def _cells(arm: ArmResult, found: Evaluation) -> list[str]:
+    if found.tokens:
+        return [TITLES[arm.name], "-" if arm.perplexity is None else f"{arm.perplexity:.6g}", f"{arm.seconds:.1f}"]
+    speed = f"{found.samples / arm.seconds:,.0f}" if arm.seconds else "-"
+    error = "-" if arm.calibration_error is None else f"{arm.calibration_error:.4f}"
+    return [TITLES[arm.name], _rate(arm.top1), _interval(arm.top1), _rate(arm.top5), error, speed]
+
+
+def _rate(share: Share) -> str:
+    return "-" if share.rate is None else f"{100 * share.rate:.2f}%"
+
+
+def _interval(share: Share) -> str:
+    return "-" if share.low is None or share.high is None else f"{100 * share.low:.2f} to {100 * share.high:.2f}"
+
+
+def _flip_text(flip: dict[str, Any], step: StepResult, found: Evaluation) -> str:
+    name = found.class_name
+    one, other = (flip.get("answers", {}).get(arm) for arm in step.arms)
+    label = flip.get("label")
+    tie = ", a tie" if flip.get("tie") else ""
+    answers = f"{name(one)} becomes {name(other)}"
+    right = "" if label is None else f", labelled {name(label)}"
+    return f"{flip.get('sample')}: {answers}{right}; margin {flip.get('margin', 0.0):.3g} times the noise{tie}"
+
+
+def to_markdown(found: Evaluation) -> str:
+    """A heading, the table of the arms, what was found, and the first flips."""
+    headings = _headings(found)
+    lines = [f"## {_escaped(title(found))}", "", _escaped(conclusion(found)), ""]
+    lines += [f"| {' | '.join(headings)} |", f"|{'|'.join(['---', *['---:'] * (len(headings) - 1)])}|"]
+    lines += [f"| {' | '.join(_cells(arm, found))} |" for arm in found.arms]
+    lines += ["", *(f"- {_escaped(line)}" for line in (*explained(found), *found.notes))]
+    for step in found.steps:
+        if flips := found.flips.get(step.name):
+            lines += ["", f"Answers that the {step.name} changes, the first {min(len(flips), _SHOWN)}:", ""]
+            lines += [f"- {_escaped(_flip_text(flip, step, found))}" for flip in flips[:_SHOWN]]
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(text: str) -> str:
+    plain = "".join(each if each.isprintable() else " " for each in text)
+    return re.sub(r"([\\`*_{}\[\]|])", r"\\\1", html.escape(plain, quote=False))
+
+
+def to_html(found: Evaluation) -> str:
+    """Renders porting/reports/evaluation.html; nothing in it is fetched from anywhere."""
+    import jinja2
+
+    template = resources.files("porting.reports").joinpath("evaluation.html").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(template).render(
+        title=title(found),
+        conclusion=conclusion(found),
+        good=found.blame == "nothing",
+        headings=_headings(found),
+        arms=[_cells(arm, found) for arm in found.arms],
+        lines=[*explained(found), *found.notes],
+        steps=[_step_cells(step, found) for step in found.steps],
+        classes=[_class_cells(each, found) for each in found.per_class],
+        class_headings=["class", "samples", *(TITLES[arm.name] for arm in found.arms)],
+        calibration=[(TITLES[arm.name], arm.bins) for arm in found.arms if arm.bins],
+        left_out=[(each.get("sample"), each.get("cause"), each.get("detail")) for each in found.refused_samples],
+        remarked=list(found.remarked.items()),
+        duplicates=found.duplicate_samples,
+        facts=_facts(found),
+    )
+
+
+def _step_cells(step: StepResult, found: Evaluation) -> dict[str, Any]:
+    flips, worst = found.flips.get(step.name, []), found.worst.get(step.name, [])
+    return {
+        "name": step.name,
+        "flips": [_picture_cells(flip, step, found) for flip in flips],
+        "more": step.flips - len(flips),
+        "worst": [_picture_cells(each, step, found) for each in worst],
+    }
+
+
+def _picture_cells(record: dict[str, Any], step: StepResult, found: Evaluation) -> dict[str, Any]:
+    pictures = record.get("pictures", {})
+    shown = [
+        (TITLES.get(arm, arm), picture)
+        for arm, picture in (pictures.items() if isinstance(pictures, dict) else ())
+        if isinstance(picture, str) and _PICTURE.fullmatch(picture)
+    ]
+    change = record.get("probability_change")
+    text = _flip_text(record, step, found) if "margin" in record else str(record.get("sample"))
+    if isinstance(change, float):
+        text += f"; a probability changes by {change:.2g}"
+    if isinstance(record.get("distance"), float):
+        text += f"; features differ by {record['distance']:.1e}"
+    return {"pictures": shown, "text": text}
+
+
+def _class_cells(each: Any, found: Evaluation) -> dict[str, Any]:
+    rates = [each.right.get(arm.name, 0) for arm in found.arms]
+    differs = len(set(rates)) > 1
+    return {
+        "cells": [
+            found.class_name(each.number),
+            f"{each.samples:,}",
+            *(f"{100 * r / each.samples:.2f}%" for r in rates),
+        ],
+        "off": differs,
+    }
+
+
+def _facts(found: Evaluation) -> list[tuple[str, str]]:
+    facts = {**found.context, "float32 noise of the logits": f"{found.noise:.2e} of their RMS"}
+    seconds = {f"seconds {name}": f"{value:.1f}" for name, value in found.seconds.items()}
+    return [(str(name), str(value)) for name, value in {**facts, **seconds}.items()]

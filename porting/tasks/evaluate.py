@@ -1,0 +1,173 @@
+"""The original and its port side by side over a data set."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from porting.errors import FamilyError
+from porting.evaluation.engines import ENGINES, run_local, run_on_ray
+from porting.evaluation.items import Block, blocks_of
+from porting.evaluation.labels import Labels, read_labels, usual_labels
+from porting.evaluation.progress_file import ProgressFile
+from porting.evaluation.readers import Dataset, hugging_face_tokenizer, open_data
+from porting.evaluation.result import Evaluation, duplicates, evaluation_of
+from porting.families.base import Family
+from porting.files import weights_file
+from porting.files.atomic import sha256_of
+from porting.files.survey import survey_file
+from porting.models.frameworks import start_tensorflow
+from porting.progress import SILENT, Progress
+from porting.tasks.plan import Plan, form_of
+
+_NAMED_DUPLICATES = 20
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """How a data set is read and run.
+
+    `batch_size` samples make a block, which both models take at once; the result does not depend on anything else.
+    `limit` is the number of samples to take from the beginning. `labels` is a file with the model's classes in its
+    order. `own` and `shared` say how images are prepared, as `Plan` explains. `tokenizer` is for texts, which are cut
+    at `longest` tokens. `engine` is local or ray; `ray_address` is of a cluster that is running, and `workers` are the
+    most processes for PyTorch and for Keras there. `resume` is a file that keeps how far the run has come.
+    """
+
+    batch_size: int = 64
+    limit: int | None = None
+    labels: Path | None = None
+    own: str = "own"
+    shared: str = ""
+    tokenizer: str = ""
+    longest: int = 128
+    engine: str = "local"
+    ray_address: str = ""
+    workers: tuple[int, int] = (1, 1)
+    resume: Path | None = None
+
+
+def evaluate(
+    family: Family,
+    variant: str,
+    weights: Path,
+    data: str,
+    *,
+    checkpoint: Mapping[str, Any] | None = None,
+    options: EvaluateOptions | None = None,
+    progress: Progress = SILENT,
+) -> Evaluation:
+    """Runs PyTorch on its own preprocessing, Keras on the same tensors, and Keras on its own preprocessing.
+
+    `weights` is a file of Keras weights, or what `van-port export` wrote. `checkpoint` has the arguments of
+    `open_case`: `location`, `layout` and so on. `data` is as `open_data` explains.
+
+    Raises SourceError, CheckpointError, KeyMapError, WeightsFileError, FamilyError, ReportError for a file of progress
+    that is of another evaluation, or EngineError.
+    """
+    options = options or EvaluateOptions()
+    if options.engine not in ENGINES:
+        raise FamilyError(f"no engine {options.engine!r}", hint=f"The engines are {', '.join(ENGINES)}.")
+    if form_of(weights) is None:
+        weights_file.require_file(weights)
+        survey_file(weights)
+    elif not weights.exists():
+        weights_file.require_file(weights)
+    plan = Plan(
+        family,
+        variant,
+        weights.absolute(),
+        {"location": None, **(checkpoint or {})},
+        own=options.own,
+        shared=options.shared,
+        longest=options.longest,
+    )
+    progress("reading the checkpoint")
+    case = plan.case
+    progress("starting TensorFlow")
+    start_tensorflow()
+    tokenizer = hugging_face_tokenizer(options.tokenizer) if options.tokenizer else None
+    progress("looking at the data set")
+    first = next(blocks_of(open_data(data, Labels(0, ignored=True), tokenizer=tokenizer).items(), options.batch_size))
+    progress("running PyTorch in float64 on some samples")
+    plan = plan.fitted(first)
+    labels = _labels(plan, options)
+    dataset = open_data(data, labels, tokenizer=tokenizer)
+    total = min(filter(None, (dataset.total, options.limit)), default=0)
+    identity = {
+        "data": dataset.described,
+        "weights": sha256_of(weights),
+        "checkpoint": case.checkpoint.sha256 if case.checkpoint is not None else "",
+        "model": f"{family.described} {variant}",
+        "preprocessing": f"{options.shared or 'its own'}, {options.own}",
+        "batch size": options.batch_size,
+        "limit": options.limit,
+    }
+    started = time.perf_counter()
+    kept = ProgressFile(options.resume, identity)
+    blocks = _but(blocks_of(dataset.items(), options.batch_size, limit=options.limit), kept.done)
+    if options.engine == "ray":
+        progress("starting Ray")
+        results = run_on_ray(plan, blocks, address=options.ray_address, workers=options.workers)
+    else:
+        results = run_local(plan, blocks)
+    progress("evaluating", kept.tally.counts["samples"], total)
+    try:
+        for number, tally in results:
+            kept.add(number, tally)
+            progress("evaluating", kept.tally.counts["samples"], total)
+    finally:
+        kept.write()
+    elapsed = time.perf_counter() - started
+    found = evaluation_of(
+        kept.tally,
+        classes=plan.classes,
+        names=tuple(map(labels.name, range(len(labels.names)))),
+        noise=plan.noise,
+    )
+    context = {
+        **case.describe(),
+        "weights": weights.name,
+        "data": dataset.described,
+        "engine": options.engine,
+        "batch_size": options.batch_size,
+        "preprocessing": {"shared": options.shared or "the family's", "keras": options.own},
+        "file": {"name": weights.name, "sha256": identity["weights"]},
+    }
+    groups = duplicates(kept.tally.hashes)[:_NAMED_DUPLICATES]
+    found = replace(
+        found,
+        context=context,
+        notes=dataset.notes,
+        seconds={**found.seconds, "in all": elapsed},
+        duplicate_samples=_names_of(groups, dataset),
+    )
+    kept.remove()
+    return found
+
+
+def _labels(plan: Plan, options: EvaluateOptions) -> Labels:
+    if options.labels is not None:
+        return read_labels(options.labels, plan.classes)
+    return usual_labels(plan.classes, plan.family.class_names(plan.case.spec))
+
+
+def _but(blocks: Iterator[Block], done: set[int]) -> Iterator[Block]:
+    return (block for block in blocks if block.number not in done)
+
+
+def _names_of(groups: list[list[int]], dataset: Dataset) -> list[list[str]]:
+    """The samples' names and labels, of samples by number."""
+    wanted = {number for group in groups for number in group[:2]}
+    if not wanted:
+        return []
+    names = {
+        number: item.name if item.label is None else f"{item.name} (label {item.label})"
+        for number, item in enumerate(itertools.islice(dataset.items(), max(wanted) + 1))
+        if number in wanted
+    }
+    return [[names[number] for number in group[:2]] for group in groups]
