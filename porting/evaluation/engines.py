@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import socket
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -22,8 +23,8 @@ ENGINES = ("local", "ray")
 # Blocks that are read while another is run.
 _AHEAD = 2
 _CPUS_TO_LOAD = 0.5
-# A cluster that is started here: each model has one CPU by Ray's count, and reading needs some.
-_LEAST_CPUS = 4
+# Of a cluster that is started here, by Ray's count, besides those of one process for each model.
+_CPUS_TO_READ = 2
 
 
 class Arm(Protocol):
@@ -78,23 +79,25 @@ def _then_none(blocks: Iterable[Block]) -> Iterator[Block | None]:
 
 
 def run_on_ray(
-    plan: Plan, blocks: Iterable[Block], *, address: str = "", workers: tuple[int, int] = (1, 1)
+    plan: Plan, blocks: Iterable[Block], *, address: str = "", workers: tuple[int, int] = (1, 1), threads: int = 1
 ) -> Iterator[tuple[int, Tally]]:
     """The same on Ray Data, in the order in which blocks get done; each is given once.
 
-    Reading and decoding are tasks; each model has a pool of actors, from one to the number in `workers`, each in a
-    process of its own. What dies is run again. `address` is of a cluster that is running; else one starts on this
-    machine and ends with the run. Raises EngineError where Ray is missing or cannot be reached, or where a
-    block cannot be run.
+    Reading and decoding are tasks. Each model has a pool of actors, from one to the number in `workers`, each in a
+    process of its own that counts as `threads` CPUs. What dies is run again. `address` is of a cluster that is running;
+    else one starts on this machine and ends with the run.
+
+    Raises EngineError where Ray is missing or cannot be reached, or where a block cannot be run.
     """
     try:
         ray = import_module("ray")
         data = import_module("ray.data")
     except ImportError:
         raise EngineError("--engine ray needs Ray", hint="pip install 'van-port[ray]'") from None
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing about a user's work leaves the machine
     own_cluster = not ray.is_initialized()
     if own_cluster:
-        _start(ray, address)
+        _start(ray, address, 2 * threads + _CPUS_TO_READ)
     try:
         context = data.DataContext.get_current()
         context.enable_progress_bars = False
@@ -108,7 +111,7 @@ def run_on_ray(
             found = found.map(
                 _ArmOnRay,
                 fn_constructor_args=(shared, name),
-                num_cpus=1,
+                num_cpus=threads,
                 compute=data.ActorPoolStrategy(min_size=1, max_size=count),
             )
         done: set[int] = set()
@@ -126,8 +129,9 @@ def run_on_ray(
             ray.shutdown()
 
 
-def _start(ray: Any, address: str) -> None:
-    options: dict[str, Any] = {"address": address} if address else {"num_cpus": max(os.cpu_count() or 1, _LEAST_CPUS)}
+def _start(ray: Any, address: str, cpus: int) -> None:
+    _require_reachable(address)
+    options: dict[str, Any] = {"address": address} if address else {"num_cpus": max(os.cpu_count() or 1, cpus)}
     if not address:
         options["include_dashboard"] = False
     try:
@@ -135,6 +139,20 @@ def _start(ray: Any, address: str) -> None:
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise EngineError(
             f"Ray: {_last_line(error)}", hint="Check --ray-address, or leave it out to start Ray on this machine."
+        ) from None
+
+
+def _require_reachable(address: str) -> None:
+    """Ray itself tries for minutes, and ends the process."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise EngineError(
+            f"Ray: nothing answers at {address}: {error}",
+            hint="Check --ray-address, or leave it out to start Ray on this machine.",
         ) from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -31,11 +32,12 @@ _NAMED_DUPLICATES = 20
 class EvaluateOptions:
     """How a data set is read and run.
 
-    `batch_size` samples make a block, which both models take at once; the result does not depend on anything else.
-    `limit` is the number of samples to take from the beginning. `labels` is a file with the model's classes in its
-    order. `own` and `shared` say how images are prepared, as `Plan` explains. `tokenizer` is for texts, which are cut
-    at `longest` tokens. `engine` is local or ray; `ray_address` is of a cluster that is running, and `workers` are the
-    most processes for PyTorch and for Keras there. `resume` is a file that keeps how far the run has come.
+    `batch_size` samples make a block, which both models take at once. `limit` is the number of samples to take from the
+    beginning. `labels` is a file with the model's classes in its order. `own` and `shared` say how images are prepared,
+    as `Plan` explains. `tokenizer` is for texts, which are cut at `longest` tokens. `threads` is what each model
+    computes with, by default one a core. `engine` is local or ray; `ray_address` is of a cluster that is running, and
+    `workers` are the most processes for PyTorch and for Keras there. `resume` is a file that keeps how far the run has
+    come.
     """
 
     batch_size: int = 64
@@ -45,6 +47,7 @@ class EvaluateOptions:
     shared: str = ""
     tokenizer: str = ""
     longest: int = 128
+    threads: int | None = None
     engine: str = "local"
     ray_address: str = ""
     workers: tuple[int, int] = (1, 1)
@@ -85,6 +88,7 @@ def evaluate(
         own=options.own,
         shared=options.shared,
         longest=options.longest,
+        threads=options.threads or os.cpu_count() or 1,
     )
     progress("reading the checkpoint")
     case = plan.case
@@ -106,13 +110,14 @@ def evaluate(
         "preprocessing": f"{options.shared or 'its own'}, {options.own}",
         "batch size": options.batch_size,
         "limit": options.limit,
+        "number of threads": plan.threads,
     }
     started = time.perf_counter()
     kept = ProgressFile(options.resume, identity)
     blocks = _but(blocks_of(dataset.items(), options.batch_size, limit=options.limit), kept.done)
     if options.engine == "ray":
         progress("starting Ray")
-        results = run_on_ray(plan, blocks, address=options.ray_address, workers=options.workers)
+        results = run_on_ray(plan, blocks, address=options.ray_address, workers=options.workers, threads=plan.threads)
     else:
         results = run_local(plan, blocks)
     progress("evaluating", kept.tally.counts["samples"], total)

@@ -46,7 +46,8 @@ class Plan:
     `weights` is a file of Keras weights, or what `van-port export` wrote. `checkpoint` has the arguments of
     `open_case`. `own` is one of `OWN_WAYS`, or FILE.py:FUNCTION, which takes `(H, W, 3)` uint8 and gives float32;
     `shared` is such a function for the tensors that both models take, "" for the family's own. `longest` is the number
-    of tokens at which texts are cut. What follows is what `fitted` found.
+    of tokens at which texts are cut. `threads` are those of each model, on which the rounding of its sums depends. What
+    follows is what `fitted` found.
     """
 
     family: Family
@@ -56,6 +57,7 @@ class Plan:
     own: str = "own"
     shared: str = ""
     longest: int = 128
+    threads: int = 1
     spec: Spec | None = None
     classes: int = 0
     vocabulary: int = 0
@@ -149,7 +151,12 @@ class Plan:
 
     def arm(self, name: str) -> contextlib.AbstractContextManager[Arm]:
         """One of both models, `PYTORCH` or `SAME`, loaded; the latter also runs what is prepared Keras's own way."""
-        return contextlib.nullcontext(_ReferenceArm(self)) if name == PYTORCH else _candidate_arm(self)
+        if name != PYTORCH:
+            return _candidate_arm(self)
+        import torch
+
+        torch.set_num_threads(self.threads)
+        return contextlib.nullcontext(_ReferenceArm(self))
 
     def judge(self, batch: Batch) -> Tally:
         if self.vocabulary:
@@ -209,6 +216,10 @@ class _CandidateArm:
 @contextlib.contextmanager
 def _candidate_arm(plan: Plan) -> Iterator[Arm]:
     start_tensorflow()
+    import tensorflow as tf
+
+    with contextlib.suppress(RuntimeError):  # in this process it has begun to compute, with as many as it likes
+        tf.config.threading.set_intra_op_parallelism_threads(plan.threads)
     own = None if plan.vocabulary else plan._prepares[1]
     form = form_of(plan.weights)
     if form is None:

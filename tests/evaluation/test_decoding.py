@@ -86,14 +86,19 @@ def test_sixteen_bits_keep_their_contrast() -> None:
     assert abs(found.astype(int) - values.astype(int) // 256).max() == 0
 
 
+def cause_of(data: bytes) -> str:
+    try:
+        decode(data)
+    except RefusedImageError as error:
+        return error.cause
+    return ""
+
+
 @pytest.mark.parametrize("size", [0, 50, 200])
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF"])
 def test_no_beginning_of_a_file_is_more_than_left_out(form: str, size: int) -> None:
     whole = saved(COLOURS, form)
-    try:
-        decode(whole[:size])
-    except RefusedImageError as error:
-        assert error.cause in REFUSED
+    assert cause_of(whole[:size]) in {*REFUSED, ""}
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "WEBP", "TIFF"])
@@ -104,10 +109,7 @@ def test_no_damaged_byte_is_more_than_left_out(form: str) -> None:
         damaged = bytearray(whole)
         for place in rng.integers(0, len(whole), 4):
             damaged[place] = int(rng.integers(0, 256))
-        try:
-            decode(bytes(damaged))
-        except RefusedImageError as error:
-            assert error.cause in REFUSED
+        assert cause_of(bytes(damaged)) in {*REFUSED, ""}
 
 
 def test_a_block_goes_on_behind_what_is_broken() -> None:

@@ -184,9 +184,7 @@ def test_bad_data_is_named_and_counted(toy: Toy, tmp_path: Path) -> None:
     (tmp_path / "test.csv").write_text("\n".join(["image,label", *(f"{name},{label}" for name, label in rows)]))
     found = run(toy, data=tmp_path / "test.csv", own="none")
     assert found.refused == {"cannot be read": 1, "empty": 1, "truncated": 1}
-    assert [each["sample"] for each in found.refused_samples] == [
-        str(tmp_path / name) if name == "missing.png" else name for name in ("3.png", "7.png", "missing.png")
-    ] or [each["sample"] for each in found.refused_samples] == ["3.png", "7.png", "missing.png"]
+    assert [each["sample"] for each in found.refused_samples] == ["3.png", "7.png", "missing.png"]
     assert found.samples == 18
     assert found.labelled == 17
     assert found.outside == [{"sample": "5.png", "label": 17}]
@@ -205,7 +203,7 @@ def test_only_bad_data_is_said_at_once(toy: Toy, tmp_path: Path) -> None:
         run(toy, data=tmp_path)
 
 
-class Stop(Exception):
+class StopError(Exception):
     pass
 
 
@@ -214,7 +212,7 @@ def test_what_was_interrupted_goes_on(toy: Toy, healthy: Evaluation, tmp_path: P
 
     def stop(description: str, done: int = 0, total: int = 0) -> None:
         if done >= 48:
-            raise Stop
+            raise StopError
 
     from porting.progress import Progress
 
@@ -223,7 +221,7 @@ def test_what_was_interrupted_goes_on(toy: Toy, healthy: Evaluation, tmp_path: P
 
     options = EvaluateOptions(batch_size=16, own="none", resume=kept)
     arguments: dict[str, Any] = {"checkpoint": {"location": toy.checkpoint}, "options": options}
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         evaluate(toy.family, "small", toy.weights, str(toy.folder), **arguments, progress=Stopping())
     document = json.loads(kept.read_text())
     assert document["done"] == [[0, 2]]

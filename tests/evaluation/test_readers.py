@@ -209,8 +209,7 @@ def test_a_size_that_a_tar_states_is_not_believed(tmp_path: Path) -> None:
     info.size = 1 << 40
     path.write_bytes(info.tobuf() + PICTURES[0])
     with pytest.raises((SourceError, ValueError, OSError)):
-        for item in open_data(str(path), LABELS).items():
-            item.read()
+        [item.read() for item in open_data(str(path), LABELS).items()]
 
 
 def test_labels_of_a_file(tmp_path: Path) -> None:
