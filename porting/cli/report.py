@@ -21,13 +21,20 @@ from porting.cli.groups import FILE
 @click.option("--out", type=FILE, help="File to write.  [default: standard output]")
 @click.option("--all-layers", is_flag=True, help="On the terminal, print every layer.")
 def report(file: Path, form: str, out: Path | None, all_layers: bool) -> None:
-    """Render the JSON report FILE again, in any format. The exit code says only whether that worked."""
+    """Render the JSON report FILE of a check or an evaluation again, in any format.
+
+    The exit code says only whether that worked.
+    """
     from porting.cli.terminal import make_console, say
     from porting.files.atomic import refuse_clashes, require_writable
     from porting.reports import is_stream, write_report
     from porting.reports.document import file_beside, read_report
+    from porting.reports.evaluation import is_evaluation
     from porting.reports.terminal import print_report
 
+    if is_evaluation(file):
+        _render_evaluation(file, form, out)
+        return
     parity = read_report(file)
     if remark := file_beside(parity, file):
         say(remark, err=True)
@@ -39,5 +46,26 @@ def report(file: Path, form: str, out: Path | None, all_layers: bool) -> None:
         refuse_clashes({"--out": [out]}, {"FILE": [file]})
         require_writable(out)
     write_report(parity, out, form)
+    if not is_stream(out):
+        say(f"Wrote {out}")
+
+
+def _render_evaluation(file: Path, form: str, out: Path | None) -> None:
+    from porting.cli.terminal import make_console, say
+    from porting.files.atomic import refuse_clashes, require_writable
+    from porting.reports import is_stream
+    from porting.reports.evaluation import FORMATS, print_evaluation, read_evaluation, write_evaluation
+
+    if form not in {"terminal", *FORMATS.values()}:
+        raise click.UsageError(f"an evaluation has no {form} form; it has terminal, {', '.join(FORMATS.values())}")
+    found = read_evaluation(file)
+    if form == "terminal":
+        print_evaluation(found, make_console())
+        return
+    out = out or Path("-")
+    if not is_stream(out):
+        refuse_clashes({"--out": [out]}, {"FILE": [file]})
+        require_writable(out)
+    write_evaluation(found, out, form)
     if not is_stream(out):
         say(f"Wrote {out}")

@@ -49,7 +49,7 @@ def run_local(plan: Plan, blocks: Iterable[Block]) -> Iterator[tuple[int, Tally]
     """Every block's number and tally, in order; while one is run, the next are read and prepared."""
     with contextlib.ExitStack() as stack:
         arms = [stack.enter_context(plan.arm(name)) for name in (PYTORCH, SAME)]
-        pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count() or 1))
+        pool = stack.enter_context(ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)))
         ahead = stack.enter_context(ThreadPoolExecutor(1))
 
         def load(block: Block) -> Batch:

@@ -22,6 +22,8 @@ ARMS = (PYTORCH, SAME, OWN)
 MODEL, PREPROCESSING = "model", "preprocessing"
 STEPS = dict(zip((MODEL, PREPROCESSING), pairwise(ARMS), strict=True))
 CALIBRATION_BINS = 15
+# Samples that a step changes most, as many as reports show.
+WORST = 20
 _TOP = 5
 _THUMBNAIL = 96
 
@@ -92,6 +94,8 @@ class Judge:
         answers = first.argmax(1), second.argmax(1)
         divergence = kl(first, second)
         change = np.abs(np.exp(first) - np.exp(second)).max(1)
+        sizes = np.where(np.isfinite(change), change, np.inf)
+        most = {int(place) for place in np.argsort(-sizes, kind="stable")[:WORST] if sizes[place] > 0}
         for place, sample in enumerate(batch.samples):
             one, other = int(answers[0][place]), int(answers[1][place])
             if sample.label is not None and 0 <= sample.label < self.classes:
@@ -106,7 +110,6 @@ class Judge:
                 "kl": float(divergence[place]),
                 "probability_change": float(change[place]),
             }
-            order = -change[place] if np.isfinite(change[place]) else -np.inf
             if one == other:
                 tally.counts[f"{step}:same"] += 1
             else:
@@ -117,9 +120,9 @@ class Judge:
                 tally.counts[f"{step}:ties"] += tie
                 tally.counts[f"{step}:flip:{one}:{other}"] += 1
                 tally.keep(f"{step}:flips", sample.number, sample.number, record | _pictures(batch, place, step))
-            if change[place] > 0 or not np.isfinite(change[place]):
+            if place in most:
                 shown = _pictures(batch, place, step) if step == PREPROCESSING else {}
-                tally.keep(f"{step}:worst", float(order), sample.number, record | shown)
+                tally.keep(f"{step}:worst", -float(sizes[place]), sample.number, record | shown)
 
     def _margin(self, result: Array, one: int, other: int) -> float:
         """How far PyTorch's, or the first arm's, answer is ahead of the other one, in units of float32's noise."""

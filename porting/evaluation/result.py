@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from porting.evaluation.decoding import REFUSED, REMARKS
-from porting.evaluation.judge import ARMS, CALIBRATION_BINS, MODEL, OWN, PYTORCH, SAME, STEPS
+from porting.evaluation.judge import ARMS, CALIBRATION_BINS, MODEL, OWN, PYTORCH, SAME, STEPS, WORST
 from porting.evaluation.tally import Tally
 from porting.kinds.transforms import Array
 
@@ -175,7 +175,7 @@ def evaluation_of(tally: Tally, *, classes: int, names: tuple[str, ...], noise: 
         arms=arms,
         steps=steps,
         flips={step.name: tally.first(f"{step.name}:flips") for step in steps},
-        worst={step.name: tally.first(f"{step.name}:worst", 20) for step in steps},
+        worst={step.name: tally.first(f"{step.name}:worst", WORST) for step in steps},
         per_class=_classes(counts, [arm.name for arm in arms]),
         class_names=names,
         label_advice=_label_advice(counts, classes, labelled),
@@ -362,15 +362,17 @@ def explained(found: Evaluation) -> list[str]:
         lines.append(_step_text(step, found))
     if found.outside_the_head:
         lines.append(
-            f"{found.outside_the_head:,} labels lie outside the head's {found.classes} classes; those samples count in "
+            f"Labels outside the head's {found.classes} classes: {found.outside_the_head:,}; those samples count in "
             "agreement alone."
         )
     if found.duplicates:
-        lines.append(f"{found.duplicates:,} samples are copies of another file; they count like all others.")
+        lines.append(f"Copies of another file: {found.duplicates:,}; they count like all other samples.")
     for cause, count in found.refused.items():
-        lines.append(f"{count:,} samples were left out: {cause} ({REFUSED.get(cause, 'not for this model')}).")
+        were = "sample was" if count == 1 else "samples were"
+        lines.append(f"{count:,} {were} left out: {cause} ({REFUSED.get(cause, 'not for this model')}).")
     for remark, count in found.remarks.items():
-        lines.append(f"{count:,} samples: {remark}" + (f" ({REMARKS[remark]})." if remark in REMARKS else "."))
+        what = f"{count:,} sample{'' if count == 1 else 's'}: {remark}"
+        lines.append(what + (f" ({REMARKS[remark]})." if remark in REMARKS else "."))
     return lines
 
 
@@ -386,6 +388,8 @@ def _step_text(step: StepResult, found: Evaluation) -> str:
         return f"{what}: results differ by {step.distance or 0.0:.1e} of their size on average."
     if not step.flips:
         text = f"{what}: no answer of {step.answers:,} {unit} changes"
+        if step.largest_change is not None:
+            text += f", and no probability by more than {step.largest_change:.1e}"
     else:
         ties = "" if not step.ties else f", {step.ties:,} of them ties within float32's noise"
         text = f"{what} changes {step.flips:,} of {step.answers:,} answers{ties}"

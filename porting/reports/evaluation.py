@@ -41,6 +41,7 @@ FORMATS = {".json": "json", ".html": "html", ".md": "markdown"}
 KIND = "evaluation"
 _MAX_BYTES = 256 << 20
 _SHOWN = 10
+_ROUNDING = 1e-5
 _PICTURE = re.compile(r"data:image/jpeg;base64,[A-Za-z0-9+/=]+")
 
 
@@ -97,6 +98,15 @@ def read_evaluation(path: Path) -> Evaluation:
         raise ReportError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     except ReportError as error:
         raise ReportError(f"{path}: {error.message}", hint=error.hint) from None
+
+
+def is_evaluation(path: Path) -> bool:
+    """Whether a JSON file says that it is an evaluation, and not a parity report."""
+    try:
+        with open_regular(path) as file:
+            return f'"kind": "{KIND}"'.encode() in file.read(200)
+    except OSError:
+        return False
 
 
 def title(found: Evaluation) -> str:
@@ -220,8 +230,13 @@ def _step_cells(step: StepResult, found: Evaluation) -> dict[str, Any]:
         "name": step.name,
         "flips": [_picture_cells(flip, step, found) for flip in flips],
         "more": step.flips - len(flips),
-        "worst": [_picture_cells(each, step, found) for each in worst],
+        "worst": [_picture_cells(each, step, found) for each in worst if _shows(each)],
     }
+
+
+def _shows(record: dict[str, Any]) -> bool:
+    """Whether a sample's results differ by more than float32's rounding usually does."""
+    return max(record.get("probability_change") or 0.0, record.get("distance") or 0.0) > _ROUNDING
 
 
 def _picture_cells(record: dict[str, Any], step: StepResult, found: Evaluation) -> dict[str, Any]:

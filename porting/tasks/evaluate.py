@@ -72,7 +72,24 @@ def evaluate(
     Raises SourceError, CheckpointError, KeyMapError, WeightsFileError, FamilyError, ReportError for a file of progress
     that is of another evaluation, or EngineError.
     """
-    options = options or EvaluateOptions()
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        return _evaluate(family, variant, weights, data, checkpoint or {}, options or EvaluateOptions(), progress)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _evaluate(
+    family: Family,
+    variant: str,
+    weights: Path,
+    data: str,
+    checkpoint: Mapping[str, Any],
+    options: EvaluateOptions,
+    progress: Progress,
+) -> Evaluation:
     if options.engine not in ENGINES:
         raise FamilyError(f"no engine {options.engine!r}", hint=f"The engines are {', '.join(ENGINES)}.")
     if form_of(weights) is None:
@@ -84,7 +101,7 @@ def evaluate(
         family,
         variant,
         weights.absolute(),
-        {"location": None, **(checkpoint or {})},
+        {"location": None, **checkpoint},
         own=options.own,
         shared=options.shared,
         longest=options.longest,

@@ -75,8 +75,11 @@ class Plan:
 
     @cached_property
     def reference(self) -> nn.Module:
-        """The PyTorch model."""
+        """The PyTorch model; PyTorch computes with `threads` from now on."""
         load_triton()
+        import torch
+
+        torch.set_num_threads(self.threads)
         return self.case.load_reference()
 
     def fitted(self, block: Block) -> Plan:
@@ -151,12 +154,7 @@ class Plan:
 
     def arm(self, name: str) -> contextlib.AbstractContextManager[Arm]:
         """One of both models, `PYTORCH` or `SAME`, loaded; the latter also runs what is prepared Keras's own way."""
-        if name != PYTORCH:
-            return _candidate_arm(self)
-        import torch
-
-        torch.set_num_threads(self.threads)
-        return contextlib.nullcontext(_ReferenceArm(self))
+        return contextlib.nullcontext(_ReferenceArm(self)) if name == PYTORCH else _candidate_arm(self)
 
     def judge(self, batch: Batch) -> Tally:
         if self.vocabulary:

@@ -65,7 +65,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     with torch.inference_mode():
         tensor = torch.from_numpy(np.moveaxis(images, -1, 1).copy())
         # So that all classes are among the answers.
-        reference.head.bias -= reference(tensor).mean(0)
+        reference.get_parameter("head.bias").sub_(reference(tensor).mean(0))
         answers = reference(tensor).argmax(1).numpy()
     for path, answer in zip(paths, answers, strict=True):
         (folder / str(answer)).mkdir(parents=True, exist_ok=True)

@@ -129,7 +129,7 @@ def test_data_of_tensorflow_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyP
         def _split_generators(self, dl_manager: object) -> dict[str, object]:
             return {"test": self._generate_examples()}
 
-        def _generate_examples(self) -> object:  # type: ignore[override]
+        def _generate_examples(self) -> object:
             for number, (data, label) in enumerate(zip(PICTURES, WANTED, strict=True)):
                 yield number, {"image": io.BytesIO(data), "label": label}
 
