@@ -27,6 +27,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from porting.evaluation.engines import Arm
 from porting.evaluation.items import Block, Item
 from porting.evaluation.judge import PYTORCH, SAME
 from porting.evaluation.samples import Batch
@@ -79,8 +80,13 @@ def bare_costs(plan: Plan, files: list[Path], batch_size: int) -> dict[str, floa
         found["decoding and preparing"] = a_sample(prepare, len(items))
         for batch in batches:  # so that every arm runs in full
             batch.own = np.array(batch.same) if batch.own is None else batch.own
-        found["PyTorch"] = a_sample(lambda: [pytorch(batch) for batch in batches], len(items))
-        found["Keras, two arms"] = a_sample(lambda: [keras(batch) for batch in batches], len(items))
+        for name, arm in (("PyTorch", pytorch), ("Keras, two arms", keras)):
+
+            def run(arm: Arm = arm) -> None:
+                for batch in batches:
+                    arm(batch)
+
+            found[name] = a_sample(run, len(items))
     return found
 
 

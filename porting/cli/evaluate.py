@@ -32,7 +32,7 @@ from porting.cli.groups import FILE, CheckpointChoice, Model, checkpoint_options
 )
 @click.option("--tokenizer", default="", metavar="FOLDER", help="Tokenizer for texts, as transformers saves it.")
 @click.option("--tokens", type=click.IntRange(min=2), default=128, show_default=True, help="Cut texts at this length.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of each model.  [default: one a core]")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of each model.  [default: half the cores]")
 @click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True)
 @click.option("--ray-address", default="", help="Cluster to run on.  [default: one is started on this machine]")
 @click.option(

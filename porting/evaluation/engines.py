@@ -20,7 +20,7 @@ from porting.evaluation.samples import Batch
 from porting.evaluation.tally import Tally
 
 ENGINES = ("local", "ray")
-# Blocks that are read while another is run.
+# Blocks that are on their way while Keras runs another.
 _AHEAD = 2
 _CPUS_TO_LOAD = 0.5
 # Of a cluster that is started here, by Ray's count, besides those of one process for each model.
@@ -46,31 +46,37 @@ class Plan(Protocol):
 
 
 def run_local(plan: Plan, blocks: Iterable[Block]) -> Iterator[tuple[int, Tally]]:
-    """Every block's number and tally, in order; while one is run, the next are read and prepared."""
+    """Every block's number and tally, in order.
+
+    While Keras runs one block, PyTorch runs the next, and those behind it are read and prepared.
+    """
     with contextlib.ExitStack() as stack:
-        arms = [stack.enter_context(plan.arm(name)) for name in (PYTORCH, SAME)]
+        pytorch, keras = [stack.enter_context(plan.arm(name)) for name in (PYTORCH, SAME)]
         pool = stack.enter_context(ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)))
-        ahead = stack.enter_context(ThreadPoolExecutor(1))
+        loading, running = [stack.enter_context(ThreadPoolExecutor(1)) for _ in range(2)]
 
         def load(block: Block) -> Batch:
             batch = plan.load(block, pool)
-            for arm in arms:
-                arm.prepare(batch, pool)
+            keras.prepare(batch, pool)
+            return batch
+
+        def run_pytorch(loaded: Future[Batch]) -> Batch:
+            batch = loaded.result()
+            pytorch(batch)
             return batch
 
         waiting: deque[Future[Batch]] = deque()
         try:
             for block in _then_none(blocks):
                 if block is not None:
-                    waiting.append(ahead.submit(load, block))
+                    waiting.append(running.submit(run_pytorch, loading.submit(load, block)))
                 while waiting and (block is None or len(waiting) > _AHEAD):
                     batch = waiting.popleft().result()
-                    for arm in arms:
-                        arm(batch)
+                    keras(batch)
                     yield batch.block, plan.judge(batch)
         finally:
-            for future in waiting:
-                future.cancel()
+            for executor in (running, loading):
+                executor.shutdown(wait=False, cancel_futures=True)
 
 
 def _then_none(blocks: Iterable[Block]) -> Iterator[Block | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -220,9 +221,10 @@ class VanFamily(Family):
         mean, std = np.array(how.mean, np.float32), np.array(how.std, np.float32)
 
         # Traced once for all sizes: operation by operation, an image takes several times as long.
-        @tf.function(input_signature=[tf.TensorSpec((None, None, 3), tf.uint8)])
-        def prepared(image: Any) -> Any:
-            return van_tf.prepare_images(image, how.input_size, how.input_size / how.resize_size)
+        prepared = tf.function(
+            partial(van_tf.prepare_images, size=how.input_size, crop_fraction=how.input_size / how.resize_size),
+            input_signature=[tf.TensorSpec((None, None, 3), tf.uint8)],
+        )
 
         def prepare(image: Image.Image) -> Array:
             found = prepared(np.asarray(image)).numpy()

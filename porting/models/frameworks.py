@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -20,12 +21,20 @@ def load_triton() -> None:
         importlib.import_module("triton._C.libtriton")
 
 
-def start_tensorflow() -> None:
+def start_tensorflow(threads: int | None = None) -> None:
     """Imports TensorFlow after Triton and without the lines that it writes to standard error on every start.
+
+    `threads` is what each of its operations may use, which counts only until it has begun to compute.
 
     Its C++ part writes there before any log level can be set, so the descriptor itself is turned away while it
     loads; what was written is shown when the import fails.
     """
+    if threads is not None:
+        start_tensorflow()
+        import tensorflow as tf
+
+        with contextlib.suppress(RuntimeError):  # it has begun
+            tf.config.threading.set_intra_op_parallelism_threads(threads)
     if "tensorflow" in sys.modules:
         return
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -35,7 +35,7 @@ class EvaluateOptions:
     `batch_size` samples make a block, which both models take at once. `limit` is the number of samples to take from the
     beginning. `labels` is a file with the model's classes in its order. `own` and `shared` say how images are prepared,
     as `Plan` explains. `tokenizer` is for texts, which are cut at `longest` tokens. `threads` is what each model
-    computes with, by default one a core. `engine` is local or ray; `ray_address` is of a cluster that is running, and
+    computes with, by default half as many as there are cores. `engine` is local or ray; `ray_address` is of a cluster that is running, and
     `workers` are the most processes for PyTorch and for Keras there. `resume` is a file that keeps how far the run has
     come.
     """
@@ -97,6 +97,8 @@ def _evaluate(
         survey_file(weights)
     elif not weights.exists():
         weights_file.require_file(weights)
+    # Both models run at once.
+    threads = options.threads or max(1, (os.cpu_count() or 1) // 2)
     plan = Plan(
         family,
         variant,
@@ -105,12 +107,12 @@ def _evaluate(
         own=options.own,
         shared=options.shared,
         longest=options.longest,
-        threads=options.threads or os.cpu_count() or 1,
+        threads=threads,
     )
     progress("reading the checkpoint")
     case = plan.case
     progress("starting TensorFlow")
-    start_tensorflow()
+    start_tensorflow(threads)
     tokenizer = hugging_face_tokenizer(options.tokenizer) if options.tokenizer else None
     progress("looking at the data set")
     first = next(blocks_of(open_data(data, Labels(0, ignored=True), tokenizer=tokenizer).items(), options.batch_size))

@@ -213,11 +213,7 @@ class _CandidateArm:
 
 @contextlib.contextmanager
 def _candidate_arm(plan: Plan) -> Iterator[Arm]:
-    start_tensorflow()
-    import tensorflow as tf
-
-    with contextlib.suppress(RuntimeError):  # in this process it has begun to compute, with as many as it likes
-        tf.config.threading.set_intra_op_parallelism_threads(plan.threads)
+    start_tensorflow(plan.threads)
     own = None if plan.vocabulary else plan._prepares[1]
     form = form_of(plan.weights)
     if form is None:
