@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from porting.parity.report import ParityReport
 
+# The exit code of a command that Ctrl-C ends.
+INTERRUPTED = 130
+
 
 class PortingError(Exception):
     """Base of all errors that are the input's or the user's, not the program's.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
 
 from porting.cli.groups import FILE, CheckpointChoice, Model, checkpoint_options, model_options
+from porting.errors import INTERRUPTED
 
 
 @click.command()
@@ -126,16 +128,22 @@ def evaluate(
         resume=resume,
     )
     assert model.variant is not None  # a required option
-    with ProgressBar() as progress:
-        found = run(
-            model.family,
-            model.variant,
-            weights,
-            data,
-            checkpoint={"location": arguments.pop("checkpoint"), **arguments},
-            options=options,
-            progress=progress,
-        )
+    try:
+        with ProgressBar() as progress:
+            found = run(
+                model.family,
+                model.variant,
+                weights,
+                data,
+                checkpoint={"location": arguments.pop("checkpoint"), **arguments},
+                options=options,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        if resume is None or not resume.exists():
+            raise
+        say(f"Interrupted; the same command goes on from {resume}.", err=True)
+        sys.exit(INTERRUPTED)
     print_evaluation(found, make_console())
     for path in report_files:
         write_evaluation(found, path)

@@ -37,7 +37,7 @@ from porting.cli.port_all import port_all
 from porting.cli.report import report
 from porting.cli.revert import revert
 from porting.cli.terminal import route_results, say
-from porting.errors import OutputError, PortingError
+from porting.errors import INTERRUPTED, OutputError, PortingError
 
 if TYPE_CHECKING:
     from porting.tasks.options import CheckOptions
@@ -66,7 +66,7 @@ class PortGroup(click.Group):
             _end_at_a_closed_pipe()
         except KeyboardInterrupt:
             say("Interrupted; nothing was written.", err=True)
-            sys.exit(130)
+            sys.exit(INTERRUPTED)
 
 
 @click.group(cls=PortGroup, invoke_without_command=True, no_args_is_help=True, epilog=EPILOG)

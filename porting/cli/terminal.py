@@ -75,12 +75,13 @@ class ProgressBar(Progress):
     """A bar with the present step on a terminal's standard error; nothing at all in a pipe."""
 
     def __init__(self) -> None:
-        from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
         console = make_console(stderr=True)
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn())
-        self._bar = Bar(*columns, console=console, transient=True, disable=not console.is_terminal)
+        left = (TextColumn("left", style="dim"), TimeRemainingColumn(compact=True))
+        self._bar = Bar(*columns, *left, console=console, transient=True, disable=not console.is_terminal)
         self._task = self._bar.add_task("starting", total=None)
 
     def __call__(self, description: str, done: int = 0, total: int = 0) -> None:

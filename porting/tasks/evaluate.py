@@ -35,9 +35,9 @@ class EvaluateOptions:
     `batch_size` samples make a block, which both models take at once. `limit` is the number of samples to take from the
     beginning. `labels` is a file with the model's classes in its order. `own` and `shared` say how images are prepared,
     as `Plan` explains. `tokenizer` is for texts, which are cut at `longest` tokens. `threads` is what each model
-    computes with, by default half as many as there are cores. `engine` is local or ray; `ray_address` is of a cluster that is running, and
-    `workers` are the most processes for PyTorch and for Keras there. `resume` is a file that keeps how far the run has
-    come.
+    computes with, by default half as many as there are cores. `engine` is local or ray; `ray_address` is of a cluster
+    that is running, and `workers` are the most processes for PyTorch and for Keras there. `resume` is a file that keeps
+    how far the run has come.
     """
 
     batch_size: int = 64
@@ -139,11 +139,14 @@ def _evaluate(
         results = run_on_ray(plan, blocks, address=options.ray_address, workers=options.workers, threads=plan.threads)
     else:
         results = run_local(plan, blocks)
-    progress("evaluating", kept.tally.counts["samples"], total)
+    before = kept.tally.counts["samples"]
+    progress("evaluating", before, total)
     try:
         for number, tally in results:
             kept.add(number, tally)
-            progress("evaluating", kept.tally.counts["samples"], total)
+            done = kept.tally.counts["samples"]
+            rate = (done - before) / (time.perf_counter() - started)
+            progress(f"evaluating, {rate:,.0f} samples a second", done, total)
     finally:
         kept.write()
     elapsed = time.perf_counter() - started

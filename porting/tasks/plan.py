@@ -99,6 +99,8 @@ class Plan:
                 )
             tables = [each for each in self.reference.modules() if isinstance(each, nn.Embedding)]
             return replace(self, spec=spec, vocabulary=tables[0].num_embeddings)
+        if spec.naming.has_head and not spec.num_classes:
+            raise FamilyError("the checkpoint has no head, and evaluate is for classes", hint="Give one with its head.")
         fitted = replace(self, spec=spec)
         batch = fitted.load(replace(block, items=block.items[: 4 * _CALIBRATED_ON]))
         if not batch.samples:
