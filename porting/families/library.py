@@ -10,7 +10,6 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -243,11 +242,10 @@ def _key(spec: Spec) -> tuple[str, int]:
 
 def library(name: str) -> Any:
     """A package that only some families need; raises FamilyError, with what to install, where it is not there."""
-    from porting.models.frameworks import load_triton
+    from porting.models.frameworks import import_library
 
-    load_triton()  # which must not come after TensorFlow
     try:
-        return import_module(name)
+        return import_library(name)
     except ImportError as error:
         raise FamilyError(
             f"this family needs {name.partition('.')[0]}, which cannot be imported: {error}",

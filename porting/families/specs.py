@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from porting.errors import FamilyError
+from porting.models.frameworks import import_library
 
 FORMS = (
     "timm:NAME, torchvision:NAME, transformers:CLASS[:config.json], keras.applications:NAME, "
@@ -75,11 +76,11 @@ def load_function(spec: str) -> Callable[..., Any]:
 
 def _build(library: str, name: str, config: str, arguments: dict[str, Any]) -> Any:
     if library == "timm":
-        return importlib.import_module("timm").create_model(name, **arguments)
+        return import_library("timm").create_model(name, **arguments)
     if library == "torchvision":
-        return importlib.import_module("torchvision.models").get_model(name, **arguments)
+        return import_library("torchvision.models").get_model(name, **arguments)
     if library == "transformers":
-        owner = _attribute(importlib.import_module("transformers"), name, library)
+        owner = _attribute(import_library("transformers"), name, library)
         return owner(owner.config_class(**_config(config), **arguments))
     if library == "keras.applications":
         owner = _attribute(importlib.import_module("keras").applications, name, library)

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import sys
 import tempfile
+from typing import Any
 
 
 def load_triton() -> None:
@@ -54,3 +55,14 @@ def start_tensorflow(threads: int | None = None) -> None:
         finally:
             os.dup2(saved, 2)
             os.close(saved)
+
+
+def import_library(name: str) -> Any:
+    """A package of PyTorch models, imported so that it disturbs nothing; raises ImportError where it is not there.
+
+    transformers imports TensorFlow by itself, with all that TensorFlow writes to standard error.
+    """
+    if name.partition(".")[0] == "transformers" and importlib.util.find_spec("transformers") is not None:
+        start_tensorflow()
+    load_triton()
+    return importlib.import_module(name)
