@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pickle
 import socket
@@ -101,6 +102,9 @@ def run_on_ray(
     except ImportError:
         raise EngineError("--engine ray needs Ray", hint="pip install 'van-port[ray]'") from None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing about a user's work leaves the machine
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     own_cluster = not ray.is_initialized()
     if own_cluster:
         _start(ray, address, 2 * threads + _CPUS_TO_READ)

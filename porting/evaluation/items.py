@@ -29,7 +29,7 @@ class Item:
     tokens: tuple[int, ...] | None = None
 
     def read(self) -> bytes:
-        """Its bytes; raises OSError, or ValueError for more of them than `MAX_BYTES`."""
+        """Its bytes; raises OverflowError for more of them than `MAX_BYTES`, or what the storage's client raises."""
         if self.data is not None:
             return self.data
         import fsspec
@@ -39,7 +39,7 @@ class Item:
                 file.seek(self.start)
             found: bytes = file.read(MAX_BYTES + 1 if self.size is None else min(self.size, MAX_BYTES + 1))
         if len(found) > MAX_BYTES:
-            raise ValueError(f"larger than {MAX_BYTES >> 20} MiB")
+            raise OverflowError(f"larger than {MAX_BYTES >> 20} MiB")
         return found
 
 

@@ -190,7 +190,7 @@ def _shards(spec: str, labels: Labels) -> Dataset:
             try:
                 with fsspec.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
                     yield from _samples(path, tar)
-            except (OSError, tarfile.TarError) as error:
+            except (OSError, tarfile.TarError, ValueError) as error:  # the last for storage without ranges of bytes
                 raise SourceError(f"{path}: not a whole tar file: {_first_line(error)}") from None
 
     def _samples(path: str, tar: tarfile.TarFile) -> Iterator[Item]:

@@ -109,7 +109,7 @@ class _Loaded:
 def _read(item: Item) -> bytes:
     try:
         return item.read()
-    except ValueError as error:
+    except OverflowError as error:
         raise RefusedImageError("too large", str(error)) from None
     except Exception as error:  # of the file system, or of a storage's client, whatever it raises
         raise RefusedImageError("cannot be read", str(error) or repr(error)) from None

@@ -6,17 +6,21 @@ import csv
 import io
 import json
 import tarfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from porting.errors import SourceError
-from porting.evaluation.items import Item, blocks_of
+from porting.evaluation.items import Block, Item, blocks_of
 from porting.evaluation.labels import Labels, read_labels, usual_labels
 from porting.evaluation.readers import open_data
+from porting.evaluation.samples import load_images
 
 NAMES = ("cat", "dog", "fish")
 LABELS = Labels(3, tuple((name,) for name in NAMES))
@@ -232,3 +236,56 @@ def test_blocks_are_the_same_whatever_takes_them() -> None:
     items = [Item(str(number)) for number in range(10)]
     blocks = list(blocks_of(items, 4, limit=9))
     assert [(block.number, block.start, len(block.items)) for block in blocks] == [(0, 0, 4), (1, 4, 4), (2, 8, 1)]
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """A stand-in for storage behind HTTP: what lies in the folder."""
+    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+    class Storage(SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            """With ranges of bytes, as object storage has them."""
+            path = tmp_path / self.path.lstrip("/")
+            if not path.is_file():
+                self.send_error(404)
+                return
+            data, stated = path.read_bytes(), self.headers.get("Range", "")
+            first, last = 0, len(data) - 1
+            if stated:
+                start, _, stop = stated.removeprefix("bytes=").partition("-")
+                first, last = int(start), min(int(stop or last), last)
+            self.send_response(206 if stated else 200)
+            self.send_header("Accept-Ranges", "bytes")
+            self.send_header("Content-Length", str(last + 1 - first))
+            if stated:
+                self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+            self.end_headers()
+            self.wfile.write(data[first : last + 1])
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    made = ThreadingHTTPServer(("127.0.0.1", 0), partial(Storage, directory=str(tmp_path)))
+    threading.Thread(target=made.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{made.server_port}"
+    made.shutdown()
+    made.server_close()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("write", [csv_table, json_lines, shards], ids=lambda write: write.__name__)
+def test_storage_behind_http(write: Callable[[Path], str], tmp_path: Path, server: str) -> None:
+    spec = f"{server}/{Path(write(tmp_path)).name}"
+    items = list(open_data(spec, LABELS).items())
+    assert [item.label for item in items] == WANTED
+    assert [item.read() for item in items] == PICTURES
+
+
+def test_storage_that_fails_leaves_a_sample_out(tmp_path: Path, server: str) -> None:
+    path = Path(csv_table(tmp_path))
+    (tmp_path / "2.png").unlink()
+    items = tuple(open_data(f"{server}/{path.name}", LABELS).items())
+    batch = load_images(Block(0, 0, items), lambda image: np.asarray(image, np.float32))
+    assert [(number, cause) for number, _, cause, _ in batch.refused] == [(2, "cannot be read")]
+    assert len(batch.samples) == len(WANTED) - 1
