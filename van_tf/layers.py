@@ -59,6 +59,7 @@ class BatchNorm(layers.BatchNormalization):
     """`BatchNorm2d` in PyTorch: its running variance takes a batch's unbiased one, n / (n - 1) times the other.
 
     Keras's own takes the biased one. What a batch is normalised with is the same on both sides, and so is inference.
+    n is the number of values a channel, of any axis; with a mask, those that it leaves.
     """
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
@@ -68,9 +69,17 @@ class BatchNorm(layers.BatchNormalization):
         outputs = super().call(inputs, training=training, mask=mask)
         # What the batch has added, once more as far as it was too little.
         added = self.moving_variance - kept
-        others = ops.size(inputs) // _channels(inputs.shape) - 1
-        self.moving_variance.assign_add(added / ops.cast(ops.maximum(others, 1), added.dtype))
+        others = ops.cast(self._values(inputs, mask), added.dtype) - 1
+        self.moving_variance.assign_add(added / ops.maximum(others, 1))
         return outputs
+
+    def _values(self, inputs: Any, mask: Any) -> Any:
+        """How many values of each channel the statistics are of."""
+        channels = inputs.shape[self.axis]
+        if mask is None:
+            return ops.size(inputs) // channels
+        # As in Keras's own: each axis of the mask is one of the inputs', and those behind count whole.
+        return ops.sum(ops.cast(mask, "int32")) * (ops.size(inputs) // (ops.size(mask) * channels))
 
 
 class _Composite(layers.Layer):
@@ -232,7 +241,7 @@ class Block(_Composite):
     Shape-preserving. `drop_path_rate` is the chance that a sample loses a whole branch in training.
     """
 
-    def __init__(self, mlp_ratio: int, drop_rate: float = 0.0, drop_path_rate: float = 0.0, **kwargs: Any) -> None:
+    def __init__(self, mlp_ratio: float, drop_rate: float = 0.0, drop_path_rate: float = 0.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.mlp_ratio = mlp_ratio
         self.drop_rate = drop_rate
@@ -247,7 +256,7 @@ class Block(_Composite):
             self.drop_path_rate, noise_shape=(None, 1, 1, 1), dtype=self.dtype_policy, name="drop_path"
         )
         self.norm2 = self.batch_norm("norm2")
-        self.mlp = Mlp(dim * self.mlp_ratio, self.drop_rate, dtype=self.dtype_policy, name="mlp")
+        self.mlp = Mlp(int(dim * self.mlp_ratio), self.drop_rate, dtype=self.dtype_policy, name="mlp")
         for layer in (self.norm1, self.attn, self.drop_path, self.norm2, self.mlp):
             layer.build(input_shape)
         self.layer_scale_1 = self._layer_scale("layer_scale_1", dim)

@@ -63,7 +63,7 @@ def van(
     there, and RuntimeError, with the command to run, when published weights cannot be had.
     """
     channels_first = _is_channels_first(data_format)
-    shape = _input_shape(input_shape, input_tensor, channels_first)
+    shape = _input_shape(input_shape, input_tensor, channels_first, config.in_chans)
     classes = config.classes if classes is None else classes
     _check_arguments(shape, channels_first, include_top, pooling, classes, drop_rate, drop_path_rate)
     file = None if weights is None else find_weights(config, weights)
@@ -103,16 +103,17 @@ def van(
     return model
 
 
-def features(model: keras.Model, stages: Sequence[int] = (1, 2, 3, 4)) -> keras.Model:
+def features(model: keras.Model, stages: Sequence[int] | None = None) -> keras.Model:
     """A model with the same input and weights that returns the maps of some stages, for detection and segmentation.
 
     Stage s of a VAN gives `(N, ceil(H / r), ceil(W / r), embed_dims[s - 1])` with r = 4, 8, 16, 32, behind its
     LayerNorm, as in VAN-Segmentation; channels first where the model takes them so. The output is a list in the order
-    of `stages`. `model` is any that `van` has built, with its head or without.
+    of `stages`, by default of all. `model` is any that `van` has built, with its head or without.
 
     Raises ValueError for a stage that the model does not have.
     """
     known = [stage for stage in range(1, 100) if any(layer.name == f"norm{stage}" for layer in model.layers)]
+    stages = known if stages is None else stages
     if not stages or not set(stages) <= set(known):
         raise ValueError(f"stages are some of {known}: got {list(stages)}")
     maps = [model.get_layer(f"norm{stage}").output for stage in stages]
@@ -133,7 +134,7 @@ def _is_channels_first(data_format: str | None) -> bool:
 
 
 def _input_shape(
-    input_shape: tuple[int | None, ...] | None, input_tensor: Any, channels_first: bool
+    input_shape: tuple[int | None, ...] | None, input_tensor: Any, channels_first: bool, channels: int
 ) -> tuple[int | None, ...]:
     if input_tensor is not None:
         if not keras.backend.is_keras_tensor(input_tensor):
@@ -142,7 +143,7 @@ def _input_shape(
             raise ValueError(f"input_shape {input_shape} is not input_tensor's, {tuple(input_tensor.shape[1:])}")
         return tuple(input_tensor.shape[1:])
     if input_shape is None:
-        return (3, None, None) if channels_first else (None, None, 3)
+        return (channels, None, None) if channels_first else (None, None, channels)
     return tuple(input_shape)
 
 

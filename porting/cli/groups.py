@@ -170,6 +170,9 @@ def model_options(*, required: bool = True) -> Callable[[Command], Command]:
         functools.partial(_model, required),
         family_option,
         click.option("--variant", type=VARIANT, help="Variant of the family."),
+        click.option(
+            "--config", type=FILE, help="Instead of a variant: a VAN's settings, .json or .toml; or its config.json."
+        ),
         click.option("--source", help="Instead of a family: the PyTorch model, such as FILE.py:make."),
         click.option("--target", help="The Keras model, such as FILE.py:make; forms as of `van-port map`."),
         click.option("--map", "rows_file", type=FILE, help="The rows between them, .toml; `van-port map` writes it."),
@@ -183,6 +186,7 @@ def _model(
     required: bool,
     family: Family,
     variant: str | None,
+    config: Path | None,
     source: str | None,
     target: str | None,
     rows_file: Path | None,
@@ -194,13 +198,15 @@ def _model(
     if not any(given.values()):
         if source_arguments or target_arguments or inputs:
             raise click.UsageError("--source-arg, --target-arg and --inputs go with --source and --target")
+        if config is not None:
+            return _configured(family, variant, config)
         if required and variant is None:
             raise click.UsageError("Missing option '--variant'.")
         return Model(family, variant)
     if missing := [option for option, value in given.items() if not value]:
         raise click.UsageError(f"--source, --target and --map go together: {', '.join(missing)} is missing")
-    if variant is not None:
-        raise click.UsageError("--variant is of a family: it does not go with --source")
+    if variant is not None or config is not None:
+        raise click.UsageError("--variant and --config are of a family: they do not go with --source")
     from porting.families.given import VARIANT as OWN
     from porting.families.given import GivenFamily
     from porting.families.specs import parse_arguments
@@ -218,6 +224,17 @@ def _model(
         inputs=inputs,
     )
     return Model(made, OWN)
+
+
+def _configured(family: Family, variant: str | None, config: Path) -> Model:
+    if variant is not None:
+        raise click.UsageError("--config takes the place of --variant")
+    if family.name != DEFAULT_FAMILY:
+        raise click.UsageError(f"--config is for the family {DEFAULT_FAMILY}: {family.name} has variants alone")
+    from porting.families.van_config import ConfiguredVanFamily
+
+    made = ConfiguredVanFamily(config)
+    return Model(made, made.variant)
 
 
 @dataclass(frozen=True)

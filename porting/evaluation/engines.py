@@ -19,6 +19,7 @@ from porting.evaluation.items import Block
 from porting.evaluation.judge import PYTORCH, SAME
 from porting.evaluation.samples import Batch
 from porting.evaluation.tally import Tally
+from porting.models.frameworks import holding_back_stderr
 
 ENGINES = ("local", "ray")
 # Blocks that are on their way while Keras runs another.
@@ -145,7 +146,8 @@ def _start(ray: Any, address: str, cpus: int) -> None:
     if not address:
         options["include_dashboard"] = False
     try:
-        ray.init(**options, log_to_driver=False, logging_level="ERROR")
+        with holding_back_stderr():
+            ray.init(**options, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise EngineError(
             f"Ray: {_last_line(error)}", hint="Check --ray-address, or leave it out to start Ray on this machine."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,13 +16,14 @@ from porting.mapping.naming import Naming
 from porting.mapping.rules import KeyRule
 from porting.models.images import IMAGENET, Preprocessing
 from porting.parity.training import OptimizerPair, usual_optimizers
-from porting.sources.table import embedded_table
+from porting.sources.table import Source, embedded_table
 
 if TYPE_CHECKING:
     import keras
     from PIL import Image
     from torch import nn
 
+    import van_tf
     from porting.references.van import VanShape
 
 # s is the stage, from 1; j is the block in it, from 0.
@@ -124,25 +126,37 @@ class VanFamily(Family):
 
     name = "van"
     namings = NAMINGS
-    sources = embedded_table()
+    sources: Path | tuple[Source, ...] = embedded_table()
     # The official evaluation: crop fraction 0.9 of 248, mean and std 0.5, for all weights trained on 1K.
     inputs = Preprocessing(input_size=224, resize_size=248)
+
+    def shape(self, variant: str) -> VanShape:
+        """PyTorch's side of the table of variants."""
+        from porting.references.van import VARIANTS
+
+        return VARIANTS[variant]
+
+    def config(self, variant: str) -> van_tf.VanConfig:
+        """Keras's side of the table of variants."""
+        import van_tf
+
+        return van_tf.VARIANTS[variant]
 
     def build_reference(self, spec: Spec) -> nn.Module:
         from porting.references.van import build_van
 
-        return build_van(spec.variant, spec.num_classes, **spec.settings)
+        return build_van(self.shape(spec.variant), spec.num_classes, **spec.settings)
 
     def build_candidate(self, spec: Spec) -> keras.Model:
         import van_tf
 
         epsilon = spec.settings["layer_norm_eps"]
-        return van_tf.van(van_tf.VARIANTS[spec.variant], layer_norm_epsilon=epsilon, **_top(spec))
+        return van_tf.van(self.config(spec.variant), layer_norm_epsilon=epsilon, **_top(spec))
 
     def stated_settings(self, variant: str, facts: Mapping[str, Any]) -> Mapping[str, float]:
         from porting.families.van_facts import stated_settings
 
-        return stated_settings(variant, _shape(variant), facts)
+        return stated_settings(variant, self.shape(variant), facts)
 
     # What follows is quicker or more than the defaults.
 
@@ -151,8 +165,8 @@ class VanFamily(Family):
         from porting.references.van import build_van
 
         rates: dict[str, Any] = {"drop_rate": 0.1, "drop_path_rate": 0.3}
-        reference = build_van(spec.variant, spec.num_classes, **rates)
-        return reference, van_tf.van(van_tf.VARIANTS[spec.variant], **_top(spec), **rates)
+        reference = build_van(self.shape(spec.variant), spec.num_classes, **rates)
+        return reference, van_tf.van(self.config(spec.variant), **_top(spec), **rates)
 
     def fuse(self, candidate: keras.Model, form: str) -> keras.Model:
         import van_tf
@@ -175,9 +189,9 @@ class VanFamily(Family):
 
     def weight_shapes(self, spec: Spec) -> dict[str, dict[str, Shape]]:
         # Without Keras, so that a port without a check needs no TensorFlow.
-        shape = _shape(spec.variant)
+        shape = self.shape(spec.variant)
         layers: dict[str, dict[str, Shape]] = {}
-        channels = 3
+        channels = shape.in_chans
         for stage, (dim, depth, ratio) in enumerate(
             zip(shape.embed_dims, shape.depths, shape.mlp_ratios, strict=True), start=1
         ):
@@ -185,7 +199,7 @@ class VanFamily(Family):
             embed = {"proj/kernel": (size, size, channels, dim), "proj/bias": (dim,)}
             layers[f"patch_embed{stage}"] = embed | _trained("norm", dim) | _measured("norm", dim)
             for j in range(depth):
-                layers[f"block{stage}.{j}"] = _block_shapes(dim, dim * ratio)
+                layers[f"block{stage}.{j}"] = _block_shapes(dim, int(dim * ratio))
             layers[f"norm{stage}"] = {"gamma": (dim,), "beta": (dim,)}
             channels = dim
         if spec.num_classes:
@@ -197,12 +211,12 @@ class VanFamily(Family):
         for name in spec.naming.drops:
             # The LayerNorm that transformers' class never uses, as it starts out.
             value = 1.0 if name.endswith(".weight") else 0.0
-            tensors[name] = np.full(_shape(spec.variant).embed_dims[-1], value, np.float32)
+            tensors[name] = np.full(self.shape(spec.variant).embed_dims[-1], value, np.float32)
         return tensors
 
     def classes_in(self, variant: str, shapes: Iterable[Shape]) -> int | None:
         # Nothing but the head's kernel has two axes.
-        heads = {shape[1] for shape in shapes if len(shape) == 2 and shape[0] == _shape(variant).embed_dims[-1]}
+        heads = {shape[1] for shape in shapes if len(shape) == 2 and shape[0] == self.shape(variant).embed_dims[-1]}
         return max(heads, default=0) if len(heads) < 2 else None
 
     def preprocessing(self, spec: Spec) -> Preprocessing:
@@ -283,9 +297,3 @@ def _block_shapes(dim: int, hidden: int) -> dict[str, Shape]:
         **_measured("norm1", dim),
         **_measured("norm2", dim),
     }
-
-
-def _shape(variant: str) -> VanShape:
-    from porting.references.van import VARIANTS
-
-    return VARIANTS[variant]

@@ -11,15 +11,6 @@ from porting.errors import KeyMapError
 if TYPE_CHECKING:
     from porting.references.van import VanShape
 
-# Equal in all code that publishes VAN; another value gives another function with the same tensors.
-_FIXED: dict[str, Any] = {
-    "hidden_act": "gelu",
-    "strides": [4, 2, 2, 2],
-    "patch_sizes": [7, 3, 3, 3],
-    "num_channels": 3,
-    "in_chans": 3,
-    "in_channels": 3,
-}
 _BATCH_NORM_EPSILON = 1e-5
 _EPSILON = "layer_norm_eps"
 
@@ -30,16 +21,24 @@ def stated_settings(variant: str, shape: VanShape, facts: Mapping[str, Any]) -> 
     Read are `config.json` of transformers, `hyper_parameters` of Lightning, `args` of timm's training script and the
     configuration in mmengine's `meta`.
     """
-    sizes = {
+    later = len(shape.depths) - 1
+    known = {
         "hidden_sizes": list(shape.embed_dims),
         "embed_dims": list(shape.embed_dims),
         "depths": list(shape.depths),
         "mlp_ratios": list(shape.mlp_ratios),
+        "num_channels": shape.in_chans,
+        "in_chans": shape.in_chans,
+        "in_channels": shape.in_chans,
+        # Equal in all code that publishes VAN; another value gives another function with the same tensors.
+        "hidden_act": "gelu",
+        "strides": [4] + [2] * later,
+        "patch_sizes": [7] + [3] * later,
     }
     found: dict[str, float] = {}
     for place, settings in _statements(facts):
         for name, value in settings.items():
-            expected = sizes.get(name, _FIXED.get(name))
+            expected = known.get(name)
             if expected is not None and value != expected:
                 raise _refused(variant, place, name, value, expected)
             if name == _EPSILON:
@@ -54,7 +53,7 @@ def stated_settings(variant: str, shape: VanShape, facts: Mapping[str, Any]) -> 
 def _refused(variant: str, place: str, name: str, value: Any, expected: Any) -> KeyMapError:
     return KeyMapError(
         f"{place} states {name} {value!r:.100}, and van_{variant} has {expected!r}: it is another model",
-        hint=f"Check --variant; a VAN with another {name} cannot be built here.",
+        hint=f"Check --variant, or give the model's own settings with --config FILE, where {name} may be one of them.",
     )
 
 

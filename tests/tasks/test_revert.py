@@ -91,7 +91,7 @@ def test_a_fine_tuned_model_goes_to_the_class_of_transformers(family: VanFamily,
 @st.composite
 def shapes(draw: st.DrawFn) -> VanShape:
     dims, depths, ratios = (tuple(draw(st.integers(1, most)) for _ in range(4)) for most in (6, 3, 3))
-    return VanShape(dims, depths, ratios)  # type: ignore[arg-type]
+    return VanShape(dims, depths, ratios)
 
 
 @given(
