@@ -10,8 +10,9 @@
     rows = [porting.KeyRule("conv{i}", "conv{i}", "conv"), porting.KeyRule("fc", "fc", "dense")]
     ported = porting.port_weights(torch_model, keras_model, rows, inputs=images).require_parity()
 
-`get_family` gives a family of models whose published checkpoints can be ported, and `porting.tasks` has what the
-command line calls. CONTRIBUTING.md says what lives where.
+`propose_map` finds the rows by running both models. `evaluate` runs both over a data set. `get_family` gives a family
+of models whose published checkpoints can be ported, and `porting.tasks` has what the command line calls. Everything
+that a user can cause ends in a `PortingError`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from porting.errors import PortingError
+    from porting.evaluation.result import Evaluation
     from porting.families.registry import get_family
     from porting.mapping.key_map import KeyMap
     from porting.mapping.rows_file import read_rows
@@ -27,15 +30,19 @@ if TYPE_CHECKING:
     from porting.parity.compare import check_parity
     from porting.parity.report import Limits, ParityReport
     from porting.proposing.proposal import propose_map
+    from porting.tasks.evaluate import evaluate
     from porting.tasks.weights import Ported, port_weights, revert_weights
 
 __all__ = [
+    "Evaluation",
     "KeyMap",
     "KeyRule",
     "Limits",
     "ParityReport",
     "Ported",
+    "PortingError",
     "check_parity",
+    "evaluate",
     "get_family",
     "port_weights",
     "propose_map",
@@ -44,6 +51,9 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Evaluation": "porting.evaluation.result",
+    "PortingError": "porting.errors",
+    "evaluate": "porting.tasks.evaluate",
     "KeyMap": "porting.mapping.key_map",
     "KeyRule": "porting.mapping.rules",
     "Ported": "porting.tasks.weights",

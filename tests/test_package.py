@@ -17,7 +17,7 @@ from porting.cli.main import cli
 
 ROOT = Path(__file__).parent.parent
 TEST_COMMAND = "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/pytest"
-IMPORT_NAMES = {"onnx-ir": "onnx_ir", "pillow": "PIL", "ai-edge-litert": "ai_edge_litert", "keras-hub": "keras_hub"}
+IMPORT_NAMES = {"pillow": "PIL"}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_every_import_is_a_declared_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = [*project["dependencies"], *(d for extra in project["optional-dependencies"].values() for d in extra)]
     names = {re.split(r"[\[><=,]", requirement)[0] for requirement in declared}
-    modules = {IMPORT_NAMES.get(name, name) for name in names} | {"porting", "van_tf", "tests"}
+    modules = {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in names} | {"porting", "van_tf", "tests"}
     modules |= {path.stem for path in (ROOT / "scripts").glob("*.py")}
     imported = set()
     for path in ROOT.glob("*/**/*.py"):

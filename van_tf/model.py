@@ -40,6 +40,10 @@ def van(
 ) -> keras.Model:
     """Builds the network that `config` describes, by the conventions of keras.applications.
 
+    Two defaults differ from keras.applications. `weights` is None, because the published ones are ported on first use,
+    which takes PyTorch and a download. `classifier_activation` is None, because PyTorch's model gives logits and a port
+    is compared with it.
+
     Input: `(N, H, W, C)` images, scaled as `preprocess_input` does; `input_shape` gives `(H, W, C)`, where H and W may
     be None, as they are by default, and otherwise are at least 32. With `data_format` "channels_first" (by default
     Keras's global setting) it is `(N, C, H, W)`, and so is a map that the model returns. `input_tensor` takes the place
@@ -47,12 +51,12 @@ def van(
 
     Output: `(N, classes)` logits as PyTorch gives them; `classifier_activation="softmax"` makes them probabilities.
     With `include_top=False` it is the last stage's map, `(N, ceil(H / 32), ceil(W / 32), embed_dims[-1])`, or with
-    `pooling` "avg" or "max" that over all positions, `(N, embed_dims[-1])`.
+    `pooling` "avg" or "max" that over all positions, `(N, embed_dims[-1])`; with a head `pooling` changes nothing.
 
     `weights` is None for fresh ones, the path of a file that van-port or Keras has written, or the name of the data
     set that the published weights were trained on: "imagenet", for nano "cifar10". These are ported on first use, by
     van-port in a process of its own, and kept in `VAN_PORT_CACHE` or the user's cache folder. A file with another
-    number of classes gives all but its head, with a warning.
+    number of classes loads everything except the head, with a warning.
 
     `classes` is by default the config's. `drop_rate` is the dropout rate in the MLPs. `drop_path_rate` is the last
     block's rate of stochastic depth; it grows linearly over all blocks, from 0. `layer_norm_epsilon` is by default the
@@ -163,8 +167,6 @@ def _check_arguments(
         raise ValueError(f"height and width are at least {MIN_INPUT_SIZE} pixels, or None: got {shape}")
     if pooling not in {None, "avg", "max"}:
         raise ValueError(f"pooling is None, 'avg' or 'max': got {pooling!r}")
-    if pooling is not None and include_top:
-        raise ValueError("pooling is for include_top=False; the head has an average of its own")
     if classes < 1:
         raise ValueError(f"classes is a positive number: got {classes}; for no head, use include_top=False")
     for label, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):

@@ -22,9 +22,13 @@ _IMAGENET_CLASSES = 1000
 def preprocess_input(images: Any, data_format: str | None = None) -> Any:
     """Pixel values from 0 to 255 to the range [-1, 1], as the official B0 to B3 and nano were trained.
 
-    That is mean = std = 0.5 on values from 0 to 1, for every channel; `data_format` is there for keras.applications'
-    sake. Arrays and tensors of any shape and dtype; returns float32.
+    That is mean = std = 0.5 on values from 0 to 1, for every channel, so that `data_format` changes nothing; it is an
+    argument as in keras.applications. Arrays and tensors of any shape and dtype; returns float32.
+
+    Raises ValueError for an unknown `data_format`.
     """
+    if data_format not in {None, "channels_first", "channels_last"}:
+        raise ValueError(f"data_format is channels_first or channels_last: got {data_format!r}")
     return keras.ops.cast(images, "float32") / 127.5 - 1.0
 
 

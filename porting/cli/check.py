@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from porting.tasks.options import CheckOptions
 
 
-@click.command()
+@click.command(short_help="Compare a file of Keras weights with its checkpoint.")
 @model_options(required=False)
 @click.option("--weights", type=FILE, help=WEIGHTS_HELP)
 @checkpoint_options
@@ -47,7 +47,7 @@ def check(
     """Compare a file of Keras weights with the checkpoint it should hold: exit code 0 at parity, 1 if not.
 
     \b
-      van-port check --variant b1 --weights van_b1.h5 --checkpoint van_small_811.pth.tar --report parity.html
+      van-port check --weights van_b1.h5 --checkpoint van_small_811.pth.tar --report parity.html
       van-port check --from van_b1.h5.parity.json --max-ratio 4
     """
     from porting.cli.terminal import ProgressBar, say
@@ -74,20 +74,19 @@ def check(
         stress = tuple(replace(run, limits=options.limits) for run in report.stress)
         report = replace(report, limits=options.limits, stress=stress)
     else:
-        if weights is None or model.variant is None:
-            raise click.UsageError("--variant and --weights are needed, or --from with a JSON report")
+        if weights is None:
+            raise click.UsageError("--weights is needed, or --from with a JSON report")
         from porting.tasks.check import check as check_file
 
+        family, variant = model.of_file(weights)
         with ProgressBar() as progress:
-            report = check_file(
-                model.family, model.variant, weights, **checkpoint.arguments, options=options, progress=progress
-            )
+            report = check_file(family, variant, weights, **checkpoint.arguments, options=options, progress=progress)
     reporting.show(report)
     worse = [] if earlier is None else regressions(report, earlier, factor)
     for line in worse:
         say(f"Worse than the baseline: {line}")
     if not report.passed:
         first = report.first_divergence
-        raise ParityError(str(first) if first else verdict(report), hint="--report parity.html shows every layer.")
+        raise ParityError(str(first) if first else verdict(report), hint=reporting.hint)
     if worse:
         raise ParityError(f"{len(worse)} comparisons are worse than {baseline} by more than {factor:g} times")

@@ -11,8 +11,8 @@ from porting.cli.groups import FILE, CheckpointChoice, Model, checkpoint_options
 from porting.errors import INTERRUPTED
 
 
-@click.command()
-@model_options()
+@click.command(short_help="Run the original and its port over a data set.")
+@model_options(required=False)
 @click.option("--weights", type=FILE, required=True, help="Keras weights, or an exported .tflite, .onnx or SavedModel.")
 @checkpoint_options
 @click.option("--data", required=True, metavar="SPEC", help="Data set; its forms are listed above.")
@@ -127,12 +127,12 @@ def evaluate(
         workers=workers,
         resume=resume,
     )
-    assert model.variant is not None  # a required option
+    family, variant = model.of_file(weights)
     try:
         with ProgressBar() as progress:
             found = run(
-                model.family,
-                model.variant,
+                family,
+                variant,
                 weights,
                 data,
                 checkpoint={"location": arguments.pop("checkpoint"), **arguments},

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from porting.tasks.options import CheckOptions
 
 
-@click.command()
-@model_options()
+@click.command(short_help="Export to SavedModel, LiteRT or ONNX, with proof.")
+@model_options(required=False)
 @click.option("--weights", type=FILE, required=True, help=WEIGHTS_HELP)
 @click.option("--out", type=FILE, required=True, help="File to write, .tflite or .onnx; for a SavedModel a folder.")
 @click.option(
@@ -91,15 +91,15 @@ def export(
     form = form or by_suffix.get(out.suffix)
     if form is None:
         raise click.UsageError("--format is needed, or an --out that ends in .tflite or .onnx")
-    assert model.variant is not None  # a required option
+    family, variant = model.of_file(weights)
     reporting.require_writable(result_paths(out), {"--weights": [weights], "--checkpoint": checkpoint.files})
     options = make_options()
     if options.stress or options.train or options.allow_non_finite:
         raise click.UsageError("export has no --stress, --train and --allow-non-finite: use `van-port check`")
     with reporting.showing_refusal() as progress:
         result = write_export(
-            model.family,
-            model.variant,
+            family,
+            variant,
             weights,
             out,
             form=form,

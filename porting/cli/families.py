@@ -8,7 +8,7 @@ from porting.errors import PortingError
 from porting.families.registry import family_names, get_family
 
 
-@click.command()
+@click.command(short_help="List the model families and their variants.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def families(as_json: bool) -> None:
     """List the model families and their variants, those of other installed packages too."""

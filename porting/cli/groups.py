@@ -150,6 +150,25 @@ class Model:
         """For the functions in porting.tasks."""
         return {"family": self.family, "variant": self.variant}
 
+    def of_file(self, weights: Path) -> tuple[Family, str]:
+        """Its family and variant, where none was given those that the file of weights says it is of.
+
+        Raises UsageError where the file says none, and WeightsFileError where it cannot be read.
+        """
+        if self.variant is not None:
+            return self.family, self.variant
+        facts: Mapping[str, Any] = {}
+        if weights.is_file() and weights.suffix in {".h5", ".keras"}:
+            from porting.files.survey import survey_file
+
+            facts = survey_file(weights).provenance or {}
+        family, variant = facts.get("family"), facts.get("variant")
+        with contextlib.suppress(PortingError):
+            found = get_family(family) if isinstance(family, str) else None
+            if found is not None and variant in found.variants and self.family.name in {DEFAULT_FAMILY, found.name}:
+                return found, str(variant)
+        raise click.UsageError(f"Missing option '--variant': {weights} does not say which model it is of.")
+
 
 def family_option(command: Command) -> Command:
     """`--family`, with VAN as default."""
@@ -377,8 +396,8 @@ class ReportChoice:
 
     def show(self, report: ParityReport | None, *, without: str = "Not checked, as asked.") -> None:
         """Prints a report and writes it to every file that was asked for, or says that there is none."""
-        from porting.cli.terminal import make_console
-        from porting.reports import write_report
+        from porting.cli.terminal import make_console, say
+        from porting.reports import is_stream, write_report
         from porting.reports.terminal import print_report
 
         console = make_console()
@@ -389,6 +408,14 @@ class ReportChoice:
         show_non_finite(report.context)
         for path in self.report_files:
             write_report(report, path)
+        if files := [path for path in self.report_files if not is_stream(path)]:
+            say(f"Wrote {', '.join(map(str, files))}")
+
+    @property
+    def hint(self) -> str:
+        """Where a report that failed shows more."""
+        files = [str(path) for path in self.report_files if path.suffix in {".html", ".json"}]
+        return f"{files[0]} shows every layer." if files else "--report parity.html shows every layer."
 
     @contextlib.contextmanager
     def showing_refusal(self) -> Iterator[Progress]:

@@ -9,7 +9,7 @@ import click
 from porting.cli.groups import EMA, FILE, KEY, PREFIX
 
 
-@click.command()
+@click.command(short_help="Print where a file comes from, and its tensors.")
 @click.argument("file", type=FILE)
 @EMA
 @KEY

@@ -9,9 +9,7 @@ import errno
 import io
 import os
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -19,28 +17,15 @@ from porting.cli.check import check
 from porting.cli.evaluate import evaluate
 from porting.cli.export import export
 from porting.cli.families import families
-from porting.cli.groups import (
-    CHECK,
-    FILE,
-    CheckpointChoice,
-    Model,
-    ReportChoice,
-    checkpoint_options,
-    model_options,
-    report_options,
-    thoroughness_options,
-)
+from porting.cli.groups import Model
 from porting.cli.inspect import inspect
 from porting.cli.map import map_command
-from porting.cli.port import run_port
+from porting.cli.port import port_command, port_options, run_port
 from porting.cli.port_all import port_all
 from porting.cli.report import report
 from porting.cli.revert import revert
 from porting.cli.terminal import route_results, say
 from porting.errors import INTERRUPTED, OutputError, PortingError
-
-if TYPE_CHECKING:
-    from porting.tasks.options import CheckOptions
 
 _BROKEN_PIPE = 141  # as a shell says of a program that SIGPIPE ends
 
@@ -53,6 +38,17 @@ Exit codes: 0 done and at parity; 1 not at parity; 2 wrong usage; 3 bad checkpoi
 
 class PortGroup(click.Group):
     """A group that ends every error of the user's in its message, its hint and its exit code."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The commands alone: `van-port port --help` shows what the bare command takes as well."""
+        self.format_commands(ctx, formatter)
+        shown = [
+            param for param in (*self.params, self.get_help_option(ctx)) if param and param.name in {"version", "help"}
+        ]
+        with formatter.section("Options"):
+            formatter.write_dl([record for param in shown if (record := param.get_help_record(ctx)) is not None])
+        formatter.write_paragraph()
+        formatter.write_text("Without a command, van-port takes the options of `van-port port`.")
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -71,31 +67,17 @@ class PortGroup(click.Group):
 
 @click.group(cls=PortGroup, invoke_without_command=True, no_args_is_help=True, epilog=EPILOG)
 @click.version_option(package_name="van-port", prog_name="van-port")
-@model_options(required=False)
-@click.option("--out", type=FILE, help="File to write: .h5, .weights.h5 or .keras.  [default: FAMILY_VARIANT.h5]")
-@checkpoint_options
-@CHECK
-@thoroughness_options
-@report_options
-@click.option("--keep-failed", type=FILE, help="Where to keep a file that fails the check.  [default: nowhere]")
+@port_options
 @click.pass_context
-def cli(
-    ctx: click.Context,
-    model: Model,
-    out: Path | None,
-    checkpoint: CheckpointChoice,
-    check: bool,
-    make_options: Callable[[], CheckOptions],
-    reporting: ReportChoice,
-    keep_failed: Path | None,
-) -> None:
+def cli(ctx: click.Context, /, model: Model, **arguments: Any) -> None:
     """Port trained weights from PyTorch to Keras, and prove that nothing was lost.
 
     \b
       van-port --variant nano                              # the embedded checkpoint
       van-port --variant b1 --out van_b1.h5                # official weights, from the hub
       van-port --variant b1 --checkpoint my.pth.tar        # your own
-      van-port check --variant b1 --weights van_b1.h5      # a file made earlier or elsewhere
+      van-port evaluate --weights van_b1.h5 --data val     # both models over a data set
+      van-port check --weights van_b1.h5                   # a file made earlier or elsewhere
       van-port inspect van_b1.h5                           # where a file comes from
       van-port map timm:resnet18 models.py:make            # the key map between any two models
     """
@@ -104,12 +86,10 @@ def cli(
         if model.variant is not None:
             raise click.UsageError(f"the options of a port go after {ctx.invoked_subcommand}, where it has them")
         return
-    if model.variant is None:
-        raise click.UsageError(f"--variant is needed: one of {', '.join(model.family.variants)}")
-    run_port(model, out, checkpoint, check, make_options, reporting, keep_failed)
+    run_port(model, **arguments)
 
 
-for command in (check, evaluate, export, families, inspect, map_command, port_all, report, revert):
+for command in (check, evaluate, export, families, inspect, map_command, port_all, port_command, report, revert):
     cli.add_command(command)
 
 

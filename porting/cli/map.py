@@ -10,7 +10,7 @@ import click
 from porting.cli.groups import FILE, SOURCE_ARGUMENTS, TARGET_ARGUMENTS
 
 
-@click.command("map")
+@click.command("map", short_help="Find the key map between any two models.")
 @click.argument("source")
 @click.argument("target")
 @click.option("--out", type=FILE, help="File of rows to write, .toml.  [default: none]")

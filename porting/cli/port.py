@@ -1,15 +1,60 @@
-"""What the bare command does: a port."""
+"""`van-port port`, which is also what `van-port` does by itself."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from porting.cli.groups import CheckpointChoice, Model, ReportChoice, result_paths, show_non_finite, show_written
+import click
+
+from porting.cli.groups import (
+    CHECK,
+    FILE,
+    CheckpointChoice,
+    Command,
+    Model,
+    ReportChoice,
+    checkpoint_options,
+    model_options,
+    report_options,
+    result_paths,
+    show_non_finite,
+    show_written,
+    thoroughness_options,
+)
 
 if TYPE_CHECKING:
     from porting.tasks.options import CheckOptions
+
+
+def port_options(command: Command) -> Command:
+    """The options of a port."""
+    for option in (
+        click.option("--keep-failed", type=FILE, help="Where to keep a file that fails the check.  [default: nowhere]"),
+        report_options,
+        thoroughness_options,
+        CHECK,
+        checkpoint_options,
+        click.option(
+            "--out", type=FILE, help="File to write: .h5, .weights.h5 or .keras.  [default: FAMILY_VARIANT.h5]"
+        ),
+        model_options(required=False),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command("port", short_help="Port a checkpoint to Keras, with proof.")
+@port_options
+def port_command(**arguments: Any) -> None:
+    """Port a PyTorch checkpoint to Keras, prove parity, and write the file.
+
+    \b
+      van-port port --variant b1 --out van_b1.h5
+      van-port port --family resnet --variant resnet18 --checkpoint resnet18.pth --out resnet18.h5
+    """
+    run_port(**arguments)
 
 
 def run_port(
@@ -25,7 +70,8 @@ def run_port(
     from porting.cli.terminal import make_console, say
     from porting.tasks.port import port
 
-    assert model.variant is not None  # the command has seen to it
+    if model.variant is None:
+        raise click.UsageError(f"--variant is needed: one of {', '.join(model.family.variants)}")
     out = out if out is not None else Path(f"{model.family.name}_{model.variant.rpartition('/')[2]}.h5")
     reporting.require_writable(
         {**result_paths(out), "--keep-failed": [keep_failed]}, {"--checkpoint": checkpoint.files}

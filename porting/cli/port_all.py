@@ -30,7 +30,7 @@ class VariantCheckpoint(click.ParamType):  # type: ignore[type-arg]
         return variant, location
 
 
-@click.command("port-all")
+@click.command("port-all", short_help="Port several variants.")
 @family_option
 @click.option("--out-dir", type=FILE, required=True, help="Folder for the files, named FAMILY_VARIANT.")
 @click.option(

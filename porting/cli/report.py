@@ -9,25 +9,24 @@ import click
 from porting.cli.groups import FILE
 
 
-@click.command()
+@click.command(short_help="Render a JSON report in another format.")
 @click.argument("file", type=FILE)
 @click.option(
     "--format",
     "form",
     type=click.Choice(["terminal", "html", "markdown", "junit", "json"]),
-    default="terminal",
-    show_default=True,
+    help="What to render.  [default: as --out ends, else terminal]",
 )
 @click.option("--out", type=FILE, help="File to write.  [default: standard output]")
 @click.option("--all-layers", is_flag=True, help="On the terminal, print every layer.")
-def report(file: Path, form: str, out: Path | None, all_layers: bool) -> None:
+def report(file: Path, form: str | None, out: Path | None, all_layers: bool) -> None:
     """Render the JSON report FILE of a check or an evaluation again, in any format.
 
     The exit code says only whether that worked.
     """
     from porting.cli.terminal import make_console, say
     from porting.files.atomic import refuse_clashes, require_writable
-    from porting.reports import is_stream, write_report
+    from porting.reports import format_of, is_stream, write_report
     from porting.reports.document import file_beside, read_report
     from porting.reports.evaluation import is_evaluation
     from porting.reports.terminal import print_report
@@ -38,6 +37,7 @@ def report(file: Path, form: str, out: Path | None, all_layers: bool) -> None:
     parity = read_report(file)
     if remark := file_beside(parity, file):
         say(remark, err=True)
+    form = form or ("terminal" if out is None or is_stream(out) else format_of(out))
     if form == "terminal":
         print_report(parity, make_console(), all_layers=all_layers)
         return
@@ -50,12 +50,13 @@ def report(file: Path, form: str, out: Path | None, all_layers: bool) -> None:
         say(f"Wrote {out}")
 
 
-def _render_evaluation(file: Path, form: str, out: Path | None) -> None:
+def _render_evaluation(file: Path, form: str | None, out: Path | None) -> None:
     from porting.cli.terminal import make_console, say
     from porting.files.atomic import refuse_clashes, require_writable
     from porting.reports import is_stream
-    from porting.reports.evaluation import FORMATS, print_evaluation, read_evaluation, write_evaluation
+    from porting.reports.evaluation import FORMATS, format_of, print_evaluation, read_evaluation, write_evaluation
 
+    form = form or ("terminal" if out is None or is_stream(out) else format_of(out))
     if form not in {"terminal", *FORMATS.values()}:
         raise click.UsageError(f"an evaluation has no {form} form; it has terminal, {', '.join(FORMATS.values())}")
     found = read_evaluation(file)

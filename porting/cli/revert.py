@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from porting.tasks.options import CheckOptions
 
 
-@click.command()
-@model_options()
+@click.command(short_help="Port Keras weights back to PyTorch, with proof.")
+@model_options(required=False)
 @click.option("--weights", type=FILE, required=True, help=WEIGHTS_HELP)
 @click.option("--out", type=FILE, required=True, help="File to write: .pth, .pth.tar, .pt, .bin or .safetensors.")
 @click.option(
@@ -64,13 +64,13 @@ def revert(
     from porting.cli.terminal import say
     from porting.tasks.revert import revert as go_back
 
-    assert model.variant is not None  # a required option
+    family, variant = model.of_file(weights)
     reporting.require_writable(result_paths(out), {"--weights": [weights]})
     options = make_options()
     with reporting.showing_refusal() as progress:
         result = go_back(
-            model.family,
-            model.variant,
+            family,
+            variant,
             weights,
             out,
             layout=layout,

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import lru_cache, partial
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 from porting.errors import EngineError, PortingError
@@ -97,15 +98,12 @@ def run_on_ray(
 
     Raises EngineError where Ray is missing or cannot be reached, or where a block cannot be run.
     """
-    try:
-        ray = import_module("ray")
-        data = import_module("ray.data")
-    except ImportError:
-        raise EngineError("--engine ray needs Ray", hint="pip install 'van-port[ray]'") from None
+    require_ray()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing about a user's work leaves the machine
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray, data = import_module("ray"), import_module("ray.data")
     own_cluster = not ray.is_initialized()
     if own_cluster:
         _start(ray, address, 2 * threads + _CPUS_TO_READ)
@@ -138,6 +136,12 @@ def run_on_ray(
     finally:
         if own_cluster:
             ray.shutdown()
+
+
+def require_ray() -> None:
+    """Raises EngineError where Ray is not installed."""
+    if any(find_spec(name) is None for name in ("ray", "pyarrow", "pandas")):
+        raise EngineError("--engine ray needs Ray", hint="pip install 'van-port[ray]'")
 
 
 def _start(ray: Any, address: str, cpus: int) -> None:

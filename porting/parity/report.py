@@ -13,8 +13,10 @@ does: PyTorch's own float32 distance, for the exact view times 2^-29, which is w
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 # The name under which the models' own results are compared, after all layers.
@@ -399,6 +401,27 @@ class ParityReport:
         if self.passed:
             return f"at parity: {len(self.layers)} tensors compared"
         return "\n".join(["not at parity:", *(f"  {line}" for line in self.objections)])
+
+    def __repr__(self) -> str:
+        return f"<ParityReport: {' '.join(str(self).split())}>"
+
+    def to_html(self) -> str:
+        """The report as one page that needs nothing from anywhere."""
+        from porting.reports.html import to_html
+
+        return to_html(self)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the page in a frame, so that its style stays its own."""
+        from html import escape
+
+        return f'<iframe srcdoc="{escape(self.to_html())}" style="width: 100%; height: 40rem; border: 0"></iframe>'
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the report as the suffix says: .html, .md, .xml (JUnit) or .json; raises OutputError."""
+        from porting.reports import write_report
+
+        write_report(self, Path(path))
 
     @property
     def divergences(self) -> tuple[Divergence, ...]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from porting.errors import WeightsFileError
 from porting.families.base import Family, Spec, by_path
 from porting.files import weights_file
 from porting.files.checkpoint import Checkpoint, checkpoint_files, read_checkpoint, verify_container
@@ -248,6 +249,17 @@ def case_of_file(
         if name in naming.settings and isinstance(value, (int, float)) and not isinstance(value, bool)
     }
     return Case(family, family.spec(variant, num_classes, naming, stated))
+
+
+def refuse_another(family: Family, variant: str, survey: Survey, weights: Path) -> None:
+    """Raises WeightsFileError where a file of Keras weights says that it is of another variant of the family."""
+    facts = survey.provenance or {}
+    stated = facts.get("variant")
+    if facts.get("family") == family.described and isinstance(stated, str) and stated != variant:
+        raise WeightsFileError(
+            f"{weights}: the weights of {family.described} {stated}, and --variant says {variant}",
+            hint=f"Use --variant {stated}, or leave it out." if stated in family.variants else "Give its own variant.",
+        )
 
 
 def without_head(case: Case) -> Case:

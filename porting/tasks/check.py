@@ -24,7 +24,7 @@ from porting.parity.report import Limits, ParityReport
 from porting.parity.stress import stress_cases
 from porting.parity.training import compare_masks, compare_training, training_batch
 from porting.progress import SILENT, Progress
-from porting.tasks.case import Case, open_case
+from porting.tasks.case import Case, open_case, refuse_another
 from porting.tasks.options import CheckOptions
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def check(
     not fit the model.
     """
     weights_file.require_file(weights)
-    survey_file(weights)
+    refuse_another(family, variant, survey_file(weights), weights)
     case = open_case(
         family,
         variant,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from porting.errors import FamilyError
-from porting.evaluation.engines import ENGINES, run_local, run_on_ray
+from porting.evaluation.engines import ENGINES, require_ray, run_local, run_on_ray
 from porting.evaluation.items import Block, blocks_of
 from porting.evaluation.labels import Labels, read_labels, usual_labels
 from porting.evaluation.progress_file import ProgressFile
@@ -23,6 +23,7 @@ from porting.files.atomic import sha256_of
 from porting.files.survey import survey_file
 from porting.models.frameworks import start_tensorflow
 from porting.progress import SILENT, Progress
+from porting.tasks.case import refuse_another
 from porting.tasks.plan import Plan, form_of
 
 _NAMED_DUPLICATES = 20
@@ -92,9 +93,11 @@ def _evaluate(
 ) -> Evaluation:
     if options.engine not in ENGINES:
         raise FamilyError(f"no engine {options.engine!r}", hint=f"The engines are {', '.join(ENGINES)}.")
+    if options.engine == "ray":
+        require_ray()
     if form_of(weights) is None:
         weights_file.require_file(weights)
-        survey_file(weights)
+        refuse_another(family, variant, survey_file(weights), weights)
     elif not weights.exists():
         weights_file.require_file(weights)
     # Both models run at once.

@@ -32,7 +32,7 @@ from porting.parity.record import output_name
 from porting.parity.report import Limits, ParityReport, refusal
 from porting.progress import SILENT, Progress
 from porting.reports.document import to_json
-from porting.tasks.case import Case, case_of_file, files_of, open_case
+from porting.tasks.case import Case, case_of_file, files_of, open_case, refuse_another
 from porting.tasks.options import CheckOptions
 
 if TYPE_CHECKING:
@@ -99,6 +99,7 @@ def export(
     inputs = {"--weights": [weights], "--checkpoint": files_of(checkpoint)}
     with pending_result(out, FORMATS[form], inputs=inputs, folder=form == "saved_model") as pending:
         survey = survey_file(weights)
+        refuse_another(family, variant, survey, weights)
         if check:
             case = open_case(family, variant, checkpoint, layout=layout, progress=progress)
             refuse_other_keys(case.state_dict, case.key_map, case.shapes)

@@ -25,7 +25,7 @@ from porting.models.traverse import named_variables
 from porting.parity.report import ParityReport, refusal
 from porting.progress import SILENT, Progress
 from porting.reports.document import to_json
-from porting.tasks.case import Case, case_of_file, open_case, without_head
+from porting.tasks.case import Case, case_of_file, open_case, refuse_another, without_head
 from porting.tasks.check import compare_models
 from porting.tasks.options import CheckOptions
 
@@ -107,6 +107,7 @@ def _revert(
 ) -> RevertResult:
     out, temporary = pending.out, pending.path
     survey = survey_file(weights)
+    refuse_another(family, variant, survey, weights)
     ported_from = case_of_file(family, variant, survey, num_classes=num_classes)
     target = case_of_file(family, variant, survey, layout=layout, num_classes=num_classes)
     _refuse_other_head(weights, family.classes_in(variant, [shape for _, shape, _ in survey.tensors]), target)

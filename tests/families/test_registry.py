@@ -86,7 +86,7 @@ def test_families_of_other_packages_are_listed_and_a_broken_one_breaks_no_other(
 
 
 def test_choices_follow_the_family(installed: Path) -> None:
-    assert "--variant [small|large]" in van_port(installed, "--family", "toy", "--help").stdout
+    assert "--variant [small|large]" in van_port(installed, "port", "--family", "toy", "--help").stdout
     done = van_port(installed, "--family", "toy", "--variant", "b0")
     assert done.returncode == 2
     assert "the family toy has no 'b0'; it has small, large" in done.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -177,13 +176,3 @@ def test_any_configuration_of_transformers_agrees(data: st.DataObject) -> None:
     with torch.inference_mode():
         expected = theirs(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).logits.numpy()
     np.testing.assert_allclose(model(images), expected, atol=2e-4 * max(abs(expected).max(), 1e-3))
-
-
-def test_both_tables_of_variants_say_the_same() -> None:
-    start_tensorflow()
-    import van_tf
-    from porting.references.van import VARIANTS
-
-    for name, shape in VARIANTS.items():
-        config = asdict(van_tf.VARIANTS[name])
-        assert {key: config[key] for key in shape._fields} == shape._asdict()

@@ -103,7 +103,7 @@ def test_parameters_and_keys_of_the_official_code(variant: str) -> None:
 
 def test_both_tables_of_variants_agree() -> None:
     ours = {name: tuple(shape) for name, shape in VARIANTS.items()}
-    keras = {c.name: (c.embed_dims, c.depths, c.mlp_ratios) for c in van_tf.VARIANTS.values()}
+    keras = {c.name: (c.embed_dims, c.depths, c.mlp_ratios, c.in_chans) for c in van_tf.VARIANTS.values()}
     assert ours == keras
 
 

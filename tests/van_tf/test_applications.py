@@ -161,7 +161,6 @@ def test_a_file_of_another_model(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"pooling": "avg"}, "pooling is for include_top=False"),
         ({"pooling": "sum", "include_top": False}, "pooling is None, 'avg' or 'max'"),
         ({"data_format": "NHWC"}, "channels_first or channels_last"),
         ({"input_tensor": np.zeros((1, 64, 64, 3))}, "input_tensor is the output of a Keras layer"),
@@ -213,3 +212,15 @@ def test_no_torch_in_the_process_that_loads_published_weights(tmp_path: Path) ->
     environment = {**os.environ, "VAN_PORT_CACHE": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_pooling_changes_nothing_with_a_head() -> None:
+    with_pooling, without = van_tf.van_nano(pooling="max"), van_tf.van_nano()
+    assert [layer.name for layer in with_pooling.layers] == [layer.name for layer in without.layers]
+
+
+def test_preprocess_input_knows_its_data_formats() -> None:
+    pixels = np.full((1, 3, 2, 2), 255, np.uint8)
+    assert np.all(np.asarray(van_tf.preprocess_input(pixels, data_format="channels_first")) == 1.0)
+    with pytest.raises(ValueError, match="channels_first or channels_last"):
+        van_tf.preprocess_input(pixels, data_format="channels")

@@ -21,7 +21,7 @@ def test_to_dict_has_all_that_builds_it_again() -> None:
     [
         (((8, 16), (1,), (4, 4)), "one number a stage each"),
         (((), (), ()), "one number a stage each"),
-        (((8, 0), (1, 1), (4, 4)), "positive numbers"),
+        (((8, 0), (1, 1), (4, 4)), "embed_dims takes whole numbers above 0"),
     ],
     ids=["uneven", "none", "zero"],
 )

@@ -239,3 +239,30 @@ def test_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None
 def test_preprocess_input_maps_pixels_to_minus_one_to_one() -> None:
     pixels = np.array([0, 127, 255], np.uint8)
     np.testing.assert_allclose(np.asarray(van_tf.preprocess_input(pixels)), [-1.0, -1 / 255, 1.0], atol=1e-7)
+
+
+@pytest.mark.parametrize("axis", [1, -1, 2])
+def test_batch_norm_counts_the_values_of_any_axis(axis: int) -> None:
+    from van_tf.layers import BatchNorm
+
+    values = np.random.default_rng(0).normal(2.0, 3.0, (4, 5, 6, 7)).astype(np.float32)
+    layer = BatchNorm(axis=axis, momentum=0.9, epsilon=1e-5)
+    layer(values, training=True)
+    channels_second = np.moveaxis(values, axis, 1)
+    theirs = torch.nn.BatchNorm2d(channels_second.shape[1])
+    theirs(torch.from_numpy(channels_second.copy()))
+    np.testing.assert_allclose(layer.moving_mean, theirs.get_buffer("running_mean"), rtol=1e-5)
+    np.testing.assert_allclose(layer.moving_variance, theirs.get_buffer("running_var"), rtol=1e-5)
+
+
+def test_batch_norm_counts_what_a_mask_leaves() -> None:
+    from van_tf.layers import BatchNorm
+
+    values = np.random.default_rng(0).normal(2.0, 3.0, (3, 5, 7)).astype(np.float32)
+    mask = np.array([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]], bool)
+    layer = BatchNorm(momentum=0.9, epsilon=1e-5)
+    layer(values, training=True, mask=mask)
+    theirs = torch.nn.BatchNorm1d(7)
+    theirs(torch.from_numpy(values[mask]))
+    np.testing.assert_allclose(layer.moving_mean, theirs.get_buffer("running_mean"), rtol=1e-5)
+    np.testing.assert_allclose(layer.moving_variance, theirs.get_buffer("running_var"), rtol=1e-5)

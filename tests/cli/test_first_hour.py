@@ -1,0 +1,93 @@
+"""What somebody types who has never seen this, and what they look at first."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+import porting
+from porting.parity.report import Limits, ParityReport
+from porting.reports.document import to_json
+
+RunCli = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def ported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from porting.families.van import VanFamily
+    from porting.tasks.port import port
+
+    out = tmp_path_factory.mktemp("ported") / "nano.h5"
+    port(VanFamily(), "nano", out, checkpoint=checkpoint, check=False)
+    return out
+
+
+def test_the_port_command_is_the_bare_one(run_cli: RunCli, checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ["--variant", "nano", "--checkpoint", checkpoint, "--no-check"]
+    assert run_cli("port", *arguments, "--out", tmp_path / "a.h5").exit_code == 0
+    assert run_cli(*arguments, "--out", tmp_path / "b.h5").exit_code == 0
+    assert (tmp_path / "a.h5").stat().st_size == (tmp_path / "b.h5").stat().st_size
+    assert "--variant is needed" in run_cli("port").output
+
+
+def test_the_main_help_shows_the_commands(run_cli: RunCli) -> None:
+    text = run_cli("--help").output
+    for name in ("check", "evaluate", "export", "map", "port", "revert"):
+        assert f"\n  {name} " in text
+    assert "--max-ratio" not in text
+    assert "..." not in text.partition("Commands:")[2].partition("Options:")[0]
+
+
+def test_a_file_says_which_variant_it_is(run_cli: RunCli, ported: Path, checkpoint: Path, tmp_path: Path) -> None:
+    report = tmp_path / "parity.html"
+    checked = run_cli("check", "--weights", ported, "--checkpoint", checkpoint, "--report", report)
+    assert checked.exit_code == 0, checked.output
+    assert f"Wrote {report}" in checked.output
+    assert report.is_file()
+
+
+def test_another_variant_than_the_files_is_refused_at_once(run_cli: RunCli, ported: Path, tmp_path: Path) -> None:
+    for command in (["check"], ["export", "--out", tmp_path / "a.onnx"], ["revert", "--out", tmp_path / "a.pth"]):
+        result = run_cli(*command, "--variant", "b1", "--weights", ported)
+        assert result.exit_code == 7, result.output
+        assert "the weights of van nano, and --variant says b1" in result.output
+
+
+def test_a_file_that_says_nothing_needs_a_variant(run_cli: RunCli, tmp_path: Path) -> None:
+    (tmp_path / "plain.onnx").write_bytes(b"")
+    result = run_cli("check", "--weights", tmp_path / "plain.onnx")
+    assert result.exit_code == 2
+    assert "Missing option '--variant'" in result.output
+
+
+@pytest.fixture
+def report() -> ParityReport:
+    return ParityReport((), (), (), None, ((1, 2),), Limits(), problem="nothing ran")
+
+
+def test_a_report_shows_itself(report: ParityReport, tmp_path: Path) -> None:
+    assert str(report).startswith("not at parity")
+    assert repr(report) == "<ParityReport: not at parity: nothing ran>"
+    assert "<iframe srcdoc=" in report._repr_html_()
+    assert report.to_html().startswith("<!DOCTYPE html>")
+    for suffix in ("html", "md", "xml", "json"):
+        report.save(tmp_path / f"r.{suffix}")
+        assert (tmp_path / f"r.{suffix}").stat().st_size > 0
+    with pytest.raises(porting.PortingError, match="does not say which report"):
+        report.save(tmp_path / "r.doc")
+
+
+def test_a_report_is_rendered_as_its_new_name_ends(run_cli: RunCli, report: ParityReport, tmp_path: Path) -> None:
+    source, out = tmp_path / "r.json", tmp_path / "r.html"
+    source.write_text(to_json(report))
+    assert run_cli("report", source, "--out", out).exit_code == 0
+    assert out.read_text().startswith("<!DOCTYPE html>")
+    assert run_cli("report", source, "--out", tmp_path / "r.doc").exit_code == 6
+    broken = tmp_path / "broken.json"
+    broken.write_text(json.dumps({"schema_version": 3}))
+    assert run_cli("report", broken, "--out", tmp_path / "b.html").exit_code == 8
+    assert not (tmp_path / "b.html").exists()
