@@ -76,10 +76,14 @@ def prepare_images(images: Any, size: int = 224, crop_fraction: float = 0.9) -> 
 
 @keras.saving.register_keras_serializable(package="van_tf")
 class Preprocessing(keras.layers.Layer):
-    """`prepare_images` as a layer: `(N, H, W, 3)` pixels from 0 to 255 to `(N, size, size, 3)` from -1 to 1."""
+    """`prepare_images` as a layer: `(N, H, W, 3)` pixels from 0 to 255 to `(N, size, size, 3)` from -1 to 1.
+
+    A model with it is not compiled by XLA, which has no kernel for TensorFlow's antialiased resize.
+    """
 
     def __init__(self, size: int = 224, crop_fraction: float = 0.9, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.supports_jit = False
         self.size = size
         self.crop_fraction = crop_fraction
 

@@ -157,13 +157,13 @@ def _look_into(path: Path, config: VanConfig) -> WeightsFile:
         with _open(path) as (file, text):
             heads: set[int] = set()
 
-            room = _GREATEST_EXPANSION * path.stat().st_size
+            allowed = _GREATEST_EXPANSION * path.stat().st_size
 
             def visit(name: str, item: h5py.Dataset | h5py.Group) -> None:
-                nonlocal room
+                nonlocal allowed
                 if isinstance(item, h5py.Dataset):
-                    room -= math.prod(item.shape or ()) * item.dtype.itemsize
-                    if room < 0 or item.external or item.is_virtual:
+                    allowed -= math.prod(item.shape or ()) * item.dtype.itemsize
+                    if allowed < 0 or item.external or item.is_virtual:
                         raise ValueError(f"{name} says it has the shape {item.shape}, and the file has no such data")
                     if item.dtype.kind == "c":
                         raise ValueError(f"{name} is of type {item.dtype}, and weights are real numbers")

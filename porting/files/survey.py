@@ -125,17 +125,17 @@ def _read_all(file: Any, size: int) -> list[tuple[str, tuple[int, ...], str]]:
     if links:
         raise ValueError(f"{links[0]} leads out of the file, or to another place in it")
     rows: list[tuple[str, tuple[int, ...], str]] = []
-    room = GREATEST_EXPANSION * size
+    allowed = GREATEST_EXPANSION * size
     dict(file.attrs)
 
     def visit(name: str, item: h5py.Dataset | h5py.Group) -> None:
-        nonlocal room
+        nonlocal allowed
         dict(item.attrs)
         if not isinstance(item, h5py.Dataset):
             return
         shape = tuple(item.shape or ())
-        room -= math.prod(shape) * item.dtype.itemsize
-        if room < 0 or item.external or item.is_virtual:
+        allowed -= math.prod(shape) * item.dtype.itemsize
+        if allowed < 0 or item.external or item.is_virtual:
             raise ValueError(f"{name} says it has the shape {shape}, and the file has no such data")
         item[()]
         rows.append((name, shape, str(item.dtype)))

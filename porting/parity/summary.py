@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import keras
     from torch import nn
 
-# So many of them tell a small tensor what rounding has come to.
+# A small tensor's rounding is at least the median of this many layers before it.
 _LAYERS_BEFORE = 16
 
 

@@ -50,7 +50,7 @@ class DropPath(nn.Module):
         if self.rate == 0.0 or not self.training:
             return x
         keep = 1.0 - self.rate
-        mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
+        mask = x.new_empty([x.shape[0]] + [1] * (x.ndim - 1)).bernoulli_(keep)
         return x * mask / keep
 
     def extra_repr(self) -> str:
@@ -179,7 +179,7 @@ class VAN(nn.Module):
             self.feature_info.append({"num_chs": dim, "reduction": 2 ** (stage + 1), "module": f"norm{stage}"})
             previous = dim
         self.head: nn.Module = nn.Linear(previous, num_classes) if num_classes > 0 else nn.Identity()
-        self.apply(_initialise)
+        self.apply(initialise)
 
     def forward_stages(self, x: Tensor) -> list[Tensor]:
         """The four stage outputs, each `(N, dim, H / stride, W / stride)` for strides 4, 8, 16 and 32."""
@@ -210,10 +210,10 @@ class VAN(nn.Module):
         """Replaces the head by a new one of `num_classes`; 0 leaves the pooled features."""
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
-        _initialise(self.head)
+        initialise(self.head)
 
 
-def _initialise(module: nn.Module) -> None:
+def initialise(module: nn.Module) -> None:
     """Initial values of the official code: fan-out normal for convolutions, a narrow normal for the head."""
     if isinstance(module, nn.Conv2d):
         fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups

@@ -115,3 +115,12 @@ def test_decode_imagenet_takes_kerass_names(monkeypatch: pytest.MonkeyPatch) -> 
 def test_decode_refuses_another_number_of_columns() -> None:
     with pytest.raises(ValueError, match=r"of shape \(N, 1000\) for 1000 class names: got \(1, 10\)"):
         van_tf.decode_predictions(np.zeros((1, 10)))
+
+
+def test_a_model_with_the_layer_is_not_compiled_by_xla() -> None:
+    """Keras turns on XLA by itself on a GPU, unless a layer says that it cannot."""
+    from keras.src.trainers.trainer import model_supports_jit
+
+    inputs = keras.Input((None, None, 3), dtype="uint8")
+    assert not model_supports_jit(keras.Model(inputs, van_tf.van_nano()(van_tf.Preprocessing(64)(inputs))))
+    assert model_supports_jit(van_tf.van_nano())
