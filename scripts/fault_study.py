@@ -186,14 +186,14 @@ def rewired(build: Callable[[Any, Any], Any]) -> Plant:
 
 def pool_before_norm(model: Any, keras: Any) -> Any:
     norm = keras.layers.LayerNormalization(epsilon=1e-6, name="norm4")
-    x = norm(model.get_layer("pool")(model.get_layer("block4.0").output))
+    x = norm(model.get_layer("pool")(model.get_layer("block4_0").output))
     norm.set_weights(model.get_layer("norm4").get_weights())
     return model.get_layer("head")(x)
 
 
 def norm_skipped(model: Any, keras: Any) -> Any:
-    x = model.get_layer("block2.1").output
-    for name in ("patch_embed3", "block3.0", "block3.1", "norm3", "patch_embed4", "block4.0", "norm4", "pool", "head"):
+    x = model.get_layer("block2_1").output
+    for name in ("patch_embed3", "block3_0", "block3_1", "norm3", "patch_embed4", "block4_0", "norm4", "pool", "head"):
         x = model.get_layer(name)(x)
     return x
 
@@ -208,8 +208,8 @@ def softmax_added(model: Any, keras: Any) -> Any:
 
 
 def blocks_exchanged(model: Any) -> None:
-    names = [v.path.removeprefix("block3.0/") for v in model.weights if v.path.startswith("block3.0/")]
-    swap(*((f"block3.0/{name}", f"block3.1/{name}") for name in names))(model)
+    names = [v.path.removeprefix("block3_0/") for v in model.weights if v.path.startswith("block3_0/")]
+    swap(*((f"block3_0/{name}", f"block3_1/{name}") for name in names))(model)
 
 
 def block_call(attention: Callable[[Any, Any], Any] | None = None, **wrong: bool) -> Callable[..., Any]:
@@ -262,41 +262,41 @@ def fault_list() -> list[Fault]:
     weights = [
         ("a convolution's bias lost", value("patch_embed3/proj/bias", np.zeros_like), "patch_embed3.proj"),
         ("the head's bias lost", value("head/bias", np.zeros_like), "head"),
-        ("one element changed by 1%", value("block2.0/mlp/fc2/kernel", element), "block2.0.mlp.fc2"),
-        ("two channels exchanged", value("block1.1/attn/proj_2/kernel", two_channels), "block1.1.attn.proj_2"),
-        ("all channels reversed", value("block2.1/mlp/fc1/kernel", lambda k: k[..., ::-1]), "block2.1.mlp.fc1"),
-        ("a kernel scaled by 1.0001", value(f"block3.0/{lka}/conv1/kernel", lambda k: k * np.float32(1.0001)),
+        ("one element changed by 1%", value("block2_0/mlp/fc2/kernel", element), "block2.0.mlp.fc2"),
+        ("two channels exchanged", value("block1_1/attn/proj_2/kernel", two_channels), "block1.1.attn.proj_2"),
+        ("all channels reversed", value("block2_1/mlp/fc1/kernel", lambda k: k[..., ::-1]), "block2.1.mlp.fc1"),
+        ("a kernel scaled by 1.0001", value(f"block3_0/{lka}/conv1/kernel", lambda k: k * np.float32(1.0001)),
          "block3.0.attn.spatial_gating_unit.conv1"),
-        ("a kernel's sign flipped", value(f"block1.0/{lka}/conv1/kernel", np.negative),
+        ("a kernel's sign flipped", value(f"block1_0/{lka}/conv1/kernel", np.negative),
          "block1.0.attn.spatial_gating_unit.conv1"),
-        ("layer scale at its initial value", value("block1.0/layer_scale_1", lambda s: np.full_like(s, 0.01)),
+        ("layer scale at its initial value", value("block1_0/layer_scale_1", lambda s: np.full_like(s, 0.01)),
          "block1.0"),
-        ("layer scales exchanged", swap(("block2.0/layer_scale_1", "block2.0/layer_scale_2")), "block2.0"),
-        ("BatchNorm gamma lost", value("block1.0/norm2/gamma", np.ones_like), "block1.0.norm2"),
+        ("layer scales exchanged", swap(("block2_0/layer_scale_1", "block2_0/layer_scale_2")), "block2.0"),
+        ("BatchNorm gamma lost", value("block1_0/norm2/gamma", np.ones_like), "block1.0.norm2"),
         ("BatchNorm beta lost", value("patch_embed2/norm/beta", np.zeros_like), "patch_embed2.norm"),
-        ("gamma and beta exchanged", swap(("block3.1/norm1/gamma", "block3.1/norm1/beta")), "block3.1.norm1"),
-        ("running mean lost", value("block2.0/norm1/moving_mean", np.zeros_like), "block2.0.norm1"),
-        ("stale running statistics", together(value("block4.0/norm1/moving_mean", np.zeros_like),
-         value("block4.0/norm1/moving_variance", np.ones_like)), "block4.0.norm1"),
-        ("variance stored as standard deviation", value("block4.0/norm2/moving_variance", np.sqrt), "block4.0.norm2"),
+        ("gamma and beta exchanged", swap(("block3_1/norm1/gamma", "block3_1/norm1/beta")), "block3.1.norm1"),
+        ("running mean lost", value("block2_0/norm1/moving_mean", np.zeros_like), "block2.0.norm1"),
+        ("stale running statistics", together(value("block4_0/norm1/moving_mean", np.zeros_like),
+         value("block4_0/norm1/moving_variance", np.ones_like)), "block4.0.norm1"),
+        ("variance stored as standard deviation", value("block4_0/norm2/moving_variance", np.sqrt), "block4.0.norm2"),
         ("LayerNorm gamma lost", value("norm3/gamma", np.ones_like), "norm3"),
         ("LayerNorm beta lost", value("norm1/beta", np.zeros_like), "norm1"),
-        ("two projections exchanged", swap(*((f"block1.0/attn/proj_1/{n}", f"block1.0/attn/proj_2/{n}")
+        ("two projections exchanged", swap(*((f"block1_0/attn/proj_1/{n}", f"block1_0/attn/proj_2/{n}")
          for n in ("kernel", "bias"))), "block1.0.attn.proj_1"),
         ("two blocks of a stage exchanged", blocks_exchanged, "block3.0.norm1"),
     ]  # fmt: skip
     layout = [
-        ("depthwise height and width swapped", value("block1.1/mlp/dwconv/dwconv/kernel",
+        ("depthwise height and width swapped", value("block1_1/mlp/dwconv/dwconv/kernel",
          lambda k: k.transpose(1, 0, 2, 3)), "block1.1.mlp.dwconv.dwconv"),
-        ("dilated kernel's height and width swapped", value(f"block2.0/{lka}/conv_spatial/kernel",
+        ("dilated kernel's height and width swapped", value(f"block2_0/{lka}/conv_spatial/kernel",
          lambda k: k.transpose(1, 0, 2, 3)), "block2.0.attn.spatial_gating_unit.conv_spatial"),
-        ("kernel flipped", value(f"block3.0/{lka}/conv0/kernel", lambda k: k[::-1, ::-1]),
+        ("kernel flipped", value(f"block3_0/{lka}/conv0/kernel", lambda k: k[::-1, ::-1]),
          "block3.0.attn.spatial_gating_unit.conv0"),
         ("kernel flipped in height", value("patch_embed2/proj/kernel", lambda k: k[::-1]), "patch_embed2.proj"),
         ("kernel flipped in width", value("patch_embed4/proj/kernel", lambda k: k[:, ::-1]), "patch_embed4.proj"),
-        ("depthwise reshaped like a plain kernel", value("block4.0/mlp/dwconv/dwconv/kernel", as_plain),
+        ("depthwise reshaped like a plain kernel", value("block4_0/mlp/dwconv/dwconv/kernel", as_plain),
          "block4.0.mlp.dwconv.dwconv"),
-        ("square projection not transposed", value("block2.1/attn/proj_1/kernel", lambda k: k.transpose(0, 1, 3, 2)),
+        ("square projection not transposed", value("block2_1/attn/proj_1/kernel", lambda k: k.transpose(0, 1, 3, 2)),
          "block2.1.attn.proj_1"),
         ("dense kernel reshaped, not transposed", value("head/kernel", unshuffled), "head"),
         ("colours reversed in the first kernel", value("patch_embed1/proj/kernel", lambda k: k[:, :, ::-1]),
@@ -305,42 +305,42 @@ def fault_list() -> list[Fault]:
          lambda k: k.transpose(1, 0, 2, 3)), "patch_embed1.proj"),
     ]  # fmt: skip
     settings = [
-        ("BatchNorm epsilon 1e-3", setting("block1.0/norm1", epsilon=1e-3), "block1.0.norm1"),
-        ("BatchNorm epsilon 1.001e-5", setting("block1.1/norm1", epsilon=1.001e-5), "block1.1.norm1"),
+        ("BatchNorm epsilon 1e-3", setting("block1_0/norm1", epsilon=1e-3), "block1.0.norm1"),
+        ("BatchNorm epsilon 1.001e-5", setting("block1_1/norm1", epsilon=1.001e-5), "block1.1.norm1"),
         ("LayerNorm epsilon 1e-3", setting("norm2", epsilon=1e-3), "norm2"),
         ("LayerNorm epsilon 1e-5", setting("norm3", epsilon=1e-5), "norm3"),
-        ("BatchNorm momentum 0.99", setting("block2.0/norm2", momentum=0.99), "block2.0.norm2"),
-        ("drop path rate 0.1 instead of 0", setting("block3.0/drop_path", rate=0.1), "block3.0.drop_path"),
-        ("tanh GELU", setting("block2.0/mlp/act", activation=lambda x: keras.activations.gelu(x, approximate=True)),
+        ("BatchNorm momentum 0.99", setting("block2_0/norm2", momentum=0.99), "block2.0.norm2"),
+        ("drop path rate 0.1 instead of 0", setting("block3_0/drop_path", rate=0.1), "block3.0.drop_path"),
+        ("tanh GELU", setting("block2_0/mlp/act", activation=lambda x: keras.activations.gelu(x, approximate=True)),
          "block2.0.mlp.act"),
-        ("ReLU instead of GELU", setting("block1.0/attn/activation", activation=keras.activations.relu),
+        ("ReLU instead of GELU", setting("block1_0/attn/activation", activation=keras.activations.relu),
          "block1.0.attn.activation"),
-        ("SiLU instead of GELU", setting("block4.0/mlp/act", activation=keras.activations.silu), "block4.0.mlp.act"),
-        ("dilation lost", setting(f"block1.0/{lka}/conv_spatial", dilation_rate=(1, 1)),
+        ("SiLU instead of GELU", setting("block4_0/mlp/act", activation=keras.activations.silu), "block4.0.mlp.act"),
+        ("dilation lost", setting(f"block1_0/{lka}/conv_spatial", dilation_rate=(1, 1)),
          "block1.0.attn.spatial_gating_unit.conv_spatial"),
         *((f"\"same\" padding in patch_embed{s}", same_padding(s), f"patch_embed{s}.proj") for s in (1, 2, 3, 4)),
-        ("BatchNorm in training mode", calls("block2.1/norm1", lambda self, x, training=None, mask=None:
+        ("BatchNorm in training mode", calls("block2_1/norm1", lambda self, x, training=None, mask=None:
          type(self).call(self, x, training=True)), "block2.1.norm1"),
-        ("drop path live at inference", live_dropout("block2.0/drop_path"), "block2.0.drop_path"),
-        ("dropout live at inference", live_dropout("block1.1/mlp/drop"), "block1.1.mlp.drop"),
+        ("drop path live at inference", live_dropout("block2_0/drop_path"), "block2.0.drop_path"),
+        ("dropout live at inference", live_dropout("block1_1/mlp/drop"), "block1.1.mlp.drop"),
     ]  # fmt: skip
     wiring = [
-        ("shortcut taken before the norm", calls("block3.0", block_call(unnormalised=True)), "block3.0"),
-        ("layer scale not applied", calls("block2.1", block_call(unscaled=True)), "block2.1"),
-        ("MLP beside the attention, not after it", calls("block1.0", block_call(parallel=True)), "block1.0"),
-        ("second shortcut around the whole block", calls("block1.1", block_call(parallel_sum=True)), "block1.1"),
-        ("second shortcut lost", calls("block4.0", block_call(no_second_shortcut=True)), "block4.0"),
-        ("attention's shortcut lost", calls("block2.0/attn", lambda self, u:
+        ("shortcut taken before the norm", calls("block3_0", block_call(unnormalised=True)), "block3.0"),
+        ("layer scale not applied", calls("block2_1", block_call(unscaled=True)), "block2.1"),
+        ("MLP beside the attention, not after it", calls("block1_0", block_call(parallel=True)), "block1.0"),
+        ("second shortcut around the whole block", calls("block1_1", block_call(parallel_sum=True)), "block1.1"),
+        ("second shortcut lost", calls("block4_0", block_call(no_second_shortcut=True)), "block4.0"),
+        ("attention's shortcut lost", calls("block2_0/attn", lambda self, u:
          self.proj_2(self.spatial_gating_unit(self.activation(self.proj_1(u))))), "block2.0.attn"),
-        ("activation after the gating unit", calls("block3.1/attn", lambda self, u:
+        ("activation after the gating unit", calls("block3_1/attn", lambda self, u:
          self.proj_2(self.activation(self.spatial_gating_unit(self.proj_1(u)))) + u), "block3.1.attn"),
-        ("gate added, not multiplied", calls(f"block1.0/{lka}", lambda self, x:
+        ("gate added, not multiplied", calls(f"block1_0/{lka}", lambda self, x:
          x + self.conv1(self.conv_spatial(self.conv0(x)))), "block1.0.attn.spatial_gating_unit"),
-        ("gate left out", calls(f"block3.0/{lka}", lka_call(gate=False, order=False)),
+        ("gate left out", calls(f"block3_0/{lka}", lka_call(gate=False, order=False)),
          "block3.0.attn.spatial_gating_unit"),
-        ("depthwise convolutions in the other order", calls(f"block2.0/{lka}", lka_call(gate=True, order=True)),
+        ("depthwise convolutions in the other order", calls(f"block2_0/{lka}", lka_call(gate=True, order=True)),
          "block2.0.attn.spatial_gating_unit"),
-        ("activation before the depthwise convolution", calls("block2.1/mlp", lambda self, x, training=None:
+        ("activation before the depthwise convolution", calls("block2_1/mlp", lambda self, x, training=None:
          self.drop(self.fc2(self.drop(self.dwconv(self.act(self.fc1(x))))))), "block2.1.mlp"),
         ("pooled before the last norm", rewired(pool_before_norm), ("", "norm4")),
         ("a stage's norm skipped", rewired(norm_skipped), ("",)),
@@ -350,11 +350,11 @@ def fault_list() -> list[Fault]:
          self.proj(self.pad(x)) * ops.ones(())), "patch_embed2"),
     ]  # fmt: skip
     precision = [
-        ("one kernel rounded to bfloat16", value("block2.0/mlp/fc2/kernel", rounded(7)), "block2.0.mlp.fc2"),
-        ("one kernel rounded to float16", value("block1.1/attn/proj_2/kernel", rounded(10)), "block1.1.attn.proj_2"),
-        ("one layer computing in bfloat16", computes_in("block3.0/mlp/fc1", 7), "block3.0.mlp.fc1"),
-        ("one layer computing in TF32", computes_in("block1.0/mlp/fc1", 10), "block1.0.mlp.fc1"),
-        ("one result rounded to float16", result_in("block2.1/attn/proj_1", 10), "block2.1.attn.proj_1"),
+        ("one kernel rounded to bfloat16", value("block2_0/mlp/fc2/kernel", rounded(7)), "block2.0.mlp.fc2"),
+        ("one kernel rounded to float16", value("block1_1/attn/proj_2/kernel", rounded(10)), "block1.1.attn.proj_2"),
+        ("one layer computing in bfloat16", computes_in("block3_0/mlp/fc1", 7), "block3.0.mlp.fc1"),
+        ("one layer computing in TF32", computes_in("block1_0/mlp/fc1", 10), "block1.0.mlp.fc1"),
+        ("one result rounded to float16", result_in("block2_1/attn/proj_1", 10), "block2.1.attn.proj_1"),
         ("the head's result rounded to bfloat16", result_in("head", 7), "head"),
     ]  # fmt: skip
     groups = (

@@ -22,7 +22,7 @@ import keras
 import numpy as np
 from keras import layers
 
-from van_tf.layers import BATCH_NORM_EPSILON, Block, OverlapPatchEmbed, folded_gelu, gelu
+from van_tf.layers import BATCH_NORM_EPSILON, Block, OverlapPatchEmbed, folded_gelu, gelu, module_name
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 # Where a channel's factor leaves these bounds, it is multiplied at once: dividing by it would cost digits.
@@ -106,7 +106,7 @@ class _Stream:
         self.factor = np.ones(layer.dim)
 
     def block(self, layer: Block) -> None:
-        attn, mlp, name, root = layer.attn, layer.mlp, layer.name, self.gelu_factor
+        attn, mlp, name, root = layer.attn, layer.mlp, module_name(layer.name), self.gelu_factor
         scale, shift = _scale_and_shift(layer.norm1)
         branch = np.asarray(layer.layer_scale_1, np.float64)
         x = self._into(attn.proj_1, f"{name}.attn.proj_1{self.folded}", scale, shift, root)

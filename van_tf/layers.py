@@ -2,7 +2,7 @@
 
 Each class stands for the class of the official PyTorch code that its docstring names
 (Visual-Attention-Network/VAN-Classification, `models/van.py`), and each sublayer carries PyTorch's attribute
-name, so `block1.0/attn/proj_1/kernel` here is `block1.0.attn.proj_1.weight` there.
+name, so `block1_0/attn/proj_1/kernel` here is `block1.0.attn.proj_1.weight` there.
 
 Every composite layer builds its sublayers in `build`, by name and in the order in which they run; Keras then
 gives the variables these paths.
@@ -11,6 +11,7 @@ gives the variables these paths.
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import keras
@@ -44,6 +45,11 @@ def gelu(x: Any) -> Any:
 def folded_gelu(x: Any) -> Any:
     """sqrt(2) times the GELU of sqrt(2) x: what is left when the convolutions around it take its two factors."""
     return x * (1.0 + ops.erf(x))
+
+
+def module_name(layer_name: str) -> str:
+    """PyTorch's name of a top-level layer: `block1_0` is `block1.0` there; Keras's torch backend takes no dots."""
+    return re.sub(r"^(block\d+)_(\d+)$", r"\1.\2", layer_name)
 
 
 def _conv_initializer() -> keras.initializers.Initializer:

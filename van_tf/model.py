@@ -1,7 +1,7 @@
 """Visual Attention Network as functional Keras models, one constructor a variant.
 
 Source: arXiv 2202.09741, section 3.2, and the official code, `models/van.py` in
-Visual-Attention-Network/VAN-Classification. The top-level layers are `patch_embed{s}`, `block{s}.{j}`,
+Visual-Attention-Network/VAN-Classification. The top-level layers are `patch_embed{s}`, `block{s}_{j}`,
 `norm{s}` for the stages s from 1, then `pool` and `head`. Arguments follow keras.applications.
 """
 
@@ -86,7 +86,7 @@ def van(
         x = OverlapPatchEmbed(dim, kernel_size, strides, dtype=dtype, name=f"patch_embed{stage}")(x)
         for j in range(depth):
             rate = drop_path_rate * block_index / max(blocks_in_all - 1, 1)
-            x = Block(ratio, drop_rate, rate, dtype=dtype, name=f"block{stage}.{j}")(x)
+            x = Block(ratio, drop_rate, rate, dtype=dtype, name=f"block{stage}_{j}")(x)
             block_index += 1
         x = layers.LayerNormalization(epsilon=layer_norm_epsilon, dtype=dtype, name=f"norm{stage}")(x)
     if include_top or pooling == "avg":

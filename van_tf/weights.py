@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -84,7 +85,9 @@ def _load(model: keras.Model, path: Path) -> None:
                 if isinstance(item, h5py.Dataset):
                     # Keras writes a variable's whole path inside the layer's group, van-port what follows its name.
                     own = layer.name.rpartition("/")[2]
-                    values[name if name.startswith(f"{own}/") else f"{own}/{name}"] = item[()]
+                    path = name if name.startswith(f"{own}/") else f"{own}/{name}"
+                    # Version 0.1 named blocks block1.0; Keras's torch backend takes no dots.
+                    values[re.sub(r"^(block\d+)\.(\d+/)", r"\1_\2", path)] = item[()]
 
             if isinstance(layer, h5py.Group):
                 layer.visititems(visit)

@@ -27,27 +27,27 @@ if TYPE_CHECKING:
     from porting.references.van import VanShape
 
 # s is the stage, from 1; j is the block in it, from 0.
-_BLOCK = "block{s}.{j}"
+_BLOCK, _TARGET = "block{s}.{j}", "block{s}_{j}"
 RULES = (
     KeyRule("patch_embed{s}.proj", "patch_embed{s}/proj", "conv"),
     KeyRule("patch_embed{s}.norm", "patch_embed{s}/norm", "batch_norm"),
     KeyRule("norm{s}", "norm{s}", "layer_norm"),
-    KeyRule(f"{_BLOCK}.norm1", f"{_BLOCK}/norm1", "batch_norm"),
-    KeyRule(f"{_BLOCK}.attn.proj_1", f"{_BLOCK}/attn/proj_1", "conv"),
-    KeyRule(f"{_BLOCK}.attn.spatial_gating_unit.conv0", f"{_BLOCK}/attn/spatial_gating_unit/conv0", "depthwise"),
+    KeyRule(f"{_BLOCK}.norm1", f"{_TARGET}/norm1", "batch_norm"),
+    KeyRule(f"{_BLOCK}.attn.proj_1", f"{_TARGET}/attn/proj_1", "conv"),
+    KeyRule(f"{_BLOCK}.attn.spatial_gating_unit.conv0", f"{_TARGET}/attn/spatial_gating_unit/conv0", "depthwise"),
     KeyRule(
         f"{_BLOCK}.attn.spatial_gating_unit.conv_spatial",
-        f"{_BLOCK}/attn/spatial_gating_unit/conv_spatial",
+        f"{_TARGET}/attn/spatial_gating_unit/conv_spatial",
         "depthwise",
     ),
-    KeyRule(f"{_BLOCK}.attn.spatial_gating_unit.conv1", f"{_BLOCK}/attn/spatial_gating_unit/conv1", "conv"),
-    KeyRule(f"{_BLOCK}.attn.proj_2", f"{_BLOCK}/attn/proj_2", "conv"),
-    KeyRule(f"{_BLOCK}.layer_scale_1", f"{_BLOCK}/layer_scale_1", "parameter"),
-    KeyRule(f"{_BLOCK}.norm2", f"{_BLOCK}/norm2", "batch_norm"),
-    KeyRule(f"{_BLOCK}.mlp.fc1", f"{_BLOCK}/mlp/fc1", "conv"),
-    KeyRule(f"{_BLOCK}.mlp.dwconv.dwconv", f"{_BLOCK}/mlp/dwconv/dwconv", "depthwise"),
-    KeyRule(f"{_BLOCK}.mlp.fc2", f"{_BLOCK}/mlp/fc2", "conv"),
-    KeyRule(f"{_BLOCK}.layer_scale_2", f"{_BLOCK}/layer_scale_2", "parameter"),
+    KeyRule(f"{_BLOCK}.attn.spatial_gating_unit.conv1", f"{_TARGET}/attn/spatial_gating_unit/conv1", "conv"),
+    KeyRule(f"{_BLOCK}.attn.proj_2", f"{_TARGET}/attn/proj_2", "conv"),
+    KeyRule(f"{_BLOCK}.layer_scale_1", f"{_TARGET}/layer_scale_1", "parameter"),
+    KeyRule(f"{_BLOCK}.norm2", f"{_TARGET}/norm2", "batch_norm"),
+    KeyRule(f"{_BLOCK}.mlp.fc1", f"{_TARGET}/mlp/fc1", "conv"),
+    KeyRule(f"{_BLOCK}.mlp.dwconv.dwconv", f"{_TARGET}/mlp/dwconv/dwconv", "depthwise"),
+    KeyRule(f"{_BLOCK}.mlp.fc2", f"{_TARGET}/mlp/fc2", "conv"),
+    KeyRule(f"{_BLOCK}.layer_scale_2", f"{_TARGET}/layer_scale_2", "parameter"),
     KeyRule("head", "head", "dense"),
 )
 
@@ -199,7 +199,7 @@ class VanFamily(Family):
             embed = {"proj/kernel": (size, size, channels, dim), "proj/bias": (dim,)}
             layers[f"patch_embed{stage}"] = embed | _trained("norm", dim) | _measured("norm", dim)
             for j in range(depth):
-                layers[f"block{stage}.{j}"] = _block_shapes(dim, int(dim * ratio))
+                layers[f"block{stage}_{j}"] = _block_shapes(dim, int(dim * ratio))
             layers[f"norm{stage}"] = {"gamma": (dim,), "beta": (dim,)}
             channels = dim
         if spec.num_classes:

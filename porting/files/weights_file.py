@@ -1,7 +1,7 @@
 """Files of Keras weights: `.h5`, `.weights.h5` and `.keras`, with the provenance of the weights inside.
 
 The `.h5` layout is the one that `load_weights` takes in order and by name; its datasets are named by the
-variables' paths, so `file["block1.0/attn/proj_1/kernel"]` is that kernel. Groups inside `.weights.h5` are named by
+variables' paths, so `file["block1_0/attn/proj_1/kernel"]` is that kernel. Groups inside `.weights.h5` are named by
 class and counter, which is Keras's affair: that file and `.keras` are written and read by Keras alone.
 """
 
@@ -196,11 +196,9 @@ def _load_by_name(path: Path, model: keras.Model, what: str) -> None:
                     raise WeightsFileError(f"{path}: lists {layer}/{name}, and does not hold it", hint=_CHECK_VARIANT)
                 short = name.removesuffix(":0")  # as Keras 2 wrote it
                 # van-port writes names below the layer, Keras the variable's whole path, which may begin elsewhere.
-                for known in (f"{layer}/{short}", short):
-                    if known in variables:
-                        break
-                else:
-                    known = f"{layer}/{short}"
+                # Version 0.1 named a VAN's blocks block1.0; Keras's torch backend takes no dots.
+                names = (f"{layer}/{short}", f"{layer.replace('.', '_')}/{short}", short, short.replace(".", "_"))
+                known = next((each for each in names if each in variables), names[0])
                 array = np.asarray(root[layer][name])
                 if array.dtype.kind not in _REAL:
                     raise WeightsFileError(

@@ -1,6 +1,6 @@
 """The rows of a key map: names with placeholders, matched against the names that a model really has.
 
-    KeyRule("block{s}.{j}.attn.proj_1", "block{s}.{j}/attn/proj_1", "conv")
+    KeyRule("block{s}.{j}.attn.proj_1", "block{s}_{j}/attn/proj_1", "conv")
 
 A placeholder stands for a whole number. What one side counts otherwise, its name says:
 

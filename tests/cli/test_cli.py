@@ -85,7 +85,7 @@ def test_check_of_a_file(run_cli: RunCli, checkpoint: Path, ported: Path, tmp_pa
     arguments = ("check", "--variant", "nano", "--weights", ported, "--checkpoint", checkpoint, "--samples", 1)
     assert run_cli(*arguments).exit_code == 0
     with h5py.File(ported, "r+") as file:
-        file["block2.0/mlp/fc2/bias"][0] += 0.01
+        file["block2_0/mlp/fc2/bias"][0] += 0.01
     result = run_cli(*arguments, "--report", tmp_path / "r.json")
     assert result.exit_code == 1
     assert "Error: block2.0.mlp.fc2: " in result.output
@@ -94,7 +94,7 @@ def test_check_of_a_file(run_cli: RunCli, checkpoint: Path, ported: Path, tmp_pa
     loose = ("--max-ratio", 1e9, "--max-exact-ratio", 1e18)
     judged = run_cli("check", "--from", tmp_path / "r.json", *loose)
     assert judged.exit_code == 1
-    assert "Weights that are not the checkpoint's bit by bit, 1: block2.0/mlp/fc2/bias" in judged.output
+    assert "Weights that are not the checkpoint's bit by bit, 1: block2_0/mlp/fc2/bias" in judged.output
     assert run_cli("check", "--from", tmp_path / "r.json", "--limit", "block2.0.mlp.fc2:1e9").exit_code == 1
     # And against the report of the port.
     baseline = run_cli(

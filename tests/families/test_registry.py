@@ -95,6 +95,7 @@ def test_choices_follow_the_family(installed: Path) -> None:
     assert "the family 'broken' of the package toy-family cannot be used" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_family_of_another_package_is_ported_checked_reverted_and_exported(installed: Path, tmp_path: Path) -> None:
     family = ToyFamily()
     model = family.build_reference(family.spec("small"))

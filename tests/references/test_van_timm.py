@@ -22,7 +22,9 @@ CHANNELS = [32, 48, 64, 96]
 def made(**options: Any) -> Any:
     torch.manual_seed(0)
     model = timm.create_model("van_nano", **options)
-    fill_with_synthetic_weights(model, seed=0, run=lambda each: each(torch.randn(2, options.get("in_chans", 3), 64, 64)))
+    fill_with_synthetic_weights(
+        model, seed=0, run=lambda each: each(torch.randn(2, options.get("in_chans", 3), 64, 64))
+    )
     return model.eval()
 
 

@@ -62,7 +62,7 @@ def test_they_are_carried_over(ported: Path, diverged: Path, family: VanFamily, 
 def test_the_rest_is_still_checked(ported: Path, diverged: Path, family: VanFamily, tmp_path: Path) -> None:
     model = family.build("nano", 10)
     model.load_weights(ported)
-    weight = next(variable for variable in model.weights if variable.path == "block2.1/mlp/fc2/kernel")
+    weight = next(variable for variable in model.weights if variable.path == "block2_1/mlp/fc2/kernel")
     weight.assign(weight * 1.01)
     model.save_weights(tmp_path / "x.weights.h5")
     report = check(family, "nano", tmp_path / "x.weights.h5", checkpoint=diverged, options=ALLOWED)

@@ -14,7 +14,7 @@ from porting.families.van import VanFamily
 from porting.files.weights_file import variable_shapes
 from porting.mapping.convert import convert
 from porting.references.van import VAN
-from van_tf.layers import Block, gelu
+from van_tf.layers import Block, gelu, module_name
 
 # Parameters with BatchNorm statistics, and variables, as computed from the official code.
 SIZES = {
@@ -84,7 +84,8 @@ def test_names_are_pytorchs(model: keras.Model, state_dict: dict[str, np.ndarray
     }
     names = set()
     for variable in model.weights:
-        layer, _, leaf = variable.path.replace("/", ".").rpartition(".")
+        top, _, inside = variable.path.partition("/")
+        layer, _, leaf = f"{module_name(top)}.{inside}".replace("/", ".").rpartition(".")
         names.add(f"{layer}.{leaves.get(leaf, leaf)}")
     assert names == {name for name in state_dict if not name.endswith("num_batches_tracked")}
 
@@ -105,12 +106,12 @@ def test_initial_values_have_the_official_spread() -> None:
     keras.utils.set_random_seed(0)
     weights = {variable.path: np.asarray(variable) for variable in van_tf.van_b1().weights}
     # sqrt(2 / (kernel area * output channels / groups))
-    assert weights["block3.0/mlp/fc1/kernel"].std() == pytest.approx((2 / 1280) ** 0.5, rel=0.02)
-    assert weights["block3.0/mlp/dwconv/dwconv/kernel"].std() == pytest.approx((2 / 9) ** 0.5, rel=0.02)
+    assert weights["block3_0/mlp/fc1/kernel"].std() == pytest.approx((2 / 1280) ** 0.5, rel=0.02)
+    assert weights["block3_0/mlp/dwconv/dwconv/kernel"].std() == pytest.approx((2 / 9) ** 0.5, rel=0.02)
     assert weights["patch_embed1/proj/kernel"].std() == pytest.approx((2 / (49 * 64)) ** 0.5, rel=0.05)
     assert weights["head/kernel"].std() == pytest.approx(0.02, rel=0.02)
     assert np.abs(weights["head/kernel"]).max() > 0.05, "cut at two standard deviations, as PyTorch does not"
-    assert np.all(weights["block3.0/layer_scale_1"] == np.float32(1e-2))
+    assert np.all(weights["block3_0/layer_scale_1"] == np.float32(1e-2))
     assert all(not value.any() for path, value in weights.items() if path.endswith("/bias"))
 
 
@@ -157,8 +158,8 @@ def test_config_round_trip(model: keras.Model) -> None:
 def test_config_keeps_rates() -> None:
     model = van_tf.van_nano(drop_rate=0.1, drop_path_rate=0.3)
     again = keras.Model.from_config(model.get_config())
-    assert again.get_layer("block4.0").get_config() == model.get_layer("block4.0").get_config()
-    assert again.get_layer("block4.0").drop_path_rate == pytest.approx(0.3)
+    assert again.get_layer("block4_0").get_config() == model.get_layer("block4_0").get_config()
+    assert again.get_layer("block4_0").drop_path_rate == pytest.approx(0.3)
 
 
 def test_keras_file_round_trip(model: keras.Model, tmp_path: Path) -> None:
@@ -171,7 +172,7 @@ def test_keras_file_round_trip(model: keras.Model, tmp_path: Path) -> None:
 def test_summary_and_graph(model: keras.Model, tmp_path: Path) -> None:
     lines: list[str] = []
     model.summary(print_fn=lambda line, **_: lines.append(line))
-    assert "block3.1 (Block)" in "\n".join(lines)
+    assert "block3_1 (Block)" in "\n".join(lines)
     if shutil.which("dot") is None:
         pytest.skip("drawing needs graphviz's program dot")
     keras.utils.plot_model(model, tmp_path / "nano.png", show_shapes=True)
@@ -217,7 +218,7 @@ def test_fixed_input_shape_and_other_channels() -> None:
     model = van_tf.van_nano(input_shape=(48, 64, 1), classes=3)
     assert model.input_shape == (None, 48, 64, 1)
     assert model(random_images(1, 48, 64, 1)).shape == (1, 3)
-    assert model.get_layer("block1.0").output.shape == (None, 12, 16, 32)
+    assert model.get_layer("block1_0").output.shape == (None, 12, 16, 32)
 
 
 @pytest.mark.parametrize(
