@@ -4,6 +4,7 @@
     python scripts/benchmark_inference.py b0 b1
     python scripts/benchmark_inference.py b0 --trials
     python scripts/benchmark_inference.py nano b0 --exports
+    pip install litert-torch && python scripts/benchmark_inference.py b0 --converters
 
 Each contender is a process of its own, with as many threads as there are cores. They take turns, so that what else the
 machine does meets all of them, and run twice each turn: the first time the caches are full of the others' data, as in a
@@ -12,7 +13,9 @@ other. The table has medians, and ratios to the quicker of PyTorch's eager memor
 the ONNX file that `van-port export` writes, LiteRT and TensorFlow without Keras the files that it writes for them.
 `--trials` measures the parts of what makes ours quick, and what was tried and did not. `--exports` makes a table of
 every format and precision: size, operations, parity with PyTorch over the images of the check, and speed, the first
-time of a turn. nano has its trained weights, the others have synthetic ones.
+time of a turn. `--converters` compares our LiteRT file with the one that litert-torch makes of the PyTorch model: size,
+operations, the worst distance from PyTorch in float64 over four images, and speed. nano has its trained weights, the
+others have synthetic ones.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -218,9 +222,40 @@ MAKERS = {
 }
 
 
+def convert_by_litert_torch(variant: str, file: Path) -> None:
+    """Writes what litert-torch makes of the PyTorch model, which takes channels last, as our file does."""
+    from porting.models.frameworks import load_triton
+
+    load_triton()
+    import litert_torch
+    import torch
+    from torch import nn
+
+    class ChannelsLast(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, images: torch.Tensor) -> Any:
+            return self.model(images.permute(0, 3, 1, 2))
+
+    model = ChannelsLast(reference_of(variant, file.parent)).eval()
+    litert_torch.convert(model, (torch.from_numpy(images_of(variant, 1)),)).export(str(file))
+
+
+def reference_of(variant: str, folder: Path) -> Any:
+    from porting.families.registry import get_family
+    from porting.tasks.case import open_case
+
+    return open_case(get_family("van"), variant, None if variant == "nano" else folder / "x.pth.tar").load_reference()
+
+
 def work(variant: str, folder: Path, batch: int, kind: str) -> None:
     """A contender: prints the first of its logits; for each line that it reads runs twice, and prints the seconds."""
     kind, _, file = kind.partition("=")
+    if kind == "convert":
+        convert_by_litert_torch(variant, folder / file)
+        return
     infer = MAKERS[kind](variant, folder / (file or "x.h5"), batch, kind)
     for _ in range(3):
         result = infer()
@@ -320,6 +355,7 @@ def measure(
 @click.option("--rounds", default=15, show_default=True, help="Inferences of each, of which the median counts.")
 @click.option("--trials", is_flag=True, help="Other ways to compute the same instead.")
 @click.option("--exports", is_flag=True, help="A table of every format and precision instead.")
+@click.option("--converters", is_flag=True, help="Our LiteRT file beside litert-torch's instead.")
 @click.option("--worker", hidden=True)
 @click.option("--folder", type=click.Path(path_type=Path), hidden=True)
 @click.option("--batch", type=int, hidden=True)
@@ -328,6 +364,7 @@ def main(
     rounds: int,
     trials: bool,
     exports: bool,
+    converters: bool,
     worker: str | None,
     folder: Path | None,
     batch: int | None,
@@ -335,8 +372,8 @@ def main(
     if worker is not None and folder is not None and batch is not None:
         work(variants[0], folder, batch, worker)
         return
-    if trials and exports:
-        raise click.UsageError("--trials and --exports are two tables: give one of them")
+    if trials + exports + converters > 1:
+        raise click.UsageError("--trials, --exports and --converters are tables: give one of them")
     if "nano" in variants and not exports:
         raise click.UsageError("nano is for --exports; the others are compared with PyTorch on synthetic weights")
     from rich.console import Console
@@ -344,7 +381,9 @@ def main(
     console = Console(width=None if sys.stdout.isatty() else 140)
     for variant in variants:
         with tempfile.TemporaryDirectory() as place, Console(stderr=True).status(variant) as status:
-            if exports:
+            if converters:
+                console.print(converters_table(variant, Path(place), rounds))
+            elif exports:
                 console.print(exports_table(variant, Path(place), rounds))
             else:
                 console.print(speed_table(variant, Path(place), rounds, TRIALS if trials else CONTENDERS, status))
@@ -405,6 +444,59 @@ def exports_table(variant: str, folder: Path, rounds: int) -> Table:
             f"{1000 * times.get(file, _NOT)[0]:.1f}",
         )
     return table
+
+
+CONVERTERS = {
+    "ours": "x.tflite",
+    "ours, kernels not split": "whole.tflite",
+    "litert-torch": "theirs.tflite",
+}
+
+
+def converters_table(variant: str, folder: Path, rounds: int) -> Table:
+    import torch
+    from ai_edge_litert.interpreter import Interpreter
+    from rich.table import Table
+
+    if prepare(variant, folder, [("x.tflite", []), ("whole.tflite", ["--no-split-kernels"])]):
+        raise click.ClickException("without our files there is nothing to compare")
+    command = [sys.executable, __file__, variant, "--worker", "convert=theirs.tflite", "--folder", str(folder)]
+    if failure := failure_of([*command, "--batch", "1"]):
+        raise click.ClickException(f"litert-torch: {failure}")
+    images = images_of(variant, 4)
+    with torch.inference_mode():
+        moved = torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, 1))).double()
+        truth = reference_of(variant, folder).double()(moved).numpy()
+    times = measure([(name, {}, f"litert={file}") for name, file in CONVERTERS.items()], variant, folder, 1, rounds)
+    table = Table(variant, "MiB", "operations", "kinds", "worst error, of RMS", "ms, batch 1", "again")
+    for name, file in CONVERTERS.items():
+        interpreter = Interpreter(str(folder / file))
+        interpreter.allocate_tensors()
+        plain = Interpreter(str(folder / file), experimental_op_resolver_type=_without_delegates())
+        plain.allocate_tensors()
+        kinds = Counter(each["op_name"] for each in plain._get_ops_details())
+        given, taken = interpreter.get_input_details()[0]["index"], interpreter.get_output_details()[0]["index"]
+        worst = 0.0
+        for image, expected in zip(images, truth, strict=True):
+            interpreter.set_tensor(given, image[None])
+            interpreter.invoke()
+            difference = interpreter.get_tensor(taken)[0] - expected
+            worst = max(worst, float(np.abs(difference).max() / np.sqrt(np.square(expected).mean())))
+        table.add_row(
+            name,
+            f"{(folder / file).stat().st_size / 2**20:.1f}",
+            str(sum(kinds.values())),
+            ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(6)),
+            f"{worst:.1e}",
+            *(f"{1000 * seconds:.1f}" for seconds in times[name]),
+        )
+    return table
+
+
+def _without_delegates() -> Any:
+    from ai_edge_litert.interpreter import OpResolverType
+
+    return OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
 
 
 if __name__ == "__main__":
