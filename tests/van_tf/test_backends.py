@@ -41,6 +41,9 @@ for path in sorted(folder.glob("*.keras")):
 for path in sorted(folder.glob("*.weights.h5")):
     again = van_tf.van_nano(weights=path)
     assert abs(keras.ops.convert_to_numpy(again(images)) - result).max() == 0, path
+pixels = keras.Input((None, None, 3), dtype="uint8")
+whole = keras.Model(pixels, model(van_tf.Preprocessing(64, 1.0)(pixels)))
+assert whole.predict(np.zeros((2, 90, 70, 3), np.uint8), verbose=0).shape == (2, 10)
 maps = van_tf.features(model)(images)
 assert [each.shape[-1] for each in maps] == [32, 48, 64, 96]
 before = keras.ops.convert_to_numpy(model.get_layer("block1_0").norm1.moving_variance)
