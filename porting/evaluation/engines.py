@@ -26,6 +26,8 @@ ENGINES = ("local", "ray")
 # Blocks that are on their way while Keras runs another.
 _AHEAD = 2
 _CPUS_TO_LOAD = 0.5
+# Into so many parts Ray divides a data set at most.
+_MOST_PARTS = 2000
 # Of a cluster that is started here, by Ray's count, besides those of one process for each model.
 _CPUS_TO_READ = 2
 
@@ -115,7 +117,9 @@ def run_on_ray(
         if not rows:
             return
         shared = pickle.dumps(plan)
-        found = data.from_items(rows, override_num_blocks=len(rows)).map(partial(_load, shared), num_cpus=_CPUS_TO_LOAD)
+        found = data.from_items(rows, override_num_blocks=min(len(rows), _MOST_PARTS)).map(
+            partial(_load, shared), num_cpus=_CPUS_TO_LOAD
+        )
         for name, count in zip((PYTORCH, SAME), workers, strict=True):
             found = found.map(
                 _ArmOnRay,

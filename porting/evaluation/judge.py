@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from porting.evaluation.samples import Batch
+from porting.evaluation.samples import Batch, opened
 from porting.evaluation.tally import Tally
 from porting.kinds.transforms import Array
 from porting.parity.report import DEFAULT_MAX_RATIO
@@ -37,18 +37,9 @@ class Judge:
 
     def judge(self, batch: Batch) -> Tally:
         """The batch as a tally; `batch.results` has the logits or probabilities of each arm, `(N, classes)`."""
-        tally = Tally()
-        tally.remember(batch.block, batch.hashes)
-        tally.seconds.update(batch.seconds)
-        for number, name, cause, detail in batch.refused:
-            tally.counts[f"refused:{cause}"] += 1
-            tally.keep("refused", number, number, {"sample": name, "cause": cause, "detail": detail})
-        for number, name, remark in batch.remarks:
-            tally.counts[f"remark:{remark}"] += 1
-            tally.keep(f"remark:{remark}", number, number, {"sample": name})
+        tally = opened(batch)
         if not batch.samples:
             return tally
-        tally.counts["samples"] += len(batch.samples)
         labels = np.array([-1 if sample.label is None else sample.label for sample in batch.samples])
         for sample in batch.samples:
             if sample.label is not None and not 0 <= sample.label < self.classes:

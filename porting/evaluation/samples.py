@@ -12,6 +12,7 @@ import numpy as np
 
 from porting.evaluation.decoding import Decoded, RefusedImageError, decode
 from porting.evaluation.items import Block, Item
+from porting.evaluation.tally import Tally
 from porting.kinds.transforms import Array
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def load_images(block: Block, prepare: Prepare, pool: Executor | None = None, *,
         return loaded
 
     found = list(map(one, block.items) if pool is None else pool.map(one, block.items))
-    batch = Batch(block.number, np.array([each.hash for each in found], np.uint64))
+    batch = Batch(block.number, np.array([0 if each.refusal else each.hash for each in found], np.uint64))
     same: list[Array] = []
     for number, loaded in enumerate(found, block.start):
         name = loaded.item.name
@@ -85,6 +86,21 @@ def load_images(block: Block, prepare: Prepare, pool: Executor | None = None, *,
     if same:
         batch.same = np.stack(same)
     return batch
+
+
+def opened(batch: Batch) -> Tally:
+    """A tally with all that is known of a batch before its results are: its files, and the time that it took."""
+    tally = Tally()
+    tally.remember(batch.block, batch.hashes)
+    tally.seconds.update(batch.seconds)
+    for number, name, cause, detail in batch.refused:
+        tally.counts[f"refused:{cause}"] += 1
+        tally.keep("refused", number, number, {"sample": name, "cause": cause, "detail": detail})
+    for number, name, remark in batch.remarks:
+        tally.counts[f"remark:{remark}"] += 1
+        tally.keep(f"remark:{remark}", number, number, {"sample": name})
+    tally.counts["samples"] += len(batch.samples)
+    return tally
 
 
 def prepare_own(batch: Batch, prepare: Prepare, pool: Executor | None = None) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from porting.evaluation.judge import MODEL, PYTORCH, SAME, kl, log_probabilities
-from porting.evaluation.samples import Batch
+from porting.evaluation.samples import Batch, opened
 from porting.evaluation.tally import Tally
 from porting.kinds.transforms import Array
 
@@ -24,16 +24,7 @@ class TextJudge:
     head: Array | None = None
 
     def judge(self, batch: Batch) -> Tally:
-        tally = Tally()
-        tally.remember(batch.block, batch.hashes)
-        tally.seconds.update(batch.seconds)
-        for number, name, cause, detail in batch.refused:
-            tally.counts[f"refused:{cause}"] += 1
-            tally.keep("refused", number, number, {"sample": name, "cause": cause, "detail": detail})
-        for number, name, remark in batch.remarks:
-            tally.counts[f"remark:{remark}"] += 1
-            tally.keep(f"remark:{remark}", number, number, {"sample": name})
-        tally.counts["samples"] += len(batch.samples)
+        tally = opened(batch)
         for place, sample in enumerate(batch.samples):
             length = int(batch.same["padding_mask"][place].sum())
             tokens = batch.same["token_ids"][place][:length]

@@ -126,6 +126,7 @@ def _evaluate(
     total = min(filter(None, (dataset.total, options.limit)), default=0)
     identity = {
         "data": dataset.described,
+        "number of samples": dataset.total,
         "weights": sha256_of(weights),
         "checkpoint": case.checkpoint.sha256 if case.checkpoint is not None else "",
         "model": f"{family.described} {variant}",
