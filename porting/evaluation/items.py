@@ -5,8 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from porting.errors import SourceError
+from porting.files.atomic import open_regular
 
 # No photo of a data set is larger; a size that a file states is not believed.
 MAX_BYTES = 256 << 20
@@ -32,15 +35,22 @@ class Item:
         """Its bytes; raises OverflowError for more of them than `MAX_BYTES`, or what the storage's client raises."""
         if self.data is not None:
             return self.data
-        import fsspec
-
-        with fsspec.open(self.address, "rb") as file:
+        with _opened(self.address) as file:
             if self.start:
                 file.seek(self.start)
             found: bytes = file.read(MAX_BYTES + 1 if self.size is None else min(self.size, MAX_BYTES + 1))
         if len(found) > MAX_BYTES:
             raise OverflowError(f"larger than {MAX_BYTES >> 20} MiB")
         return found
+
+
+def _opened(address: str) -> Any:
+    """A path as it is, whatever characters it has; an address by fsspec."""
+    if "://" not in address:
+        return open_regular(Path(address))
+    import fsspec
+
+    return fsspec.open(address, "rb")
 
 
 @dataclass(frozen=True)

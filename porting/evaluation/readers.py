@@ -132,7 +132,7 @@ def _table(spec: str, suffix: str, labels: Labels, tokenizer: Tokenizer | None) 
 
     def rows() -> Iterator[tuple[int, dict[str, Any]]]:
         try:
-            with fsspec.open(spec, "rt", encoding="utf-8", newline="") as file:
+            with fsspec.open(spec, "rt", encoding="utf-8-sig", newline="") as file:
                 if suffix in {".csv", ".tsv"}:
                     yield from enumerate(csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ","), 2)
                     return
@@ -211,7 +211,8 @@ def _shards(spec: str, labels: Labels) -> Dataset:
             if own != key:
                 yield from made()
                 key, image, label = own, None, None
-            if f".{ending.lower()}".endswith(_SUFFIXES):
+            suffix = f".{ending.lower()}"
+            if suffix in _SUFFIXES or (image is None and suffix.endswith(_SUFFIXES)):  # x.jpg, rather than x.mask.png
                 image = member
             elif ending.lower() in {"cls", "txt", "label", "json"} and member.size <= 1 << 20:
                 handle = tar.extractfile(member)

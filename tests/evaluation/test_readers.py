@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
@@ -289,3 +290,36 @@ def test_storage_that_fails_leaves_a_sample_out(tmp_path: Path, server: str) -> 
     batch = load_images(Block(0, 0, items), lambda image: np.asarray(image, np.float32))
     assert [(number, cause) for number, _, cause, _ in batch.refused] == [(2, "cannot be read")]
     assert len(batch.samples) == len(WANTED) - 1
+
+
+def test_names_with_characters_of_patterns(tmp_path: Path) -> None:
+    for number, name in enumerate(("a[1].png", "b*.png", "c#d?.png", "e::f.png")):
+        (tmp_path / name).write_bytes(PICTURES[number])
+    items = list(open_data(str(tmp_path), LABELS).items())
+    assert [item.read() for item in items] == PICTURES[:4]
+
+
+def test_a_table_that_a_spreadsheet_wrote(tmp_path: Path) -> None:
+    plain_files(tmp_path)
+    (tmp_path / "test.csv").write_bytes(b"\xef\xbb\xbfimage,label\r\n0.png,cat\r\n1.png,\r\n")
+    items = list(open_data(str(tmp_path / "test.csv"), LABELS).items())
+    assert [item.label for item in items] == [0, None]
+    assert items[0].read() == PICTURES[0]
+
+
+def test_a_shard_with_masks_beside_the_images(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in (("x/0.JPEG", PICTURES[0]), ("x/0.mask.png", PICTURES[1]), ("x/0.cls", b"2")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    items = list(open_data(str(tmp_path / "a.tar"), LABELS).items())
+    assert [(item.label, item.read()) for item in items] == [(2, PICTURES[0])]
+
+
+def test_a_pipe_among_the_images_does_not_hang(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(PICTURES[0])
+    os.mkfifo(tmp_path / "b.png")
+    items = tuple(open_data(str(tmp_path), LABELS).items())
+    batch = load_images(Block(0, 0, items), lambda image: np.asarray(image, np.float32))
+    assert len(batch.samples) == 1
