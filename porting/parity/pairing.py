@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -42,11 +43,14 @@ class Names:
         self._source_of |= {_dotted(target): source for source, target in target_of.items() if target != NO_PARTNER}
         for target in named:
             self._source_of[_dotted(target)] = next(source for source, own in given.items() if own == target)
+        # `block1_0` may be `block1.0`, since not every Keras backend takes dots; only where no name is meant exactly.
+        self._loosely = {_loose(name): source for name, source in self._source_of.items()}
 
     def source(self, call: str, calls: Iterable[str]) -> str | None:
         """The PyTorch call that a Keras call stands for by its name, if there was one."""
         base, _, number = call.partition("#")
-        source = self._source_of.get(_dotted(call)) or self._source_of.get(_dotted(base))
+        exact = self._source_of.get(_dotted(call)) or self._source_of.get(_dotted(base))
+        source = exact or self._loosely.get(_loose(base))
         if source is None:
             return None
         name = f"{source}#{number}" if number and "#" not in source else source
@@ -85,3 +89,8 @@ def _base(name: str) -> str:
 
 def _dotted(path: str) -> str:
     return path.replace("/", ".")
+
+
+def _loose(path: str) -> str:
+    """With a number behind `_` as one behind a dot."""
+    return re.sub(r"_(?=\d+(?:\.|$))", ".", _dotted(path))
