@@ -112,7 +112,7 @@ def main(
     start_tensorflow()
     files = sorted(each for each in data.rglob("*") if each.is_file())
     plan = Plan(get_family("van"), variant, weights, {"location": checkpoint}, threads=os.cpu_count() or 1)
-    plan = plan.fitted(Block(0, 0, (Item("first", 0, str(files[0])),)))
+    plan = plan.fitted([Block(0, 0, (Item("first", 0, str(files[0])),))])
     costs = bare_costs(plan, files, batch_size)
     console = Console()
     table = Table("", "ms a sample", box=None)

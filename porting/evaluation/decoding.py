@@ -73,8 +73,9 @@ def decode(data: bytes) -> Decoded:
         raise RefusedImageError("not an image", f"{len(data):,} bytes that Pillow does not recognise") from None
     except Image.DecompressionBombError as error:
         raise RefusedImageError("too large", str(error)) from None
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, MemoryError, OverflowError) as error:
-        # What Pillow's plugins raise on damaged files.
+    except RefusedImageError:
+        raise
+    except Exception as error:  # whatever Pillow's plugins raise on damaged files
         raise RefusedImageError("truncated", str(error) or type(error).__name__) from None
 
 
@@ -88,7 +89,7 @@ def _remarks(file: Image.Image) -> tuple[str, ...]:
         found.append("palette")
     if file.mode == "CMYK":
         found.append("CMYK")
-    if file.mode.startswith("I") or file.mode == "F":
+    if file.mode.startswith("I"):
         found.append("16-bit")
     if file.mode in {"RGBA", "LA", "PA"} or "transparency" in file.info:
         found.append("alpha")

@@ -40,13 +40,13 @@ class Judge:
         tally = opened(batch)
         if not batch.samples:
             return tally
-        labels = np.array([-1 if sample.label is None else sample.label for sample in batch.samples])
+        inside = range(self.classes)
+        labels = np.array([sample.label if sample.label in inside else -1 for sample in batch.samples])
         for sample in batch.samples:
             if sample.label is not None and not 0 <= sample.label < self.classes:
                 tally.counts["label outside the head"] += 1
                 record = {"sample": sample.name, "label": sample.label}
                 tally.keep("outside", sample.number, sample.number, record)
-        labels[labels >= self.classes] = -1
         tally.counts["labelled"] += int((labels >= 0).sum())
         scores = {arm: log_probabilities(result) for arm, result in batch.results.items()}
         for arm, score in scores.items():
@@ -124,7 +124,8 @@ class Judge:
 def log_probabilities(result: Array) -> Array:
     """Of logits, or of probabilities where all rows are such, float64."""
     values = result.astype(np.float64)
-    if (values >= 0).all() and np.allclose(values.sum(1), 1.0, atol=1e-3):
+    finite = values[np.isfinite(values).all(1)]
+    if (finite >= 0).all() and np.allclose(finite.sum(1), 1.0, atol=1e-3) and len(finite):
         return np.log(np.maximum(values, 1e-300))
     shifted = values - values.max(1, keepdims=True)
     found: Array = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))

@@ -30,6 +30,8 @@ class Labels:
         """The class's number, which may lie outside the head; raises SourceError for a name that is not known."""
         if self.ignored:
             return None
+        if isinstance(stated, float) and stated.is_integer():
+            stated = int(stated)
         if stated is None or (isinstance(stated, int) and not isinstance(stated, bool)):
             return stated
         text = str(stated).strip()
@@ -38,8 +40,8 @@ class Labels:
         found = self._by_name.get(_plain(text))
         if found is not None:
             return found
-        if re.fullmatch(r"\d{1,9}", text):
-            return int(text)
+        if re.fullmatch(r"-?\d{1,9}(\.0)?", text):  # pandas writes 3.0 where a value is missing elsewhere
+            return int(float(text))
         raise SourceError(f"the label {text!r} is none of the model's {self.classes} classes", hint=_HINT)
 
     def of_folders(self, folders: Sequence[str]) -> dict[str, int]:
@@ -54,7 +56,7 @@ class Labels:
             return {folder: known[_plain(folder)] for folder in folders}
         if all(re.fullmatch(r"\d{1,9}", folder) for folder in folders):
             return {folder: int(folder) for folder in folders}
-        if len(folders) == self.classes:
+        if len(folders) == self.classes and not self.names:
             return {folder: number for number, folder in enumerate(sorted(folders))}
         unknown = next(folder for folder in folders if _plain(folder) not in known)
         hint = _HINT
@@ -72,7 +74,15 @@ class Labels:
 
     @cached_property
     def _by_name(self) -> dict[str, int]:
-        return {_plain(name): number for number, names in enumerate(self.names) for name in names}
+        """Every name that one class alone goes by; a class's own name goes before a shortened one of another."""
+        found: dict[str, int] = {}
+        for place in range(max(map(len, self.names), default=0)):
+            numbers: dict[str, set[int]] = {}
+            for number, names in enumerate(self.names):
+                if place < len(names):
+                    numbers.setdefault(_plain(names[place]), set()).add(number)
+            found = {name: min(own) for name, own in numbers.items() if len(own) == 1} | found
+        return found
 
 
 def _plain(name: str) -> str:
@@ -82,7 +92,7 @@ def _plain(name: str) -> str:
 def read_labels(path: Path, classes: int) -> Labels:
     """From a text file with one class a line; a synset before the name counts as another name of it."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{path}: not a list of classes: {error}", hint=_HINT) from None
     if len(lines) != classes:

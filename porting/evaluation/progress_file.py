@@ -14,6 +14,7 @@ from porting.files.atomic import open_regular, write_text
 
 _MAX_BYTES = 4 << 30
 _SECONDS_BETWEEN = 10.0
+_MOST_BLOCKS = 50_000_000
 
 
 class ProgressFile:
@@ -41,7 +42,7 @@ class ProgressFile:
             different = [name for name, value in self._identity.items() if identity.get(name) != value]
             done = {number for first, last in document["done"] for number in _range(first, last)}
             tally = Tally.from_document(document["tally"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ReportError(f"{path}: not the progress of an evaluation: {error}", hint=hint) from None
         if different:
             raise ReportError(f"{path}: is of an evaluation with another {', '.join(different)}", hint=hint)
@@ -58,7 +59,7 @@ class ProgressFile:
         if self._path is None or not self.done:
             return
         document = {"identity": self._identity, "done": _ranges(self.done), "tally": self.tally.to_document()}
-        write_text(self._path, json.dumps(document, allow_nan=False))
+        write_text(self._path, json.dumps(document))
         self._written = time.monotonic()
 
     def remove(self) -> None:
@@ -68,7 +69,7 @@ class ProgressFile:
 
 
 def _range(first: int, last: int) -> range:
-    if not 0 <= first <= last < 1 << 32:
+    if not 0 <= first <= last < _MOST_BLOCKS:
         raise ValueError(f"blocks {first} to {last}")
     return range(first, last + 1)
 

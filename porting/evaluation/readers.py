@@ -10,11 +10,12 @@ import json
 import posixpath
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-from porting.errors import SourceError
+from porting.errors import PortingError, SourceError
 from porting.evaluation.items import Item
 from porting.evaluation.labels import Labels
 from porting.models.images import IMAGE_SUFFIXES
@@ -25,6 +26,8 @@ _IMAGE_COLUMNS = ("image", "path", "file", "filename", "file_name", "image_path"
 _LABEL_COLUMNS = ("label", "class", "target", "cls", "labels", "category", "synset", "fine_label")
 _TEXT_COLUMNS = ("text", "sentence", "content")
 _TOKEN_COLUMNS = ("token_ids", "input_ids", "tokens", "ids")
+# What holds a sample's label in a shard, the surest first.
+_LABEL_FILES = ("cls", "label", "json", "txt")
 _LONGEST_LINE = 64 << 20
 Tokenizer = Callable[[str], "list[int]"]
 
@@ -40,6 +43,27 @@ class Dataset:
 
 
 def open_data(spec: str, labels: Labels, *, tokenizer: Tokenizer | None = None) -> Dataset:
+    """As `_open_data`, whose every error becomes a SourceError; a local path is the same from any working folder."""
+    local = "://" not in spec and spec.partition(":")[0] not in {"tfds", "hf"}
+    try:
+        found = _open_data(str(Path(spec).absolute()) if local else spec, labels, tokenizer=tokenizer)
+    except PortingError:
+        raise
+    except Exception as error:  # of storage clients and of packages that read data sets
+        raise SourceError(f"{spec}: {_first_line(error)}") from None
+
+    def items() -> Iterator[Item]:
+        try:
+            yield from found.items()
+        except PortingError:
+            raise
+        except Exception as error:
+            raise SourceError(f"{spec}: cannot be read: {_first_line(error)}") from None
+
+    return replace(found, items=items, described=spec if local else found.described)
+
+
+def _open_data(spec: str, labels: Labels, *, tokenizer: Tokenizer | None = None) -> Dataset:
     """The data set that `spec` names.
 
     A folder of class folders, or of images alone; a `.csv` or `.jsonl` of paths and labels, or of texts; a `.parquet`;
@@ -99,11 +123,16 @@ def _address(spec: str, file_system: Any, path: str) -> str:
 def _folder(spec: str, file_system: Any, path: str, labels: Labels) -> Dataset:
     entries = sorted(file_system.ls(path, detail=True), key=lambda entry: str(entry["name"]))
     names = {entry["name"]: posixpath.basename(str(entry["name"]).rstrip("/")) for entry in entries}
-    folders = [e["name"] for e in entries if e["type"] == "directory" and not names[e["name"]].startswith(".")]
+    # A link is neither a file nor a folder to fsspec.
+    kinds = {
+        e["name"]: "directory" if e["type"] != "file" and file_system.isdir(e["name"]) else "file" for e in entries
+    }
+    folders = [name for name, kind in kinds.items() if kind == "directory" and not names[name].startswith(".")]
     numbers = labels.of_folders([names[each] for each in folders]) if folders else {}
 
     def files_in(folder: str) -> list[str]:
-        found = file_system.find(folder) if folder != path else [e["name"] for e in entries if e["type"] == "file"]
+        inside = file_system.find(folder) if folder != path else []
+        found = inside if folder != path else [name for name, kind in kinds.items() if kind == "file"]
         return sorted(each for each in found if not posixpath.basename(each).startswith("."))
 
     def items() -> Iterator[Item]:
@@ -121,7 +150,7 @@ def _folder(spec: str, file_system: Any, path: str, labels: Labels) -> Dataset:
 
 
 def _column(found: Mapping[str, Any], wanted: tuple[str, ...]) -> str | None:
-    lower = {str(name).lower(): str(name) for name in found}
+    lower = {str(name).strip().lower(): str(name) for name in found}
     return next((lower[name] for name in wanted if name in lower), None)
 
 
@@ -194,7 +223,7 @@ def _shards(spec: str, labels: Labels) -> Dataset:
                 raise SourceError(f"{path}: not a whole tar file: {_first_line(error)}") from None
 
     def _samples(path: str, tar: tarfile.TarFile) -> Iterator[Item]:
-        key, image, label = None, None, None
+        key, image, label, rank = None, None, None, len(_LABEL_FILES)
         shard = posixpath.basename(path)
 
         def made() -> Iterator[Item]:
@@ -210,17 +239,28 @@ def _shards(spec: str, labels: Labels) -> Dataset:
             own = posixpath.join(posixpath.dirname(member.name), stem)
             if own != key:
                 yield from made()
-                key, image, label = own, None, None
+                key, image, label, rank = own, None, None, len(_LABEL_FILES)
             suffix = f".{ending.lower()}"
             if suffix in _SUFFIXES or (image is None and suffix.endswith(_SUFFIXES)):  # x.jpg, rather than x.mask.png
                 image = member
-            elif ending.lower() in {"cls", "txt", "label", "json"} and member.size <= 1 << 20:
+            elif ending.lower() in _LABEL_FILES[:rank] and member.size <= 1 << 20:
                 handle = tar.extractfile(member)
                 text = handle.read().decode("utf-8", "replace").strip() if handle is not None else ""
-                label = _label_of_json(text) if ending.lower() == "json" else text
+                stated = _label_of_json(text) if ending.lower() == "json" else text
+                if ending.lower() == "txt" and not _is_label(stated, labels):
+                    stated = None  # a caption
+                if stated is not None:
+                    label, rank = stated, _LABEL_FILES.index(ending.lower())
         yield from made()
 
     return Dataset(spec, items)
+
+
+def _is_label(stated: Any, labels: Labels) -> bool:
+    try:
+        return labels.number(stated) is not None
+    except SourceError:
+        return False
 
 
 def _label_of_json(text: str) -> Any:
@@ -356,6 +396,8 @@ def _numbering(own: list[str] | None, labels: Labels) -> Callable[[Any], int | N
         try:
             numbers = [labels.number(name) for name in own]
         except SourceError:
+            numbers = []
+        if len(set(numbers)) < len(numbers):  # two names for one class tell nothing
             numbers = []
     return lambda stated: (
         numbers[stated] if isinstance(stated, int) and 0 <= stated < len(numbers) else labels.number(stated)

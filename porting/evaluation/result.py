@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,9 @@ TITLES = {PYTORCH: "PyTorch", SAME: "Keras, same tensors", OWN: "Keras, own prep
 _MOST_CLASSES = 2048
 _FEWEST_LABELLED = 40
 _LEAST_GAIN = 0.1
+_LARGEST_EXPONENT = 700.0
+# Perplexities that differ by less are the same.
+_SAME = 1e-6
 
 
 @dataclass(frozen=True)
@@ -227,7 +231,7 @@ def _arm(tally: Tally, name: str, labelled: int) -> ArmResult:
         error,
         tuple(bins),
         counts[f"{name}:not finite"],
-        float(np.exp(min(tally.sum(f"{name}:nll") / predicted, 700.0))) if predicted else None,
+        _perplexity(tally.mean(f"{name}:nll", predicted)),
         tally.seconds[name],
     )
 
@@ -238,7 +242,7 @@ def _step(tally: Tally, name: str) -> StepResult:
     judged = sum(count for key, count in counts.items() if key.startswith(f"{name}:outcome:"))
     answers = counts[f"{name}:same"] + counts[f"{name}:flips"]
     worst = tally.first(f"{name}:worst", 1)
-    distance = tally.sum(f"{name}:distance") / counts["samples"] if counts["tokens"] and counts["samples"] else None
+    distance = tally.mean(f"{name}:distance", counts["samples"]) if counts["tokens"] else None
     return StepResult(
         name,
         STEPS[name],
@@ -249,11 +253,17 @@ def _step(tally: Tally, name: str) -> StepResult:
         won,
         mcnemar(lost, won),
         100 * (won - lost) / judged if judged else None,
-        tally.sum(f"{name}:kl") / answers if answers else None,
+        tally.mean(f"{name}:kl", answers),
         worst[0].get("probability_change") if worst else (0.0 if answers else None),
         distance,
         _exchanged(counts, name),
     )
+
+
+def _perplexity(nll: float | None) -> float | None:
+    if nll is None:
+        return None
+    return math.exp(nll) if nll < _LARGEST_EXPONENT else math.inf
 
 
 def _exchanged(counts: Mapping[str, int], step: str) -> tuple[tuple[int, int], ...]:
@@ -323,13 +333,31 @@ def objections(
     """
     said = []
     model, pytorch = found.step(MODEL), found.arm(PYTORCH)
+    if max_flips is not None and (model is None or not model.answers):
+        said.append("no answers were compared, and --max-flips needs some")
+    if max_drop is not None and not found.labelled:
+        said.append("no sample has a label of the head, and --max-drop needs some")
+    if earlier is not None and (found.samples, found.context.get("data")) != (
+        earlier.samples,
+        earlier.context.get("data"),
+    ):
+        said.append(
+            f"the baseline is of {earlier.samples:,} samples of {earlier.context.get('data')}: not the same data"
+        )
+        earlier = None
     if max_flips is not None and model is not None and model.flips > max_flips:
         said.append(f"{model.flips:,} answers differ from PyTorch's on the same tensors; {max_flips:,} are allowed")
     for arm in found.arms:
         drop = _drop(arm, pytorch)
         if max_drop is not None and drop is not None and drop > max_drop:
             said.append(f"{TITLES[arm.name]}: top-1 is {drop:.2f} points below PyTorch's; {max_drop:g} are allowed")
+        if arm.not_finite:
+            said.append(f"{TITLES[arm.name]}: the results of {arm.not_finite:,} samples are NaN or infinite")
         before = earlier.arm(arm.name) if earlier is not None else None
+        if before is not None and (arm.perplexity or 0.0) > (before.perplexity or math.inf) * (1 + _SAME):
+            said.append(
+                f"{TITLES[arm.name]}: perplexity is {arm.perplexity:.6g}, and the baseline's {before.perplexity:.6g}"
+            )
         if before is not None and arm.top1.rate is not None and before.top1.rate is not None:
             loss = 100 * (before.top1.rate - arm.top1.rate)
             if loss > 0:
@@ -358,6 +386,9 @@ def explained(found: Evaluation) -> list[str]:
             f"The labels: {how}. PyTorch's top-1 is {advice.plain:.1%} with the labels as given and "
             f"{advice.permuted:.1%} with {_pairs_text(advice.mapping)}."
         )
+    for arm in found.arms:
+        if arm.not_finite:
+            lines.append(f"{TITLES[arm.name]}: the results of {arm.not_finite:,} samples are NaN or infinite.")
     for step in found.steps:
         lines.append(_step_text(step, found))
     if found.outside_the_head:

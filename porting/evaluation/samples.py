@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from porting.errors import SourceError
 from porting.evaluation.decoding import Decoded, RefusedImageError, decode
 from porting.evaluation.items import Block, Item
 from porting.evaluation.tally import Tally
@@ -84,7 +85,7 @@ def load_images(block: Block, prepare: Prepare, pool: Executor | None = None, *,
         if loaded.pixels is not None:
             batch.pixels.append(loaded.pixels)
     if same:
-        batch.same = np.stack(same)
+        batch.same = _stacked(same)
     return batch
 
 
@@ -107,9 +108,36 @@ def prepare_own(batch: Batch, prepare: Prepare, pool: Executor | None = None) ->
     """Prepares the images of a batch Keras's own way; what comes out the same is not kept twice."""
     if not batch.pixels:
         return
-    stacked = np.stack(list(map(prepare, batch.pixels) if pool is None else pool.map(prepare, batch.pixels)))
-    batch.own = batch.same if np.array_equal(stacked, batch.same) else stacked
+
+    def one(image: Image.Image) -> Array | str:
+        try:
+            return prepare(image)
+        except Exception as error:  # of the user's own code, on sizes that nobody tried
+            return str(error) or type(error).__name__
+
+    made = list(map(one, batch.pixels) if pool is None else pool.map(one, batch.pixels))
+    kept = [place for place, each in enumerate(made) if not isinstance(each, str)]
+    for place, each in enumerate(made):
+        if isinstance(each, str):
+            sample = batch.samples[place]
+            batch.refused.append((sample.number, sample.name, "cannot be prepared", f"Keras's own way: {each}"[:200]))
+    batch.samples = [batch.samples[place] for place in kept]
+    batch.same = batch.same[kept]
     batch.pixels = []
+    if kept:
+        stacked = _stacked([made[place] for place in kept])
+        batch.own = batch.same if np.array_equal(stacked, batch.same) else stacked
+
+
+def _stacked(images: Sequence[Any]) -> Array:
+    """Raises SourceError for images of several sizes."""
+    shapes = sorted({np.shape(image) for image in images})
+    if len(shapes) > 1:
+        raise SourceError(
+            f"prepared images have several shapes: {', '.join(map(str, shapes[:4]))}",
+            hint="A function for --keras-preprocessing or --pytorch-preprocessing gives one size for all images.",
+        )
+    return np.stack(images)
 
 
 @dataclass
@@ -145,7 +173,7 @@ def load_tokens(block: Block, longest: int, vocabulary: int) -> Batch:
     rows = []
     for place, (number, item) in enumerate(enumerate(block.items, block.start)):
         tokens = item.tokens or ()
-        batch.hashes[place] = _hash(np.asarray(tokens, np.int32).tobytes())
+        batch.hashes[place] = _hash(np.asarray(tokens, np.int64).tobytes()) if tokens else 0
         if not tokens:
             batch.refused.append((number, item.name, "empty", "no tokens"))
         elif max(tokens) >= vocabulary:

@@ -45,6 +45,12 @@ class Tally:
         shift = exponent - 53 + _SCALE
         self._sums[name] += whole << shift if shift >= 0 else whole >> -shift
 
+    def mean(self, name: str, count: int) -> float | None:
+        """Of `count` values that were added; infinite where one of them was not finite, None where there are none."""
+        if self.counts[f"{name}.not_finite"]:
+            return math.inf
+        return self.sum(name) / count if count else None
+
     def sum(self, name: str) -> float:
         total = self._sums[name]
         return math.ldexp(total, -_SCALE) if abs(total) < 2**53 else total / (1 << _SCALE)

@@ -30,6 +30,8 @@ class TextJudge:
             tokens = batch.same["token_ids"][place][:length]
             features = {arm: batch.results[arm][place][:length].astype(np.float64) for arm in (PYTORCH, SAME)}
             tally.counts["tokens"] += length
+            for arm, values in features.items():
+                tally.counts[f"{arm}:not finite"] += not np.isfinite(values).all()
             distance = _relative(features[PYTORCH], features[SAME])
             tally.add(f"{MODEL}:distance", distance)
             record = {"sample": sample.name, "distance": distance}

@@ -81,8 +81,19 @@ def from_json(text: str) -> Evaluation:
             raise ReportError("not an evaluation", hint="Give the JSON that van-port evaluate wrote.")
         if document.get("schema_version") != SCHEMA_VERSION:
             raise ReportError(f"an evaluation of schema {document.get('schema_version')}: this reads {SCHEMA_VERSION}")
-        return msgspec.convert(decoded(document), Evaluation)
+        found = msgspec.convert(decoded(document), Evaluation)
+        _refuse_unsound(found)
+        return found
     except (ValueError, TypeError, RecursionError) as error:
+        raise ReportError(f"not an evaluation: {type(error).__name__}: {error}") from None
+
+
+def _refuse_unsound(found: Evaluation) -> None:
+    """Raises ReportError for records that no evaluation has, and that cannot be shown."""
+    try:
+        to_html(found)
+        to_markdown(found)
+    except Exception as error:  # whatever a value of the wrong kind leads to
         raise ReportError(f"not an evaluation: {type(error).__name__}: {error}") from None
 
 

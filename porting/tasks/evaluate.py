@@ -118,19 +118,22 @@ def _evaluate(
     start_tensorflow(threads)
     tokenizer = hugging_face_tokenizer(options.tokenizer) if options.tokenizer else None
     progress("looking at the data set")
-    first = next(blocks_of(open_data(data, Labels(0, ignored=True), tokenizer=tokenizer).items(), options.batch_size))
+    unlabelled = open_data(data, Labels(0, ignored=True), tokenizer=tokenizer)
     progress("running PyTorch in float64 on some samples")
-    plan = plan.fitted(first)
+    plan = plan.fitted(blocks_of(unlabelled.items(), options.batch_size))
     labels = _labels(plan, options)
     dataset = open_data(data, labels, tokenizer=tokenizer)
     total = min(filter(None, (dataset.total, options.limit)), default=0)
     identity = {
         "data": dataset.described,
         "number of samples": dataset.total,
+        "content of the data": _content_of(data),
+        "list of labels": _content_of(str(options.labels or "")),
+        "tokenizer": f"{options.tokenizer}, {options.longest} tokens",
         "weights": sha256_of(weights),
         "checkpoint": case.checkpoint.sha256 if case.checkpoint is not None else "",
         "model": f"{family.described} {variant}",
-        "preprocessing": f"{options.shared or 'its own'}, {options.own}",
+        "preprocessing": [options.shared, options.own, *map(_content_of, _files(options.shared, options.own))],
         "batch size": options.batch_size,
         "limit": options.limit,
         "number of threads": plan.threads,
@@ -181,7 +184,19 @@ def _evaluate(
     return found
 
 
+def _content_of(path: str) -> str:
+    """The sha256 of a local file, "" of anything else."""
+    return sha256_of(Path(path)) if path and "://" not in path and Path(path).is_file() else ""
+
+
+def _files(*functions: str) -> list[str]:
+    """The files of FILE.py:FUNCTION."""
+    return [function.rpartition(":")[0] for function in functions]
+
+
 def _labels(plan: Plan, options: EvaluateOptions) -> Labels:
+    if plan.vocabulary:
+        return Labels(0, ignored=True)
     if options.labels is not None:
         return read_labels(options.labels, plan.classes)
     return usual_labels(plan.classes, plan.family.class_names(plan.case.spec))
@@ -201,4 +216,4 @@ def _names_of(groups: list[list[int]], dataset: Dataset) -> list[list[str]]:
         for number, item in enumerate(itertools.islice(dataset.items(), max(wanted) + 1))
         if number in wanted
     }
-    return [[names[number] for number in group[:2]] for group in groups]
+    return [[names.get(number, str(number)) for number in group[:2]] for group in groups]

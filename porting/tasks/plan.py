@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 # How the third arm prepares its images: as the family's Keras users do, by TensorFlow's defaults, or not at all.
 OWN_WAYS = ("own", "tensorflow", "none")
 _CALIBRATED_ON = 8
+# Blocks to try where nothing in the first can be read.
+_BLOCKS_TO_TRY = 64
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,8 @@ class Plan:
         torch.set_num_threads(self.threads)
         return self.case.load_reference()
 
-    def fitted(self, block: Block) -> Plan:
-        """With all that is found by running the PyTorch model on samples of a block.
+    def fitted(self, blocks: Iterable[Block]) -> Plan:
+        """With all that is found by running the PyTorch model on the first samples of a data set that can be read.
 
         Raises FamilyError for a model that gives no classes, or takes neither images nor tokens.
         """
@@ -102,15 +105,17 @@ class Plan:
         if spec.naming.has_head and not spec.num_classes:
             raise FamilyError("the checkpoint has no head, and evaluate is for classes", hint="Give one with its head.")
         fitted = replace(self, spec=spec)
-        batch = fitted.load(replace(block, items=block.items[: 4 * _CALIBRATED_ON]))
-        if not batch.samples:
-            raise SourceError(
-                "none of the first samples can be read: "
-                + "; ".join(f"{name}: {why}" for _, name, why, _ in batch.refused[:3]),
-                hint="--data takes a folder of class folders, among others.",
-            )
-        classes, noise = self._calibrated(batch.same[:_CALIBRATED_ON])
-        return replace(fitted, classes=classes, noise=noise)
+        refused: list[tuple[int, str, str, str]] = []
+        for block in itertools.islice(blocks, _BLOCKS_TO_TRY):
+            batch = fitted.load(replace(block, items=block.items[: 4 * _CALIBRATED_ON]))
+            if batch.samples:
+                classes, noise = self._calibrated(batch.same[:_CALIBRATED_ON])
+                return replace(fitted, classes=classes, noise=noise)
+            refused += batch.refused
+        raise SourceError(
+            "none of the first samples can be read: " + "; ".join(f"{name}: {why}" for _, name, why, _ in refused[:3]),
+            hint="--data takes a folder of class folders, among others.",
+        )
 
     def _calibrated(self, images: Array) -> tuple[int, float]:
         """The number of classes, and PyTorch's float32 noise: its distance from float64, relative to the logits."""
@@ -118,7 +123,14 @@ class Plan:
 
         tensor = _channels_first(images)
         with torch.inference_mode():
-            single = _tensor(self.reference(tensor)).numpy().astype(np.float64)
+            try:
+                single = _tensor(self.reference(tensor)).numpy().astype(np.float64)
+            except RuntimeError as error:
+                first_line = str(error).partition("\n")[0]
+                raise FamilyError(
+                    f"the PyTorch model cannot run on images of shape {images.shape[1:]}: {first_line[:200]}",
+                    hint="Prepare them with --pytorch-preprocessing FILE.py:FUNCTION.",
+                ) from None
             if single.ndim != 2:
                 raise FamilyError(
                     f"the model gives an array of shape {single.shape}, and evaluate is for classes",

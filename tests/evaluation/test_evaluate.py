@@ -20,6 +20,7 @@ from porting.evaluation.samples import Batch, Sample
 from porting.evaluation.tally import Tally
 from porting.families.given import GivenFamily
 from porting.mapping.rules import KeyRule
+from porting.progress import Progress
 from porting.reports.evaluation import conclusion, from_json, to_html, to_json, to_markdown
 from porting.tasks.evaluate import EvaluateOptions, evaluate
 from porting.tasks.port import port
@@ -214,8 +215,6 @@ def test_what_was_interrupted_goes_on(toy: Toy, healthy: Evaluation, tmp_path: P
         if done >= 48:
             raise StopError
 
-    from porting.progress import Progress
-
     class Stopping(Progress):
         __call__ = staticmethod(stop)
 
@@ -368,3 +367,112 @@ def test_language_models_are_compared_by_their_next_tokens(tmp_path: Path) -> No
     assert pytorch.perplexity == pytest.approx(np.exp(nll / count), rel=1e-5)
     assert keras.perplexity == pytest.approx(pytorch.perplexity, rel=1e-6)
     assert "perplexity" in to_markdown(found)
+
+
+def batch_of(results: dict[str, np.ndarray], labels: list[int | None]) -> Batch:
+    samples = [Sample(number, str(number), label) for number, label in enumerate(labels)]
+    seconds = dict.fromkeys(results, 1.0)
+    return Batch(0, np.ones(len(labels), np.uint64), samples, results["pytorch"], seconds=seconds, results=results)
+
+
+def test_results_that_are_not_finite_pass_no_gate() -> None:
+    first = np.eye(3) * 4
+    second = np.where(np.arange(3)[:, None] == 1, np.nan, first)
+    tally = Judge(3, 1e-7).judge(batch_of({"pytorch": first, "keras": second}, [0, 1, 2]))
+    found = evaluation_of(
+        Tally.from_document(json.loads(json.dumps(tally.to_document()))), classes=3, names=(), noise=1e-7
+    )
+    assert found.arms[1].not_finite == 1
+    assert found.steps[0].kl == np.inf
+    assert "NaN or infinite" in " ".join(explained(found))
+    assert "NaN or infinite" in " ".join(objections(found))
+    assert to_json(from_json(to_json(found))) == to_json(found)
+
+
+def test_one_bad_row_changes_no_other() -> None:
+    from porting.evaluation.judge import log_probabilities
+
+    rows = np.array([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]])
+    bad = np.vstack([rows, [np.nan] * 3])
+    np.testing.assert_array_equal(log_probabilities(bad)[:2], log_probabilities(rows))
+
+
+def test_gates_need_something_to_measure() -> None:
+    first = np.eye(3) * 4
+    found = evaluation_of(
+        Judge(3, 1e-7).judge(batch_of({"pytorch": first, "keras": first}, [None, 99, 2**70])),
+        classes=3,
+        names=(),
+        noise=1e-7,
+    )
+    assert found.outside_the_head == 2
+    assert "--max-drop needs some" in objections(found, max_drop=0.0)[0]
+    assert objections(found, max_flips=0) == []
+    other = replace(found, samples=7)
+    assert "not the same data" in objections(found, earlier=other)[0]
+
+
+def test_a_function_that_fails_on_an_image_leaves_it_out(toy: Toy, tmp_path: Path) -> None:
+    own = tmp_path / "own.py"
+    own.write_text(
+        "import numpy as np\n"
+        "def some(image):\n    if image.shape[0] % 2:\n        raise ValueError('odd')\n"
+        "    return np.zeros((16, 16, 3))\n"
+        "def sizes(image):\n    return np.zeros((*image.shape[:2], 3))\n"
+    )
+    found = run(toy, own=f"{own}:some")
+    assert found.refused["cannot be prepared"] + found.samples == COUNT
+    with pytest.raises(SourceError, match="several shapes"):
+        run(toy, own=f"{own}:sizes")
+
+
+def test_bad_files_first_end_nothing(toy: Toy, tmp_path: Path) -> None:
+    rows = []
+    for number in range(40):
+        (tmp_path / f"{number}.png").write_bytes(b"broken")
+        rows.append(f"{number}.png,0")
+    rows += [f"{path},{path.parent.name}" for path in toy.images[:10]]
+    (tmp_path / "test.csv").write_text("\n".join(["image,label", *rows]))
+    found = run(toy, data=tmp_path / "test.csv", own="none")
+    assert found.samples == 10
+    assert found.refused == {"not an image": 40}
+
+
+def test_other_content_under_the_same_name_does_not_go_on(toy: Toy, tmp_path: Path) -> None:
+    table, kept = tmp_path / "test.csv", tmp_path / "progress.json"
+    rows = [f"{path},{path.parent.name}" for path in toy.images]
+    table.write_text("\n".join(["image,label", *rows]))
+
+    class Stopping(Progress):
+        def __call__(self, description: str, done: int = 0, total: int = 0) -> None:
+            if done >= 48:
+                raise StopError
+
+    options = EvaluateOptions(batch_size=16, own="none", resume=kept)
+    with pytest.raises(StopError):
+        evaluate(
+            toy.family,
+            "small",
+            toy.weights,
+            str(table),
+            checkpoint={"location": toy.checkpoint},
+            options=options,
+            progress=Stopping(),
+        )
+    table.write_text("\n".join(["image,label", *reversed(rows)]))
+    with pytest.raises(ReportError, match="another content of the data"):
+        run(toy, data=table, own="none", resume=kept)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"flips": {"model": [{"sample": "x", "answers": [1, 2], "margin": 1.0}]}},
+        {"flips": {"model": [{"sample": "x", "answers": {}, "margin": "wide"}]}},
+        {"per_class": [{"number": 0, "samples": 0, "right": {}}]},
+        {"duplicate_samples": [["a", "b", "c"]]},
+    ],
+)
+def test_hostile_evaluations_are_refused(healthy: Evaluation, change: dict[str, Any]) -> None:
+    with pytest.raises(ReportError):
+        from_json(json.dumps({**json.loads(to_json(healthy)), **change}))

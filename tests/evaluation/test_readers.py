@@ -323,3 +323,57 @@ def test_a_pipe_among_the_images_does_not_hang(tmp_path: Path) -> None:
     items = tuple(open_data(str(tmp_path), LABELS).items())
     batch = load_images(Block(0, 0, items), lambda image: np.asarray(image, np.float32))
     assert len(batch.samples) == 1
+
+
+def test_links_are_what_they_point_to(tmp_path: Path) -> None:
+    data, root = tmp_path / "data", tmp_path / "links"
+    data.mkdir()
+    root.mkdir()
+    class_folders(data)
+    (root / "cat").symlink_to(data / "cat")
+    (root / "dog").mkdir()
+    (root / "dog" / "2.png").symlink_to(data / "dog" / "2.png")
+    items = list(open_data(str(root), LABELS).items())
+    assert [(item.label, item.read()) for item in items] == [(0, PICTURES[0]), (0, PICTURES[1]), (1, PICTURES[2])]
+
+
+def test_a_folder_of_another_name_does_not_renumber_the_rest(tmp_path: Path) -> None:
+    for name in ("cat", "dog", "kitty"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(SourceError, match="'kitty' is none of the model's 3 classes"):
+        open_data(str(tmp_path), LABELS)
+
+
+@pytest.mark.parametrize(
+    ("stated", "number"), [("-1", -1), ("2.0", 2), (2.0, 2), (" Dog ", 1), (None, None), ("", None)]
+)
+def test_numbers_of_classes_as_tables_write_them(stated: Any, number: int | None) -> None:
+    assert LABELS.number(stated) == number
+
+
+def test_a_name_of_two_classes_tells_neither() -> None:
+    labels = Labels(3, (("n1", "crane, bird", "crane"), ("n2", "crane"), ("n3", "tench", "tench")))
+    assert labels.number("crane, bird") == 0
+    assert labels.number("crane") == 1
+    assert labels.number("tench") == 2
+    imagenet = usual_labels(1000, ())
+    assert imagenet.number("n02012849") == 134
+
+
+@pytest.mark.parametrize(
+    ("files", "label"),
+    [
+        ((("0.cls", b"2"), ("0.jpg", PICTURES[0]), ("0.json", b'{"width": 3}'), ("0.txt", b"a photo of a cat")), 2),
+        ((("0.jpg", PICTURES[0]), ("0.txt", b"a photo of a cat")), None),
+        ((("0.json", b'{"label": 1}'), ("0.png", PICTURES[0])), 1),
+        ((("0.png", PICTURES[0]), ("0.txt", b"dog")), 1),
+    ],
+)
+def test_what_a_shard_says_of_the_label(tmp_path: Path, files: Any, label: int | None) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    (item,) = open_data(str(tmp_path / "a.tar"), LABELS).items()
+    assert item.label == label
