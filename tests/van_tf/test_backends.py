@@ -73,3 +73,21 @@ def test_the_model_on_every_backend(reference: VAN, checkpoint: Path, tmp_path: 
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
         np.testing.assert_allclose(np.load(folder / f"{backend}.npy"), expected, atol=1e-5 * abs(expected).max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_the_models_own_tests_on_other_backends(backend: str) -> None:
+    """Those of layers and of the model; on TensorFlow they are among the fast tests."""
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(
+        [*command, str(here / "test_layers.py"), str(here / "test_model.py")],
+        cwd=here.parent.parent,
+        env={**environment, "KERAS_BACKEND": backend},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]

@@ -16,6 +16,8 @@ from porting.mapping.convert import convert
 from porting.references.van import VAN
 from van_tf.layers import Block, gelu, module_name
 
+# Runs on every backend of Keras: tests/van_tf/test_backends.py.
+numpy_of = keras.ops.convert_to_numpy
 # Parameters with BatchNorm statistics, and variables, as computed from the official code.
 SIZES = {
     "b0": (4_113_224, 372),
@@ -70,7 +72,7 @@ def test_pytorchs_logits_at_any_size(model: keras.Model, reference: VAN, height:
     expected = torch_logits(reference, images)
     assert expected.std() > 0.1
     # A few units in the last place after some hundred roundings; the parity check proper judges by float64.
-    np.testing.assert_allclose(np.asarray(model(images)), expected, atol=2e-5, rtol=0)
+    np.testing.assert_allclose(numpy_of(model(images)), expected, atol=2e-5, rtol=0)
     np.testing.assert_allclose(model.predict(images, verbose=0), expected, atol=2e-5, rtol=0)
 
 
@@ -120,11 +122,11 @@ def test_drop_path_drops_whole_samples_and_rescales_the_others() -> None:
     block = Block(mlp_ratio=2, drop_path_rate=0.25)
     block.build((None, 4, 4, 8))
     branch = np.ones((4000, 4, 4, 8), np.float32)
-    dropped = np.asarray(block.drop_path(branch, training=True)).reshape(4000, -1)
+    dropped = numpy_of(block.drop_path(branch, training=True)).reshape(4000, -1)
     np.testing.assert_array_equal(dropped.min(1), dropped.max(1))
     assert sorted(set(dropped[:, 0].tolist())) == pytest.approx([0.0, 4 / 3])
     assert (dropped[:, 0] == 0).mean() == pytest.approx(0.25, abs=0.03)
-    np.testing.assert_array_equal(np.asarray(block.drop_path(branch, training=False)), branch)
+    np.testing.assert_array_equal(numpy_of(block.drop_path(branch, training=False)), branch)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -132,7 +134,8 @@ def test_gelu_is_pytorchs_in_every_precision(dtype: str) -> None:
     """Where x is negative, the sum in it cancels."""
     x = torch.linspace(-6, 6, 4001).to(getattr(torch, dtype))
     expected = torch.nn.functional.gelu(x.double()).numpy()
-    actual = np.asarray(keras.ops.cast(gelu(keras.ops.convert_to_tensor(x.float().numpy(), dtype)), "float64"))
+    result = gelu(keras.ops.convert_to_tensor(x.float().numpy(), dtype))
+    actual = numpy_of(keras.ops.cast(result, "float32")).astype(np.float64)
     assert (np.abs(actual - expected) <= torch.finfo(x.dtype).eps * np.abs(expected) + 1e-6).all()
 
 
@@ -152,7 +155,7 @@ def test_config_round_trip(model: keras.Model) -> None:
     assert [variable.path for variable in again.weights] == [variable.path for variable in model.weights]
     again.set_weights(model.get_weights())
     images = random_images(1, 64, 64, 3)
-    np.testing.assert_array_equal(np.asarray(again(images)), np.asarray(model(images)))
+    np.testing.assert_array_equal(numpy_of(again(images)), numpy_of(model(images)))
 
 
 def test_config_keeps_rates() -> None:
@@ -166,7 +169,7 @@ def test_keras_file_round_trip(model: keras.Model, tmp_path: Path) -> None:
     model.save(tmp_path / "nano.keras")
     again = keras.models.load_model(tmp_path / "nano.keras")
     images = random_images(1, 64, 64, 3)
-    np.testing.assert_array_equal(np.asarray(again(images)), np.asarray(model(images)))
+    np.testing.assert_array_equal(numpy_of(again(images)), numpy_of(model(images)))
 
 
 def test_summary_and_graph(model: keras.Model, tmp_path: Path) -> None:
@@ -187,8 +190,8 @@ def test_mixed_precision(model: keras.Model, policy: str, tolerance: float) -> N
     images = random_images(2, 64, 64, 3)
     output = mixed(images)
     assert keras.backend.standardize_dtype(output.dtype) == policy.removeprefix("mixed_")
-    expected = np.asarray(model(images))
-    np.testing.assert_allclose(np.asarray(keras.ops.cast(output, "float32")), expected, atol=tolerance)
+    expected = numpy_of(model(images))
+    np.testing.assert_allclose(numpy_of(keras.ops.cast(output, "float32")), expected, atol=tolerance)
 
 
 def test_global_mixed_precision_policy() -> None:
@@ -252,8 +255,8 @@ def test_batch_norm_counts_the_values_of_any_axis(axis: int) -> None:
     channels_second = np.moveaxis(values, axis, 1)
     theirs = torch.nn.BatchNorm2d(channels_second.shape[1])
     theirs(torch.from_numpy(channels_second.copy()))
-    np.testing.assert_allclose(layer.moving_mean, theirs.get_buffer("running_mean"), rtol=1e-5)
-    np.testing.assert_allclose(layer.moving_variance, theirs.get_buffer("running_var"), rtol=1e-5)
+    np.testing.assert_allclose(numpy_of(layer.moving_mean), theirs.get_buffer("running_mean"), rtol=1e-5)
+    np.testing.assert_allclose(numpy_of(layer.moving_variance), theirs.get_buffer("running_var"), rtol=1e-5)
 
 
 def test_batch_norm_counts_what_a_mask_leaves() -> None:
@@ -265,5 +268,5 @@ def test_batch_norm_counts_what_a_mask_leaves() -> None:
     layer(values, training=True, mask=mask)
     theirs = torch.nn.BatchNorm1d(7)
     theirs(torch.from_numpy(values[mask]))
-    np.testing.assert_allclose(layer.moving_mean, theirs.get_buffer("running_mean"), rtol=1e-5)
-    np.testing.assert_allclose(layer.moving_variance, theirs.get_buffer("running_var"), rtol=1e-5)
+    np.testing.assert_allclose(numpy_of(layer.moving_mean), theirs.get_buffer("running_mean"), rtol=1e-5)
+    np.testing.assert_allclose(numpy_of(layer.moving_variance), theirs.get_buffer("running_var"), rtol=1e-5)
