@@ -123,6 +123,8 @@ def prepare_own(batch: Batch, prepare: Prepare, pool: Executor | None = None) ->
             batch.refused.append((sample.number, sample.name, "cannot be prepared", f"Keras's own way: {each}"[:200]))
     batch.samples = [batch.samples[place] for place in kept]
     batch.same = batch.same[kept]
+    # On Ray, PyTorch has run already.
+    batch.results = {arm: result[kept] for arm, result in batch.results.items()}
     batch.pixels = []
     if kept:
         stacked = _stacked([made[place] for place in kept])

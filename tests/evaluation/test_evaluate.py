@@ -16,7 +16,7 @@ from PIL import Image
 from porting.errors import FamilyError, ReportError, SourceError
 from porting.evaluation.judge import Judge, ranks
 from porting.evaluation.result import Evaluation, evaluation_of, explained, mcnemar, objections, share
-from porting.evaluation.samples import Batch, Sample
+from porting.evaluation.samples import Batch, Sample, prepare_own
 from porting.evaluation.tally import Tally
 from porting.families.given import GivenFamily
 from porting.mapping.rules import KeyRule
@@ -424,6 +424,23 @@ def test_a_function_that_fails_on_an_image_leaves_it_out(toy: Toy, tmp_path: Pat
     assert found.refused["cannot be prepared"] + found.samples == COUNT
     with pytest.raises(SourceError, match="several shapes"):
         run(toy, own=f"{own}:sizes")
+
+
+def test_what_is_left_out_late_has_no_results_either() -> None:
+    """On Ray, Keras prepares its own images when PyTorch has run."""
+    batch = batch_of({"pytorch": np.eye(3)}, [0, 1, 2])
+    batch.same, batch.pixels = np.zeros((3, 2, 2, 3)), [Image.new("RGB", (2 + n, 2)) for n in range(3)]
+
+    def prepare(image: Image.Image) -> np.ndarray:
+        if image.width == 3:
+            raise ValueError("odd")
+        return np.ones((2, 2, 3))
+
+    prepare_own(batch, prepare)
+    assert [sample.number for sample in batch.samples] == [0, 2]
+    np.testing.assert_array_equal(batch.results["pytorch"], np.eye(3)[[0, 2]])
+    assert batch.same.shape == (2, 2, 2, 3)
+    assert [cause for _, _, cause, _ in batch.refused] == ["cannot be prepared"]
 
 
 def test_bad_files_first_end_nothing(toy: Toy, tmp_path: Path) -> None:
