@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from porting.cli.groups import FILE
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @click.command(short_help="Render a JSON report in another format.")
@@ -24,49 +30,36 @@ def report(file: Path, form: str | None, out: Path | None, all_layers: bool) -> 
 
     The exit code says only whether that worked.
     """
+    from porting import reports
     from porting.cli.terminal import make_console, say
     from porting.files.atomic import refuse_clashes, require_writable
-    from porting.reports import format_of, is_stream, write_report
+    from porting.reports import evaluation
     from porting.reports.document import file_beside, read_report
-    from porting.reports.evaluation import is_evaluation
     from porting.reports.terminal import print_report
 
-    if is_evaluation(file):
-        _render_evaluation(file, form, out)
-        return
-    parity = read_report(file)
-    if remark := file_beside(parity, file):
-        say(remark, err=True)
-    form = form or ("terminal" if out is None or is_stream(out) else format_of(out))
-    if form == "terminal":
-        print_report(parity, make_console(), all_layers=all_layers)
-        return
+    show: Callable[[Console], None]
+    write: Callable[[Path, str], None]
+    if evaluation.is_evaluation(file):
+        found = evaluation.read_evaluation(file)
+        forms, format_of = tuple(evaluation.FORMATS.values()), evaluation.format_of
+        show, write = partial(evaluation.print_evaluation, found), partial(evaluation.write_evaluation, found)
+    else:
+        parity = read_report(file)
+        if remark := file_beside(parity, file):
+            say(remark, err=True)
+        forms, format_of = reports.FORMATS, reports.format_of
+        show, write = partial(print_report, parity, all_layers=all_layers), partial(reports.write_report, parity)
     out = out or Path("-")
-    if not is_stream(out):
+    streamed = reports.is_stream(out)
+    form = form or ("terminal" if streamed else format_of(out))
+    if form == "terminal":
+        show(make_console())
+        return
+    if form not in forms:
+        raise click.UsageError(f"an evaluation has no {form} form; it has terminal, {', '.join(forms)}")
+    if not streamed:
         refuse_clashes({"--out": [out]}, {"FILE": [file]})
         require_writable(out)
-    write_report(parity, out, form)
-    if not is_stream(out):
-        say(f"Wrote {out}")
-
-
-def _render_evaluation(file: Path, form: str | None, out: Path | None) -> None:
-    from porting.cli.terminal import make_console, say
-    from porting.files.atomic import refuse_clashes, require_writable
-    from porting.reports import is_stream
-    from porting.reports.evaluation import FORMATS, format_of, print_evaluation, read_evaluation, write_evaluation
-
-    form = form or ("terminal" if out is None or is_stream(out) else format_of(out))
-    if form not in {"terminal", *FORMATS.values()}:
-        raise click.UsageError(f"an evaluation has no {form} form; it has terminal, {', '.join(FORMATS.values())}")
-    found = read_evaluation(file)
-    if form == "terminal":
-        print_evaluation(found, make_console())
-        return
-    out = out or Path("-")
-    if not is_stream(out):
-        refuse_clashes({"--out": [out]}, {"FILE": [file]})
-        require_writable(out)
-    write_evaluation(found, out, form)
-    if not is_stream(out):
+    write(out, form)
+    if not streamed:
         say(f"Wrote {out}")

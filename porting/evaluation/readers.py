@@ -131,8 +131,8 @@ def _folder(spec: str, file_system: Any, path: str, labels: Labels) -> Dataset:
     numbers = labels.of_folders([names[each] for each in folders]) if folders else {}
 
     def files_in(folder: str) -> list[str]:
-        inside = file_system.find(folder) if folder != path else []
-        found = inside if folder != path else [name for name, kind in kinds.items() if kind == "file"]
+        own = [name for name, kind in kinds.items() if kind == "file"]
+        found = own if folder == path else file_system.find(folder)
         return sorted(each for each in found if not posixpath.basename(each).startswith("."))
 
     def items() -> Iterator[Item]:
@@ -143,7 +143,8 @@ def _folder(spec: str, file_system: Any, path: str, labels: Labels) -> Dataset:
                 if folders or each.lower().endswith(_SUFFIXES):
                     yield Item(posixpath.relpath(each, path), number, _address(spec, file_system, each))
 
-    total = sum(len(files_in(folder)) for folder in folders) if folders else None
+    # Where labels are ignored only the first samples are looked at.
+    total = sum(len(files_in(folder)) for folder in folders) if folders and not labels.ignored else None
     by_order = bool(folders) and not labels.names and any(not names[each].isdigit() for each in folders)
     note = "class folders were numbered in sorted order: the model's class names are not known"
     return Dataset(spec, items, total, (note,) if by_order else ())

@@ -40,13 +40,15 @@ class ConfiguredVanFamily(VanFamily):
         from van_tf.config import VanConfig, read_settings
 
         try:
-            self._config = VanConfig.from_file(path)
-            self._states_epsilon = not {"layer_norm_eps", "layer_norm_epsilon"}.isdisjoint(read_settings(path))
-        except (FileNotFoundError, ValueError) as error:
+            settings = read_settings(path)
+            self._config = VanConfig.from_dict(settings, name=path.stem)
+        except (FileNotFoundError, ValueError, TypeError) as error:
+            missing = isinstance(error, FileNotFoundError)
             raise FamilyError(
-                str(error),
+                str(error) if missing else f"{path}: not the configuration of a VAN: {error}",
                 hint='Expected settings such as {"embed_dims": [32, 64], "depths": [2, 2], "mlp_ratios": [8, 4]}.',
             ) from None
+        self._states_epsilon = not {"layer_norm_eps", "layer_norm_epsilon"}.isdisjoint(settings)
         self._path = path
         self.variant = re.sub(r"\W+", "_", self._config.name) or "custom"
         self.sources = (Source(self.name, self.variant, "its own", note="by --config", classes=self._config.classes),)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from porting.errors import OutputError
 from porting.parity.report import ParityReport
 
 FORMATS = ("terminal", "json", "html", "markdown", "junit")
+_FORMATS_BY_SUFFIX = {".json": "json", ".html": "html", ".md": "markdown", ".xml": "junit"}
 
 
 def render(report: ParityReport, form: str) -> str:
@@ -39,17 +42,28 @@ def is_stream(path: Path) -> bool:
 
 def write_report(report: ParityReport, path: Path, form: str | None = None) -> None:
     """Writes a report to a file, in the format that its suffix names, or to standard output; raises OutputError."""
+    write_rendered(partial(render, report), path, form, format_of)
+
+
+def write_rendered(
+    render: Callable[[str], str], path: Path, form: str | None, format_of: Callable[[Path], str]
+) -> None:
+    """Writes what `render` gives for a format, by default that of the file's name, or JSON on standard output."""
     from porting.files.atomic import write_text
 
     if is_stream(path):
-        sys.stdout.write(render(report, form or "json"))
+        sys.stdout.write(render(form or "json"))
         return
-    write_text(path, render(report, form or format_of(path)))
+    write_text(path, render(form or format_of(path)))
 
 
 def format_of(path: Path) -> str:
     """The format that a file's suffix names; raises OutputError for one that names none."""
-    forms = {".json": "json", ".html": "html", ".md": "markdown", ".xml": "junit"}
+    return format_among(_FORMATS_BY_SUFFIX, path, "which report to write")
+
+
+def format_among(forms: Mapping[str, str], path: Path, what: str) -> str:
+    """The one of `forms`, by suffix, that a file's name says; raises OutputError where it does not say `what`."""
     if path.suffix not in forms:
-        raise OutputError(f"{path}: the name does not say which report to write", hint=f"End it in {', '.join(forms)}.")
+        raise OutputError(f"{path}: the name does not say {what}", hint=f"End it in {', '.join(forms)}.")
     return forms[path.suffix]

@@ -21,17 +21,17 @@ from __future__ import annotations
 import html
 import json
 import re
-import sys
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from porting.errors import OutputError, ReportError
+from porting.errors import ReportError
 from porting.evaluation.result import SCHEMA_VERSION, TITLES, ArmResult, Evaluation, Share, StepResult, explained
-from porting.files.atomic import open_regular, write_text
-from porting.reports import is_stream
+from porting.files.atomic import open_regular
+from porting.reports import format_among, write_rendered
 from porting.reports.document import decoded, encoded
 
 if TYPE_CHECKING:
@@ -47,9 +47,7 @@ _PICTURE = re.compile(r"data:image/jpeg;base64,[A-Za-z0-9+/=]+")
 
 def format_of(path: Path) -> str:
     """The format that a file's suffix names; raises OutputError for one that names none."""
-    if path.suffix not in FORMATS:
-        raise OutputError(f"{path}: the name does not say what to write", hint=f"End it in {', '.join(FORMATS)}.")
-    return FORMATS[path.suffix]
+    return format_among(FORMATS, path, "what to write")
 
 
 def render(found: Evaluation, form: str) -> str:
@@ -61,10 +59,7 @@ def render(found: Evaluation, form: str) -> str:
 
 def write_evaluation(found: Evaluation, path: Path, form: str | None = None) -> None:
     """To a file, in the format that its suffix names, or to standard output; raises OutputError."""
-    if is_stream(path):
-        sys.stdout.write(render(found, form or "json"))
-        return
-    write_text(path, render(found, form or format_of(path)))
+    write_rendered(partial(render, found), path, form, format_of)
 
 
 def to_json(found: Evaluation) -> str:

@@ -124,21 +124,10 @@ def _evaluate(
     labels = _labels(plan, options)
     dataset = open_data(data, labels, tokenizer=tokenizer)
     total = min(filter(None, (dataset.total, options.limit)), default=0)
-    identity = {
-        "data": dataset.described,
-        "number of samples": dataset.total,
-        "content of the data": _content_of(data),
-        "list of labels": _content_of(str(options.labels or "")),
-        "tokenizer": f"{options.tokenizer}, {options.longest} tokens",
-        "weights": sha256_of(weights),
-        "checkpoint": case.checkpoint.sha256 if case.checkpoint is not None else "",
-        "model": f"{family.described} {variant}",
-        "preprocessing": [options.shared, options.own, *map(_content_of, _files(options.shared, options.own))],
-        "batch size": options.batch_size,
-        "limit": options.limit,
-        "number of threads": plan.threads,
-    }
+    weights_hash = sha256_of(weights)
     started = time.perf_counter()
+    # Hashing a data set may take long, and nobody else asks for it.
+    identity = {} if options.resume is None else _identity(plan, data, dataset, weights_hash, options)
     kept = ProgressFile(options.resume, identity)
     blocks = _but(blocks_of(dataset.items(), options.batch_size, limit=options.limit), kept.done)
     if options.engine == "ray":
@@ -170,7 +159,7 @@ def _evaluate(
         "engine": options.engine,
         "batch_size": options.batch_size,
         "preprocessing": {"shared": options.shared or "the family's", "keras": options.own},
-        "file": {"name": weights.name, "sha256": identity["weights"]},
+        "file": {"name": weights.name, "sha256": weights_hash},
     }
     groups = duplicates(kept.tally.hashes)[:_NAMED_DUPLICATES]
     found = replace(
@@ -182,6 +171,25 @@ def _evaluate(
     )
     kept.remove()
     return found
+
+
+def _identity(plan: Plan, data: str, dataset: Dataset, weights_hash: str, options: EvaluateOptions) -> dict[str, Any]:
+    """What must be the same for two halves of a run to be of one evaluation."""
+    checkpoint = plan.case.checkpoint
+    return {
+        "data": dataset.described,
+        "number of samples": dataset.total,
+        "content of the data": _content_of(data),
+        "list of labels": _content_of(str(options.labels or "")),
+        "tokenizer": f"{options.tokenizer}, {options.longest} tokens",
+        "weights": weights_hash,
+        "checkpoint": checkpoint.sha256 if checkpoint is not None else "",
+        "model": f"{plan.family.described} {plan.variant}",
+        "preprocessing": [options.shared, options.own, *map(_content_of, _files(options.shared, options.own))],
+        "batch size": options.batch_size,
+        "limit": options.limit,
+        "number of threads": plan.threads,
+    }
 
 
 def _content_of(path: str) -> str:

@@ -35,8 +35,6 @@ from porting.tasks.case import Case, open_case
 if TYPE_CHECKING:
     from torch import nn
 
-# How the third arm prepares its images: as the family's Keras users do, by TensorFlow's defaults, or not at all.
-OWN_WAYS = ("own", "tensorflow", "none")
 _CALIBRATED_ON = 8
 # Blocks to try where nothing in the first can be read.
 _BLOCKS_TO_TRY = 64
@@ -47,7 +45,8 @@ class Plan:
     """Which models, and how their inputs are prepared.
 
     `weights` is a file of Keras weights, or what `van-port export` wrote. `checkpoint` has the arguments of
-    `open_case`. `own` is one of `OWN_WAYS`, or FILE.py:FUNCTION, which takes `(H, W, 3)` uint8 and gives float32;
+    `open_case`. `own` is how the third arm prepares its images: "own" as the family's Keras users do, "tensorflow" by
+    TensorFlow's defaults, "none" not at all, or FILE.py:FUNCTION, which takes `(H, W, 3)` uint8 and gives float32;
     `shared` is such a function for the tensors that both models take, "" for the family's own. `longest` is the number
     of tokens at which texts are cut. `threads` are those of each model, on which the rounding of its sums depends. What
     follows is what `fitted` found.
