@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from porting.kinds.transforms import Array
 from porting.models.traverse import named_layers, named_variables
 
 if TYPE_CHECKING:
@@ -47,12 +48,20 @@ class Float64Model:
         with float64_defaults(), _exact_functions(), turned:
             yield self.model
 
-    def substitute(self, find: Callable[[Any], Any]) -> int:
-        """Gives weights other float64 values: `find` takes a weight's and gives another or None. Returns how many."""
+    def weights(self) -> dict[str, Array]:
+        """All weights by name, as the model has them in float64."""
+        with self.active() as model:
+            return {name: np.asarray(variable) for name, variable in named_variables(model).items()}
+
+    def substitute(self, find: Callable[[str, Any], Any]) -> int:
+        """Gives weights other float64 values: `find` takes a weight's name and values and gives others or None.
+
+        Returns how many it gave.
+        """
         count = 0
         with self.active() as model:
-            for variable in named_variables(model).values():
-                other = find(np.asarray(variable))
+            for name, variable in named_variables(model).items():
+                other = find(name, np.asarray(variable))
                 if other is not None:
                     variable.assign(other)
                     count += 1

@@ -25,7 +25,14 @@ from porting.models.live import effective_tensors
 from porting.models.observe import observe_layers, observe_modules, to_torch
 from porting.models.precision import in_precision
 from porting.models.traverse import named_layers, named_variables
-from porting.parity.derived import derived_weights, halved_weights, has_derived, in_all_orders, rounds_to, substitutes
+from porting.parity.derived import (
+    StoredWeights,
+    derived_weights,
+    halved_weights,
+    has_derived,
+    rounds_to,
+    substitute_for,
+)
 from porting.parity.locate import locate
 from porting.parity.loud import compare_loud_outputs
 from porting.parity.observers import ExactObserver, RoundingObserver
@@ -216,21 +223,23 @@ def _substitute_by_key_map(session: Session, key_map: KeyMap) -> None:
 
 def _substitute_derived(session: Session, recording: Recording) -> None:
     halved = halved_weights(session.reference)
-    if halved and session.float64.substitute(lambda values: rounds_to(values, halved)):
+    if halved and session.float64.substitute(lambda name, values: rounds_to(values, halved)):
         session.notes["PyTorch's weights are in half precision, and Keras's are numbers that round to them"] = None
         session.halved = halved
     if not has_derived(session.truth_model):
         return
+    stored = StoredWeights(
+        tensor.detach().float().numpy()
+        for tensor in session.reference.state_dict().values()
+        if tensor.is_floating_point()
+    )
+    others = {name for name, values in session.float64.weights().items() if not stored.has(values)}
+    if not others:
+        return
     batch_norm = KINDS["batch_norm"]
     epsilons = [layer.epsilon for layer in session.names.layers.values() if batch_norm.is_layer(layer)]
     derived = derived_weights(session.truth_model, recording, epsilons)
-    stored = {
-        np.ascontiguousarray(each).tobytes()
-        for tensor in session.reference.state_dict().values()
-        if tensor.is_floating_point()
-        for each in in_all_orders(tensor.detach().float().numpy())
-    }
-    count = session.float64.substitute(lambda values: substitutes(values, stored, derived))
+    count = session.float64.substitute(lambda name, values: substitute_for(values, derived) if name in others else None)
     if count:
         session.notes[f"{count} weights are computed from several tensors of PyTorch's, exactly but for float32"] = None
 

@@ -71,10 +71,25 @@ def in_all_orders(array: Array) -> Iterator[Array]:
             yield transform.apply(array)
 
 
-def substitutes(values: Array, stored: set[bytes], derived: list[Array]) -> Array | None:
-    """The derived weight that `values`, float32, are the rounding of; None for a stored tensor, or where none fits."""
-    if values.astype(np.float32).tobytes() in stored:
-        return None
+class StoredWeights:
+    """Recognises weights that are a tensor of the checkpoint, number by number, whatever the order of their axes."""
+
+    def __init__(self, tensors: Iterable[Array]) -> None:
+        self._known = {_checksum(tensor) for tensor in tensors}
+
+    def has(self, values: Array) -> bool:
+        """Whether `values` are such a tensor, or zeros alone, which are computed from nothing."""
+        return not values.any() or _checksum(values) in self._known
+
+
+def _checksum(values: Array) -> tuple[int, int, int]:
+    """The same for the same float32 numbers in any order, and for others by no chance that counts."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32).reshape(-1).astype(np.uint64)
+    return bits.size, int(bits.sum()), int((bits * bits).sum())
+
+
+def substitute_for(values: Array, derived: list[Array]) -> Array | None:
+    """The derived weight that `values`, float32, are the rounding of; None where none fits."""
     for exact in derived:
         if exact.shape != values.shape:
             continue

@@ -142,9 +142,12 @@ class DifferenceSum:
         for mine, theirs, *rest in _chunks(*tensors):
             difference = mine - theirs
             error = difference + rest[0] if rest else difference
-            self.distance.add_chunk(difference)
-            greatest = _greatest(error)
-            distance._take(greatest, _power(error), error.numel())
+            greatest, power = _greatest(error), _power(error)
+            distance._take(greatest, power, error.numel())
+            if rest:
+                self.distance.add_chunk(difference)
+            else:
+                self.distance._take(greatest, power, error.numel())
             self.expected_power += _power(theirs)
             self.actual_power += _power(mine)
             self.sum_of_absolutes += float(difference.abs().sum())

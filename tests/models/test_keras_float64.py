@@ -107,7 +107,7 @@ def test_functions_are_what_they_are_defined_as(ours: Any, theirs: Any) -> None:
 def test_weights_can_be_given_other_values_meanwhile() -> None:
     model = small()
     turned = Float64Model(model)
-    count = turned.substitute(lambda values: values + 1e-12 if values.ndim == 1 else None)
+    count = turned.substitute(lambda name, values: values + 1e-12 if values.ndim == 1 else None)
     assert count == sum(len(variable.shape) == 1 for variable in model.weights)
     with turned.active() as exact:
         assert float(np.asarray(exact.layers[-1].bias)[0]) == 1e-12
