@@ -1,6 +1,6 @@
-"""What is known of each kind of layer, one file a kind: its tensors, its settings and the mistakes people make.
+"""The kinds of layers, one file each: their tensors, their settings and common porting mistakes.
 
-A new kind is a file in this folder, with a `Kind` called `KIND` or several in `KINDS`, and a line in `_FILES`.
+To add a kind, add a file to this folder that defines `KIND`, or several kinds in `KINDS`, and list it in `_FILES`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import keras
     from torch import nn
 
-# Where a module is of two kinds, the earlier one counts: a depthwise convolution is also a grouped one.
+# The order matters: the first kind that matches a module counts. A depthwise convolution is also a grouped one.
 _FILES = (
     "depthwise",
     "convolution",
@@ -48,9 +48,9 @@ KINDS: dict[str, Kind] = {kind.name: kind for file in _FILES for kind in _kinds_
 
 
 def kind_called(name: str) -> Kind:
-    """The kind of that name, which may say more behind a colon: `dense:512x7x7` has its rows behind a Flatten.
+    """Return the kind of a name. Details may follow a colon: `dense:512x7x7` is a dense layer behind a Flatten.
 
-    Raises KeyMapError for a name that is none.
+    Raises KeyMapError for an unknown kind or invalid details.
     """
     base, _, more = name.partition(":")
     kind = KINDS.get(base)
@@ -60,10 +60,10 @@ def kind_called(name: str) -> Kind:
 
 
 def kind_of_module(module: nn.Module) -> Kind | None:
-    """The kind of a PyTorch module; None for one that is not known."""
+    """The kind of a PyTorch module; None for an unknown one."""
     return next((kind for kind in KINDS.values() if kind.is_module(module)), None)
 
 
 def kind_of_layer(layer: keras.layers.Layer) -> Kind | None:
-    """The kind of a Keras layer; None for one that is not known."""
+    """The kind of a Keras layer; None for an unknown one."""
     return next((kind for kind in KINDS.values() if kind.is_layer(layer)), None)

@@ -1,4 +1,4 @@
-"""Activations without weights. What counts is the function, told by its values, not its name."""
+"""Activations without weights. Functions are compared by their values on a grid, not by name."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     import keras
     from torch import Tensor, nn
 
-# Dense where functions bend, and far enough out for those that saturate late.
+# Dense around 0, where activations bend, with a few points far out for those that saturate late.
 GRID = np.concatenate([np.linspace(-8.0, 8.0, 257), [-1e3, -100.0, -30.0, -12.0, 12.0, 30.0, 100.0, 1e3]])
 _WITHOUT_ARGUMENT = {"ReLU", "LeakyReLU", "ELU"}
-# Functions of several numbers at once: which ones, only the results show.
+# Keras layers with an `activation` argument.
 _WITH_ACTIVATION = {
     "Conv1D",
     "Conv2D",
@@ -33,6 +33,7 @@ _WITH_ACTIVATION = {
     "SeparableConv1D",
     "SeparableConv2D",
 }
+# These are not functions of one number, so values on a grid do not identify them.
 _NOT_ELEMENTWISE = {"Softmax", "Softmax2d", "LogSoftmax", "Softmin", "GLU", "MultiheadAttention"}
 
 
@@ -40,7 +41,7 @@ class Activation(Kind):
     name = "activation"
 
     def is_module(self, module: nn.Module) -> bool:
-        # timm and transformers have classes of their own, in modules called so.
+        # timm and transformers define their own classes, in Python modules whose names begin with "activation".
         home = type(module).__module__.rpartition(".")[2]
         return home.startswith("activation") and not list(module.parameters()) and not list(module.children())
 
@@ -57,7 +58,7 @@ class Activation(Kind):
         try:
             with torch.no_grad():
                 values: Array = copy.deepcopy(module)(torch.from_numpy(GRID.copy())).numpy()
-        except Exception:  # whatever a package's own class raises on a single axis
+        except Exception:  # a package's own class may raise anything on a tensor with one axis
             return {}
         return {"activation": values} if values.shape == GRID.shape else {}
 
@@ -79,7 +80,7 @@ class Activation(Kind):
         own = self.module_settings(module).get("activation")
         function = name_of_function(own) if own is not None else ""
         if function == "GELU (tanh)":
-            yield made("GELU by erf, where PyTorch has its tanh approximation", F.gelu)
+            yield made("GELU by erf, where PyTorch uses the tanh approximation", F.gelu)
         elif isinstance(module, nn.GELU) or function == "GELU (erf)":
             yield made("the tanh approximation of GELU", lambda x: F.gelu(x, approximate="tanh"))
             yield made("the sigmoid approximation of GELU", lambda x: x * torch.sigmoid(1.702 * x))
@@ -104,13 +105,13 @@ class Activation(Kind):
 
 
 def _values(function: Any) -> Settings:
-    """The values of a Keras function on `GRID`; {} where it is none of one number."""
+    """The values of a Keras function on `GRID`; {} when it is not a function of one number."""
     import keras
 
     try:
         given = keras.ops.convert_to_tensor(GRID, dtype=keras.config.floatx())
         values = np.asarray(function(given)).astype(np.float64)
-    except Exception:  # whatever a function raises on a single axis
+    except Exception:  # a function may raise anything on a tensor with one axis
         return {}
     if getattr(function, "__name__", "") in {"softmax", "log_softmax", "glu"} or values.shape != GRID.shape:
         return {}
@@ -118,7 +119,7 @@ def _values(function: Any) -> Settings:
 
 
 def name_of_function(values: Array) -> str:
-    """The name of a function of one variable, by its values on `GRID`."""
+    """Name a function of one variable by its values on `GRID`."""
     import torch
     from torch.nn import functional as F
 

@@ -1,4 +1,4 @@
-"""Attention with several heads."""
+"""Multi-head attention, and dense layers that compute queries, keys and values at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _PARTS = ("query", "key", "value")
-# What the rows hold is written (heads, size) in PyTorch.
+# PyTorch orders the rows of a projection as (heads, size).
 _ROWS = {"heads": "(heads, size) read as (size, heads)", "size": "(size, heads) read as (heads, size)"}
 
 
@@ -31,7 +31,7 @@ def _joined(*, in_first: bool) -> tuple[Leaf, ...]:
 
 class Attention(Kind):
     name = "attention"
-    # One kernel in front where all three take the same size, else three.
+    # PyTorch has one input projection when query, key and value have the same size, and three otherwise.
     leaves: tuple[Leaf, ...] = (
         Leaf("in_proj_weight", ("query/kernel", "key/kernel", "value/kernel"), HeadsInFront()),
         Leaf("q_proj_weight", "query/kernel", DENSE),
@@ -114,7 +114,7 @@ def _reorder(order: tuple[int, ...], with_bias: bool, module: Any) -> None:
 
 
 def _split_otherwise(parts: tuple[int, ...], first: str, module: Any) -> None:
-    """Rows in the order (size, heads) where they belong in (heads, size), or the other way round."""
+    """Reorder the rows of some projections from (heads, size) to (size, heads), or the other way round."""
     import torch
 
     for parameter in _in_front(module)[:1]:
@@ -144,13 +144,13 @@ def _scaled(factor: float, module: Any) -> None:
 
 
 class JoinedProjections(Attention):
-    """One dense layer in PyTorch that makes queries, keys and values; the layer is Keras's attention."""
+    """One dense layer in PyTorch that computes queries, keys and values; in Keras they belong to an attention layer."""
 
     name = "qkv"
     leaves = _joined(in_first=False)
 
     def with_details(self, details: str) -> Kind:
-        """`in_first`: the kernel is `(in, 3 * size)`, as GPT-2's."""
+        """`in_first`: the kernel is `(in, 3 * size)`, as in GPT-2."""
         if details != "in_first":
             raise KeyMapError(f"the kind qkv takes in_first: got {details!r}")
         other = JoinedProjections()

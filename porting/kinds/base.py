@@ -1,4 +1,4 @@
-"""What the engine asks of a kind of layer, and how a kind makes its known mistakes on purpose."""
+"""The interface of a kind of layer, and helpers that reproduce its known porting mistakes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import keras
     from torch import Tensor, nn
 
-    # What a module gives: one tensor or several; None where a mistake cannot be made.
+    # A module's result: one tensor or several. None when a mistake cannot be made.
     Made = Tensor | tuple[Tensor, ...] | None
 
 Settings = dict[str, Any]
@@ -22,10 +22,11 @@ Settings = dict[str, Any]
 
 @dataclass(frozen=True)
 class Leaf:
-    """A tensor of a kind, or several that go together: last names in PyTorch and in Keras, and how they move.
+    """One tensor of a kind, or several that are converted together.
 
-    "" stands for the row's own name. `default` is what it holds where one side lacks it, such as 0 for a bias; None
-    where that cannot be.
+    `source` and `target` are the last parts of the names in PyTorch and in Keras; "" stands for the row's own name.
+    `default` is the value to assume when one side has no such tensor, such as 0 for a bias; None when there is no such
+    value.
     """
 
     source: str | tuple[str, ...]
@@ -44,9 +45,10 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Mistake:
-    """A porting mistake: `cause` in plain words, and `make`, which computes what PyTorch would give with it.
+    """A known porting mistake: `cause` describes it, and `make` computes PyTorch's result with the mistake made.
 
-    `make` returns all tensors where a module gives several, None where the mistake cannot be made with these shapes.
+    `make` returns all tensors of a module with several results, and None when the mistake cannot be made with these
+    shapes.
     """
 
     cause: str
@@ -54,10 +56,10 @@ class Mistake:
 
 
 class Kind:
-    """What is known of one kind of layer. A subclass overrides what applies to it.
+    """One kind of layer: its tensors, settings and known mistakes. A subclass overrides what applies to it.
 
-    `leaves` are its tensors and `drops` the last names of those that Keras does not keep. A setting in
-    `training_settings` changes nothing at inference.
+    `leaves` are the tensors. `drops` are the last names of PyTorch tensors that Keras does not keep.
+    `training_settings` names the settings that have no effect at inference.
     """
 
     name: str
@@ -66,7 +68,10 @@ class Kind:
     training_settings: frozenset[str] = frozenset()
 
     def with_details(self, details: str) -> Kind:
-        """The kind as a row states it further; raises KeyMapError where there is nothing to state, or not so."""
+        """Return the kind with the details that a row gives after the colon, such as `512x7x7` in `dense:512x7x7`.
+
+        Raises KeyMapError when the kind takes no details or these are invalid.
+        """
         raise KeyMapError(f"the kind {self.name} takes no details: got {details!r}")
 
     def is_module(self, module: nn.Module) -> bool:
@@ -78,45 +83,49 @@ class Kind:
         return False
 
     def leaves_for(self, module: nn.Module) -> tuple[Leaf, ...]:
-        """The leaves that one module may have; several may have the same tensors, for layers written otherwise."""
+        """The leaves of one module. Several may name the same tensor, for different Keras layers."""
         return self.leaves
 
     def variables(self, layer: keras.layers.Layer) -> dict[str, keras.Variable]:
-        """The variables of a layer of this kind by the last names in `leaves`; without those that it does not have."""
+        """The variables of a layer of this kind, by the target names in `leaves`. Missing variables are left out."""
         names = (name for leaf in self.leaves for name in leaf.targets)
         found = {name: attribute(layer, name) for name in names if name}
         return {name: variable for name, variable in found.items() if hasattr(variable, "assign")}
 
     def module_settings(self, module: nn.Module) -> Settings:
-        """What a module of this kind is set to, under PyTorch's names."""
+        """The settings of a module of this kind, under PyTorch's names."""
         return {}
 
     def layer_settings(self, layer: keras.layers.Layer) -> Settings:
-        """What a layer of this kind is set to, under PyTorch's names and in PyTorch's conventions."""
+        """The settings of a layer of this kind, under PyTorch's names and in PyTorch's conventions."""
         return {}
 
     def fused_settings(self, layer: keras.layers.Layer) -> Settings:
-        """What a layer of another kind is set to in this kind's sense, where it has one fused into it."""
+        """This kind's settings in a layer of another kind that has it fused in, such as a Dense with an activation."""
         return {}
 
     def advice(self, setting: str, expected: Any) -> str:
-        """What to set in Keras, where its convention is another."""
+        """What to set in Keras when its convention differs from PyTorch's; "" when it does not."""
         return ""
 
     def mistakes(self, module: nn.Module, inputs: list[Tensor]) -> Iterator[Mistake]:
-        """Known porting mistakes of this kind, made on what `module` took, the specific before the general."""
+        """Known porting mistakes of this kind, made on the inputs that `module` took. Specific ones come first."""
         return iter(())
 
 
 def attribute(owner: Any, name: str) -> Any:
-    """An attribute of an attribute, `/` or `.` between them; None where there is none."""
+    """Look up a nested attribute by a name with `/` or `.` between the parts; None when a part is missing."""
     for part in name.replace("/", ".").split("."):
         owner = getattr(owner, part, None)
     return owner
 
 
 def with_change(module: nn.Module, inputs: list[Tensor], change: Callable[[Any], object]) -> Callable[[], Made]:
-    """The module's float64 result after one change to a copy of it; all tensors of it where it is no single one."""
+    """Return a function that computes the float64 result of a copy of the module after one change.
+
+    The function returns one tensor, or all tensors of a result that is not a single tensor. It returns None when the
+    change is not possible with these shapes.
+    """
 
     def make() -> Made:
         import torch
@@ -134,7 +143,7 @@ def with_change(module: nn.Module, inputs: list[Tensor], change: Callable[[Any],
 
 
 def _tensors(result: Any) -> tuple[Tensor, ...]:
-    """The tensors in what a module gives, such as a recurrent layer's sequence and states."""
+    """The tensors in a module's result, such as the sequence and states of a recurrent layer."""
     import torch
 
     if isinstance(result, torch.Tensor):
@@ -144,7 +153,7 @@ def _tensors(result: Any) -> tuple[Tensor, ...]:
 
 
 def with_value(module: nn.Module, inputs: list[Tensor], name: str, value: Callable[[Any], Any]) -> Callable[[], Made]:
-    """The module's float64 result with another value for one tensor or attribute."""
+    """Like `with_change`, where the change gives one tensor or attribute the value that `value` computes."""
 
     def change(changed: Any) -> None:
         new = value(changed)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import keras
     from torch import Tensor, nn
 
-# Those of PyTorch, Keras, keras.applications and published models: what an epsilon is when it is wrong.
+# Epsilons of PyTorch, Keras, keras.applications and published models: a wrong epsilon is likely one of these.
 USUAL_EPSILONS = (1e-3, 1e-4, 1e-5, 1.001e-5, 1e-6, 1e-12, 0.0)
 
 
@@ -32,9 +32,9 @@ class BatchNorm(Kind):
     training_settings = frozenset({"momentum"})
 
     def with_details(self, details: str) -> Kind:
-        """`+9e-06`: what is added to the variance, where Keras's epsilon is smaller than PyTorch's by as much.
+        """`+9e-06`: an offset to add to the variance, which is PyTorch's epsilon minus Keras's.
 
-        The two then compute the same at inference. In training each has its own epsilon.
+        With it both models compute the same at inference. In training each uses its own epsilon.
         """
         try:
             offset = float(details)
@@ -42,8 +42,8 @@ class BatchNorm(Kind):
             offset = math.nan
         if not math.isfinite(offset):
             raise KeyMapError(
-                f"the kind batch_norm takes what its variance is shifted by: got {details!r}",
-                hint="PyTorch's epsilon less Keras's, such as batch_norm:-9.9e-04.",
+                f"the kind batch_norm takes an offset of the variance: got {details!r}",
+                hint="PyTorch's epsilon minus Keras's, such as batch_norm:-9.9e-04.",
             )
         shifted = BatchNorm()
         shifted.leaves = (

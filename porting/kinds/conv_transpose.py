@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class ConvTranspose(Kind):
-    """PyTorch has `(in, out, *spatial)`, Keras `(*spatial, out, in)`: the same permutation as of a convolution."""
+    """The kernel, `(in, out, *spatial)` in PyTorch and `(*spatial, out, in)` in Keras, permutes as in a convolution."""
 
     name = "conv_transpose"
     leaves = (Leaf("weight", "kernel", CONVOLUTION), Leaf("bias", "bias", VECTOR, 0.0))
@@ -61,7 +61,7 @@ class ConvTranspose(Kind):
 
 
 def _cropped_at_the_end(module: Any) -> None:
-    """All of the padding taken from the end, none from the beginning."""
+    """Crop the whole padding at the end of each axis, and nothing at the beginning."""
     padding, forward = module.padding, module.forward
     module.padding = tuple(0 for _ in padding)
 

@@ -58,7 +58,7 @@ def convolution_module_settings(module: Any) -> Settings:
         "dilation": tuple(module.dilation),
         "groups": module.groups,
     }
-    # A class that pads in a way of its own, as timm's Conv2dSame, does not say so in this.
+    # A class that pads in its own way, such as timm's Conv2dSame, does not state that in `padding`.
     if isinstance(module.padding, tuple) and type(module).forward is _plain_forward(module):
         settings["padding"] = tuple(module.padding)
     return settings
@@ -95,7 +95,7 @@ def bias_mistakes(module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
 
 
 def kernel_mistakes(module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
-    """Spatial axes in another order or direction."""
+    """Mistakes that swap or flip spatial axes of the kernel."""
     spatial = len(module.kernel_size)
     names, axes = _AXIS_NAMES[spatial], range(2, 2 + spatial)
     for one, other in itertools.combinations(axes, 2):
@@ -149,7 +149,7 @@ def _interleaved(weight: Tensor, groups: int) -> Tensor:
 
 
 def reach_mistakes(module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
-    """Dilation and padding."""
+    """Mistakes in the dilation and the padding."""
     if any(step > 1 for step in module.dilation):
         yield Mistake("the dilation is lost", lambda: _without_dilation(module, inputs[0]))
     padding = module.padding

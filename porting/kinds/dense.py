@@ -20,7 +20,7 @@ class Dense(Kind):
     leaves = (Leaf("weight", "kernel", DENSE), Leaf("bias", "bias", VECTOR, 0.0))
 
     def with_details(self, details: str) -> Kind:
-        """`512x7x7`: the channels, height and width of the map that a Flatten before it takes in PyTorch."""
+        """`512x7x7`: channels, height and width of the map that the Flatten before the layer takes in PyTorch."""
         try:
             sides = tuple(int(side) for side in details.split("x"))
         except ValueError:

@@ -1,4 +1,4 @@
-"""Dense layers whose kernel is `(in, out)` in PyTorch as well, as transformers' Conv1D, which GPT-2 uses."""
+"""Dense layers whose kernel is `(in, out)` in PyTorch too, such as the Conv1D of transformers, which GPT-2 uses."""
 
 from __future__ import annotations
 

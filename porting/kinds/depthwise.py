@@ -1,4 +1,4 @@
-"""Depthwise convolutions: one kernel a channel, which is a convolution with as many groups as channels in PyTorch."""
+"""Depthwise convolutions: in PyTorch, convolutions with as many groups as input channels."""
 
 from __future__ import annotations
 

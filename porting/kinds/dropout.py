@@ -10,11 +10,12 @@ if TYPE_CHECKING:
     import keras
     from torch import nn
 
-# What several libraries call stochastic depth, and its rate.
+# The names of stochastic depth in several libraries.
 _DROP_PATH_CLASSES = {"droppath", "stochasticdepth"}
 _WHOLE_CHANNELS = {"Dropout1d", "Dropout2d", "Dropout3d", "FeatureAlphaDropout"}
-# What a mask drops at once.
+# The unit that a mask drops.
 _NUMBER, _CHANNEL, _SAMPLE = "number by number", "a channel at once", "a sample at once"
+# The attributes that may hold its rate.
 _RATES = ("rate", "drop_prob", "p")
 
 

@@ -33,11 +33,11 @@ class Embedding(Kind):
         return {"num_embeddings": layer.input_dim, "embedding_dim": layer.output_dim}
 
     def mistakes(self, module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
-        tokens = [each.long() for each in inputs]  # which a recording keeps as floats
+        tokens = [each.long() for each in inputs]  # a recording keeps tokens as floats
         for offset in (1, 2, -1, -2):
-            direction = "behind" if offset > 0 else "before"
+            direction = "after" if offset > 0 else "before"
             yield Mistake(
-                f"its rows are taken {abs(offset)} {direction} where PyTorch takes them",
+                f"it takes the row {abs(offset)} {direction} the one that PyTorch takes",
                 with_value(module, tokens, "weight", _rolled(-offset)),
             )
 

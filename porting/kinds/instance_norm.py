@@ -1,4 +1,4 @@
-"""Instance normalisation, which Keras writes as a group normalisation with one channel a group."""
+"""Instance normalisation, which Keras writes as a group normalisation with one channel per group."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A single parameter that a module holds by itself, such as a layer scale: the same numbers in the same order."""
+"""A single parameter that a module holds directly, such as a layer scale: the same numbers in the same order."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class Parameter(Kind):
     leaves: tuple[Leaf, ...] = (Leaf("", "", VECTOR),)
 
     def with_details(self, details: str) -> Kind:
-        """`+2`: a table whose first two rows Keras lacks, as those of positions that padding has in RoBERTa."""
+        """`+2`: a table whose first two rows Keras lacks, such as RoBERTa's positions with two rows for padding."""
         if not details.startswith("+") or not details[1:].isdigit():
-            raise KeyMapError(f"the kind parameter takes how many rows to leave out, such as +2: got {details!r}")
+            raise KeyMapError(f"the kind parameter takes the number of rows to leave out, such as +2: got {details!r}")
         behind = Parameter()
         behind.leaves = (Leaf("", "", RowsBehind("rows left out", int(details[1:]))),)
         return behind

@@ -1,4 +1,4 @@
-"""Activations with weights."""
+"""PReLU, an activation with learned slopes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recurrent layers: LSTM, GRU and the plain one, in one direction or both."""
+"""Recurrent layers: LSTM, GRU and simple RNN, in one direction or both."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import keras
     from torch import Tensor, nn
 
-# By PyTorch's class, PyTorch's place of each of Keras's gates.
+# By PyTorch class, the index in PyTorch of each gate in Keras's order.
 _ORDERS = {"LSTM": (0, 1, 2, 3), "GRU": (1, 0, 2), "RNN": (0,)}
 # The order in which PyTorch stacks the gates' weights.
 _GATES = {"LSTM": ("input", "forget", "cell", "output"), "GRU": ("reset", "update", "new")}
@@ -26,11 +26,11 @@ class Recurrent(Kind):
     name = "recurrent"
 
     def __init__(self, layer: int = 0) -> None:
-        self.layer = layer  # of a stack, which is one module in PyTorch and several layers in Keras
-        self.leaves = _leaves((0,), layer)  # the names; what moves the gates depends on the module
+        self.layer = layer  # the index in a stack, which is one module in PyTorch and several layers in Keras
+        self.leaves = _leaves((0,), layer)  # only for their names: the order of gates depends on the module
 
     def with_details(self, details: str) -> Kind:
-        """`l1`: the second layer of the stack that a module is."""
+        """`l1`: the second layer of a stack, which PyTorch holds in one module."""
         if not re.fullmatch(r"l\d{1,3}", details):
             raise KeyMapError(
                 f"the kind recurrent takes the layer of a stack: got {details!r}", hint="Such as recurrent:l1."
@@ -93,7 +93,7 @@ class Recurrent(Kind):
 
 
 def _leaves(order: tuple[int, ...], layer: int) -> tuple[Leaf, ...]:
-    """Of a layer in one direction, then of both directions of one."""
+    """The leaves of a layer in one direction, then those of a bidirectional layer."""
     kernel, biases = Gates("gates", order), JoinedBiases("biases of gates", order)
     found = []
     for place, suffix in (("", ""), ("forward/", ""), ("backward/", "_reverse")):
@@ -141,7 +141,10 @@ def _exchange_directions(module: Any) -> None:
 
 
 def _reset_before(module: Any, inputs: list[Tensor]) -> tuple[Tensor, Tensor] | None:
-    """A GRU that resets the state before it is multiplied, as the first version of the paper did."""
+    """Run a GRU that applies the reset gate before the matrix product, as in the first version of the paper.
+
+    Returns None when the module has no biases or does not take one batch of sequences.
+    """
     import torch
 
     if len(inputs) != 1 or inputs[0].ndim != 3 or not module.bias:

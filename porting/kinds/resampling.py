@@ -1,4 +1,4 @@
-"""Resizing of maps, and channels that become pixels."""
+"""Resizing of maps, and pixel shuffles between channels and pixels."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _resized(module: Any, x: Tensor, mode: str, align: bool | None) -> Tensor:
 
 
 def _shuffled_as_tensorflow(module: Any, x: Tensor) -> Tensor | None:
-    """depth_to_space and space_to_depth of TensorFlow, which have the block before the channels."""
+    """Shuffle as TensorFlow's depth_to_space and space_to_depth do, with the block before the channels."""
     if x.ndim != 4:
         return None
     x = in_double(x)

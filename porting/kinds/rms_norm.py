@@ -19,7 +19,7 @@ class RMSNorm(Kind):
     def is_module(self, module: nn.Module) -> bool:
         from torch import nn
 
-        # Those of transformers that compute as PyTorch's does hold their epsilon under this name. Gemma's does not.
+        # Classes of transformers that compute the same as PyTorch's use this name for epsilon. Gemma's class does not.
         others = type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
         return isinstance(module, nn.RMSNorm) or others
 
@@ -49,13 +49,13 @@ class RMSNorm(Kind):
         own = getattr(module, name)
         for eps in (1e-5, 1e-6, 1e-7, 1e-8, 0.0):
             if eps != own:
-                usual = "that of its type" if own is None else f"{own:g}"
+                usual = "its type's own" if own is None else f"{own:g}"
                 cause = f"an epsilon of {eps:g} instead of {usual}"
                 yield Mistake(cause, with_value(module, inputs, name, _constant(eps)))
 
 
 def _epsilon(module: nn.Module) -> str:
-    """The name of the attribute."""
+    """The name of the attribute that holds epsilon."""
     return "variance_epsilon" if hasattr(module, "variance_epsilon") else "eps"
 
 

@@ -1,4 +1,4 @@
-"""Separable convolutions: two modules in PyTorch that are one layer in Keras, a row for each."""
+"""Separable convolutions: two modules in PyTorch and one layer in Keras. Each module has its own row."""
 
 from __future__ import annotations
 

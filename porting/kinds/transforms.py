@@ -1,7 +1,8 @@
-"""How tensors in PyTorch become variables in Keras, and back. A row's kind states its transforms; none is guessed.
+"""Transforms between PyTorch tensors and Keras variables. The kind of a row states its transforms; none is guessed.
 
-A transform moves one tensor, or joins and splits several: an LSTM's two biases are one in Keras, attention's one kernel
-in front is three. `shapes` are always those of the other side: a tensor that splits its axes there needs them.
+A transform moves one tensor's axes, or joins or splits tensors: the two biases of an LSTM are one in Keras, and the
+input projection of an attention layer is three kernels. `shapes` are always those of the side that the result is for: a
+transform that splits axes needs them.
 """
 
 from __future__ import annotations
@@ -19,24 +20,24 @@ Shape = tuple[int, ...]
 
 
 class Transform:
-    """Some tensors of PyTorch to some variables of Keras. Raises ValueError for shapes that do not go together."""
+    """Converts PyTorch tensors to Keras variables and back. Raises ValueError for shapes that do not fit together."""
 
     name: str
 
     def to_keras(self, arrays: Sequence[Array], shapes: Sequence[Shape]) -> list[Array]:
-        """What variables of these shapes hold."""
+        """The values of Keras variables of these shapes."""
         raise NotImplementedError
 
     def to_torch(self, arrays: Sequence[Array], shapes: Sequence[Shape]) -> list[Array]:
-        """What tensors of these shapes hold; where several would do, by the convention that the class states."""
+        """The values of PyTorch tensors of these shapes. If they are not unique, the class states a convention."""
         raise NotImplementedError
 
     def source_shapes(self, targets: Sequence[Shape]) -> list[Shape] | None:
-        """The shapes in PyTorch of what has these in Keras; None where several would do."""
+        """The PyTorch shapes of variables with these Keras shapes; None when they are not unique."""
         return None
 
     def accepts(self, sources: Sequence[Shape], targets: Sequence[Shape]) -> bool:
-        """Whether tensors of these shapes become variables of those."""
+        """Whether tensors of the shapes `sources` convert to variables of the shapes `targets`."""
         blanks = [np.broadcast_to(np.float32(0), shape) for shape in sources]
         try:
             made = self.to_keras(blanks, targets)
@@ -47,11 +48,11 @@ class Transform:
 
 @dataclass(frozen=True)
 class Permutation(Transform):
-    """One tensor's axes in another order.
+    """Permutes the axes of one tensor.
 
     `last` are PyTorch's axes that come last in Keras, in Keras's order; all others come first, in their own order.
-    `ranks` are the numbers of axes that it takes. Without `last` every array stays as it is.
-    `reshapes` is whether Keras may have the same numbers in other axes: a bias for each head, a kernel of 1x1.
+    `ranks` are the accepted numbers of axes. Without `last` every array stays as it is. `reshapes` allows Keras to
+    split or join axes, as in a bias per head or a 1x1 kernel.
     """
 
     name: str
@@ -63,15 +64,15 @@ class Permutation(Transform):
         return not self.last or rank in self.ranks
 
     def apply(self, array: Array) -> Array:
-        """PyTorch's order to Keras's, as a view; raises ValueError for another number of axes."""
+        """Permute from PyTorch's order to Keras's, as a view. Raises ValueError for another number of axes."""
         return array.transpose(self._axes(array.shape))
 
     def invert(self, array: Array) -> Array:
-        """Keras's order back to PyTorch's, as a view; raises ValueError for another number of axes."""
+        """Permute from Keras's order back to PyTorch's, as a view. Raises ValueError for another number of axes."""
         return array.transpose(np.argsort(self._axes(array.shape)))
 
     def source_shape(self, target_shape: Shape) -> Shape:
-        """The shape in PyTorch of what has `target_shape` in Keras; raises ValueError for another number of axes."""
+        """The PyTorch shape of a variable of this Keras shape. Raises ValueError for another number of axes."""
         return tuple(target_shape[axis] for axis in np.argsort(self._axes(target_shape)))
 
     def source_shapes(self, targets: Sequence[Shape]) -> list[Shape] | None:
@@ -101,7 +102,7 @@ class Permutation(Transform):
 
 @dataclass(frozen=True)
 class Multiplied(Transform):
-    """A depthwise kernel, `(channels * m, 1, *spatial)`, to `(*spatial, channels, m)`."""
+    """Converts a depthwise kernel, `(channels * m, 1, *spatial)`, to `(*spatial, channels, m)`."""
 
     name: str = "depthwise kernel"
 
@@ -124,9 +125,9 @@ class Multiplied(Transform):
 
 @dataclass(frozen=True)
 class Gates(Transform):
-    """A recurrent layer's kernel, `(gates * units, in)`, to `(in, gates * units)`, the gates in Keras's order.
+    """Converts a recurrent kernel, `(gates * units, in)`, to `(in, gates * units)` with the gates in Keras's order.
 
-    `order` has PyTorch's place of each of Keras's gates.
+    `order` gives the index in PyTorch of each gate in Keras's order.
     """
 
     name: str
@@ -141,9 +142,9 @@ class Gates(Transform):
 
 @dataclass(frozen=True)
 class JoinedBiases(Transform):
-    """A recurrent layer's two biases, `(gates * units)` each: one sum in Keras, or both, `(2, gates * units)`.
+    """Converts the two biases of a recurrent layer, `(gates * units)` each, to their sum or to `(2, gates * units)`.
 
-    A sum comes back as the first bias, and the second is zero.
+    On the way back a sum becomes the first bias, and the second is zero.
     """
 
     name: str
@@ -163,9 +164,9 @@ class JoinedBiases(Transform):
 
 @dataclass(frozen=True)
 class HeadsInFront(Transform):
-    """Attention's projections in one tensor: `(3 * size, in)` to three `(in, heads, head size)`, or their biases.
+    """Splits the joined input projection of attention, `(3 * size, in)`, into three `(in, heads, head size)`.
 
-    `in_first` is for a tensor of `(in, 3 * size)`.
+    Biases are split the same way. `in_first` is for a joined kernel of shape `(in, 3 * size)`.
     """
 
     name: str = "projections in front of attention"
@@ -187,7 +188,7 @@ class HeadsInFront(Transform):
 
 @dataclass(frozen=True)
 class Shifted(Transform):
-    """A running variance plus a number: what two epsilons differ by, so that their sums are the same."""
+    """Adds the difference of two epsilons to a running variance, so that variance plus epsilon stays the same."""
 
     name: str
     offset: float
@@ -204,13 +205,13 @@ class Shifted(Transform):
     def _plus(self, array: Array, offset: float) -> Array:
         moved: Array = (array.astype(np.float64) + offset).astype(array.dtype)
         if (moved < 0).any():
-            raise ValueError(f"a variance of {array.min():g} has no room for an epsilon that is {-offset:g} greater")
+            raise ValueError(f"a variance of {array.min():g} is too small for an epsilon that is {-offset:g} greater")
         return moved
 
 
 @dataclass(frozen=True)
 class Flattened(Transform):
-    """Rows of a dense kernel behind a Flatten: `(out, C * H * W)` to `(H * W * C, out)`; `sides` are C, H, W."""
+    """Converts a dense kernel behind a Flatten, `(out, C * H * W)`, to `(H * W * C, out)`; `sides` are C, H, W."""
 
     name: str
     sides: tuple[int, ...]
@@ -228,7 +229,7 @@ class Flattened(Transform):
 
 @dataclass(frozen=True)
 class RowsBehind(Transform):
-    """A table without its first rows, which nothing reads in PyTorch; on the way back these are zero."""
+    """Leaves out the first rows of a table, which PyTorch never reads. On the way back these rows are zero."""
 
     name: str
     first: int
@@ -246,7 +247,7 @@ class RowsBehind(Transform):
 
 @dataclass(frozen=True)
 class Slopes(Transform):
-    """What a PReLU multiplies by: one number for each channel, or one for all, which Keras may repeat."""
+    """Converts the slopes of a PReLU: one number per channel, or one for all, which Keras may repeat."""
 
     name: str = "slopes"
 
@@ -268,9 +269,9 @@ class Slopes(Transform):
 
 @dataclass(frozen=True)
 class Constant(Transform):
-    """What one side has and the other lacks: a bias of zeros, a scale of ones.
+    """Fills a tensor that only one side has with a constant, such as a bias of zeros or a scale of ones.
 
-    From PyTorch, the tensor must hold nothing else. Raises ValueError where it does: its numbers would be lost.
+    Raises ValueError when a tensor to leave out holds any other number, since that number would be lost.
     """
 
     value: float
@@ -285,7 +286,7 @@ class Constant(Transform):
         return [np.full(shape, self.value, np.float32) for shape in shapes]
 
     def source_shapes(self, targets: Sequence[Shape]) -> list[Shape] | None:
-        """The shapes in PyTorch of what has these in Keras; None where several would do."""
+        """None: the shapes in PyTorch do not follow from those in Keras."""
         return None
 
     def accepts(self, sources: Sequence[Shape], targets: Sequence[Shape]) -> bool:
@@ -297,7 +298,7 @@ class Constant(Transform):
 
 
 def _regroups(one: Shape, other: Shape) -> bool:
-    """Whether the axes of one shape are those of the other, split or joined, sides of 1 aside."""
+    """Whether splitting and joining axes turns one shape into the other, leaving axes of size 1 aside."""
     rest, others = ([side for side in shape if side != 1] for shape in (one, other))
     while rest and others:
         few, many = (rest, others) if rest[0] >= others[0] else (others, rest)
@@ -310,7 +311,7 @@ def _regroups(one: Shape, other: Shape) -> bool:
 
 
 def _reordered(array: Array, order: tuple[int, ...]) -> Array:
-    """Blocks of rows in another order."""
+    """Reorder equal blocks of rows, one block per gate."""
     if len(array) % len(order):
         raise ValueError(f"{len(array)} rows are not {len(order)} gates")
     blocks = array.reshape(len(order), -1, *array.shape[1:])
@@ -318,13 +319,12 @@ def _reordered(array: Array, order: tuple[int, ...]) -> Array:
 
 
 IDENTITY = Permutation("identity", reshapes=False)
-# A vector that Keras may hold in other axes: a bias for each head, the slopes of a PReLU.
+# Numbers that keep their order, and that Keras may hold in other axes, such as a bias per head.
 VECTOR = Permutation("vector", reshapes=True)
-# (out, in, *spatial) to (*spatial, in, out); a kernel of one position may have no spatial axes in Keras.
+# (out, in, *spatial) to (*spatial, in, out). In Keras a 1x1 kernel may have no spatial axes.
 CONVOLUTION = Permutation("convolution kernel", (1, 0), (3, 4, 5), reshapes=True)
-# (channels, 1, *spatial) to (*spatial, channels, 1). With a plain convolution's transform a square kernel would keep
-# its shape and have its values in the wrong places.
+# (channels, 1, *spatial) to (*spatial, channels, 1).
 DEPTHWISE = Permutation("depthwise kernel", (0, 1), (3, 4))
 MULTIPLIED = Multiplied()
-# (out, in) to (in, out), or to any axes that these are split into: heads, positions of a kernel of 1x1.
+# (out, in) to (in, out). Keras may split these axes, for heads or for the positions of a 1x1 kernel.
 DENSE = Permutation("dense kernel", (1, 0), (2,), reshapes=True)

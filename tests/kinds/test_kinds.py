@@ -185,7 +185,7 @@ def test_an_embedding_that_is_off_by_one() -> None:
     assert kind is not None
     causes = {mistake.cause: mistake.make() for mistake in kind.mistakes(module, [tokens])}
     expected = module(tokens + 1 - torch.tensor([[0, 0, 7]])).double()
-    made = causes["its rows are taken 1 behind where PyTorch takes them"]
+    made = causes["it takes the row 1 after the one that PyTorch takes"]
     assert isinstance(made, torch.Tensor)
     assert torch.equal(made, expected)
 

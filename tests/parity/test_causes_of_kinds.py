@@ -134,4 +134,4 @@ def test_tokens_that_are_off_by_one() -> None:
     report = check_parity(reference, model, tokens)
     assert not report.passed
     assert report.diagnosis is not None
-    assert "its rows are taken 1 behind where PyTorch takes them" in report.diagnosis.cause
+    assert "it takes the row 1 after the one that PyTorch takes" in report.diagnosis.cause

@@ -320,7 +320,7 @@ def test_another_epsilon_goes_into_the_variance_where_that_is_wanted() -> None:
         torch.testing.assert_close(tensor, state[name], rtol=1e-6, atol=0)
     with torch.no_grad():
         dict(reference.named_buffers())["blocks.0.bn1.running_var"].fill_(1e-4)
-    with pytest.raises(KeyMapError, match="has no room for an epsilon that is 0.00099 greater"):
+    with pytest.raises(KeyMapError, match="is too small for an epsilon that is 0.00099 greater"):
         porting.port_weights(reference, model, ported.key_map)
 
 
