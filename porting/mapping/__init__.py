@@ -1,1 +1,1 @@
-"""From the names and axes of one framework to those of the other."""
+"""Maps tensor names and axes between PyTorch and Keras."""

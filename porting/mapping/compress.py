@@ -1,4 +1,4 @@
-"""Many rows of single layers as few rows with placeholders, which stand for exactly the same layers.
+"""Compresses rows of single layers into fewer rows with placeholders, which stand for exactly the same layers.
 
 layer1.0.conv1 -> conv2_block1_1_conv
 layer1.1.conv1 -> conv2_block2_1_conv     become     layer{s}.{j}.conv1 -> conv{s+1}_block{j+1}_1_conv
@@ -18,25 +18,25 @@ from porting.mapping.key_map import LayerPair, expand
 from porting.mapping.rules import KeyRule
 
 _NUMBER = re.compile(r"\d+")
-# In Keras's names a letter behind a number counts as well: block1a.
+# In Keras's names a letter after a number counts too: block1a.
 _COUNTED = re.compile(r"\d+|(?<=\d)[a-z](?=_|/|$)")
-# A number in a source is called by what stands before it, so that it has one name in all rows.
+# The text before a number decides its placeholder, so that it has the same name in all rows.
 _LETTERS = "sjklmnopqrtuvwxyzabcdefghi"
 
 
 @dataclass(frozen=True)
 class _Numbered:
-    """One row with the numbers in its source taken out."""
+    """A row and the numbers in its source."""
 
     row: KeyRule
     numbers: tuple[int, ...]
 
 
 def compress_rows(rows: Sequence[KeyRule], names: Collection[str]) -> list[KeyRule]:
-    """The same rows in fewer, in the order in which each first appears.
+    """Compress rows, keeping the order in which each first appears.
 
-    `names` are those of the PyTorch model's tensors, which decide what a placeholder matches. Where the short rows do
-    not stand for exactly these layers, the rows come back as they are.
+    `names` are the names of the PyTorch model's tensors, which decide what a placeholder matches. Returns the rows
+    unchanged when the compressed ones would not stand for exactly the same layers.
     """
     groups: dict[str, list[_Numbered]] = {}
     for row in rows:
@@ -55,7 +55,7 @@ def compress_rows(rows: Sequence[KeyRule], names: Collection[str]) -> list[KeyRu
 class _Compressor:
     def __init__(self, groups: dict[str, list[_Numbered]]) -> None:
         self._letters: dict[str, str] = {}
-        # Of two numbers, by what stands before each, all pairs that any row has.
+        # By the text before each of two numbers: all pairs of their values that occur in a row.
         self._pairs: dict[tuple[str, str], set[tuple[int, int]]] = {}
         for skeleton, group in groups.items():
             prefixes = _prefixes(skeleton)
@@ -64,7 +64,7 @@ class _Compressor:
                 pairs.update((each.numbers[first], each.numbers[second]) for each in group)
 
     def rules(self, skeleton: str, group: list[_Numbered]) -> list[KeyRule]:
-        """The rules of a group that have one source but for its numbers, in as few as there are."""
+        """The fewest rules found for a group of rows whose sources differ only in their numbers."""
         if (rule := self._one(skeleton, group)) is not None:
             return [rule]
         found = [self._with_exceptions(skeleton, group)]
@@ -73,7 +73,7 @@ class _Compressor:
         return min(fitting, key=len) if fitting else [each.row for each in group]
 
     def _parted(self, skeleton: str, group: list[_Numbered], position: int) -> list[KeyRule]:
-        """The rules where one number is written out."""
+        """The rules when one number is written out instead of a placeholder."""
         parts: dict[int, list[_Numbered]] = {}
         for each in group:
             parts.setdefault(each.numbers[position], []).append(each)
@@ -82,7 +82,7 @@ class _Compressor:
         return [rule for part in parts.values() for rule in self.rules(skeleton, part)]
 
     def _with_exceptions(self, skeleton: str, group: list[_Numbered]) -> list[KeyRule]:
-        """One rule for most, and rows with fewer placeholders, which go before it, for all others."""
+        """One rule for most rows, preceded by exceptions with fewer placeholders for all others."""
         forms = [(_COUNTED.sub("{}", each.row.target), each.row.kind) for each in group]
         ((usual, count),) = Counter(forms).most_common(1)
         if count == len(group):
@@ -96,7 +96,7 @@ class _Compressor:
         return [*others, rule] if fewer and not any(_matches(o, each.row) for o in others for each in most) else []
 
     def _one(self, skeleton: str, group: list[_Numbered]) -> KeyRule | None:
-        """One rule for a whole group, where there is one."""
+        """One rule for a whole group; None when no single rule covers it."""
         if len({(_COUNTED.sub("{}", each.row.target), each.row.kind) for each in group}) > 1:
             return None
         if len(group) == 1:
@@ -116,14 +116,14 @@ class _Compressor:
         return KeyRule(_filled(skeleton, sources), target, group[0].row.kind)
 
     def _letter(self, prefix: str) -> str:
-        """What a number is called that stands behind this."""
+        """The placeholder of the number after this text."""
         if prefix not in self._letters:
             number, letter = divmod(len(self._letters), len(_LETTERS))
             self._letters[prefix] = _LETTERS[letter] + (str(number) if number else "")
         return self._letters[prefix]
 
     def _field(self, values: Sequence[str], varying: dict[str, tuple[int, ...]]) -> str | None:
-        """What a number or letter in the targets is, in terms of the sources' numbers; None where it is neither."""
+        """A target's number or letter as a function of the sources' numbers; None when no placeholder expresses it."""
         if len(set(values)) == 1:
             return values[0]
         if any(value.isalpha() for value in values):
@@ -145,19 +145,19 @@ class _Compressor:
 
 
 def _prefixes(skeleton: str) -> list[str]:
-    """What stands before each number of a source."""
+    """The text before each number of a source."""
     parts = skeleton.split("{}")
     return ["{}".join(parts[: end + 1]) for end in range(len(parts) - 1)]
 
 
 def _matches(rule: KeyRule, row: KeyRule) -> bool:
-    """Whether a rule's source may be a row's."""
+    """Whether the source of a rule matches that of a row."""
     pattern = "\\d+".join(re.escape(part) for part in re.split(r"\{.*?\}", rule.source))
     return re.fullmatch(pattern, row.source) is not None
 
 
 def _constant(values: Iterable[int], column: Iterable[int]) -> int | None:
-    """By how much all values are above those of a column; None where that is not one number."""
+    """The constant by which all values exceed those of a column; None when it is not constant."""
     offsets = {value - other for value, other in zip(values, column, strict=True)}
     return offsets.pop() if len(offsets) == 1 else None
 

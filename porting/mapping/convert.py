@@ -1,4 +1,4 @@
-"""From a state_dict to named Keras weights. Pure: nothing is read, written or assigned here."""
+"""Converts a state_dict to named Keras weights and back. These functions read, write and assign nothing."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from porting.errors import CheckpointError, KeyMapError
 from porting.kinds.transforms import Array, Shape
 from porting.mapping.key_map import KeyMap
 
-_MOST_COMPARISONS = 4_000_000  # of two names; a second or so
+_MOST_COMPARISONS = 4_000_000  # of two names, which takes about a second
 _MOST_ROWS = 1000
 
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A tensor that is there and cannot be used as it is; shapes in PyTorch's order."""
+    """A tensor with an unexpected shape or type. Shapes are in PyTorch's order."""
 
     source: str
     expected: str
@@ -29,8 +29,8 @@ class Mismatch:
 class KeyDiff:
     """Every difference between the tensors that a model needs and those that a checkpoint has.
 
-    `missing_keys` and `unexpected_keys` are names in the state_dict. `unwritten` are Keras variables that no row
-    of the key map writes and `unknown` are targets that the Keras model lacks: both are faults of the family.
+    `missing_keys` and `unexpected_keys` are names in the state_dict. `unwritten` are Keras variables that no row of
+    the key map writes. `unknown` are targets that the Keras model lacks. Both are faults of the family's key map.
     """
 
     missing_keys: tuple[str, ...] = ()
@@ -43,7 +43,7 @@ class KeyDiff:
         return any((self.missing_keys, self.unexpected_keys, self.mismatched, self.unwritten, self.unknown))
 
     def describe(self) -> str:
-        """The differences as titled, sorted lists, with the nearest unused name beside each missing one."""
+        """List the differences under titles, sorted, with the nearest unused name beside each missing one."""
         sections = [
             ("missing from the checkpoint", _with_nearest(self.missing_keys, self.unexpected_keys)),
             ("in the checkpoint, but not part of the model", _with_nearest(self.unexpected_keys, self.missing_keys)),
@@ -68,7 +68,7 @@ class KeyDiff:
 class Conversion:
     """Keras weights by path, float32 in Keras's axis order.
 
-    `dropped` are the names that were dropped on purpose, `non_finite` those of tensors that hold NaN or infinity.
+    `dropped` are the tensors that were dropped on purpose, `non_finite` those that hold NaN or infinity.
     """
 
     weights: dict[str, Array]
@@ -77,7 +77,7 @@ class Conversion:
 
 
 def diff_keys(state_dict: Mapping[str, Array], key_map: KeyMap, target_shapes: Mapping[str, Shape]) -> KeyDiff:
-    """Compares what `key_map` asks for with what there is on both sides; never raises."""
+    """Compare the tensors that `key_map` needs with those that both sides have. Never raises."""
     used = {name for entry in key_map.entries for name in entry.sources}
     targets = {name for entry in key_map.entries for name in entry.targets}
     mismatched = []
@@ -111,13 +111,13 @@ def convert(
     hint: Callable[[], str] = str,
     allow_non_finite: bool = False,
 ) -> Conversion:
-    """Brings every tensor into Keras's name, axis order and float32.
+    """Convert every tensor to Keras's name and axis order, in float32.
 
     float16 and bfloat16 become float32 exactly; float64 is rounded to the nearest float32. Every source tensor is
-    used once or dropped by name and every Keras variable is written once.
+    used once or dropped by name, and every Keras variable is written once.
 
-    Raises KeyMapError, with every difference and what `hint` says, when that cannot be done, and CheckpointError when a
-    tensor holds NaN or infinity and that is not allowed.
+    Raises KeyMapError, with every difference and the text of `hint`, when that is not possible, and CheckpointError
+    when a tensor holds NaN or infinity and `allow_non_finite` is False.
     """
     refuse_other_keys(state_dict, key_map, target_shapes, hint=hint)
     weights: dict[str, Array] = {}
@@ -136,10 +136,10 @@ def convert(
 def invert(
     weights: Mapping[str, Array], key_map: KeyMap, shapes: Mapping[str, Shape] | None = None
 ) -> dict[str, Array]:
-    """The state_dict that `convert` would make these weights of, without what it drops.
+    """Convert Keras weights back to the state_dict that `convert` made them from, without the dropped tensors.
 
-    `shapes` are those of PyTorch's tensors, where they are known: some transforms need them. Raises KeyError for a
-    variable that is missing, and ValueError where the weights would lose numbers.
+    `shapes` are the shapes of PyTorch's tensors, if known; some transforms need them. Raises KeyError for a missing
+    variable, and ValueError when numbers would be lost.
     """
     tensors: dict[str, Array] = {}
     for entry in key_map.entries:
@@ -154,13 +154,13 @@ def refuse_other_keys(
     *,
     hint: Callable[[], str] = str,
 ) -> None:
-    """Raises KeyMapError, with every difference and what `hint` says, where the two do not have the same tensors."""
+    """Raise KeyMapError, with every difference and the text of `hint`, unless both sides have the same tensors."""
     if diff := diff_keys(state_dict, key_map, target_shapes):
         raise KeyMapError(f"the checkpoint's tensors are not those of the model\n{diff.describe()}", hint=hint())
 
 
 def is_float(array: Array) -> bool:
-    """Whether the type is a floating-point one; bfloat16 is, although NumPy itself does not know it."""
+    """Whether an array has a floating-point type, including bfloat16, which NumPy itself does not know."""
     return np.issubdtype(array.dtype, np.floating) or array.dtype.name == "bfloat16"
 
 
@@ -170,7 +170,7 @@ def to_float32(array: Array) -> Array:
 
 
 def refuse_non_finite(tensors: Mapping[str, Array], *, allowed: bool = False) -> tuple[str, ...]:
-    """The names of tensors with NaN or infinity in them; raises CheckpointError with all of them unless `allowed`."""
+    """Return the names of tensors with NaN or infinity. Raise CheckpointError with all of them unless `allowed`."""
     found = {name: array for name, array in tensors.items() if not np.isfinite(array).all()}
     if found and not allowed:
         rows = [
@@ -180,13 +180,13 @@ def refuse_non_finite(tensors: Mapping[str, Array], *, allowed: bool = False) ->
         raise CheckpointError(
             f"{len(rows)} tensors hold values that are not finite:\n" + "\n".join(rows),
             hint="A model with such weights computes nothing; use a checkpoint from before training diverged, or "
-            "--allow-non-finite to have them as they are.",
+            "--allow-non-finite to keep them as they are.",
         )
     return tuple(found)
 
 
 def _with_nearest(names: Iterable[str], others: tuple[str, ...]) -> list[str]:
-    """With the nearest of the other names, where that can be found at once: the search compares all with all."""
+    """Add the nearest of the other names to each name, unless there are too many pairs to compare."""
     names = list(names)
     if len(names) * len(others) > _MOST_COMPARISONS:
         return names

@@ -1,6 +1,6 @@
-"""The key map: a table of rows, expanded once into one entry a tensor.
+"""The key map: a table of rows, expanded once into one entry per tensor.
 
-No name is split, searched or replaced anywhere.
+All names come from this table. No other code splits, searches or replaces parts of a name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from porting.mapping.rules import KeyRule, bind, fill, join_name
 
 @dataclass(frozen=True)
 class LayerPair:
-    """A module in PyTorch, the layer in Keras that stands for it, and the name of their kind."""
+    """A PyTorch module, the Keras layer that stands for it, and the name of their kind."""
 
     source: str
     target: str
@@ -26,10 +26,10 @@ class LayerPair:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Tensors of the state_dict, the Keras variables that take them, and how they move: mostly one to one.
+    """Tensors of the state_dict, the Keras variables that take them, and their transform. Mostly one to one.
 
-    Without sources the variables are filled with what PyTorch does not have, without targets the tensors must hold
-    nothing that would be lost.
+    Without sources, the transform fills the variables with a default. Without targets, the tensors are left out, and
+    they must hold nothing that would be lost.
     """
 
     sources: tuple[str, ...]
@@ -38,29 +38,29 @@ class TensorEntry:
 
     @classmethod
     def one(cls, source: str, target: str, transform: Transform) -> TensorEntry:
-        """One tensor, one variable."""
+        """An entry of one tensor and one variable."""
         return cls((source,), (target,), transform)
 
     def is_in(self, names: Collection[str], variables: Collection[str]) -> bool:
-        """Whether both models have all that it is about, and it is about something on both sides."""
+        """Whether the entry has tensors on both sides and both models have all of them."""
         both = bool(self.sources) and bool(self.targets)
         return both and all(name in names for name in self.sources) and all(name in variables for name in self.targets)
 
     def to_keras(self, state_dict: Mapping[str, Array], shapes: Mapping[str, Shape]) -> dict[str, Array]:
-        """The variables' values by name; raises ValueError where the tensors do not have the shapes."""
+        """The variables' values by name. Raises ValueError when the tensors do not fit the shapes."""
         made = self.transform.to_keras(
             [state_dict[name] for name in self.sources], [shapes[name] for name in self.targets]
         )
         return dict(zip(self.targets, made, strict=True)) if self.targets else {}
 
     def to_torch(self, weights: Mapping[str, Array], shapes: Mapping[str, Shape]) -> dict[str, Array]:
-        """The tensors' values by name; `shapes` are those of the tensors, where they are known."""
+        """The tensors' values by name. `shapes` are the shapes of the tensors, if known."""
         known = [shapes[name] for name in self.sources] if all(name in shapes for name in self.sources) else []
         made = self.transform.to_torch([weights[name] for name in self.targets], known)
         return dict(zip(self.sources, made, strict=True)) if self.sources else {}
 
     def expected(self, shapes: Mapping[str, Shape]) -> str:
-        """In words, for an error: the shape that its tensor must have, given the variables'."""
+        """Describe, for an error message, the shape that the tensors must have for these variables."""
         wanted = [shapes[name] for name in self.targets]
         if sources := self.transform.source_shapes(wanted):
             return ", ".join(map(str, sources))
@@ -71,8 +71,8 @@ class TensorEntry:
 class KeyMap:
     """The expanded table.
 
-    `drops` are the names that a checkpoint may hold and that are left out on purpose; `foreign` are the beginnings of
-    names that belong to other parts of a larger model, a segmentor's decoder, say.
+    `drops` are names in a checkpoint that are left out on purpose. `foreign` are prefixes of names that belong to
+    other parts of a larger model, such as the decoder of a segmentation model.
     """
 
     layers: tuple[LayerPair, ...]
@@ -81,17 +81,17 @@ class KeyMap:
     foreign: tuple[str, ...] = ()
 
     def dropped(self, names: Iterable[str]) -> tuple[str, ...]:
-        """Those of the names that are left out on purpose, sorted."""
+        """The names that are left out on purpose, sorted."""
         return tuple(sorted(name for name in names if name in self.drops or name.startswith(self.foreign)))
 
     @property
     def absorbed(self) -> tuple[str, ...]:
-        """The batch norms whose epsilon differs between the two models; the difference is in their variance."""
+        """The batch norms whose epsilon differs between the two models. Their variance absorbs the difference."""
         return tuple(pair.source for pair in self.layers if pair.kind.startswith("batch_norm:"))
 
     @property
     def one_to_one(self) -> dict[str, str]:
-        """The layer of each module, where no other module goes into it; parameters are none."""
+        """The layer of each module that has a layer to itself, without rows for single parameters."""
         count = Counter(pair.target for pair in self.layers)
         layers = [pair for pair in self.layers if pair.kind.partition(":")[0] != "parameter"]
         return {pair.source: pair.target for pair in layers if count[pair.target] == 1}
@@ -106,13 +106,12 @@ class KeyMap:
         drops: Iterable[str] = (),
         foreign: tuple[str, ...] = (),
     ) -> KeyMap:
-        """Matches every row against the names of a PyTorch model's tensors.
+        """Match every row against the names of a PyTorch model's tensors.
 
-        A row covers those tensors of its kind that the model has: a convolution without a bias has none here either.
-        `sources` are the rows' names in PyTorch under another naming, one for each row, and the key map is then one
-        for that naming.
+        A row covers those tensors of its kind that the model has: a convolution without a bias has no bias here either.
+        `sources` are the rows' names under another naming, one for each row; the key map is then for that naming.
 
-        Raises KeyMapError when two rows claim one name, on either side, or a row matches nothing.
+        Raises KeyMapError when two rows claim the same name on either side, or when a row matches nothing.
         """
         layers: list[LayerPair] = []
         entries: list[TensorEntry] = []
@@ -140,7 +139,7 @@ class KeyMap:
         drops: Iterable[str] = (),
         foreign: tuple[str, ...] = (),
     ) -> KeyMap:
-        """A key map of entries made elsewhere; raises KeyMapError when two of them claim one name, on either side."""
+        """Build a key map from entries. Raises KeyMapError when two of them claim the same name on either side."""
         entries = tuple(entries)
         _refuse_duplicates([name for entry in entries for name in entry.sources], "source")
         _refuse_duplicates([name for entry in entries for name in entry.targets], "target")
@@ -150,10 +149,10 @@ class KeyMap:
 def expand(
     rules: Sequence[KeyRule], names: Collection[str], *, sources: Sequence[str] | None = None
 ) -> Iterator[tuple[str, LayerPair]]:
-    """Every layer that the rows stand for, given the names of a PyTorch model's tensors, in the rows' order.
+    """Yield every layer that the rows stand for in a model with tensors of these names, in the order of the rows.
 
-    With each comes the module's name in that model; the pair has that of `sources`. Raises KeyMapError for a row that
-    matches nothing.
+    Each comes as the module's name in that model and a pair that uses the name of `sources`. Raises KeyMapError for a
+    row that matches nothing.
     """
     found, counters = bind(rules, names)
     for rule, source, bindings in zip(rules, sources or [rule.source for rule in rules], found, strict=True):

@@ -1,4 +1,4 @@
-"""How the publishers of a model name its tensors, and telling a checkpoint's publisher from its tensors' names."""
+"""The names that publishers of a model use for its tensors, and how to recognise them in a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from porting.errors import KeyMapError
 from porting.mapping.key_map import KeyMap
 from porting.mapping.rules import KeyRule
 
-# Of a checkpoint's tensors, at least this share must have a naming's names for it to be recognised.
+# A naming is recognised when at least this share of names agrees with the checkpoint's.
 _ENOUGH = 0.5
 
 
 @dataclass(frozen=True)
 class Naming:
-    """One publisher's names for a family's tensors, and what its model does differently.
+    """One publisher's names for the tensors of a family, and the settings of its model.
 
-    `rules` are the family's rows, under the reference's own names, and `sources` this publisher's names for them, one
-    for each row; None where they are the same. `head` is this publisher's name of the row for the classifier, "" where
-    there is none. `prefix` stands before all names but the head's; a part of the model saved alone lacks it. `drops`
-    and `foreign` are what `KeyMap` has under these names. `settings` are arguments for the family's builders, such as
-    an epsilon: what this publisher's code has where nothing beside the weights states it.
+    `rules` are the family's rows under the reference's own names. `sources` are this publisher's names for the rows,
+    one for each; None if they are the same. `head` is this publisher's name of the classifier's row, "" if there is
+    none. `prefix` precedes all names except the head's; the body of a model saved alone lacks it. `drops` and `foreign`
+    are those of `KeyMap`. `settings` are arguments for the family's builders, such as an epsilon, that this publisher's
+    code uses and that no file beside the weights states.
     """
 
     name: str
@@ -37,11 +37,11 @@ class Naming:
 
     @property
     def own_sources(self) -> tuple[str, ...]:
-        """This publisher's names of the rows."""
+        """This publisher's names for the rows."""
         return tuple(rule.source for rule in self.rules) if self.sources is None else self.sources
 
     def key_map(self, names: Collection[str]) -> KeyMap:
-        """The key map for a model whose reference has tensors of these names, under this publisher's names."""
+        """The key map, under this publisher's names, of a model whose reference has tensors called `names`."""
         return KeyMap.match(self.rules, names, sources=self.own_sources, drops=self.drops, foreign=self.foreign)
 
     def without_head(self) -> Naming:
@@ -51,14 +51,14 @@ class Naming:
         )
 
     def without_prefix(self) -> Naming:
-        """The names of the model's body saved alone."""
+        """The naming of a model's body that was saved alone, without the prefix."""
         sources = tuple(source.removeprefix(self.prefix) for source in self.own_sources)
         drops = tuple(name.removeprefix(self.prefix) for name in self.drops)
         return replace(self, sources=sources, prefix="", drops=drops)
 
 
 def naming_called(namings: Sequence[Naming], name: str) -> Naming:
-    """The naming of that name; raises KeyMapError where there is none."""
+    """Return the naming of that name. Raises KeyMapError if there is none."""
     for naming in namings:
         if naming.name == name:
             return naming
@@ -67,9 +67,9 @@ def naming_called(namings: Sequence[Naming], name: str) -> Naming:
 
 @dataclass(frozen=True)
 class Recognition:
-    """What a checkpoint's names show: `naming` fits best, `fit` is the share of names that agree, from 0 to 1.
+    """The result of recognising a naming: `naming` fits best, and `fit` is the share of names that agree, 0 to 1.
 
-    `rivals` are namings that fit as well and have other settings.
+    `rivals` are namings that fit equally well and have other settings.
     """
 
     naming: Naming
@@ -84,10 +84,10 @@ def recognise_naming(
     *,
     forced: str | None = None,
 ) -> Recognition:
-    """The naming that a checkpoint has, in the form that fits it: with or without prefix and head.
+    """Recognise the naming of a checkpoint from its tensor names, in a form with or without prefix and head.
 
-    Where none fits, the first is taken, so that the differences from it are what the user is told. `forced` is the name
-    of the naming to take in any case; raises KeyMapError where there is none of that name.
+    If none fits, the first naming is returned, so that an error can list the differences from it. `forced` is the name
+    of the naming to use in any case. Raises KeyMapError if there is no naming of that name.
     """
     if forced is not None:
         namings = [naming_called(namings, forced)]
@@ -99,7 +99,7 @@ def recognise_naming(
                 table = key_map(variation)
                 known = {name for entry in table.entries for name in entry.sources}
                 own = own_names - set(table.dropped(own_names))
-                # Both a name too few and one too many count against it.
+                # Missing names and surplus names both lower the fit.
                 fits.append((len(known & own) / max(len(known | own), 1), variation))
     most = max(fit for fit, _ in fits)
     best = next(naming for fit, naming in fits if fit == most)

@@ -1,4 +1,4 @@
-"""Rows of a key map in a TOML file, to be read, changed and kept with a model.
+"""Reads and writes the rows of a key map as a TOML file, which can be edited and kept with a model.
 
 [[row]]
 source = "layer{s}.{j}.conv1"
@@ -21,8 +21,8 @@ _FIELDS = {"source", "target", "kind"}
 
 
 def rows_text(rows: Iterable[KeyRule], notes: Iterable[str] = ()) -> str:
-    """The file's text; `notes` stand on top as comments."""
-    # A JSON string is a TOML string; what is not printed in a name is an escape in both.
+    """The text of a file of rows. `notes` become comments at the top."""
+    # A JSON string is also a TOML string: both escape characters that cannot be printed.
     lines = [f"# {json.dumps(note)[1:-1]}" for note in notes]
     for row in rows:
         lines += ["", "[[row]]"]
@@ -31,7 +31,7 @@ def rows_text(rows: Iterable[KeyRule], notes: Iterable[str] = ()) -> str:
 
 
 def read_rows(path: Path) -> list[KeyRule]:
-    """The rows in a file; raises KeyMapError where it is none, or a row of it is not."""
+    """Read the rows of a file. Raises KeyMapError when the file is missing or is not a valid file of rows."""
     try:
         if not path.is_file():
             raise KeyMapError(f"{path}: no such file", hint="`van-port map` writes one with --out.")

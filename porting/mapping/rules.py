@@ -1,14 +1,14 @@
-"""The rows of a key map: names with placeholders, matched against the names that a model really has.
+"""The rows of a key map: names with placeholders, matched against the tensor names of a model.
 
     KeyRule("block{s}.{j}.attn.proj_1", "block{s}_{j}/attn/proj_1", "conv")
 
-A placeholder stands for a whole number. What one side counts otherwise, its name says:
+A placeholder stands for a whole number. Its form says how that side counts:
 
-    {s}, {s-1}, {s+1}   the number itself, or counted from another one
-    {s:letter}          a letter: a for 0
-    {s.j}, {s.j+1}      s and j counted straight through: the place of this pair among all pairs, from 0 or from 1
+    {s}, {s-1}, {s+1}   the number itself, or with an offset
+    {s:letter}          a letter, a for 0
+    {s.j}, {s.j+1}      s and j as one running count: the place of this pair among all pairs, from 0 or from 1
 
-A row with fewer placeholders is an exception from one with more that would match the same module.
+When two rows match the same module, the one with fewer placeholders takes it, as an exception from the other.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _PLACEHOLDER = re.compile(r"(?P<names>[a-z]\w*(\.[a-z]\w*)*)(?P<offset>[+-]\d+)?
 
 @dataclass(frozen=True)
 class KeyRule:
-    """One row: a module in PyTorch, the layer in Keras that stands for it, and the name of its kind.
+    """One row: a PyTorch module, the Keras layer that stands for it, and the name of their kind.
 
     The kind decides which tensors the row covers, what they are called on both sides and how their axes move.
 
-    Raises KeyMapError for a kind that is not known, and for a placeholder that PyTorch's name does not have.
+    Raises KeyMapError for an unknown kind, and for a placeholder in the target that the source lacks.
     """
 
     source: str
@@ -54,7 +54,7 @@ class KeyRule:
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
-        """The source as a regular expression with one group a placeholder."""
+        """The source as a regular expression with one group per placeholder."""
         parts = []
         for literal, field, form, _ in string.Formatter().parse(self.source):
             parts.append(re.escape(literal))
@@ -70,11 +70,11 @@ class KeyRule:
 
     @property
     def placeholders(self) -> int:
-        """How many placeholders its source has."""
+        """The number of placeholders in the source."""
         return len(list(_fields(self.source)))
 
     def bindings(self, names: Iterable[str]) -> list[dict[str, int]]:
-        """The numbers for which PyTorch has a tensor of this row, each once, in order."""
+        """The placeholders' numbers for which PyTorch has a tensor of this row, each once, in order."""
         fields = list(_fields(self.source))
         found: set[tuple[tuple[str, int], ...]] = set()
         for name in names:
@@ -92,13 +92,13 @@ class KeyRule:
 
 
 def _fields(template: str) -> Iterable[tuple[str, int, str]]:
-    """The placeholders of a name: what it stands for, what is added to that, and its form."""
+    """Yield the placeholders of a name, each as its names, its offset and its form."""
     for _, field, form, _ in string.Formatter().parse(template):
         if field:
             match = _PLACEHOLDER.fullmatch(field)
             if match is None:
                 raise KeyMapError(
-                    f"row {template!r}: {{{field}}} is no placeholder", hint="Such are {s}, {s-1}, {s.j}."
+                    f"row {template!r}: {{{field}}} is no placeholder", hint="Examples: {s}, {s-1}, {s.j}."
                 )
             yield match["names"], int(match["offset"] or 0), form or ""
 
@@ -108,7 +108,7 @@ def _names_in(template: str) -> set[str]:
 
 
 class Counters:
-    """What `{s.j}` stands for: the places of all pairs of numbers that any row has."""
+    """Computes what `{s.j}` stands for: the place of a pair of numbers among all pairs that any row has."""
 
     def __init__(self, bindings: Iterable[Indices]) -> None:
         self._bindings = list(bindings)
@@ -123,7 +123,7 @@ class Counters:
 
 
 def fill(template: str, indices: Indices, counters: Counters) -> str:
-    """The name that a template stands for with these numbers."""
+    """Fill the placeholders of a template with these numbers."""
     parts = []
     for literal, field, form, _ in string.Formatter().parse(template):
         parts.append(literal)
@@ -139,10 +139,10 @@ def join_name(name: str, separator: str, leaf: str) -> str:
 
 
 def bind(rules: Sequence[KeyRule], names: Collection[str]) -> tuple[list[list[dict[str, int]]], Counters]:
-    """For each row the numbers for which PyTorch has its tensors, and the places of pairs of numbers.
+    """Return, for each row, the numbers for which PyTorch has its tensors, and the counters for pairs of numbers.
 
-    Of two rows that match one module, the one with fewer placeholders has it: it is an exception from the other, in
-    which the module counts all the same. Raises KeyMapError where a row matches nothing at all.
+    When two rows match the same module, the one with fewer placeholders takes it, as an exception. The counters still
+    count that module for the other row. Raises KeyMapError when a row matches nothing.
     """
     matched = [rule.bindings(names) for rule in rules]
     if unused := [rule.source for rule, bindings in zip(rules, matched, strict=True) if not bindings]:
