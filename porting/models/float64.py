@@ -1,8 +1,8 @@
-"""A PyTorch model in double precision, whose results are taken for the truth.
+"""Converts a PyTorch model to double precision. Its results are taken as the truth.
 
-PyTorch has no depthwise convolution of its own for float64: it runs one small convolution a channel, which is most
-of the time of a float64 pass. Here such a module adds up its kernel's taps one after another, each over all channels;
-the products are the same and so is, to rounding in float64, their sum.
+PyTorch has no depthwise convolution for float64. It runs one small convolution per channel, which takes most of the
+time of a float64 pass. Here such a module adds the taps of its kernel one after another, each over all channels. The
+products are the same, and so is their sum, up to float64 rounding.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def in_float64(model: nn.Module) -> nn.Module:
-    """A copy of the model in double precision, without one in its own precision on the way."""
+    """Copy the model in double precision, without an intermediate copy in its own precision."""
     from torch import nn
 
     memo: dict[int, Any] = {}
@@ -26,10 +26,10 @@ def in_float64(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(_exact_copy(parameter.detach()), requires_grad=False)
     for buffer in model.buffers():
         memo[id(buffer)] = _exact_copy(buffer)
-    # Tensors that are neither, as a model may hold them, are copied as they are and then brought along.
+    # Other tensors that a model holds are copied as they are.
     truth = copy.deepcopy(model, memo).double()
     for module in truth.modules():
-        # A subclass may compute something else.
+        # Not for subclasses, which may compute something else.
         if type(module) is nn.Conv2d and _is_plain_depthwise(module):
             vars(module)["forward"] = partial(_depthwise, module)
     return truth
@@ -37,10 +37,10 @@ def in_float64(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def staying_in_float64() -> Iterator[None]:
-    """While it lasts, tensors in float64 stay so where a model's code turns them to float32.
+    """Keep float64 tensors in float64 where the code of a model casts them to float32.
 
-    Many models do so around a softmax or a norm, whatever precision they are in, to be safe in half precision. Whole
-    numbers that it turns to float32, such as positions, become float64 as well, and so does what it makes in float32.
+    Many models cast around a softmax or a norm, whatever their precision, to be safe in half precision. Integers that
+    the code casts to float32, such as positions, become float64 too, and so do tensors that it creates in float32.
     """
     import torch
     from torch.overrides import TorchFunctionMode
@@ -62,14 +62,14 @@ def staying_in_float64() -> Iterator[None]:
 
 
 def _exact_copy(tensor: Tensor) -> Tensor:
-    """In memory of its own, also where it is in float64 already."""
+    """Copy a tensor, floats to float64, into memory of its own even if it is float64 already."""
     import torch
 
     return tensor.to(torch.float64, copy=True) if tensor.is_floating_point() else tensor.clone()
 
 
 def _is_plain_depthwise(module: nn.Conv2d) -> bool:
-    """One channel in and out a group, stride 1, zeros around."""
+    """Whether the convolution has one channel in and out per group, stride 1 and zero padding."""
     return (
         module.groups == module.in_channels == module.out_channels
         and module.stride == (1, 1)
@@ -80,8 +80,8 @@ def _is_plain_depthwise(module: nn.Conv2d) -> bool:
 
 
 def _depthwise(module: nn.Conv2d, images: Tensor) -> Tensor:
-    """What `module` computes for `(N, C, H, W)`, tap by tap; zeros around the images are left out, not added."""
-    assert isinstance(module.padding, tuple)  # a string was ruled out before
+    """Compute the result of `module` for `(N, C, H, W)`, tap by tap. The zero padding is skipped, not added."""
+    assert isinstance(module.padding, tuple)  # `_is_plain_depthwise` rules out a string
     weight = module.weight[:, 0, :, :, None, None]
     sides = [
         size + 2 * padding - dilation * (taps - 1)
@@ -90,7 +90,7 @@ def _depthwise(module: nn.Conv2d, images: Tensor) -> Tensor:
         )
     ]
     if min(sides) < 1 or images.ndim != 4:
-        # PyTorch's own way has the right error, or an axis less.
+        # PyTorch itself raises the right error, or takes images without a batch axis.
         return type(module).forward(module, images)
     result = images.new_zeros(*images.shape[:2], *sides)
     if module.bias is not None:
@@ -108,7 +108,7 @@ def _depthwise(module: nn.Conv2d, images: Tensor) -> Tensor:
 
 
 def _overlap(to_size: int, from_size: int, shift: int) -> tuple[slice, slice]:
-    """The positions of a result that a tap `shift` further on in the image reaches, and those that it takes."""
+    """The positions in the result that a tap with this `shift` adds to, and those in the image that it reads."""
     begin = max(0, -shift)
     end = max(begin, min(to_size, from_size - shift))
     return slice(begin, end), slice(begin + shift, end + shift)

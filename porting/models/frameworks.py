@@ -1,4 +1,4 @@
-"""Starting PyTorch and TensorFlow in one process, which takes some care."""
+"""Loads PyTorch and TensorFlow into one process, in an order that does not crash."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from typing import Any
 
 
 def load_triton() -> None:
-    """Loads Triton, where it is installed, and must be called before anything imports TensorFlow.
+    """Load Triton if it is installed. Call this before anything imports TensorFlow.
 
-    TensorFlow's wheels make their own copy of LLVM visible to the whole process (tensorflow issue 124205). Triton,
-    which comes with PyTorch's CUDA builds and is imported by torch._dynamo, timm and transformers, then ends the
-    process when it loads; loaded first, it keeps to its own copy and both work.
+    TensorFlow's wheels make their own copy of LLVM visible to the whole process (tensorflow issue 124205). Triton
+    comes with PyTorch's CUDA builds; torch._dynamo, timm and transformers import it. If it loads after TensorFlow, it
+    ends the process. If it loads first, it uses its own copy, and both work.
     """
     if "triton" not in sys.modules and importlib.util.find_spec("triton") is not None:
         importlib.import_module("triton._C.libtriton")
 
 
 def start_tensorflow(threads: int | None = None) -> None:
-    """Imports TensorFlow after Triton and without the lines that it writes to standard error on every start.
+    """Import TensorFlow after Triton, without the lines that it writes to standard error on every start.
 
-    `threads` is what each of its operations may use, which counts only until it has begun to compute.
+    `threads` is the number of threads for each operation. It has no effect once TensorFlow has begun to compute.
 
-    Its C++ part writes there before any log level can be set, so the descriptor itself is turned away while it
-    loads; what was written is shown when the import fails.
+    TensorFlow's C++ part writes before any log level can be set, so the file descriptor is redirected while it loads.
+    If the import fails, what was written is shown.
     """
     if threads is not None:
         start_tensorflow()
         import tensorflow as tf
 
-        with contextlib.suppress(RuntimeError):  # it has begun
+        with contextlib.suppress(RuntimeError):  # TensorFlow has begun to compute
             tf.config.threading.set_intra_op_parallelism_threads(threads)
     if "tensorflow" in sys.modules:
         return
@@ -49,7 +49,7 @@ def start_tensorflow(threads: int | None = None) -> None:
 
 @contextlib.contextmanager
 def holding_back_stderr() -> Iterator[None]:
-    """What C++ code writes to standard error while this lasts is shown only where it ends in an exception."""
+    """Hold back what C++ code writes to standard error in this context, and show it only after an exception."""
     sys.stderr.flush()
     saved = os.dup(2)
     with tempfile.TemporaryFile() as held_back:
@@ -66,9 +66,9 @@ def holding_back_stderr() -> Iterator[None]:
 
 
 def import_library(name: str) -> Any:
-    """A package of PyTorch models, imported so that it disturbs nothing; raises ImportError where it is not there.
+    """Import a Python package of PyTorch models, after Triton. Raises ImportError if it is not installed.
 
-    transformers imports TensorFlow by itself, with all that TensorFlow writes to standard error.
+    transformers imports TensorFlow itself, so TensorFlow is started first, to hold back what it writes.
     """
     if name.partition(".")[0] == "transformers" and importlib.util.find_spec("transformers") is not None:
         start_tensorflow()

@@ -1,4 +1,4 @@
-"""Images from files to the arrays that both models are given."""
+"""Loads image files into the arrays that both models take."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from PIL import Image
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-# Means and deviations of ImageNet's images, on which most published models were trained.
+# Means and standard deviations of the images of ImageNet, on which most published models were trained.
 IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a model's authors prepared its images: bicubic resize of the shorter side, centre crop, normalisation.
+    """A model's preprocessing: bicubic resize of the shorter side, centre crop, normalisation.
 
-    Sizes are in pixels; `mean` and `std` are for values from 0 to 1, one number a channel.
+    Sizes are in pixels. `mean` and `std` have one number per channel, for values from 0 to 1.
     """
 
     input_size: int
@@ -33,10 +33,10 @@ class Preprocessing:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """The image files in a folder, sorted by name; raises SourceError when there are none."""
+    """List the image files in a folder, sorted by name. Raises SourceError when there are none."""
     if not folder.is_dir():
         raise SourceError(f"{folder}: no such folder", hint="--images takes a folder of PNG or JPEG files.")
-    # A pipe or a device among them would never end.
+    # `is_file` leaves out pipes and devices, which could block forever.
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     if not paths:
         raise SourceError(f"{folder}: holds no images", hint=f"Expected files ending in {', '.join(IMAGE_SUFFIXES)}.")
@@ -44,7 +44,7 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def load_images(paths: list[Path], preprocessing: Preprocessing) -> Array:
-    """`(N, input_size, input_size, 3)` float32; raises SourceError for a file that is no image."""
+    """Load images as `(N, input_size, input_size, 3)` float32. Raises SourceError for a file that is no image."""
     return np.stack([_load_image(path, preprocessing) for path in paths])
 
 
@@ -60,10 +60,10 @@ def _load_image(path: Path, preprocessing: Preprocessing) -> Array:
 
 
 def prepare_image(image: Image.Image, preprocessing: Preprocessing) -> Array:
-    """An RGB image as `(input_size, input_size, 3)` float32."""
+    """Prepare an RGB image as `(input_size, input_size, 3)` float32."""
     from PIL import Image
 
-    # As torchvision's Resize and CenterCrop: the longer side is rounded down, and half a pixel goes to the even number.
+    # Like torchvision's Resize and CenterCrop: the longer side is rounded down, and half a pixel to the even number.
     width, height = (preprocessing.resize_size * side // min(image.size) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (round((side - preprocessing.input_size) / 2) for side in (width, height))
@@ -72,7 +72,7 @@ def prepare_image(image: Image.Image, preprocessing: Preprocessing) -> Array:
 
 
 def prepare_in_tensorflow(image: Image.Image, preprocessing: Preprocessing) -> Array:
-    """The same by TensorFlow's functions with their defaults: bilinear, without antialiasing."""
+    """Prepare the same image with TensorFlow's functions at their defaults: bilinear, without antialiasing."""
     import tensorflow as tf
 
     width, height = (preprocessing.resize_size * side // min(image.size) for side in image.size)

@@ -1,7 +1,7 @@
-"""What both models are given and what they give: trees of arrays, and how their axes lie on the two sides.
+"""The inputs and results of both models: trees of arrays, and the order of their axes on each side.
 
-An order of axes is never chosen because it fits best. It follows from what the PyTorch model does with an input, is
-said in the report, and can be stated.
+An order of axes is never chosen because it fits best. It follows from what the PyTorch model does with an input. The
+report names it, and a caller can state it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 Axes = tuple[int, ...]
-# Modules that take channels right behind the samples, and those that take features last, by the name of their class or
-# of one that it derives from.
+# Modules that take channels right after the samples, and modules that take features last. These are names of classes or
+# of base classes.
 _CHANNELS_FIRST = frozenset(
     [
         "_ConvNd",
@@ -62,12 +62,12 @@ _FEATURES_LAST = frozenset(
 
 
 def moved(rank: int) -> Axes:
-    """PyTorch's axes in Keras's order, where channels move from behind the samples to the end."""
+    """PyTorch's axes in Keras's order when channels move from right after the samples to the end."""
     return (0, *range(2, rank), 1)
 
 
 def inverse(axes: Axes) -> Axes:
-    """The permutation that undoes another."""
+    """The inverse of a permutation."""
     return tuple(axes.index(axis) for axis in range(len(axes)))
 
 
@@ -75,9 +75,9 @@ def inverse(axes: Axes) -> Axes:
 class Inputs:
     """The same inputs for both models, in order.
 
-    `names` are the keys of a dict of inputs, None for inputs given by position; `reference_names` are PyTorch's where
-    it calls them otherwise. `axes` are PyTorch's axes in Keras's order, None where the two arrays are not one another's
-    permutation.
+    `names` are the keys of a dict of inputs, None for inputs given by position. `reference_names` are the names of
+    PyTorch's arguments. `axes` are, for each input, PyTorch's axes in Keras's order; None if neither array is a
+    permutation of the other.
     """
 
     candidate: tuple[Array, ...]
@@ -99,14 +99,14 @@ class Inputs:
         )
 
     def output_axes(self, rank: int) -> Axes:
-        """PyTorch's axes in Keras's order for a result of that many axes: as those of an input of that rank."""
+        """PyTorch's axes in Keras's order for a result of this rank: those of an input of the same rank."""
         for axes in self.axes:
             if axes is not None and len(axes) == rank and axes != tuple(range(rank)):
                 return axes
         return tuple(range(rank))
 
     def described(self) -> tuple[str, ...]:
-        """One line an input that is not the same on both sides."""
+        """Describe, in one line each, the inputs that differ between the two sides."""
         lines = []
         for index, (axes, array) in enumerate(zip(self.axes, self.candidate, strict=True)):
             label = self.names[index] if self.names else f"input {index}"
@@ -117,7 +117,7 @@ class Inputs:
         return tuple(lines)
 
     def not_finite(self) -> str:
-        """What is wrong with an input that holds NaN or infinity; "" where none does."""
+        """Describe the first input that holds NaN or infinity; "" if there is none."""
         for index, array in enumerate(self.candidate):
             count = int((~np.isfinite(array)).sum()) if array.dtype.kind == "f" else 0
             if count:
@@ -140,7 +140,7 @@ class Inputs:
         return values[0] if len(values) == 1 else list(values)
 
     def call_reference(self, model: nn.Module, dtype: Any) -> Any:
-        """Runs the PyTorch model, floats in `dtype`, on copies of the arrays."""
+        """Run the PyTorch model on copies of the arrays, with floats in `dtype`."""
         import torch
 
         tensors = [torch.from_numpy(np.array(array, order="C")) for array in self.reference]
@@ -153,12 +153,12 @@ class Inputs:
 
 
 def image_inputs(images: Array) -> Inputs:
-    """The inputs of two models of images, `(N, H, W, C)` for Keras and `(N, C, H, W)` for PyTorch."""
+    """Make inputs of images, `(N, H, W, C)` for Keras and `(N, C, H, W)` for PyTorch."""
     return Inputs((images,), (np.moveaxis(images, -1, 1),), (moved(images.ndim),))
 
 
 def _slice(array: Array, axes: Axes | None, start: int, stop: int) -> Array:
-    """Samples of an array whose samples may not be its first axis."""
+    """Slice the samples of an array in which the axis of samples may not be the first."""
     axis = axes[0] if axes is not None else 0
     return array[(slice(None),) * axis + (slice(start, stop),)]
 
@@ -170,13 +170,13 @@ def make_inputs(
     reference_inputs: Any = None,
     input_axes: Sequence[Axes | None] | None = None,
 ) -> Inputs:
-    """Brings what a caller gave into order.
+    """Make `Inputs` of what a caller passed.
 
-    Inputs are an array, several, or a dict; arrays are NumPy's, PyTorch's or Keras's. `reference_inputs` are those for
-    PyTorch, by default the same with channels moved where the PyTorch model takes them so. `input_axes` states, for
-    each input, PyTorch's axes in Keras's order.
+    Inputs are one array, several, or a dict; arrays may be NumPy's, PyTorch's or Keras's. `reference_inputs` are the
+    inputs for PyTorch. By default they are the same, with channels moved if the PyTorch model takes them first.
+    `input_axes` states, for each input, PyTorch's axes in Keras's order.
 
-    Raises ValueError where there are no inputs, or they do not fit each other.
+    Raises ValueError when there are no inputs or they do not fit each other.
     """
     names = tuple(map(str, inputs)) if isinstance(inputs, Mapping) else None
     theirs_named = isinstance(reference_inputs, Mapping)
@@ -220,7 +220,7 @@ def make_inputs(
     return Inputs(tuple(ours), tuple(theirs), tuple(found), names, theirs_names)
 
 
-# What keras-hub and transformers call the same input.
+# The names of keras-hub and of transformers for the same inputs.
 _KNOWN_NAMES = {
     "token_ids": "input_ids",
     "padding_mask": "attention_mask",
@@ -234,7 +234,7 @@ _KNOWN_NAMES = {
 
 
 def names_in_reference(reference: nn.Module, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
-    """The arguments of the PyTorch model that inputs of Keras go to; the inputs' own names where it takes those."""
+    """The PyTorch arguments that Keras inputs go to. A name stays as it is if the PyTorch model takes it."""
     if names is None:
         return None
     taken = _arguments(reference)
@@ -244,7 +244,7 @@ def names_in_reference(reference: nn.Module, names: tuple[str, ...] | None) -> t
 
 
 def _arguments(reference: nn.Module) -> list[str]:
-    """The names of what a PyTorch model takes; none for TorchScript, which does not say it."""
+    """The names of a PyTorch model's arguments; none for TorchScript, which does not state them."""
     try:
         return list(inspect.signature(reference.forward).parameters)
     except (TypeError, ValueError):
@@ -260,7 +260,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _array(value: Any) -> Array:
-    """float64 and half precision become float32, which is what a Keras model takes."""
+    """Convert a value to a NumPy array. All floats become float32, the type that a Keras model takes."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()
         value = value.float() if value.dtype.is_floating_point else value
@@ -271,7 +271,7 @@ def _array(value: Any) -> Array:
 
 
 def _expected_shapes(candidate: keras.Model, count: int) -> list[tuple[int | None, ...] | None]:
-    """The shapes that a functional model says it takes, in order; None for each where it says nothing."""
+    """The input shapes that a functional model states, in order; None for each input if it states none."""
     tensors = getattr(candidate, "inputs", None) or ()
     shapes = [tuple(tensor.shape) for tensor in tensors]
     return list(shapes) if len(shapes) == count else [None] * count
@@ -284,13 +284,13 @@ def _expected_dtypes(candidate: keras.Model, count: int) -> list[str]:
 
 
 def _as_pixels(array: Array, dtype: str) -> Array:
-    """Whole numbers as float32 where they are images, which Keras casts and PyTorch does not."""
+    """Convert images of integers to float32. Keras casts them itself, PyTorch does not."""
     is_image = array.dtype.kind in "iu" and array.ndim > 2
     return array.astype(np.float32) if is_image and (dtype.startswith("float") or array.dtype == np.uint8) else array
 
 
 def _fitting(array: Array, shape: tuple[int | None, ...] | None) -> Array:
-    """The array as the model takes it, where there is one sure way: a single sample, or channels first."""
+    """Fit an array to a shape if there is only one way: add an axis for a single sample, or move channels last."""
     if shape is None:
         return array
     if array.ndim == len(shape) - 1 and _fits(array[None], shape):
@@ -312,7 +312,7 @@ def _fits(array: Array, shape: tuple[int | None, ...]) -> bool:
 
 
 def _permutation(ours: Array, theirs: Array) -> Axes | None:
-    """PyTorch's axes in Keras's order, found by the numbers: the arrays are given, and nothing is guessed."""
+    """PyTorch's axes in Keras's order, found by comparing the numbers of both arrays; None if no order fits."""
     if ours.ndim != theirs.ndim:
         return None
     orders = sorted(itertools.permutations(range(ours.ndim)), key=lambda order: order != tuple(range(ours.ndim)))
@@ -325,10 +325,11 @@ def _permutation(ours: Array, theirs: Array) -> Axes | None:
 def _axes_that_reference_takes(
     reference: nn.Module, arrays: list[Array], stated: Sequence[Axes | None], names: tuple[str, ...] | None
 ) -> list[Axes]:
-    """For each input the order of axes that the PyTorch model takes.
+    """The order of axes that the PyTorch model takes, for each input.
 
-    Two axes or fewer stay. Otherwise the first module that takes the input says it: a convolution takes channels
-    behind the samples, a dense layer features last. Where no module takes it as it is, images and volumes move.
+    Two axes or fewer stay. Otherwise the first module that takes the input decides: a convolution takes channels right
+    after the samples, a dense layer takes features last. If no module takes the input unchanged, the channels of images
+    and volumes move.
     """
     found = []
     usual = [axes if axes is not None else _usual(array.ndim) for axes, array in zip(stated, arrays, strict=True)]
@@ -348,7 +349,7 @@ def _axes_that_reference_takes(
 
 
 def _chosen(rank: int, channels: _Taker, same: _Taker | None = None) -> Axes:
-    """With channels moved, or as it is, by what the first module that took each is for, and which of them ran."""
+    """Choose between moved channels and the given order, by the first module that took each and by which one ran."""
     if same is None:
         return moved(rank)
     if channels.last or same.last:
@@ -393,14 +394,14 @@ def _first_taker(reference: nn.Module, arrays: list[Array], index: int, names: t
         try:
             reference(**dict(zip(names, tensors, strict=True))) if names is not None else reference(*tensors)
             ran = True
-        except Exception:  # whatever a model raises on axes that it does not take
+        except Exception:  # a model may raise anything on axes that it does not take
             ran = False
     bases = {base.__name__ for base in type(taker[0]).__mro__} if taker else set()
     return _Taker(ran, bool(bases & _CHANNELS_FIRST), bool(bases & _FEATURES_LAST))
 
 
 class _Watched:
-    """Pre-forward hooks on every module while a context lasts; the training flags are as they were behind it."""
+    """Puts pre-forward hooks on every module inside a context, and restores the training flags at its end."""
 
     def __init__(self, model: nn.Module, before: Callable[..., None]) -> None:
         self._model, self._before = model, before
@@ -424,7 +425,7 @@ class _Watched:
 
 
 def leaves_by_key(value: Any) -> dict[str, Any]:
-    """The tensors in a result, by where they are: dicts and dataclasses by key, sequences by place.
+    """The tensors in a result, by their place in it: keys for dicts and dataclasses, indices for sequences.
 
     A single tensor has the key "".
     """

@@ -1,8 +1,8 @@
-"""A Keras model in double precision.
+"""Runs a Keras model in double precision.
 
-The model itself is turned to float64 for as long as a context lasts: its variables, and the policies of all its
-layers. Nothing is built anew, so what was changed on a layer after it was built, a method or an activation, is in the
-exact run as well. Where a model cannot be turned so, it is cloned from its config with every dtype in it replaced.
+Inside a context the model itself is switched to float64: its variables and the dtype policies of all its layers.
+Nothing is rebuilt, so the exact run includes changes made to a layer after it was built, such as another method or
+activation. A model that cannot be switched is cloned from its config, with every dtype in it replaced.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ IN_PLACE, CLONED, BUILT = "turned to float64 in place", "cloned from its config"
 
 
 class Float64Model:
-    """The model in float64 while `active`; as it was, its weights bit for bit, outside.
+    """A model that is in float64 inside `active` and unchanged outside, with the same weights bit for bit.
 
-    `build` makes a fresh model, which is given the same weights and used instead. `how` says which way was taken.
+    `build` makes a fresh model, which gets the same weights and is used instead. `how` says which way is used.
     """
 
     def __init__(self, model: keras.Model, build: Callable[[], keras.Model] | None = None) -> None:
@@ -38,25 +38,25 @@ class Float64Model:
         self._doubles: list[tuple[Any, Any]] = []
 
     def clone(self) -> None:
-        """Uses a clone from now on; raises whatever Keras raises where there can be none."""
+        """Use a clone from now on. Raises whatever Keras raises when the model cannot be cloned."""
         self.model, self.how, self._turned = clone_in_float64(self.model), CLONED, False
 
     @contextlib.contextmanager
     def active(self) -> Iterator[keras.Model]:
-        """The model, computing in float64."""
+        """Yield the model, which computes in float64 inside this context."""
         turned = _turned(self.model, self._doubles) if self._turned else contextlib.nullcontext()
         with float64_defaults(), _exact_functions(), turned:
             yield self.model
 
     def weights(self) -> dict[str, Array]:
-        """All weights by name, as the model has them in float64."""
+        """All weights in float64, by name."""
         with self.active() as model:
             return {name: np.asarray(variable) for name, variable in named_variables(model).items()}
 
     def substitute(self, find: Callable[[str, Any], Any]) -> int:
-        """Gives weights other float64 values: `find` takes a weight's name and values and gives others or None.
+        """Replace float64 weights by what `find` returns for a name and values, unless None.
 
-        Returns how many it gave.
+        Returns how many changed.
         """
         count = 0
         with self.active() as model:
@@ -69,7 +69,7 @@ class Float64Model:
 
 
 def clone_in_float64(model: keras.Model) -> keras.Model:
-    """A clone from the config with every dtype in it replaced, and the same weights; raises whatever Keras raises."""
+    """Clone a model from its config in float64, with the same weights. Raises whatever Keras raises."""
     import keras
 
     def clone(layer: keras.layers.Layer) -> keras.layers.Layer:
@@ -83,7 +83,7 @@ def clone_in_float64(model: keras.Model) -> keras.Model:
 
 @contextlib.contextmanager
 def float64_defaults() -> Iterator[None]:
-    """What is built and computed meanwhile is in float64 unless it says otherwise."""
+    """Make float64 the default type of everything that Keras builds and computes in this context."""
     import keras
     from keras.src.backend.common import dtypes
 
@@ -92,7 +92,7 @@ def float64_defaults() -> Iterator[None]:
             import jax
 
             stack.enter_context(jax.enable_x64(True))
-        # Outside TensorFlow, Keras's own promotions make float32 of float64.
+        # On backends other than TensorFlow, Keras's type promotion turns float64 into float32.
         stack.enter_context(_item_set(dtypes.BIT64_TO_BIT32_DTYPE, "float64", "float64"))
         floatx, policy = keras.config.floatx(), keras.config.dtype_policy()
         keras.config.set_floatx("float64")
@@ -116,7 +116,7 @@ def _item_set(table: dict[str, str], key: str, value: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _exact_functions() -> Iterator[None]:
-    """TensorFlow rounds some constants to float32 even in float64; here functions are what they are defined as."""
+    """Replace functions in which TensorFlow rounds constants to float32 even in float64."""
     import keras
 
     if keras.backend.backend() != "tensorflow":
@@ -138,7 +138,7 @@ def _exact_functions() -> Iterator[None]:
         return 0.5 * x * (1.0 + keras.ops.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)))
 
     def exact_cast(x: Any, dtype: Any, name: str | None = None) -> Any:
-        # A Python number becomes a float32 on its way otherwise.
+        # tf.cast would turn a Python number into a float32 first.
         exact = isinstance(x, float) and tf.as_dtype(dtype).is_floating
         return tf.constant(x, dtype) if exact else cast(x, dtype, name)
 
@@ -155,12 +155,12 @@ def _exact_functions() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _turned(model: keras.Model, doubles: list[tuple[Any, Any]]) -> Iterator[None]:
-    """All policies and variables at float64; `doubles` keeps the values from one time to the next."""
+    """Switch all policies and variables to float64. `doubles` keeps the values from one use to the next."""
     import keras
 
     policy = keras.dtype_policies.DTypePolicy("float64")
     layers = [model, *named_layers(model).values()]
-    # A Sequential has a functional model inside, which is no layer of it.
+    # A Sequential holds a functional model, which is not among its layers.
     layers += [inner for layer in layers if (inner := getattr(layer, "_functional", None)) is not None]
     policies = [(layer, layer._dtype_policy) for layer in layers if hasattr(layer, "_dtype_policy")]
     if not doubles:
@@ -169,14 +169,14 @@ def _turned(model: keras.Model, doubles: list[tuple[Any, Any]]) -> Iterator[None
                 values = np.asarray(variable).astype(np.float64)
                 doubles.append((variable, keras.Variable(values, dtype="float64", trainable=False)))
     held = [(variable, variable._value, variable._dtype) for variable, _ in doubles]
-    # A functional model casts what it takes to what it was built for; a nested one takes tensors of the middle.
+    # A functional model casts its inputs to the types that it was built for, and so does a nested one.
     inputs: list[Any] = [
         tensor
         for layer in layers
         for tensor in getattr(layer, "_inputs", None) or ()
         if isinstance(tensor, keras.KerasTensor) and keras.backend.is_float_dtype(tensor.dtype)
     ]
-    # A Sequential asks its input layer, which its list of layers leaves out.
+    # A Sequential uses the type of its input layer, which its list of layers leaves out.
     inputs += [
         each
         for layer in layers
@@ -202,7 +202,7 @@ def _turned(model: keras.Model, doubles: list[tuple[Any, Any]]) -> Iterator[None
 
 
 def _all_variables(layers: list[Any]) -> list[Any]:
-    """Every variable below the layers, each once; those that are no weights too."""
+    """Every variable of the layers, each once, including those that are not weights."""
     found: dict[int, Any] = {}
     for layer in layers:
         for variable in (*getattr(layer, "_trainable_variables", ()), *getattr(layer, "_non_trainable_variables", ())):
@@ -211,9 +211,9 @@ def _all_variables(layers: list[Any]) -> list[Any]:
 
 
 def _filled(fresh: keras.Model, model: keras.Model) -> keras.Model:
-    """`fresh` with the weights of `model`, by name where the two have the same names, else in order.
+    """Copy the weights of `model` into `fresh`, by name if both have the same names, otherwise in order.
 
-    Raises ValueError where they do not have the same weights.
+    Raises ValueError when the weights do not fit.
     """
     given, wanted = named_variables(model), named_variables(fresh)
     if given.keys() != wanted.keys():
@@ -224,7 +224,7 @@ def _filled(fresh: keras.Model, model: keras.Model) -> keras.Model:
 
 
 def _with_float64(value: Any) -> Any:
-    """A config with every dtype in it replaced."""
+    """Copy a config with every dtype in it replaced by float64."""
     if isinstance(value, dict):
         replaced = {key: _with_float64(item) for key, item in value.items()}
         if replaced.get("class_name") == "DTypePolicy":

@@ -1,4 +1,4 @@
-"""The tensors of a live PyTorch model as a port takes them, and how they are put back."""
+"""Reads the tensors of a live PyTorch model for a port, and writes them back."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _OLD_STYLE = {"WeightNorm": ("_g", "_v"), "SpectralNorm": ("_orig", "_u", "_v")}
 
 
 def effective_tensors(model: nn.Module, *, in_float32: bool = True) -> dict[str, Array]:
-    """The model's state_dict by name, with every computed weight itself instead of what computes it.
+    """The model's state_dict by name, with each computed weight in place of the tensors that it is computed from.
 
-    A weight under weight_norm or spectral_norm, of the old kind or the new, is what the module multiplies by. Floats
-    are in float32 unless `in_float32` is False, which takes types that NumPy knows.
+    Under weight_norm or spectral_norm, old style or new, this is the weight that the module multiplies by. Floats are
+    converted to float32, unless `in_float32` is False; then NumPy must know their type.
     """
     import torch
 
@@ -37,7 +37,7 @@ def effective_tensors(model: nn.Module, *, in_float32: bool = True) -> dict[str,
 
 
 def _parametrized(model: nn.Module) -> Iterable[tuple[str, str, list[str]]]:
-    """Of each computed weight: the module's name, the weight's, and the names of the tensors that it is made of."""
+    """Yield, for each computed weight, the names of its module, of itself and of the tensors it is computed from."""
     from torch.nn.utils import parametrize
 
     names = list(model.state_dict())
@@ -49,16 +49,16 @@ def _parametrized(model: nn.Module) -> Iterable[tuple[str, str, list[str]]]:
                 yield prefix, name, [each for each in names if each.startswith(start)]
         for hook in module._forward_pre_hooks.values():
             if ends := _OLD_STYLE.get(type(hook).__name__):
-                hook(module, ())  # which computes the weight as the next call would
+                hook(module, ())  # this computes the weight, as the next call would
                 yield prefix, hook.name, [f"{stem}{hook.name}{end}" for end in ends]
 
 
 def effective_names(model: nn.Module) -> set[str]:
-    """The names of `effective_tensors`; the model may be without memory."""
+    """The names in `effective_tensors`. The model's tensors may be on the meta device."""
     import torch
 
     names = set(model.state_dict())
-    with torch.no_grad():  # a weight with a gradient could not be copied with its model
+    with torch.no_grad():  # a computed weight with a gradient would make the model impossible to copy
         for prefix, name, parts in _parametrized(model):
             names -= set(parts)
             names.add(f"{prefix}.{name}" if prefix else name)
@@ -70,10 +70,10 @@ def shapes_of(tensors: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
 
 
 def assign_tensors(model: nn.Module, values: Mapping[str, Array]) -> None:
-    """Puts values into a live model's tensors, in the types that these have; a computed weight gets what gives it.
+    """Write values into a live model's tensors, in the types that these have.
 
-    Raises ValueError, before anything is changed, for a weight under spectral_norm or an old weight_norm, which no
-    tensor alone gives.
+    A computed weight is set through its parametrization. Raises ValueError, before anything is changed, for a weight
+    under spectral_norm or an old-style weight_norm, which cannot be set.
     """
     import torch
     from torch.nn.utils import parametrize

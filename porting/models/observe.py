@@ -1,10 +1,10 @@
-"""Watching the calls inside a model, in either framework, and steering them.
+"""Observes the calls inside a model, in either framework, and can replace their tensors.
 
-An `Observer` is told of every call of a submodule or layer: before it runs, with its inputs, and after, with its
-outputs, always as lists of torch tensors. It may put others in their place: that is how a layer is given the
-reference's own input, and how its error is kept from those behind it.
+An `Observer` is called before every call of a submodule or layer, with its inputs, and after it, with its outputs,
+always as lists of torch tensors. It may return replacements. This gives a layer the reference's own input, and keeps
+its error from the layers after it.
 
-A module or layer that runs more than once is told apart as `name`, `name#1`, `name#2`.
+The calls of a module or layer that runs more than once are named `name`, `name#1`, `name#2`.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ Replacement = Sequence["Tensor | None"] | None
 
 
 class Observer(Protocol):
-    """What to do at a call. A replacement has one entry a tensor, None where the tensor stays; None changes nothing.
+    """Callbacks for a call. A replacement has one entry per tensor, None to keep it; a plain None changes nothing.
 
-    An observer that does not watch inputs is told of them as an empty list, which saves bringing them over.
+    An observer that does not watch inputs gets an empty list instead, which saves the conversion.
     """
 
     watches_inputs: bool
 
     def before(self, name: str, inputs: list[Tensor]) -> Replacement:
-        """Called with the inputs of a call."""
+        """Take the inputs of a call."""
         ...
 
     def after(self, name: str, outputs: list[Tensor]) -> Replacement:
-        """Called with the outputs of the same call."""
+        """Take the outputs of the same call."""
         ...
 
 
 class _Calls:
-    """Numbers the calls of each name, and knows which one is ending."""
+    """Numbers the calls of each name, and keeps track of which one ends."""
 
     def __init__(self) -> None:
         self._seen: Counter[str] = Counter()
@@ -62,7 +62,7 @@ class _Calls:
 
 @contextlib.contextmanager
 def observe_modules(model: nn.Module, observer: Observer) -> Iterator[None]:
-    """Shows the observer every call of a submodule of `model`, by its name in `named_modules()`."""
+    """Show the observer every call of a submodule of `model`, under its name in `named_modules()`."""
     import torch
 
     calls = _Calls()
@@ -85,7 +85,7 @@ def observe_modules(model: nn.Module, observer: Observer) -> Iterator[None]:
 
     handles = []
     for name, module in model.named_modules():
-        # TorchScript takes no such hooks: what runs inside it cannot be seen.
+        # TorchScript takes no such hooks, so its submodules cannot be observed.
         if name and not isinstance(module, torch.jit.ScriptModule):
             before, after = hooks_for(name)
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
@@ -98,7 +98,7 @@ def observe_modules(model: nn.Module, observer: Observer) -> Iterator[None]:
 
 
 def _collect(value: Any, found: list[Tensor]) -> None:
-    """All tensors inside nested tuples, lists and dicts, in order."""
+    """Append all tensors inside nested tuples, lists and dicts to `found`, in order."""
     import torch
 
     if isinstance(value, torch.Tensor):
@@ -112,7 +112,7 @@ def _collect(value: Any, found: list[Tensor]) -> None:
 
 
 def _replace(value: Any, replacements: Iterator[Tensor | None]) -> Any:
-    """The same structure with each tensor replaced where there is something to replace it with."""
+    """Rebuild a structure with its tensors replaced. A replacement of None keeps the tensor."""
     import torch
 
     if isinstance(value, torch.Tensor):
@@ -135,12 +135,13 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 @contextlib.contextmanager
 def observe_layers(model: keras.Model, observer: Observer) -> Iterator[Callable[[Any], Tensor]]:
-    """Shows the observer every eager call of a layer inside `model`, at any depth, by its name in `named_layers`.
+    """Show the observer every eager call of a layer inside `model`, at any depth, under its name in `named_layers`.
 
-    Gives a function that brings a Keras tensor over as the observer has seen it: the same one, where it has.
+    Yields a function that converts a Keras tensor to a torch tensor. For a tensor that the observer has seen, it
+    returns the same object.
 
-    Keras has no hooks of its own, so the one method that every layer's call goes through is wrapped, for the whole
-    process, while the context is open.
+    Keras has no hooks. Inside this context, the one method that every layer call goes through is wrapped, for the whole
+    process.
     """
     import keras
 
@@ -153,7 +154,7 @@ def observe_layers(model: keras.Model, observer: Observer) -> Iterator[Callable[
     def observed_call(self: keras.layers.Layer, *args: Any, **kwargs: Any) -> Any:
         if self is model:
             return original(self, *args, **kwargs)
-        # A layer that is made in the midst of a call hangs nowhere.
+        # A layer that is created during a call has no name in the model.
         name = calls.begin(names.get(id(self)) or self.path or self.name)
         if observer.watches_inputs:
             args, kwargs = bridge.steer((args, kwargs), lambda found: observer.before(name, found))
@@ -171,14 +172,14 @@ def observe_layers(model: keras.Model, observer: Observer) -> Iterator[Callable[
 
 
 class _Bridge:
-    """Brings Keras tensors over to PyTorch and back; the same Keras tensor is the same torch tensor each time."""
+    """Converts Keras tensors to PyTorch and back. The same Keras tensor gives the same torch tensor each time."""
 
     def __init__(self) -> None:
-        # By the Keras tensor's identity, until it is freed: it cannot be hashed.
+        # By the id of the Keras tensor, which cannot be hashed; removed when it is freed.
         self._known: dict[int, tuple[weakref.ref[Any], Tensor]] = {}
 
     def steer(self, value: Any, ask: Callable[[list[Tensor]], Replacement]) -> Any:
-        """Asks about the Keras tensors in a structure and puts the answers in their place, in their own types."""
+        """Pass the Keras tensors of a structure to `ask`, and put its replacements in their place and types."""
         import keras
 
         leaves = keras.tree.flatten(value)
@@ -189,7 +190,7 @@ class _Bridge:
         for index, replacement in zip(positions, replaced, strict=True):
             if replacement is not None:
                 array = replacement.contiguous().numpy()
-                # A float64 run goes on in float64, whatever the layer made.
+                # A float64 run continues in float64, even if the layer returned another type.
                 wide = array.dtype in (np.float64, np.complex128)
                 leaves[index] = keras.ops.convert_to_tensor(array, dtype=None if wide else leaves[index].dtype)
                 self._remember(leaves[index], replacement)
@@ -208,7 +209,7 @@ class _Bridge:
         identity, known = id(leaf), self._known
 
         def forget(gone: weakref.ref[Any]) -> None:
-            # By then the identity may be another tensor's.
+            # The id may belong to another tensor by now.
             if known.get(identity, (None,))[0] is gone:
                 del known[identity]
 
@@ -223,16 +224,16 @@ def keras_tensors_in(value: Any) -> list[Tensor]:
 
 
 def to_torch(value: Any) -> Tensor:
-    """A Keras tensor as a torch tensor, only to be read, half precision as float32."""
+    """Convert a Keras tensor to a torch tensor, half precision to float32. The result must not be written to."""
     import torch
 
-    if isinstance(value, torch.Tensor):  # of Keras on PyTorch
+    if isinstance(value, torch.Tensor):  # Keras runs on the PyTorch backend
         own: Tensor = value.detach()
         return own.float() if own.dtype in {torch.bfloat16, torch.float16} else own
     dtype = getattr(value, "dtype", None)
-    # Other types than numbers, text say, would end the process there.
+    # DLPack ends the process for types that are not numbers, such as text.
     if hasattr(value, "__dlpack__") and (getattr(dtype, "is_floating", False) or getattr(dtype, "is_integer", False)):
-        # The two share memory, which saves a copy of every activation.
+        # Both share memory, which saves a copy of every activation.
         with contextlib.suppress(BufferError, RuntimeError, TypeError):
             shared: Tensor = torch.utils.dlpack.from_dlpack(value)
             return shared.float() if shared.dtype in {torch.bfloat16, torch.float16} else shared

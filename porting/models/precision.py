@@ -1,7 +1,7 @@
-"""A PyTorch model as it would be in fewer bits: the rounding that an exported file of that precision cannot be without.
+"""Rounds a PyTorch model to a lower precision, to show the rounding that a file of that precision must have.
 
-An artifact in float16 or int8 is not at parity with float32, and need not be. It is judged as a float32 one is, in
-units of what that precision costs PyTorch itself, here made with PyTorch's own roundings.
+A file in float16 or int8 is not at parity with float32 and need not be. It is judged like a float32 one, in units of
+the rounding that its precision costs PyTorch itself. This module produces that rounding.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 PRECISIONS = ("float32", "float16", "int8")
-# What Keras computes in under its mixed policies.
+# The types in which Keras computes under its mixed policies.
 _HALVES = ("float16", "bfloat16")
 
 
 def in_precision(model: nn.Module, precision: str, inputs: Array | Inputs, *, results: bool = True) -> nn.Module:
-    """A copy of `model` in float32 whose numbers are those that `precision` has.
+    """Copy `model` in float32, with its numbers rounded to those that `precision` has.
 
-    float16, bfloat16: weights and every module's result are rounded to it. int8: kernels are rounded to 255 steps a
-    channel of their output, and every result to 256 steps between the least and the greatest that `inputs`,
-    images `(N, H, W, C)` or any, make. Without `results` only the weights are rounded.
+    float16, bfloat16: weights and the result of every module are rounded. int8: kernels are rounded to 255 steps per
+    output channel, and every result to 256 steps between its least and greatest value over `inputs`. These are images
+    `(N, H, W, C)` or any `Inputs`. Without `results` only the weights are rounded.
 
     Raises ValueError for an unknown precision.
     """
@@ -80,7 +80,7 @@ def _in_steps(tensor: Tensor, low: float, high: float) -> Tensor:
 
 
 def _ranges(model: nn.Module, inputs: Inputs) -> dict[str, tuple[float, float]]:
-    """Least and greatest result of every module over the inputs, with zero between them."""
+    """The least and greatest value of every module's result over the inputs, extended to include zero."""
     import torch
 
     found: dict[str, tuple[float, float]] = {}

@@ -1,4 +1,4 @@
-"""What the rows of a key map stand for in two live models."""
+"""Expands the rows of a key map against two live models."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def key_map_of_rows(reference: nn.Module, candidate: keras.Model, rows: Iterable[KeyRule]) -> KeyMap:
-    """The key map that rows stand for in two live models; raises KeyMapError for a row that fits nothing."""
+    """Build the key map that rows stand for in two live models. Raises KeyMapError for a row that fits nothing."""
     rows = list(rows)
     if other := [row for row in rows if not isinstance(row, KeyRule)]:
         raise KeyMapError(f"a key map is a KeyMap or a list of KeyRule: got {other[0]!r:.100}")
@@ -32,7 +32,7 @@ def key_map_of_rows(reference: nn.Module, candidate: keras.Model, rows: Iterable
     entries: list[TensorEntry] = []
     drops: list[str] = []
     owners = {name.rpartition(".")[0] for name in tensors}
-    # A norm without weights is a layer with weights in Keras all the same.
+    # A norm without weights in PyTorch may be a layer with weights in Keras.
     bare = {f"{name}.weight" for name, each in modules.items() if name not in owners and _has_weights(each)}
     for own, pair in expand(rows, tensors | bare):
         pairs.append(pair)
@@ -55,7 +55,7 @@ def key_map_of_rows(reference: nn.Module, candidate: keras.Model, rows: Iterable
 
 
 def _has_weights(module: nn.Module) -> bool:
-    """Whether modules of this kind have weights, as a rule."""
+    """Whether modules of this kind usually have weights."""
     kind = kind_of_module(module)
     return kind is not None and bool(kind.leaves)
 
@@ -63,7 +63,7 @@ def _has_weights(module: nn.Module) -> bool:
 def entries_of(
     own: str, leaves: Iterable[Leaf], tensors: Collection[str], variables: Mapping[str, str]
 ) -> Iterator[TensorEntry]:
-    """The entries of one layer: tensors that both sides have first, then what only one has and can do without."""
+    """Yield the entries of one layer: tensors of both sides first, then those of one side that have a default."""
     taken: set[str] = set()
     leaves = list(leaves)
     for leaf in leaves:

@@ -1,7 +1,7 @@
-"""Weights with something in every tensor, for checks where no trained checkpoint is at hand.
+"""Synthetic weights that use every tensor, for checks without a trained checkpoint.
 
-Untouched random initialisation hides mistakes: layer scales of 1e-2 damp a block a hundredfold, biases are zero
-and BatchNorm statistics are the identity.
+Plain random initialisation hides mistakes: layer scales of 1e-2 damp a block a hundredfold, biases are zero, and
+BatchNorm statistics are the identity.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 def fill_with_synthetic_weights(
     model: nn.Module, seed: int = 0, run: Callable[[nn.Module], object] | None = None
 ) -> None:
-    """Gives every parameter and statistic of a model, in place, a value that an error would show in.
+    """Give every parameter and statistic of a model, in place, values that reveal errors.
 
-    Kernels keep their random initial values, redrawn from `seed`; biases, norms' scales and single parameters
-    become random numbers well away from 0 and 1; BatchNorm statistics are then measured on random images, so that
-    activations keep their scale however deep the model is. `run` runs the model on inputs for that, by default on
-    random images.
+    Kernels are drawn anew from `seed`, with a variance of one over their fan-in. Biases, norm scales and single
+    parameters become random numbers in narrow ranges. BatchNorm statistics are then measured on a batch, so that
+    activations keep their scale however deep the model is. `run` runs the model on that batch; by default it is a
+    batch of random images.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -47,12 +47,12 @@ def fill_with_synthetic_weights(
 
 
 def measure_batch_norms(model: nn.Module, run: Callable[[nn.Module], object]) -> None:
-    """Sets every BatchNorm's running statistics, in place, to those of the batch that `run` runs the model on."""
+    """Set the running statistics of every BatchNorm, in place, to those of the batch that `run` feeds the model."""
     norms = [module for module in model.modules() if isinstance(module, _BATCH_NORMS)]
     momenta = [norm.momentum for norm in norms]
     was_training = model.training
     for norm in norms:
-        norm.momentum = 1.0  # the statistics of this very batch, not a blend with the initial ones
+        norm.momentum = 1.0  # the statistics of this batch alone, not a blend with the initial ones
     model.train()
     with torch.no_grad():
         run(model)

@@ -1,8 +1,8 @@
-"""Layers and variables of a Keras model, named by where they hang in it.
+"""Names the layers and variables of a Keras model by their position in it.
 
-A variable's own `path` is no identity: it is made when the layer is built, so two submodels built alike have the same
-paths inside. Here a name is the chain of layers' names from the model down, `encoder/block1/dense/kernel`; a layer
-that hangs in two places has the name of the first.
+A variable's own `path` is not unique: Keras sets it when the layer is built, so two submodels built alike have the same
+paths inside. Here a name is the chain of layer names from the model down, such as `encoder/block1/dense/kernel`. A
+layer that is used in two places has the name of the first.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _NUMBERED = re.compile(r"variable_\d+")
 
 
 def named_layers(model: keras.Model) -> dict[str, keras.layers.Layer]:
-    """Every layer of a model at any depth, each once; one's sublayers come before the next beside it.
+    """Every layer of a model at any depth, each once, depth first.
 
-    Names that would be the same have a number behind them, as in `dense~1`.
+    Names that would be equal get a number, as in `dense~1`.
     """
     found: dict[str, keras.layers.Layer] = {}
     seen: set[int] = {id(model)}
@@ -43,13 +43,13 @@ def named_layers(model: keras.Model) -> dict[str, keras.layers.Layer]:
 
 
 def named_variables(model: keras.Model) -> dict[str, keras.Variable]:
-    """Every weight of a model, each once, in Keras's own order; state of random generators is no weight."""
+    """Every weight of a model, each once, in Keras's own order. The state of random generators is not a weight."""
     names: dict[int, str] = {}
     used: Counter[str] = Counter()
     for prefix, layer in (("", model), *((f"{name}/", layer) for name, layer in named_layers(model).items())):
         for variable in _own_variables(layer):
             if id(variable) not in names:
-                # Keras numbers nameless variables through the process: such a number is none of the model's.
+                # Keras numbers unnamed variables across the process, so the number says nothing about the model.
                 name = prefix + ("variable" if _NUMBERED.fullmatch(variable.name) else variable.name)
                 used[name] += 1
                 names[id(variable)] = name if used[name] == 1 else f"{name}~{used[name] - 1}"
@@ -57,14 +57,14 @@ def named_variables(model: keras.Model) -> dict[str, keras.Variable]:
 
 
 def owned_variables(model: keras.Model) -> dict[str, list[keras.Variable]]:
-    """The variables that each layer has by itself, not through a sublayer; those of the model itself under ""."""
+    """The variables that each layer holds directly, not through a sublayer. The key "" has the model's own."""
     return {"": _own_variables(model)} | {name: _own_variables(layer) for name, layer in named_layers(model).items()}
 
 
 def _sublayers(owner: Any) -> Iterator[keras.layers.Layer]:
-    """The layers right below a model or layer: a model's listing first, then what else it has as attributes."""
+    """Yield the layers directly inside a model or layer: those in its `layers` first, then those in attributes."""
     listed = list(getattr(owner, "layers", ())) if hasattr(owner, "layers") else []
-    # Sublayers of a layer have no public listing; this is what Keras's own summary walks over.
+    # Keras has no public list of a layer's sublayers; its own summary uses `_layers` too.
     for layer in (*listed, *getattr(owner, "_layers", ())):
         if hasattr(layer, "name") and hasattr(layer, "weights"):
             yield layer
