@@ -2,7 +2,7 @@
 
 Attribute names are those of the official code (Visual-Attention-Network/VAN-Classification,
 `models/van.py`), so an official state_dict loads with `strict=True`. The network is the one of the paper
-"Visual Attention Network", arXiv 2202.09741, sections 3.1 and 3.2. Nothing but torch is needed here;
+"Visual Attention Network", arXiv 2202.09741, sections 3.1 and 3.2. This module needs only torch;
 `porting.references.van_timm` registers the same models with timm.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 class VanShape(NamedTuple):
-    """One row of the variants' table: one number a stage, and the channels of an image."""
+    """One variant: settings with one number per stage, and the number of image channels."""
 
     embed_dims: tuple[int, ...]
     depths: tuple[int, ...]
@@ -25,8 +25,8 @@ class VanShape(NamedTuple):
     in_chans: int = 3
 
 
-# Written out here although van_tf.config has the same table: the side that judges must not read its
-# numbers from the side that is judged. tests/test_reference_van.py holds the two together.
+# Repeats the table of van_tf.config on purpose: the reference must not take its numbers from the model that it
+# judges. tests/references/test_van.py checks that the two tables agree.
 VARIANTS: dict[str, VanShape] = {
     "nano": VanShape((32, 48, 64, 96), (2, 2, 2, 1), (4, 4, 4, 4)),
     "b0": VanShape((32, 64, 160, 256), (3, 3, 5, 2)),
@@ -113,7 +113,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a BatchNorm and scaled per channel before it is added."""
+    """Attention and MLP, each after a BatchNorm and scaled per channel before it is added."""
 
     def __init__(self, dim: int, mlp_ratio: float, drop_rate: float = 0.0, drop_path_rate: float = 0.0) -> None:
         super().__init__()
@@ -207,14 +207,14 @@ class VAN(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the head by a new one of `num_classes`; 0 leaves the pooled features."""
+        """Replace the head by a new one for `num_classes`. With 0 the model returns pooled features."""
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
         initialise(self.head)
 
 
 def initialise(module: nn.Module) -> None:
-    """Initial values of the official code: fan-out normal for convolutions, a narrow normal for the head."""
+    """Initialise a module as the official code does: fan-out normal for convolutions, a narrow normal for the head."""
     if isinstance(module, nn.Conv2d):
         fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
         nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_out))
@@ -238,11 +238,11 @@ class VANBackbone(VAN):
 
 
 def build_van(variant: str | VanShape, num_classes: int = 1000, **settings: Any) -> VAN:
-    """Builds the reference of a row of `VARIANTS`, or of another, with fresh weights; for 0 classes a `VANBackbone`.
+    """Build the reference model of a variant or of another shape, with fresh weights.
 
-    `settings` are `VAN`'s: layer_norm_eps, drop_rate, drop_path_rate.
+    With 0 classes it is a `VANBackbone`. `settings` are those of `VAN`: layer_norm_eps, drop_rate, drop_path_rate.
 
-    Raises KeyError for an unknown row.
+    Raises KeyError for a name that is not in `VARIANTS`.
     """
     made = VAN if num_classes > 0 else VANBackbone
     shape = VARIANTS[variant] if isinstance(variant, str) else variant

@@ -5,8 +5,8 @@
 
     model = timm.create_model("van_b1", num_classes=10)
 
-timm and torchvision are needed here and nowhere else in the package: install `van-port[timm]`. No pretrained
-weights are registered; `porting.files.checkpoint` reads the published files.
+This module needs timm and torchvision: install `van-port[timm]`. It registers no pretrained weights;
+`porting.files.checkpoint` reads the published files.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ default_cfgs = generate_default_cfgs(
 
 
 class TimmVAN(VAN):
-    """The reference with the methods that timm asks of its models; parameters and their names are the same.
+    """The reference with the methods that timm expects of a model. Parameters and their names are the same.
 
-    It has four stages, as all registered variants. `global_pool` is one of timm's kinds of pooling, "" for none.
+    It has four stages, like all registered variants. `global_pool` is one of timm's pooling types, "" for none.
     """
 
     if TYPE_CHECKING:  # what the base class adds by name
@@ -71,7 +71,7 @@ class TimmVAN(VAN):
         super().__init__(num_classes=num_classes, **kwargs)
         self.grad_checkpointing = False
         for stage, info in enumerate(self.feature_info, start=1):
-            # A stage's map, channels first, under a name that hooks and fx can take.
+            # Gives the map of a stage, channels first, a name for hooks and fx.
             self.add_module(f"map{stage}", nn.Identity())
             info["module"] = f"map{stage}"
         self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
@@ -79,7 +79,7 @@ class TimmVAN(VAN):
             self.reset_classifier(num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        # Written out: TorchScript takes modules by their names alone.
+        # Unrolled by hand, since TorchScript accepts modules only by their names.
         x = self.patch_embed1(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():  # type: ignore[attr-defined]
             x = checkpoint_seq(self.block1, x)
@@ -126,7 +126,10 @@ class TimmVAN(VAN):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """The maps of the stages in `indices`, and the last one; every map is behind its norm, whatever `norm` says."""
+        """Return the last map and the maps of the stages in `indices`, or only the latter with `intermediates_only`.
+
+        Every map is normalised, whatever `norm` says. Raises ValueError for an `output_fmt` other than NCHW.
+        """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt is NCHW: got {output_fmt!r}")
         taken, last = feature_take_indices(len(self.depths), indices)
@@ -147,7 +150,7 @@ class TimmVAN(VAN):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drops the stages behind the last of `indices`, and the head; returns the stages that are taken."""
+        """Remove the stages after the last of `indices`, and the head unless told not to. Returns the stages taken."""
         taken, last = feature_take_indices(len(self.depths), indices)
         for stage in range(last + 2, len(self.depths) + 1):
             for name in (f"patch_embed{stage}", f"norm{stage}"):
@@ -163,14 +166,14 @@ class TimmVAN(VAN):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameters in the order of depth, for a learning rate by layer: by stage where `coarse`, else by block."""
+        """Group parameters by depth, for layer-wise learning rates: by stage if `coarse`, otherwise by block."""
         blocks = r"^(?:patch_embed|block|norm)(\d+)"
         fine = [(r"^(?:patch_embed)(\d+)", None), (r"^block(\d+)\.(\d+)", None), (r"^norm(\d+)", (99999,))]
         return {"stem": r"^patch_embed1", "blocks": blocks if coarse else fine}
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """The scales of the branches; timm leaves out what has one axis by itself."""
+        """The names of the layer scales. timm itself exempts parameters with one axis."""
         return {name for name, _ in self.named_parameters() if "layer_scale" in name}
 
     @torch.jit.ignore
@@ -198,7 +201,7 @@ def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> TimmVAN:
 
 @register_model
 def van_nano(pretrained: bool = False, **kwargs: Any) -> TimmVAN:
-    """This project's own small variant, 64x64 images and ten classes."""
+    """The small variant of this project, for 64x64 images and ten classes."""
     return _create("nano", pretrained, kwargs)
 
 
