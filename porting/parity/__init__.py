@@ -1,1 +1,1 @@
-"""Comparing two models and judging what came out."""
+"""Compares two models and judges the result."""

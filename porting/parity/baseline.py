@@ -1,4 +1,4 @@
-"""A report against an earlier one: has any layer got worse?"""
+"""Compares a report with an earlier one, to find layers that got worse."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ DEFAULT_FACTOR = 2.0
 
 
 def regressions(report: ParityReport, baseline: ParityReport, factor: float = DEFAULT_FACTOR) -> list[str]:
-    """A sentence for every layer whose error has grown by more than `factor`, or that is no longer compared.
+    """Describe every layer whose error has grown by more than `factor`, or that is no longer compared.
 
-    What is compared is Keras's RMS distance to the truth relative to the layer's scale, in every view of both reports.
-    Below one rounding of the type that was computed in nothing counts as an error.
+    The error is Keras's RMS distance to the truth relative to the layer's scale, in every view that both reports have.
+    An error below one rounding of the computed type counts as one rounding.
     """
     now = {layer.source: layer for layer in report.layers}
     found = []
@@ -29,7 +29,7 @@ def _worse_views(old: LayerComparison, new: LayerComparison, factor: float) -> l
     for name, before in old.views.items():
         after = new.views.get(name)
         if after is None:
-            continue  # a check with fewer views says nothing of the others
+            continue  # a check with fewer views says nothing about the others
         if after.problem and not before.problem:
             found.append(f"{new.source} ({name}): {after.problem}")
         elif not _relative(after) <= factor * _relative(before):

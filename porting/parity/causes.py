@@ -1,4 +1,4 @@
-"""Why a layer gives something else: its weights, what it was fed, or an activation behind it."""
+"""Finds why a layer returns something else: its weights, its input, or an activation after it."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
     from porting.parity.session import Session
 
-# A few roundings of the greatest number: who folds in float32 has as many.
+# A few roundings of the greatest number, as many as folding in float32 causes.
 _FOLDED = 2.0**-21
 _NORM = ", with the norm behind it folded in,"
-# Numbers of a weight that differ, up to which they are named one by one.
+# Up to this many differing numbers of a weight are named one by one.
 _FEW = 3
 
 
 def as_an_activation(label: str, expected: Tensor, actual: Tensor) -> Diagnosis | None:
-    """A softmax or sigmoid behind the last layer, on one side alone."""
+    """Diagnose a softmax or sigmoid after the last layer that only one side has."""
     for cause, guess, target in (
         ("a softmax follows it in Keras alone", expected.softmax(-1), actual),
         ("a softmax follows it in PyTorch alone", actual.softmax(-1), expected),
@@ -46,7 +46,7 @@ def as_an_activation(label: str, expected: Tensor, actual: Tensor) -> Diagnosis 
 
 
 def tensors_near(recording: Recording, call: str) -> dict[str, Tensor]:
-    """Tensors near a call that might have been taken by mistake, by name."""
+    """The tensors near a call that a port might use by mistake, by name."""
     parent = call.partition("#")[0].rpartition(".")[0]
     scope = f"{parent}." if parent else ""
     near = {
@@ -79,7 +79,7 @@ def cause_of(
     if truth.ndim == actual.ndim:
         found = actual.permute(inverse(axes))
     elif [side for side in truth.shape if side > 1] == [side for side in actual.shape if side > 1]:
-        found = actual.reshape(truth.shape)  # a state has an axis for its layers in PyTorch
+        found = actual.reshape(truth.shape)  # in PyTorch a state has an axis for layers
     else:
         return None
     core = core_of(session, recording, call, layer)
@@ -103,7 +103,7 @@ def cause_of(
 
 
 def _cause_in_core(core: Core, layer: Any, truth: Tensor, found: Tensor) -> Diagnosis | None:
-    """A mistake in the weights of a layer that has more inside than their module."""
+    """Diagnose a mistake in the weights of a layer that fuses several modules."""
     slack = _FOLDED if core.is_folded else 0.0
     few = _few_numbers(core.name, core.module, layer, slack)
     if few is not None:
@@ -117,7 +117,7 @@ def _cause_in_core(core: Core, layer: Any, truth: Tensor, found: Tensor) -> Diag
 def _other_epsilon(
     call: str, module: Any, layer: Any, inputs: list[Tensor], truth: Tensor, found: Tensor
 ) -> Diagnosis | None:
-    """The very epsilon that the Keras layer has, which may be too near to PyTorch's for any guess."""
+    """Diagnose the epsilon that the Keras layer has, which may differ from PyTorch's by less than any usual one."""
     import torch
 
     expected, actual = getattr(module, "eps", None), getattr(layer, "epsilon", None)
@@ -134,7 +134,7 @@ def _other_epsilon(
 def _other_order(
     tracer: Tracer, node: Node, module: Any, inputs: list[Tensor], found: Tensor, call: str
 ) -> Diagnosis | None:
-    """Keras's layer takes the same numbers in another order, and its weights were not permuted to match."""
+    """Diagnose a layer that takes the same numbers in another order, with weights that were not permuted to match."""
     import torch
 
     if len(node.inputs) != 1 or len(inputs) != 1 or node.inputs[0].numel() != inputs[0].numel():
@@ -155,7 +155,7 @@ def _other_order(
 
 
 def _weights(module: Any, layer: Any) -> Iterator[tuple[str, np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
-    """The weights that both sides have, in PyTorch's order of axes: name, expected, actual."""
+    """Yield the weights that both sides have, in PyTorch's order of axes: name, expected, actual."""
     kind = kind_of_module(module)
     if kind is None or layer is None or kind is not kind_of_layer(layer):
         return
@@ -163,7 +163,7 @@ def _weights(module: Any, layer: Any) -> Iterator[tuple[str, np.ndarray[Any, Any
     for leaf in kind.leaves_for(module):
         tensors = [attribute(module, name) for name in leaf.sources]
         held = [tensor for tensor in tensors if tensor is not None]
-        # Where several tensors are one variable there is no telling which of them is wrong.
+        # If several tensors make one variable, which of them is wrong cannot be known.
         if not held or len(held) < len(leaf.sources) or len(held) > len(leaf.targets):
             continue
         if not all(name in own for name in leaf.targets):
@@ -180,7 +180,7 @@ def _weights(module: Any, layer: Any) -> Iterator[tuple[str, np.ndarray[Any, Any
 
 
 def _few_numbers(call: str, module: Any, layer: Any, slack: float = 0.0) -> Diagnosis | None:
-    """Single numbers of a weight that are not the checkpoint's, by more than `slack` of its greatest number."""
+    """Diagnose a few numbers of a weight that differ from the checkpoint's by more than `slack` of its greatest."""
     note = _NORM if slack else ""
     for name, expected, actual in _weights(module, layer):
         differing = np.argwhere(~_same(expected, actual, slack))
@@ -231,7 +231,7 @@ def _differing_weights(call: str, module: Any, layer: Any, slack: float = 0.0) -
 
 
 def _factor(expected: np.ndarray[Any, Any], actual: np.ndarray[Any, Any], slack: float) -> float | None:
-    """What every number of a weight was multiplied by, but for rounding; None where it was not, or by 1."""
+    """The factor, other than 1, by which all numbers of a weight were multiplied, up to rounding; None if none."""
     one, other = expected.astype(np.float64), actual.astype(np.float64)
     power = float(np.square(one).sum())
     if not power or not np.isfinite(other).all():
@@ -244,7 +244,7 @@ def _factor(expected: np.ndarray[Any, Any], actual: np.ndarray[Any, Any], slack:
 
 
 def exchanged_parts(tracer: Tracer, node: Node, call: str) -> Diagnosis | None:
-    """Parts of one PyTorch tensor, q, k and v say, that layers beside this one give in another order than their own."""
+    """Diagnose sibling layers that return parts of one PyTorch tensor, such as q, k and v, in an exchanged order."""
     if node.parent is None:
         return None
     parts: list[tuple[str, int, int]] = []

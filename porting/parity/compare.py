@@ -1,8 +1,8 @@
-"""Runs two models and compares them: the check of any two. What the results mean is in `porting.parity.report`.
+"""Runs any two models and compares them. `porting.parity.report` defines what the results mean.
 
-Each batch goes through four passes. PyTorch in float64 is kept: it is the truth. Keras in float64 is compared with it,
-tensor by tensor, paired by content. PyTorch in float32 says what rounding does, and Keras in float32 whether it rounds
-about as well. Only where the outputs differ does anything else run: see `porting.parity.locate`.
+Each batch goes through four passes. PyTorch in float64 is recorded as the truth. Keras in float64 is compared with it
+tensor by tensor, paired by content. PyTorch in float32 shows how much rounding to expect, and Keras in float32 is
+compared with that. Only if the outputs differ does `porting.parity.locate` search for the culprits.
 """
 
 from __future__ import annotations
@@ -78,25 +78,33 @@ def check_parity(
     name: str = "as ported",
     progress: Progress = SILENT,
 ) -> ParityReport:
-    """Runs both models on the same inputs, in float64 and in float32, and says whether they compute the same.
+    """Run both models on the same inputs, in float64 and in float32, and report whether they compute the same.
 
-    `inputs` are an array, several or a dict: float32 images `(N, H, W, C)`, tokens, whatever the Keras model takes.
-    PyTorch is given `reference_inputs`, by default the same with channels moved behind the samples where its first
-    module takes them so. `input_axes` and `output_axes` state PyTorch's axes in Keras's order, for each input, and for
-    each result (a dict by key, a sequence, or one for all).
+    Args:
+        inputs: one array, several, or a dict, as the Keras model takes them: float32 images `(N, H, W, C)`,
+            tokens or others.
+        reference_inputs: the inputs for PyTorch. By default they are the same, with channels moved right after the
+            samples if PyTorch's first module takes them there.
+        pairs: which layer stands for which module where names do not say so, `{"torch.name": "keras/path"}`, with "-"
+            for no layer. All other tensors pair by content.
+        key_map: states which weights must be equal bit by bit, and carries loud weights over to Keras.
+        input_axes, output_axes: PyTorch's axes in Keras's order, for each input and for each result. The latter is a
+            dict by key, a sequence, or one order of axes for a single result.
+        limits: what parity allows, and for which layers.
+        batch_size: the number of samples per batch; by default all of them.
+        strict_settings: whether settings that matter only in training, such as a momentum, fail the check.
+        waive: modules or settings that may differ, `"name"` or `"name:setting"`.
+        precision: "float16" or "bfloat16" if the Keras model computes in it on purpose.
+        build_float64: makes the Keras model for the exact view. By default the model itself is switched to float64.
+        loud: whether to compare the outputs on loud weights too, on which hidden mistakes show. Without a key map the
+            inputs are loud instead.
+        locate_culprits: whether to search for the layers where the two models part.
+        name: the name of the report.
+        progress: is called with what is being done, and how far it is.
 
-    Tensors pair by content. `pairs` says which layer stands for which module where names do not, `{"torch.name":
-    "keras/path"}`, with "-" for none; `key_map` also says which weights must be the same bit by bit.
-    `strict_settings=False` makes settings that matter only in training, such as a momentum, a note. `waive` names
-    modules whose settings may differ, or settings, `"name"` or `"name:setting"`. `precision` states that the Keras
-    model computes in float16 or bfloat16 on purpose. `build_float64` makes the Keras model for the exact view; by
-    default the model itself is turned to float64 meanwhile. `loud=False` leaves out the outputs on loud weights (on
-    loud inputs, where no key map brings weights over), on which hidden mistakes show. `locate_culprits=False` leaves
-    out the search for the layers where the two part.
+    Both models are left exactly as they were. Activations of one batch are in memory at a time.
 
-    Both models are left exactly as they were. One batch of activations is in memory at a time.
-
-    Raises ValueError where there are no inputs, or a name is none of the models'.
+    Raises ValueError when there are no inputs, or when a name belongs to neither model.
     """
     from torch.nn.parameter import is_lazy
 
@@ -111,7 +119,7 @@ def check_parity(
             given = make_inputs(reference, candidate, inputs, reference_inputs, input_axes)
             names = Names(reference, candidate, pairs)
         except (RuntimeError, TypeError, AttributeError) as error:
-            return _without_result(f"the inputs cannot be brought into order: {_first_line(error)}", limits, name)
+            return _without_result(f"the inputs do not fit the models: {_first_line(error)}", limits, name)
         if problem := given.not_finite():
             return _without_result(problem, limits, name)
         axes = _stated_axes(output_axes)
@@ -158,7 +166,7 @@ def _run_batches(session: Session, limits: Limits, batch_size: int | None, progr
         step(0, "PyTorch, float64")
         try:
             recording = session.record_truth(batch)
-        except Exception as error:  # a model may raise anything on inputs that it does not take
+        except Exception as error:  # a model may raise anything on unsuitable inputs
             raise CannotRunError(
                 f"the PyTorch model cannot run in float64 on these inputs: {_first_line(error)}"
             ) from None
@@ -193,21 +201,21 @@ def _run_batches(session: Session, limits: Limits, batch_size: int | None, progr
 
 
 def _build(session: Session, batch: Inputs) -> None:
-    """A model that was never called has no weights yet; its first call makes them, in its own precision."""
+    """Build a model that was never called, by a first call in its own precision, so that it has weights."""
     layers = [session.candidate, *session.names.layers.values()]
     if all(layer.built for layer in layers):
         return
     try:
         session.candidate(batch.for_candidate(session.candidate), training=False)
-    except Exception as error:  # whatever a model raises on inputs that it does not take
+    except Exception as error:  # a model may raise anything on unsuitable inputs
         raise CannotRunError(f"the Keras model cannot run on these inputs: {_first_line(error)}") from None
     session.names.layers.update(named_layers(session.candidate))
 
 
 def _substitute_by_key_map(session: Session, key_map: KeyMap) -> None:
-    """Weights that a row computes, as float64 has them, where the model holds their rounding to float32.
+    """Give the float64 model the exact variances that rows compute, if the model holds their rounding to float32.
 
-    A variance that takes what two epsilons differ by may round to what it was.
+    A variance plus the difference of two epsilons may round to the same number as before.
     """
     arrays = effective_tensors(session.truth_model, in_float32=False)
     with session.float64.active() as model:
@@ -241,11 +249,11 @@ def _substitute_derived(session: Session, recording: Recording) -> None:
     derived = derived_weights(session.truth_model, recording, epsilons)
     count = session.float64.substitute(lambda name, values: substitute_for(values, derived) if name in others else None)
     if count:
-        session.notes[f"{count} weights are computed from several tensors of PyTorch's, exactly but for float32"] = None
+        session.notes[f"{count} weights are computed from several tensors of PyTorch's, exactly up to float32"] = None
 
 
 def _run_exact(session: Session, recording: Recording, batch: Inputs, start: int) -> ExactObserver | None:
-    """The Keras model in float64: turned in place, else a clone; raises CannotRunError where it does not run at all."""
+    """Run the Keras model in float64, in place or else as a clone. Raises CannotRunError if neither runs."""
     kept = dict(session.pairs), dict(session.lone), set(session.used)
     for attempt in ("in place", "clone"):
         observer = ExactObserver(session, recording, start)
@@ -267,13 +275,13 @@ def _run_exact(session: Session, recording: Recording, batch: Inputs, start: int
 def _runs(session: Session, batch: Inputs) -> bool:
     try:
         session.candidate(batch.for_candidate(session.candidate), training=False)
-    except Exception:  # whatever a model raises on inputs that it does not take
+    except Exception:  # a model may raise anything on unsuitable inputs
         return False
     return True
 
 
 def _culprits(session: Session, report: ParityReport) -> tuple[Culprit, ...]:
-    """Where the two part in float64; where they do not, the first layer that rounds too much."""
+    """The culprits in float64; if the models agree there, the first layer that rounds too much."""
     if any(divergence.view == EXACT for divergence in report.divergences):
         found = tuple(locate(session, session.few(2), report.limits))
         if found:
@@ -291,7 +299,7 @@ def _culprits(session: Session, report: ParityReport) -> tuple[Culprit, ...]:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's and DataParallel's wrappers."""
+    """The model inside the wrappers of torch.compile and DataParallel."""
     while True:
         inner = getattr(model, "_orig_mod", None)
         if inner is None and type(model).__name__ in {"DataParallel", "DistributedDataParallel"}:
@@ -303,7 +311,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; every module's own mode is back afterwards."""
+    """Put the model into evaluation mode in this context, and restore the mode of every module afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     with contextlib.suppress(NotImplementedError):  # an exported module has no modes
         model.eval()
@@ -315,7 +323,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _in_float32(model: nn.Module) -> nn.Module:
-    """The model itself, or a copy where its numbers are of another type."""
+    """The model itself, or a float32 copy if its numbers have another type."""
     import torch
 
     tensors = [*model.parameters(), *model.buffers()]

@@ -1,8 +1,8 @@
-"""Tensors of the two models paired by what is in them.
+"""Pairs tensors of the two models by their content.
 
-In float64 a tensor of one model either equals one of the other to about twelve digits or it does not, up to an order of
-axes. Two numbers, root mean square and mean, find the partner among all tensors of as many elements; then every element
-is compared.
+In float64, and up to an order of axes, a tensor of one model either equals one of the other to about twelve digits or
+it does not. Root mean square and mean find candidates among all tensors with as many elements; then every element is
+compared.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from porting.parity.measure import DistanceSum, measure_candidate, measure_size
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Two tensors are the same where their RMS distance is at most this share of their RMS. Healthy models stay below 1e-13
-# at any depth; a mistake that matters to float32 is above 1e-10.
+# Two tensors are the same if their RMS distance is at most this share of their RMS. Correct ports stay below 1e-13 at
+# any depth. A mistake that matters in float32 is above 1e-10.
 SAME = 1e-11
-# The same for a layer that computes in float32 whatever it is told: some roundings of 6e-8.
+# The same for a layer that always computes in float32: some roundings of 6e-8.
 SAME_IN_FLOAT32 = 1e-5
-# Positions on which an order of axes is tried before all are compared.
+# The number of elements on which an order of axes is tried before all are compared.
 _TRIED = 64
 _MOST_AXES = 5
-# How much further apart than the RMS distance a single element may be.
+# How many times the RMS distance a single element may be apart.
 _FAR = 1e3
 
 
 @dataclass(eq=False)
 class Truth:
-    """A tensor of the PyTorch model's float64 run, once, however many calls take it and give it.
+    """A tensor of the PyTorch model's float64 run, kept once however many calls take or return it.
 
     `places` are `(call, is_output, index)`, in the order of execution. `noise` is PyTorch's own float32 distance to
-    it, None where that was not measured.
+    it; None if not measured.
     """
 
     tensor: Tensor
@@ -47,7 +47,7 @@ class Truth:
 
     @property
     def size(self) -> DistanceSum:
-        """Its own size."""
+        """The size of its values, as their distance to zero."""
         if self._size is None:
             self._size = measure_size(self.tensor)
         return self._size
@@ -69,10 +69,10 @@ class Truth:
 
 @dataclass(frozen=True)
 class Match:
-    """A partner: the tensor, PyTorch's axes in Keras's order, and the distance.
+    """A match for a Keras tensor: the PyTorch tensor, PyTorch's axes in Keras's order, and the distance.
 
-    `reshaped` is whether axes were joined or split besides; `reordered` whether only the numbers are the same, in
-    another order (`axes` then means nothing).
+    `reshaped` means that axes were also joined or split. `reordered` means that the numbers are the same in another
+    order, and `axes` has no meaning.
     """
 
     truth: Truth
@@ -83,12 +83,12 @@ class Match:
     in_float32: bool = False
 
     def expected(self, like: Tensor) -> Tensor:
-        """The truth as Keras has it."""
+        """The truth in Keras's order of axes and in the shape of `like`."""
         return self.truth.tensor.permute(self.axes).reshape(like.shape)
 
 
 class Library:
-    """All tensors of the PyTorch model's float64 run, to be found by their content."""
+    """Finds tensors of the PyTorch model's float64 run by their content."""
 
     def __init__(self, truths: list[Truth], usual: dict[int, Axes]) -> None:
         self._by_count: dict[int, list[Truth]] = {}
@@ -97,7 +97,7 @@ class Library:
         self._usual = usual
 
     def match(self, actual: Tensor, truth: Truth, tolerance: float = SAME, *, likely: bool = False) -> Match | None:
-        """Whether Keras's tensor is this one, in some order of axes; `likely` compares all at once."""
+        """Match a Keras tensor with one truth, in some order of axes. `likely` skips the test of a few elements."""
         if actual.numel() != truth.tensor.numel():
             return None
         actual = actual.double()
@@ -115,8 +115,8 @@ class Library:
         return None
 
     def find(self, actual: Tensor, tolerance: float = SAME) -> list[Match]:
-        """All tensors that Keras's equals, in PyTorch's order of execution; first those whose axes lie as well."""
-        actual = actual.double()  # sums in float32 would not find their partner
+        """Find all tensors that a Keras tensor equals, in PyTorch's order of execution, reordered ones last."""
+        actual = actual.double()  # sums in float32 would be too inexact to find the match
         rms, mean = measure_size(actual).total().rms, None
         found: list[Match] = []
         coarse = max(tolerance, SAME)  # sums round too
@@ -132,7 +132,7 @@ class Library:
         return sorted(found, key=lambda match: match.reordered)
 
     def find_part(self, actual: Tensor) -> tuple[Truth, int, int] | None:
-        """A tensor that Keras's is one part of, which part, and of how many; q, k or v of all three, say."""
+        """Find a tensor of which Keras's is a part, such as q in qkv: the tensor, the part's index, and the count."""
         if actual.ndim < 2 or actual.numel() < 2:
             return None
         actual = actual.double()
@@ -153,7 +153,7 @@ class Library:
         return None
 
     def _orders(self, expected: Tensor, actual: Tensor) -> Iterator[Axes]:
-        """Orders of PyTorch's axes that may give Keras's shape: the usual one, unmoved, then all others."""
+        """Yield orders of PyTorch's axes that may give Keras's shape: usual, unchanged, channels last, then others."""
         rank = expected.ndim
         same, channels = tuple(range(rank)), moved(rank) if rank > 1 else tuple(range(rank))
         known = dict.fromkeys((self._usual.get(rank, same), same, channels))
@@ -171,7 +171,7 @@ class Library:
 
 
 def _agrees_here_and_there(actual: Tensor, expected: Tensor, axes: Axes, limit: float) -> bool:
-    """Whether some elements spread over both are within `_FAR` times `limit`, which is one of their RMS distance."""
+    """Whether some elements, evenly spread, differ by at most `_FAR` times `limit`, a limit of the RMS distance."""
     import torch
 
     count = actual.numel()
@@ -190,9 +190,9 @@ def _agrees_here_and_there(actual: Tensor, expected: Tensor, axes: Axes, limit: 
 
 
 def _reordered(actual: Tensor, truth: Truth, tolerance: float) -> Match | None:
-    """The same numbers in another order within each sample, as behind a Flatten: one of the two has no map any more.
+    """Match the same numbers in another order within each sample, as after a Flatten. One tensor must not be a map.
 
-    Between two maps another order is a mistake, such as a pixel shuffle in TensorFlow's order.
+    Between two maps, another order is a mistake, such as a pixel shuffle in TensorFlow's order.
     """
     if actual.ndim > 2 and truth.tensor.ndim > 2:
         return None
@@ -206,7 +206,7 @@ def _reordered(actual: Tensor, truth: Truth, tolerance: float) -> Match | None:
 
 
 def is_in_float32(tensor: Tensor) -> bool:
-    """Whether every number is one of float32's, which a result of float64 arithmetic is not."""
+    """Whether every number is exact in float32, which the results of float64 arithmetic are not."""
     import torch
 
     if not tensor.is_floating_point() or tensor.numel() < 2:
@@ -220,10 +220,10 @@ def is_in_float32(tensor: Tensor) -> bool:
 
 
 def computes_in_float32(output: Tensor, match: Match) -> bool:
-    """Whether one side computes a tensor in float32 inside, so that a loose match is all there can be.
+    """Whether one side computes a tensor in float32 internally, so that only a loose match is possible.
 
-    Its numbers are then float32's, and the other side's are not. Where both are, as a row of an embedding is, nothing
-    was computed, and they must be the same; unless the type itself says float32.
+    The numbers of that side are then exact in float32, and those of the other are not. If both are, as in a row of an
+    embedding, nothing was computed and they must be equal, unless the type itself is float32.
     """
     import torch
 
@@ -235,7 +235,7 @@ def computes_in_float32(output: Tensor, match: Match) -> bool:
 
 
 def as_real(tensor: Tensor) -> Tensor:
-    """Complex numbers as pairs of real ones, whole numbers and booleans as float64, all else as it is."""
+    """Convert complex numbers to pairs of real ones, and integers and booleans to float64. Floats stay as they are."""
     import torch
 
     if tensor.is_complex():

@@ -1,8 +1,8 @@
-"""Weights that a port computes from several tensors, exactly.
+"""Computes, in float64, weights that a port derives from several tensors.
 
-Keras's LSTM has one bias where PyTorch has two, a weight norm is folded into a kernel, a BatchNorm into the convolution
-before it. Such a weight is rounded to float32 once, when it is stored. In the exact view the Keras model has the number
-before that rounding, where what it has is that number rounded; otherwise it stays as it is, and the outputs differ.
+Keras's LSTM has one bias and PyTorch's has two; a weight norm is folded into a kernel, and a BatchNorm into the
+convolution before it. Such a weight is rounded to float32 once, when it is stored. If a Keras weight is the rounding of
+a derived one, the exact view uses the number before rounding. Otherwise it keeps the weight, and the outputs differ.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from porting.parity.record import Recording
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-# A few roundings of the greatest number: sums of terms that cancel are rounded relative to the terms.
+# A few roundings of the greatest number, since a sum of terms that cancel is rounded relative to the terms.
 _ROUNDED = 2.0**-21
 
 
 def derived_weights(model: nn.Module, recording: Recording, epsilons: Iterable[float] = ()) -> list[Array]:
-    """All weights that a port may compute from this float64 model's tensors, in Keras's order of axes.
+    """List all weights that a port may derive from the tensors of this float64 model, in Keras's order of axes.
 
-    `epsilons` are those of Keras's batch norms: a variance may hold what they differ by from PyTorch's.
+    `epsilons` are those of Keras's batch norms, whose variance may include the difference to PyTorch's epsilon.
     """
     found = [each for module in model.modules() for each in _of_module(module)]
     found += [*_folded_norms(model, recording), *_shifted_variances(model, set(epsilons))]
@@ -44,7 +44,7 @@ def _shifted_variances(model: nn.Module, epsilons: set[float]) -> Iterator[Array
 
 
 def halved_weights(model: nn.Module) -> list[Array]:
-    """The weights of a model in half precision, in every order of axes in which Keras may have them."""
+    """List the half-precision weights of a model, in every order of axes that Keras may use."""
     import torch
 
     return [
@@ -56,7 +56,7 @@ def halved_weights(model: nn.Module) -> list[Array]:
 
 
 def rounds_to(values: Array, halved: list[Array]) -> Array | None:
-    """The half-precision weight that float32 `values` round to; None where there is none, or they are it."""
+    """The half-precision weight that float32 `values` round to; None if there is none."""
     for exact in halved:
         if exact.shape == values.shape and bool((np.abs(values - exact) <= 2.0**-8 * np.abs(exact) + 2.0**-24).all()):
             return exact
@@ -64,7 +64,7 @@ def rounds_to(values: Array, halved: list[Array]) -> Array | None:
 
 
 def in_all_orders(array: Array) -> Iterator[Array]:
-    """A tensor as it may lie in Keras: as it is, and by the transform of each kind."""
+    """Yield a tensor in every order of axes that Keras may use: unchanged, and by each kernel's transform."""
     yield array
     for transform in (CONVOLUTION, DEPTHWISE, DENSE):
         if transform.takes(array.ndim):
@@ -72,24 +72,24 @@ def in_all_orders(array: Array) -> Iterator[Array]:
 
 
 class StoredWeights:
-    """Recognises weights that are a tensor of the checkpoint, number by number, whatever the order of their axes."""
+    """Recognises weights that hold the numbers of a checkpoint tensor, in any order of axes."""
 
     def __init__(self, tensors: Iterable[Array]) -> None:
         self._known = {_checksum(tensor) for tensor in tensors}
 
     def has(self, values: Array) -> bool:
-        """Whether `values` are such a tensor, or zeros alone, which are computed from nothing."""
+        """Whether `values` hold such a tensor, or only zeros, which nothing computes."""
         return not values.any() or _checksum(values) in self._known
 
 
 def _checksum(values: Array) -> tuple[int, int, int]:
-    """The same for the same float32 numbers in any order, and for others by no chance that counts."""
+    """A checksum of float32 numbers that does not depend on their order."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32).reshape(-1).astype(np.uint64)
     return bits.size, int(bits.sum()), int((bits * bits).sum())
 
 
 def substitute_for(values: Array, derived: list[Array]) -> Array | None:
-    """The derived weight that `values`, float32, are the rounding of; None where none fits."""
+    """The derived weight of which float32 `values` are the rounding; None if none fits."""
     for exact in derived:
         if exact.shape != values.shape:
             continue
@@ -100,7 +100,7 @@ def substitute_for(values: Array, derived: list[Array]) -> Array | None:
 
 
 def has_derived(model: nn.Module) -> bool:
-    """Whether the model has anything that such weights are computed from."""
+    """Whether the model has modules from which a port may derive weights."""
     from torch import nn
 
     return any(
@@ -142,7 +142,7 @@ def _is_parametrized(module: nn.Module) -> bool:
 
 
 def fold(module: nn.Module, norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor] | None:
-    """Kernel and bias of a convolution or dense layer with the norm behind it; None for other modules."""
+    """Fold a norm into the kernel and bias of the convolution or dense layer before it; None for other modules."""
     from torch import nn
 
     if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
@@ -158,7 +158,7 @@ def fold(module: nn.Module, norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tens
 
 
 def _folded_norms(model: nn.Module, recording: Recording) -> Iterator[Array]:
-    """Kernels and biases of convolutions and dense layers with the BatchNorm behind them folded in."""
+    """Yield kernels and biases of convolutions and dense layers with the BatchNorm after them folded in."""
     from torch import nn
 
     modules = dict(model.named_modules())

@@ -1,8 +1,8 @@
-"""What a divergence looks like, in plain words.
+"""Diagnoses a divergence: tries known mistakes, then patterns of the difference.
 
-The strongest evidence is a counterfactual: the mistake is made on purpose in PyTorch, on the layer's own input, and if
-that gives Keras's numbers, the mistake is found. Where no known mistake does, the pattern of the difference itself is
-looked at. Nothing is said where nothing fits.
+The strongest evidence is a counterfactual. A known mistake is made on purpose in PyTorch, on the layer's own input. If
+the result equals Keras's numbers, that mistake is the cause. If no known mistake fits, the pattern of the difference
+itself is described. If nothing fits, there is no diagnosis.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 # A cause must leave at most this share of the difference unexplained.
 EXPLAINED = 0.05
-# A factor and an offset fit two points of a channel always; only many say anything.
+# A factor and an offset always fit two points of a channel, so only a fit to many points is evidence.
 _POINTS_A_CHANNEL = 16
 
 
-# Every ordered pair of so many tensors is tried; a whole deep model has hundreds of one shape.
+# Pairs of tensors are tried only up to this many tensors: a deep model has hundreds of one shape.
 _MOST_PAIRED = 20
 
 Hypothesis = tuple[str, Callable[[], "Made"]]
@@ -43,11 +43,11 @@ def diagnose(
     others: Mapping[str, Tensor],
     behind: Callable[[Tensor], Tensor] | None = None,
 ) -> Diagnosis | None:
-    """Looks for the cause of the difference between two tensors in PyTorch's axis order.
+    """Look for the cause of the difference between two tensors in PyTorch's order of axes.
 
-    `module` is what PyTorch ran on `inputs` to get `expected`, None for tensors that no module made, such as a layer's
-    input. `others` are tensors of the same run that might have been taken by mistake, by name. `behind` is what comes
-    between the module and the tensors.
+    `module` is the module that made `expected` from `inputs`; None for tensors that no module made, such as the input
+    of a layer. `others` are tensors of the same run, by name, that a port might use by mistake. `behind` computes what
+    comes between the module's result and the tensors. Returns None if the tensors are equal or nothing fits.
     """
     import torch
 
@@ -87,7 +87,7 @@ def _diagnose(
         if not fitting:
             continue
         left = min(fitting) / total
-        # An earlier hypothesis is the more specific one; a later one must be clearly better.
+        # Earlier hypotheses are more specific, so a later one must be clearly better.
         if left < best[0] * 0.1 or (left < best[0] and best[0] > EXPLAINED):
             best, best_is_pattern = (left, cause), is_pattern
         if left <= REPRODUCED:
@@ -115,7 +115,7 @@ def _rms(values: Tensor) -> float:
 
 
 def _rounded(values: Tensor, bits: int) -> Tensor:
-    """Values with `bits` bits of mantissa after the point, to the nearest."""
+    """Round values to the nearest with `bits` bits of mantissa after the point."""
     import torch
 
     mantissa, exponent = torch.frexp(values.double())
@@ -147,7 +147,7 @@ def _precision_hypotheses(module: nn.Module | None, inputs: list[Tensor], exact:
 
 
 def _wiring_hypotheses(exact: Tensor, others: Mapping[str, Tensor]) -> Iterator[Hypothesis]:
-    """Another tensor taken in place of the right one, or of one of its summands."""
+    """Yield mistakes that use another tensor instead of the right one, or instead of one of its summands."""
     same = {name: tensor for name, tensor in others.items() if tensor.shape == exact.shape}
     for name, tensor in same.items():
         yield f"it is {name} instead", partial(_combined, tensor)
@@ -173,7 +173,7 @@ def _patterns(exact: Tensor, found: Tensor) -> Iterator[tuple[str, Callable[[], 
 
 
 def _pattern_hypotheses(exact: Tensor, found: Tensor) -> Iterator[Hypothesis]:
-    """The shape of the difference itself, where no known mistake reproduces it."""
+    """Yield patterns of the difference itself, for when no known mistake reproduces it."""
     channels = 1 if exact.ndim > 2 else -1
     axes = [axis for axis in range(exact.ndim) if axis != channels % exact.ndim]
 
@@ -198,7 +198,7 @@ def _pattern_hypotheses(exact: Tensor, found: Tensor) -> Iterator[Hypothesis]:
 
 
 def _few_channels_replaced(exact: Tensor, found: Tensor, axes: list[int]) -> Tensor | None:
-    """Keras's own values in a tenth of the channels, those that differ most, and the truth in all others."""
+    """Use Keras's values in the tenth of the channels that differ most, and the truth in all others."""
     import torch
 
     size = (found - exact).square().sum(axes, keepdim=True)
@@ -216,7 +216,7 @@ def _affine_fit(exact: Tensor, found: Tensor, axes: list[int]) -> Tensor:
 
 
 def _permuted(exact: Tensor, found: Tensor, channels: int) -> Tensor | None:
-    """The expected channels in the order in which the actual ones resemble them most."""
+    """Permute the expected channels so that each is the nearest to the actual one; None if not one to one."""
     one, other = (tensor.movedim(channels, 0).flatten(1) for tensor in (exact, found))
     if one.shape[1] < 2:
         return None
@@ -228,7 +228,7 @@ def _permuted(exact: Tensor, found: Tensor, channels: int) -> Tensor | None:
 
 
 def _border_replaced(exact: Tensor, found: Tensor) -> Tensor | None:
-    """The truth inside, Keras's own values in a frame of at most a quarter of the map."""
+    """Use Keras's values in a frame of at most a quarter of the map's side, and the truth inside."""
     height, width = exact.shape[2:]
     frame = max(1, min(height, width) // 4)
     if min(height, width) < 5:

@@ -1,4 +1,4 @@
-"""What a program outside Keras makes of the same inputs, against PyTorch, by the names of PyTorch's modules."""
+"""Compares a program outside Keras, such as an exported file, with PyTorch, by the names of PyTorch's modules."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class _Layer:
-    """One tensor that the program shows, over all images."""
+    """One tensor that the program exposes, over all inputs."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -73,12 +73,12 @@ def compare_outputs(
     name: str = "as exported",
     progress: Progress = SILENT,
 ) -> ParityReport:
-    """Compares what a program outside Keras makes of inputs with PyTorch, by the names of PyTorch's modules.
+    """Compare a program outside Keras with PyTorch, by the names of PyTorch's modules.
 
-    `inputs` are images `(N, H, W, C)`, of which `run` takes one, `(1, H, W, C)`, or any, of which it takes a sample.
-    It gives the results, under `OUTPUT` or `output_name` of each key, in Keras's order of axes, and what else it can
-    show, in either order. `rounded` is the reference as it is in the program's precision; its distance to float64 is
-    then the unit, by default the reference's own.
+    `inputs` are images `(N, H, W, C)`, of which `run` takes one at a time, `(1, H, W, C)`, or `Inputs`, of which it
+    takes one sample. It returns the results in Keras's order of axes, under `OUTPUT` or the `output_name` of each key,
+    and any inner tensors in either order. `rounded` is the reference in the program's precision. Its distance to
+    float64 is the unit of comparison; by default that is the distance of the reference itself.
 
     Raises ValueError when there are no inputs.
     """
@@ -135,7 +135,7 @@ def _call(inputs: Inputs, dtype: Any, model: nn.Module) -> Any:
 
 
 def _axes(truth: Tensor, actual: Tensor) -> tuple[int, ...] | None:
-    """A file's tensors have no convention of their own: some runtimes keep channels last, some move them."""
+    """The order of axes of a file's tensor, the nearest if several fit: runtimes put channels in different places."""
     same = tuple(range(truth.ndim))
     orders = (moved(truth.ndim), (0, *same[-1:], *same[1:-1]), same) if truth.ndim > 2 else (same,)
     if truth.ndim != actual.ndim:

@@ -1,4 +1,4 @@
-"""Keras layers that are several modules in PyTorch: a norm folded into a convolution, an activation inside a layer."""
+"""Keras layers that are several modules in PyTorch, such as a convolution with a folded norm or an activation."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _MOST_BEHIND = 2
 
 @dataclass(frozen=True)
 class Core:
-    """The module that a Keras layer's own weights stand for, and those behind it that the layer has inside.
+    """The module that holds the weights of a fused Keras layer, and the modules after it that the layer includes.
 
-    `module` is in float64, with a norm behind it folded in where `is_folded`.
+    `module` is in float64. With `is_folded`, the norm after it is folded in.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Core:
 
 
 def last_of_fused(session: Session, recording: Recording, tracer: Tracer, node: Node, call: str) -> str:
-    """The PyTorch call whose result a Keras layer gives, if the layer's own module is `call`."""
+    """The PyTorch call whose result a Keras layer returns, if the layer's own module is `call`."""
     from torch import nn
 
     if not session.kind_matches(call, node.name):
@@ -67,7 +67,7 @@ def last_of_fused(session: Session, recording: Recording, tracer: Tracer, node: 
 
 
 def core_of(session: Session, recording: Recording, call: str, layer: Any) -> Core | None:
-    """The module of the layer's kind that `call` has before it; None where the layer is `call` itself."""
+    """The module of the layer's kind that comes before `call`; None if the layer is `call` itself."""
     from torch import nn
 
     kind = kind_of_layer(layer) if layer is not None else None
@@ -106,7 +106,7 @@ def core_of(session: Session, recording: Recording, call: str, layer: Any) -> Co
 
 
 def _behind(session: Session, recording: Recording, call: str) -> Iterator[str]:
-    """Modules without others inside that take this call's result alone."""
+    """Yield the modules without submodules whose only input is the result of this call."""
     mine = recording.calls[call].outputs
     for name, each in recording.calls.items():
         if mine and name != call and len(each.inputs) == 1 and each.inputs[0] is mine[0]:
@@ -129,7 +129,7 @@ def _has_activation(layer: Any) -> bool:
 
 
 def _nearest(session: Session, recording: Recording, node: Node, call: str) -> str:
-    """The call itself, or one right behind it whose result is much nearer to what Keras gives."""
+    """The call itself, or one directly after it whose result is much nearer to Keras's."""
 
     def distance(name: str) -> float:
         outputs = recording.calls[name].outputs

@@ -1,9 +1,9 @@
-"""Where two models part, and why: every mistake in one run.
+"""Locates where two models part, and why: finds every mistake in one run.
 
-The Keras model runs in float64 once more, and every tensor that a layer takes or gives is held against the PyTorch
-model's. From the outputs that differ the search goes back through the layers, as long as what a layer took differs too.
-A layer that took the truth and gave something else is the culprit. It is given the truth there, and the search goes on
-with the next, until the outputs agree.
+The Keras model runs in float64 once more, and every tensor that a layer takes or returns is compared with the PyTorch
+model's. From the outputs that differ, the search goes back through the layers as long as a layer's input differs too. A
+layer that took the truth and returned something else is the culprit. The truth is put in there, and the search
+continues with the next culprit until the outputs agree.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ if TYPE_CHECKING:
     from porting.parity.session import Session
 
 MAX_CULPRITS = 10
-# Below this, relative to a tensor's RMS, float64's own rounding lies.
+# The rounding of float64 itself stays below this, relative to a tensor's RMS.
 _FINEST = 2e-14
 
 
 def locate(session: Session, inputs: Inputs, limits: Limits, most: int = MAX_CULPRITS) -> Iterator[Culprit]:
-    """The culprits in data flow, at most so many; nothing where the outputs agree."""
+    """Yield at most `most` culprits in the order of data flow; none if the outputs agree."""
     recording = session.record_truth(inputs)
     library = session.library(recording)
     fixes: dict[Place, Tensor] = {}
@@ -61,12 +61,12 @@ def locate(session: Session, inputs: Inputs, limits: Limits, most: int = MAX_CUL
         if not wrong:
             break
         worst = max(relative for _, _, relative in wrong)
-        # What is left may be smaller than all before.
+        # The remaining difference may be smaller than all before.
         tolerance = min(SAME, max(_FINEST, worst / 10))
         tracer.refine(tolerance)
         agreeing = sum(any(tracer.is_exact(output) for output in node.outputs) for node in tracer.nodes)
         if last is not None and previous is not None and agreeing <= previous[1] and worst >= 0.5 * previous[0]:
-            # The truth there did no good: the layer was only written in another way.
+            # The truth did not help there, so the layer is only written in another way.
             innocent.add(last)
             fixes.pop(last, None)
             found.pop()
@@ -86,7 +86,7 @@ def locate(session: Session, inputs: Inputs, limits: Limits, most: int = MAX_CUL
 
 
 def _once_a_layer(culprits: list[Culprit]) -> Iterator[Culprit]:
-    """A layer that is called several times is one culprit, under its own name."""
+    """Merge the culprits of a layer that is called several times into one, under the layer's own name."""
     calls: dict[tuple[str, bool], list[Culprit]] = {}
     for culprit in culprits:
         calls.setdefault((culprit.layer.partition("#")[0], culprit.is_input), []).append(culprit)
@@ -103,7 +103,7 @@ def _once_a_layer(culprits: list[Culprit]) -> Iterator[Culprit]:
 def _wrong_results(
     session: Session, recording: Recording, ours: dict[str, Tensor], tolerance: float
 ) -> list[tuple[str, Tensor, float]]:
-    """Results that differ: key, Keras's tensor, and by how much of the truth's RMS."""
+    """List the results that differ: key, Keras's tensor, and the difference relative to the truth's RMS."""
     from porting.parity.results import pair_results
 
     partners, _ = pair_results(recording.outputs, ours)
@@ -131,7 +131,7 @@ def _next_culprit(
     wrong: list[tuple[str, Tensor, float]],
     innocent: set[Place],
 ) -> tuple[Any, Culprit | None, Tensor | None]:
-    """The first culprit behind the results that differ: where it is, what is to be said, and the truth to put in."""
+    """Find the first culprit that makes results differ: its place, the culprit, and the truth to put in there."""
 
     def known(node: Node) -> bool:
         return _partner(session, recording, tracer, node) is not None
@@ -150,7 +150,7 @@ def _next_culprit(
         call = _partner(session, recording, tracer, first)
         around = first.parent
         if call is None and around is not None and session.layer_kind(around.name) is not None:
-            # A recurrent layer's cell has no partner, and the layer has.
+            # The cell of a recurrent layer has no partner, but the layer has one.
             first, call = around, _partner(session, recording, tracer, around)
         if call is not None:
             taken = _wrongly_taken(tracer, first, recording.calls[call].inputs)
@@ -158,7 +158,7 @@ def _next_culprit(
                 return _wrong_input(session, recording, tracer, Gap(first, taken), began)
             call = last_of_fused(session, recording, tracer, first, call)
             return _own_mistake(session, recording, tracer, first, call, began)
-        # PyTorch has no module for it, a padding say: whoever takes its result is to be looked at.
+        # PyTorch has no module for it, such as a padding: look at the layers that take its result.
         for output in first.outputs:
             tracer.assume(output)
         given = {key_of(output) for output in first.outputs}
@@ -176,7 +176,7 @@ def _next_culprit(
 def _gives_anothers(
     session: Session, recording: Recording, tracer: Tracer, gap: Gap, innocent: set[Place]
 ) -> tuple[Node, str] | None:
-    """A call before a gap, within the same layer, that gives a tensor of PyTorch's, but not that of its namesake."""
+    """A call before a gap, in the same layer, whose result is not that of the PyTorch call of the same name."""
     parent = gap.node.parent if gap.node is not None else None
     limit = gap.node.began if gap.node is not None else len(tracer.nodes)
     for node in tracer.nodes:
@@ -184,7 +184,7 @@ def _gives_anothers(
             continue
         call = session.names.source(node.name, recording.calls)
         if call is None or f"{call.partition('#')[0]}#1" in recording.calls:
-            continue  # of several calls the order says nothing
+            continue  # with several calls, their order says nothing
         outputs = recording.calls[call].outputs
         if not outputs or outputs[0].tensor.numel() != node.outputs[0].numel():
             continue
@@ -192,7 +192,7 @@ def _gives_anothers(
             continue
         match, inside = tracer.match(node.outputs[0]), f"{call.partition('#')[0]}."
         if match is not None and any(place[0].startswith(inside) for place in match.truth.places):
-            continue  # of a module that also activates, say, Keras has the parts as layers
+            continue  # Keras has a layer for each part of this module, such as its activation
         return node, call
     return None
 
@@ -200,16 +200,16 @@ def _gives_anothers(
 def _search(
     tracer: Tracer, tensor: Tensor, gap: Gap, innocent: set[Place], known: Callable[[Node], bool]
 ) -> Node | Gap:
-    """Back from a tensor that differs to the call that made it of what agrees, or to where nothing is known.
+    """Go back from a tensor that differs to the call that made it from tensors that agree, or to a gap.
 
-    A call that PyTorch has no partner for, such as a recurrent layer's cell, is a part of the one around it.
+    A call without a partner in PyTorch, such as the cell of a recurrent layer, counts as part of the call around it.
     """
     seen: set[int] = set()
     while True:
         seen.add(key_of(tensor))
         node = tracer.producer(tensor)
         if node is None or (node.name, True, 0) in innocent:
-            # No layer made it, so what made it took what layers gave: those beside the one that takes it.
+            # No layer made it. It was made from results of the layers beside the one that takes it.
             before = _beside(tracer, gap, innocent)
             step = next((each for each in before if key_of(each) not in seen), None)
             around = gap.node.parent if gap.node is not None else None
@@ -228,7 +228,7 @@ def _search(
         bad = [each for each in own if not tracer.is_exact(each) and key_of(each) not in seen]
         if not bad:
             return node
-        # A mask may have no partner, since PyTorch's models make them up in other ways.
+        # A mask may have no partner, since PyTorch models build masks in other ways.
         tensor = next((each for each in bad if not _is_mask(each)), bad[0])
         gap = Gap(node, next((i for i, each in enumerate(node.inputs) if each is tensor), 0))
         if not any(each is tensor for each in node.inputs):
@@ -241,7 +241,7 @@ def _is_mask(tensor: Tensor) -> bool:
 
 
 def _beside(tracer: Tracer, gap: Gap, innocent: set[Place]) -> list[Tensor]:
-    """Results that differ of the calls before, within the same layer, that no later call has healed."""
+    """The results that differ, of the earlier calls in the same layer."""
     parent = gap.node.parent if gap.node is not None else None
     limit = gap.node.began if gap.node is not None else len(tracer.nodes)
     found = []
@@ -257,14 +257,14 @@ def _beside(tracer: Tracer, gap: Gap, innocent: set[Place]) -> list[Tensor]:
 
 
 def _wrongly_taken(tracer: Tracer, node: Node, expected: list[Truth]) -> int | None:
-    """Which input of a call is not what its partner took, though as large; None where all are, or cannot be told."""
+    """The index of an input that differs from its partner's of the same size; None if none does, or it is unclear."""
     if len(expected) != len(node.inputs):
         return None
     for index, (tensor, truth) in enumerate(zip(node.inputs, expected, strict=True)):
         actual = as_real(_behind_paddings(tracer, tensor, truth))
         if actual.numel() != truth.tensor.numel() or actual.numel() < 2:
             continue
-        # The same numbers in another order are what a Flatten gives, and whose weights must follow.
+        # The same numbers in another order come from a Flatten, and count as right: the weights must follow.
         found = tracer.library.find(actual, tracer.tolerance)
         if not any(match.truth is truth for match in found) and tracer.library.match(actual, truth) is None:
             return index
@@ -272,7 +272,7 @@ def _wrongly_taken(tracer: Tracer, node: Node, expected: list[Truth]) -> int | N
 
 
 def _behind_paddings(tracer: Tracer, tensor: Tensor, truth: Truth) -> Tensor:
-    """The tensor, or what a layer that PyTorch has no module for made it of, where that is as large as the truth."""
+    """The tensor, or the input of the paddings before it that has as many elements as the truth."""
     while tensor.numel() != truth.tensor.numel():
         producer = tracer.producer(tensor)
         if producer is None or len(producer.inputs) != 1 or tracer.match(tensor) is not None or producer.children:
@@ -286,7 +286,7 @@ def _own_mistake(
 ) -> tuple[Any, Culprit, Tensor | None]:
     own = next((i for i, output in enumerate(node.outputs) if not tracer.is_exact(output)), 0)
     actual, given = as_real(node.outputs[own]), recording.calls[call].outputs
-    # Keras may give the last step where PyTorch gives all of them, and the last beside them.
+    # Keras may return only the last step, where PyTorch returns all steps and also the last one.
     as_large = [i for i, each in enumerate(given) if each.tensor.numel() == actual.numel()]
     index = own if own in as_large else next(iter(as_large), min(own, len(given) - 1))
     truth = given[index]
@@ -299,7 +299,7 @@ def _own_mistake(
     relative = _relative(actual, expected, truth)
     cause = cause_of(session, recording, tracer, node, call, index, axes, actual)
     if cause is not None and not cause.pattern and cause.layer != call:
-        label = cause.layer  # of several modules in one layer, the one with the mistake
+        label = cause.layer  # the layer is several modules, and this one has the mistake
     culprit = Culprit(label, node.name, _by_how_much(relative), relative, diagnosis=cause)
     return (node.name, True, began, own), culprit, expected
 
@@ -320,7 +320,7 @@ def _wrong_input(
     if call is None or index >= len(inputs):
         return (
             None,
-            Culprit(node.name.replace("/", "."), node.name, "is fed what PyTorch does not have", 1.0, True),
+            Culprit(node.name.replace("/", "."), node.name, "is fed a tensor that PyTorch does not have", 1.0, True),
             None,
         )
     truth = inputs[index]
@@ -341,7 +341,7 @@ def _wrong_input(
 
 
 def _to_blame(session: Session, recording: Recording, tracer: Tracer, call: str, truth: Truth) -> tuple[str, bool]:
-    """Whose mistake it is that `call` takes something else than `truth`: a call, and whether it is only fed wrongly."""
+    """Find the call to blame when `call` takes something else than `truth`, and whether only its input is wrong."""
     same = [match.truth for match in tracer.library.find(truth.tensor)]
     makers = [
         name
@@ -364,7 +364,7 @@ def _to_blame(session: Session, recording: Recording, tracer: Tracer, call: str,
 
 
 def _place_of_input(tracer: Tracer, node: Node, index: int, began: int, truth: Truth) -> tuple[str, bool, int, int]:
-    """Where to put the truth in: at the call that made the wrong tensor, unless what it gives is right elsewhere."""
+    """Where to put in the truth: at the call that made the wrong tensor, unless that tensor is right elsewhere."""
     producer = tracer.producer(node.inputs[index])
     key = key_of(node.inputs[index])
     match = tracer.match(node.inputs[index])
@@ -380,7 +380,7 @@ def _place_of_input(tracer: Tracer, node: Node, index: int, began: int, truth: T
 
 
 def _wrong_result(session: Session, recording: Recording, key: str, wrong: list[tuple[str, Tensor, float]]) -> Culprit:
-    """A result that layers gave rightly and something behind them changed."""
+    """Describe a result that the layers returned correctly and that something after them changed."""
     actual, relative = next((as_real(tensor), relative) for name, tensor, relative in wrong if name == key)
     truth = recording.outputs[key]
     axes = session.axes_of_result(key, truth.tensor.ndim)
@@ -401,7 +401,7 @@ def _wrong_result(session: Session, recording: Recording, key: str, wrong: list[
 
 
 def _partner(session: Session, recording: Recording, tracer: Tracer, node: Node) -> str | None:
-    """The PyTorch call that a Keras call stands for: by name; else one that took the same and gives as much."""
+    """The PyTorch call that a Keras call stands for: by name, else one with the same input and as large a result."""
     index = next((i for i, output in enumerate(node.outputs) if not tracer.is_exact(output)), 0)
     named = session.names.source(node.name, recording.calls)
     if named is not None and index < len(recording.calls[named].outputs):
@@ -415,7 +415,7 @@ def _partner(session: Session, recording: Recording, tracer: Tracer, node: Node)
     ]
     match = _first_known(tracer, node.inputs[0]) if node.inputs else None
     same_input = [call for call in fitting if match is not None and match.truth in recording.calls[call].inputs]
-    # Else the nearest behind what agrees before it.
+    # Otherwise the nearest call after those that agree.
     before = [
         place[0]
         for each in tracer.nodes
@@ -436,7 +436,7 @@ def _partner(session: Session, recording: Recording, tracer: Tracer, node: Node)
 
 
 def _first_known(tracer: Tracer, tensor: Tensor) -> Match | None:
-    """What a tensor is, or what a layer that PyTorch has no module for, a padding say, made it of."""
+    """The match of a tensor, or of the input of layers without a PyTorch module before it, such as a padding."""
     while (match := tracer.match(tensor)) is None:
         producer = tracer.producer(tensor)
         if producer is None or len(producer.inputs) != 1 or producer.children or producer.inputs[0] is tensor:

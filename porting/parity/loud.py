@@ -1,4 +1,4 @@
-"""One more look at the outputs, where mistakes that the given weights and inputs hide are loud."""
+"""Compares the outputs once more, on weights or inputs that do not hide mistakes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from porting.parity.session import Session
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-# On loud weights and inputs rounding grows too; a mistake that they are for is above a hundredth.
+# Loud weights and inputs increase rounding too. The mistakes that they are meant to show are above a hundredth.
 LOUD_LIMIT = 1e-9
 LOUD_INPUTS = 16.0
 
@@ -38,9 +38,9 @@ LOUD_INPUTS = 16.0
 def compare_loud_outputs(
     session: Session, key_map: KeyMap | None, limits: Limits, locates: bool
 ) -> tuple[Loud | None, tuple[Culprit, ...]]:
-    """One sample's outputs on loud weights, where a key map brings them over, else on loud inputs.
+    """Compare the outputs for one sample on loud weights, or on loud inputs if no key map can transfer weights.
 
-    Where they differ and `locates` says so, also where the two part there.
+    If they differ and `locates` is True, also returns the culprits. None if there is nothing to compare.
     """
     one = session.few(1)
     if key_map is not None:
@@ -88,7 +88,7 @@ def _on_loud_weights(
                     for name, values in entry.to_keras(arrays, shapes).items():
                         variables[name].assign(np.array(values))
         return _judged_loud(session, one, "loud random weights", limits, locates)
-    except (RuntimeError, ValueError):  # a model that cannot be filled so has no loud weights
+    except (RuntimeError, ValueError):  # a model that cannot be filled with loud weights has none
         return None, ()
     finally:
         session.truth_model.load_state_dict(kept)
@@ -98,13 +98,13 @@ def _on_loud_weights(
 
 
 def _restore_constants(model: nn.Module, key_map: KeyMap, before: Mapping[str, Tensor]) -> None:
-    """Tensors that Keras has no place for hold what they held: zeros in a bias, say."""
+    """Restore the tensors that Keras leaves out, such as a bias of zeros."""
     fixed = {name: before[name] for entry in key_map.entries if not entry.targets for name in entry.sources}
     model.load_state_dict(fixed, strict=False)
 
 
 def _relative_on(session: Session, inputs: Inputs) -> float | None:
-    """How far the outputs are apart in float64, the worst of them; None where PyTorch's are not finite."""
+    """The worst relative distance of the outputs in float64; None if PyTorch's are not finite or shapes differ."""
     import torch
 
     with torch.no_grad():
@@ -126,7 +126,7 @@ def _relative_on(session: Session, inputs: Inputs) -> float | None:
         scale = float(expected.square().mean().sqrt())
         distance = float((actual - expected).square().mean().sqrt())
         relative = distance / scale if scale else (math.inf if distance else 0.0)
-        if inside:  # what is float32 inside cannot be finer
+        if inside:  # what is computed in float32 inside cannot agree better
             relative = 0.0 if relative < 1e3 * FLOAT32_ROUNDOFF else relative
         worst = max(worst, relative) if not math.isnan(relative) else math.inf
     return worst

@@ -1,6 +1,6 @@
-"""How far two tensors are apart, summed up over batches that come one after another.
+"""Measures how far two tensors are apart, summed over batches that come one after another.
 
-Works on torch tensors, because PyTorch computes on all cores; torch itself is imported by the caller.
+Works on torch tensors, because PyTorch computes on all cores. The caller has already imported torch.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from porting.parity.report import Difference, Distance
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Distances in units in the last place are taken on at most so many elements a tensor and batch, evenly spread.
+# Distances in units in the last place use at most this many elements per tensor and batch, evenly spread.
 ULP_SAMPLE = 4_096
-# Elements that are worked on at once: enough for PyTorch to use all cores, few enough to stay in their caches.
+# The number of elements to process at once: enough for PyTorch to use all cores, few enough to stay in their caches.
 CHUNK = 65_536
 
 
 class DistanceSum:
-    """A Distance over batches."""
+    """Accumulates a Distance over batches."""
 
     def __init__(self) -> None:
         self.max = 0.0
@@ -32,22 +32,22 @@ class DistanceSum:
 
     @classmethod
     def zeros(cls, count: int) -> DistanceSum:
-        """As if so many zeros had been taken."""
+        """A sum that has taken `count` zeros."""
         sums = cls()
         sums.count = count
         return sums
 
     def add_chunk(self, chunk: Tensor) -> None:
-        """Takes a few values, in one dimension."""
+        """Add a one-dimensional chunk of values."""
         self._take(_greatest(chunk), _power(chunk), chunk.numel())
 
     def include(self, other: DistanceSum) -> None:
-        """Takes all that another sum has taken."""
+        """Add all values of another sum."""
         if other.count:
             self._take(other.max, other.sum_of_squares, other.count)
 
     def _take(self, greatest: float, sum_of_squares: float, count: int) -> None:
-        # A NaN must stay one: max() would lose it when it comes second.
+        # Keep a NaN: max() would lose it as the second argument.
         self.max = greatest if math.isnan(greatest) else max(self.max, greatest)
         self.sum_of_squares += sum_of_squares
         self.count += count
@@ -57,10 +57,10 @@ class DistanceSum:
 
 
 def measure_truth(expected: Tensor, truth: Tensor) -> tuple[Tensor, DistanceSum, DistanceSum]:
-    """PyTorch's float32 values minus the truth, as float32, their distance, and the truth's own size."""
+    """Return PyTorch's float32 values minus the truth, as float32, then their distance and the size of the truth."""
     import torch
 
-    # In the order in which `expected` lies in memory: behind a permutation PyTorch goes on with channels last.
+    # In the memory order of `expected`: after a permutation, PyTorch continues with channels last.
     strides = expected.stride()
     order = sorted(range(expected.ndim), key=lambda axis: -strides[axis])
     error = torch.empty_like(expected.permute(order), dtype=torch.float32, memory_format=torch.contiguous_format)
@@ -76,7 +76,7 @@ def measure_truth(expected: Tensor, truth: Tensor) -> tuple[Tensor, DistanceSum,
 
 
 def measure_size(tensor: Tensor) -> DistanceSum:
-    """How large a tensor is: its distance to zero."""
+    """Measure the size of a tensor as its distance to zero."""
     size = DistanceSum()
     for (chunk,) in _chunks(tensor):
         size.add_chunk(chunk)
@@ -84,7 +84,7 @@ def measure_size(tensor: Tensor) -> DistanceSum:
 
 
 def measure_distance(actual: Tensor, truth: Tensor) -> DistanceSum:
-    """The distance of `actual` to `truth`, taken in float64, in the order in which `truth` lies in memory."""
+    """Measure the distance of `actual` to `truth` in float64, in the memory order of `truth`."""
     order = sorted(range(truth.ndim), key=lambda axis: -truth.stride()[axis])
     size = DistanceSum()
     for mine, exact in _chunks(actual.permute(order), truth.permute(order)):
@@ -93,7 +93,7 @@ def measure_distance(actual: Tensor, truth: Tensor) -> DistanceSum:
 
 
 def measure_candidate(actual: Tensor, expected: Tensor, expected_error: Tensor | None) -> DistanceSum:
-    """The distance of `actual` to the truth, from which `expected` is `expected_error` away (None: not at all)."""
+    """Measure the distance of `actual` to the truth, which is `expected` minus `expected_error` (None means 0)."""
     size = DistanceSum()
     tensors = (actual, expected) if expected_error is None else (actual, expected, expected_error)
     for mine, theirs, *rest in _chunks(*tensors):
@@ -102,7 +102,7 @@ def measure_candidate(actual: Tensor, expected: Tensor, expected_error: Tensor |
 
 
 class DifferenceSum:
-    """A Difference over batches; `samples_before` shifts the image's number in `worst_index`."""
+    """Accumulates a Difference over batches. `samples_before` is added to the sample's number in `worst_index`."""
 
     def __init__(self, samples_before: int = 0) -> None:
         self.samples_before = samples_before
@@ -115,7 +115,7 @@ class DifferenceSum:
         self.worst: tuple[float, tuple[int, ...], float, float] = (-1.0, (), 0.0, 0.0)
 
     def include(self, other: DifferenceSum) -> None:
-        """Takes all that another sum has taken."""
+        """Add all values of another sum."""
         self.distance.include(other.distance)
         self.expected_power += other.expected_power
         self.actual_power += other.actual_power
@@ -126,9 +126,9 @@ class DifferenceSum:
         self.worst = max(self.worst, other.worst, key=lambda worst: worst[0])
 
     def add(self, actual: Tensor, expected: Tensor, expected_error: Tensor | None, limit: float) -> DistanceSum:
-        """Takes one batch and returns the distance of `actual` to the truth, which may be `limit` at most.
+        """Add one batch and return the distance of `actual` to the truth. Elements over `limit` are counted.
 
-        `expected_error` is `expected` minus the truth; None where that is zero. All have Keras's order of axes.
+        `expected_error` is `expected` minus the truth; None if it is zero. All tensors are in Keras's order of axes.
         """
         distance = DistanceSum()
         if not actual.numel():
@@ -159,7 +159,7 @@ class DifferenceSum:
                 greatest = math.inf
             if greatest > worst:
                 worst, place = greatest, done + int(error.abs().nan_to_num(math.inf, math.inf).argmax())
-            # Every step-th element of the whole tensor, wherever the chunks begin.
+            # Every step-th element of the whole tensor, wherever its chunks begin.
             samples.append((mine[-done % step :: step], theirs[-done % step :: step]))
             done += mine.numel()
         self.ulps.append(_ulp_distance(*(_joined(side) for side in zip(*samples, strict=True))))
@@ -178,7 +178,7 @@ class DifferenceSum:
         power, error_power = self.expected_power, self.distance.sum_of_squares
         lengths = math.sqrt(power), math.sqrt(self.actual_power)
         product = lengths[0] * lengths[1]
-        # The law of cosines in the form that does not cancel where the two are nearly equal.
+        # The law of cosines, in a form without cancellation when the two are nearly equal.
         cosine = 1.0 - (error_power - (lengths[0] - lengths[1]) ** 2) / (2 * product) if product else 1.0
         ulps = torch.cat(self.ulps)
         sampled = len(ulps)
@@ -213,23 +213,23 @@ def _decibels(power: float, error_power: float) -> float:
 
 
 def _doubling_histogram(ulps: Tensor) -> tuple[int, ...]:
-    """Counts of 0, of 1, of 2 to 3, of 4 to 7 and so on, up to the last that is not empty."""
+    """Count the values 0, 1, 2 to 3, 4 to 7 and so on, up to the last bucket that is not empty."""
     import torch
 
-    # frexp's exponent of a whole number is its count of bits, which is the bucket.
+    # frexp's exponent of a whole number is its number of bits, which is the bucket.
     buckets = torch.frexp(ulps.double()).exponent.long()
     return tuple(torch.bincount(buckets).tolist())
 
 
 def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The tensors side by side in pieces small enough to stay in a processor's cache from one pass to the next."""
+    """Yield the tensors side by side, in pieces small enough to stay in the processor's cache between passes."""
     import torch
 
     yield from zip(*(torch.split(tensor.reshape(-1), CHUNK) for tensor in tensors), strict=True)
 
 
 def _greatest(chunk: Tensor) -> float:
-    """The greatest absolute value; NaN where there is one. torch's infinity norm takes ten times as long."""
+    """The greatest absolute value; NaN if the chunk has one. torch's infinity norm takes ten times as long."""
     import torch
 
     if chunk.dtype == torch.bool:
@@ -242,7 +242,7 @@ def _greatest(chunk: Tensor) -> float:
 
 
 def _power(chunk: Tensor) -> float:
-    """The sum of squares, in the chunk's own precision, which is exact enough to judge errors by."""
+    """The sum of squares in the chunk's own precision, which is exact enough to judge errors."""
     import torch
 
     if not chunk.is_floating_point():
@@ -261,12 +261,12 @@ def _value_at(tensor: Tensor, place: int) -> float:
 
 
 def _ulp_distance(actual: Tensor, expected: Tensor) -> Tensor:
-    """Numbers of float32 values between the two."""
+    """The number of float32 steps between two tensors, element by element."""
     import torch
 
     def ordered(values: Tensor) -> Tensor:
         bits = values.float().contiguous().view(torch.int32).long()
-        # Negative floats count downwards in their bits; after this the integers are in the floats' order.
+        # The bits of negative floats count downwards. After this, the integers have the order of the floats.
         return torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
 
     return (ordered(actual) - ordered(expected)).abs()

@@ -1,4 +1,4 @@
-"""Compare every Keras layer while it runs: in float64, where it finds its partner, and in float32."""
+"""Compares every Keras layer while it runs: in float64, which also pairs it with its partner, and in float32."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class ExactObserver:
-    """Compares every Keras layer in float64 as it runs, and finds the partner of its result by content."""
+    """Compares every Keras layer in float64 as it runs, and pairs its results by content."""
 
     watches_inputs = False
 
@@ -80,7 +80,7 @@ class ExactObserver:
         return found if found is None or not pair.in_float32 else replace(found, in_float32=True)
 
     def _matches(self, name: str, index: int, output: Tensor, actual: Tensor) -> list[Match]:
-        """All partners by content; the one by name, where its content agrees, is enough."""
+        """Find all partners by content. If the partner by name has the same content, it alone is returned."""
         known = self._known.get(id(output))
         if known is not None and known[0]() is output:
             return known[1]
@@ -88,7 +88,7 @@ class ExactObserver:
         match = None if named is None else self.library.match(actual, named, likely=True)
         matches = [match] if match is not None else self.library.find(actual)
         if not matches:
-            # Some layers compute in float32 whatever they are told.
+            # Some layers always compute in float32.
             matches += [
                 replace(each, in_float32=True)
                 for each in self.library.find(actual, SAME_IN_FLOAT32)
@@ -105,7 +105,7 @@ class ExactObserver:
         return outputs[index] if index < len(outputs) else None
 
     def _choose(self, name: str, index: int, matches: list[Match]) -> tuple[str, bool, int] | None:
-        """The place that this tensor stands for: by name, else the first of the same kind that is still free."""
+        """The place that this tensor stands for: by name, else the first free one, of the same kind if possible."""
         session = self.session
         source = session.names.source(name, self.recording.calls)
         places = [place for match in matches for place in match.truth.places if place[0].partition("[")[0] != OUTPUT]
@@ -133,7 +133,7 @@ class ExactObserver:
         return pair
 
     def _without_partner(self, name: str, index: int, actual: Tensor) -> None:
-        """By name it may have one all the same: then the difference is measured, and the outputs say what it means."""
+        """Measure the difference to the partner by name, if any. The outputs decide whether that difference matters."""
         session = self.session
         source = session.names.source(name, self.recording.calls)
         truth = self._named_truth(name, index)
@@ -162,7 +162,7 @@ class ExactObserver:
         self.matched.add(id(match.truth))
 
     def results(self, result: Any) -> dict[str, Any]:
-        """Compares the model's own results; axes lie as the convention says, never as they fit."""
+        """Compare the results of the model. Their axes follow the convention and are never chosen to fit."""
         session = self.session
         found = {key: to_torch(leaf) for key, leaf in leaves_by_key(result).items()}
         partners, notes = pair_results(self.recording.outputs, found)
@@ -190,7 +190,7 @@ class ExactObserver:
 
 
 def _steered(match: Match, output: Tensor) -> Tensor:
-    """The truth in the place of a result that was computed in float32."""
+    """The truth, to put in place of a result that was computed in float32."""
     import torch
 
     expected = match.expected(as_real(output))
@@ -198,7 +198,10 @@ def _steered(match: Match, output: Tensor) -> Tensor:
 
 
 def _in_shape(expected: Tensor, actual: Tensor, inputs: Inputs) -> Tensor | None:
-    """PyTorch's tensor in Keras's shape: by the convention, as it is, or the one other order that fits."""
+    """PyTorch's tensor in Keras's shape, by the first order of axes that fits; None if none does.
+
+    The convention comes first, then the unchanged order, then channels last and channels first.
+    """
     rank = expected.ndim
     orders = [inputs.output_axes(rank), tuple(range(rank))]
     orders += [(0, *range(2, rank), 1), (0, rank - 1, *range(1, rank - 1))] if rank > 2 else []

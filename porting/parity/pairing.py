@@ -1,4 +1,4 @@
-"""Which layer of the Keras model stands for which module of the PyTorch model, as far as names say it."""
+"""Pairs layers of the Keras model with modules of the PyTorch model by their names."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     import keras
     from torch import nn
 
-# In `pairs`: this module has no layer of its own.
+# In `pairs`: the module has no layer of its own.
 NO_PARTNER = "-"
 
 
 class Names:
-    """What names say: those that a caller or a key map gives, then those that both models have, `/` read as `.`.
+    """Pairs by name: first as the caller or a key map states, then by equal names in both models, with `/` as `.`.
 
-    Raises ValueError for names that a model does not have, and for two modules on one layer.
+    Raises ValueError for names that a model does not have, and for two modules paired with one layer.
     """
 
     def __init__(self, reference: nn.Module, candidate: keras.Model, pairs: Mapping[str, Any] | None) -> None:
@@ -43,11 +43,11 @@ class Names:
         self._source_of |= {_dotted(target): source for source, target in target_of.items() if target != NO_PARTNER}
         for target in named:
             self._source_of[_dotted(target)] = next(source for source, own in given.items() if own == target)
-        # `block1_0` may be `block1.0`, since not every Keras backend takes dots; only where no name is meant exactly.
+        # `block1_0` may mean `block1.0`, since some Keras backends reject dots. Used only if no name matches exactly.
         self._loosely = {_loose(name): source for name, source in self._source_of.items()}
 
     def source(self, call: str, calls: Iterable[str]) -> str | None:
-        """The PyTorch call that a Keras call stands for by its name, if there was one."""
+        """The PyTorch call that a Keras call stands for by its name; None if there was none."""
         base, _, number = call.partition("#")
         exact = self._source_of.get(_dotted(call)) or self._source_of.get(_dotted(base))
         source = exact or self._loosely.get(_loose(base))
@@ -59,7 +59,7 @@ class Names:
 
 def _layer_name(target: Any, layers: Mapping[str, Any]) -> str:
     if isinstance(target, str):
-        # A layer inside another may be named without its place where the name is the only one.
+        # A nested layer may be given by its last name alone if that is unique.
         inside = [name for name in layers if name.rpartition("/")[2] == target]
         return inside[0] if target not in layers and len(inside) == 1 else target
     for name, layer in layers.items():
@@ -78,7 +78,7 @@ def _refuse_unknown(what: str, names: list[str], known: Iterable[str], whose: st
 
 
 def refuse_unknown_layers(what: str, names: Iterable[str], reference: nn.Module, others: Iterable[str] = ()) -> None:
-    """Raises ValueError for a name that is no module of the PyTorch model, call numbers aside."""
+    """Raise ValueError for a name that is no module of the PyTorch model. Call numbers are ignored."""
     known = [*(name for name, _ in reference.named_modules() if name), *others]
     _refuse_unknown(what, [_base(name) for name in names], known, "module of the PyTorch model")
 
@@ -92,5 +92,5 @@ def _dotted(path: str) -> str:
 
 
 def _loose(path: str) -> str:
-    """With a number behind `_` as one behind a dot."""
+    """Rewrite `_` before a number as a dot."""
     return re.sub(r"_(?=\d+(?:\.|$))", ".", _dotted(path))

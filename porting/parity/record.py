@@ -1,4 +1,4 @@
-"""The PyTorch model's float64 run, kept: every tensor that a module takes or gives, once."""
+"""Records the float64 run of the PyTorch model: every tensor that a module takes or returns, once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Call:
-    """What one call of a module took and gave."""
+    """The inputs and outputs of one call of a module."""
 
     inputs: list[Truth] = field(default_factory=list)
     outputs: list[Truth] = field(default_factory=list)
@@ -26,7 +26,7 @@ class Call:
 
 @dataclass
 class Recording:
-    """All calls by name, in the order in which they ended, all tensors, and the results by key."""
+    """A recorded run: all calls by name, the order in which they ended, all tensors, and the results by key."""
 
     calls: dict[str, Call] = field(default_factory=dict)
     order: dict[str, int] = field(default_factory=dict)
@@ -35,12 +35,12 @@ class Recording:
 
 
 def output_name(key: str) -> str:
-    """What a result is called in reports."""
+    """The name of a result in reports."""
     return f"{OUTPUT}{key}" if not key or key.startswith("[") else f"{OUTPUT}[{key}]"
 
 
 def result_key(name: str) -> str:
-    """The key of a result by what reports call it."""
+    """The key of a result, from its name in reports."""
     key = name.removeprefix(OUTPUT)
     return key if not key or re.fullmatch(r"\[\d+\]", key) else key[1:-1]
 
@@ -51,7 +51,7 @@ class _Recorder:
     def __init__(self, *, copies: bool) -> None:
         self.recording = Recording()
         self._copies = copies
-        # By identity and version; the tensors are kept with them, so that no identity comes twice.
+        # By id and version. Keeping the tensors alive makes sure that no id is used twice.
         self._kept: dict[tuple[int, int], tuple[Tensor, Truth]] = {}
 
     def before(self, name: str, inputs: list[Tensor]) -> Replacement:
@@ -81,7 +81,7 @@ class _Recorder:
         return truth
 
     def finish(self) -> bool:
-        """Lets go of what only the recording needs; whether it holds, nothing kept having been changed in place since.
+        """Free what only the recording needs. Returns whether it is valid: no kept tensor was changed in place since.
 
         `x += y` and an in-place ReLU make such changes.
         """
@@ -94,7 +94,7 @@ def _version(tensor: Tensor) -> int:
 
 
 def record(model: nn.Module, run: Callable[[nn.Module], Any]) -> Recording:
-    """Runs the model; a second time with copies where it overwrites what was kept."""
+    """Run and record the model. If it changes kept tensors in place, run it again with copies."""
     import torch
 
     for copies in (False, True):
@@ -107,7 +107,7 @@ def record(model: nn.Module, run: Callable[[nn.Module], Any]) -> Recording:
 
 
 class NoiseObserver:
-    """Runs beside a recording in float32 and notes how far each wanted tensor is from the truth."""
+    """Observes a float32 run of PyTorch and measures how far each wanted tensor is from the recorded truth."""
 
     def __init__(self, recording: Recording, wanted: set[int]) -> None:
         self.recording = recording

@@ -1,13 +1,13 @@
-"""What parity means: the results of a comparison, and the verdict on them. Nothing here computes or imports a model.
+"""Defines parity: the results of a comparison and the verdict on them. Nothing here computes or imports a model.
 
-Does the Keras model compute what the PyTorch model computes? Two questions, each with the run that answers it:
+Two runs answer whether the Keras model computes what the PyTorch model computes:
 
 exact    both models in float64 on the same input: are they the same function? Two correct programs agree to about
          1e-15 of the result; the smallest mistakes lie far above that.
 float32  both models in float32, against PyTorch in float64: does Keras round about as well as PyTorch does?
 
-The outputs judge, the layers locate. A ratio is Keras's distance to PyTorch's float64 result in units of what rounding
-does: PyTorch's own float32 distance, for the exact view times 2^-29, which is what float64 makes of it.
+The outputs decide the verdict, and the layers show where a mistake is. A ratio is Keras's distance to PyTorch's float64
+result in units of rounding: PyTorch's own float32 distance, scaled by 2^-29 to float64's rounding in the exact view.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ FLOAT64_ROUNDOFF = 2.0**-53
 # Measured over healthy ports and planted mistakes (CONTRIBUTING.md, "What parity means").
 DEFAULT_MAX_RATIO = 64.0
 DEFAULT_MAX_EXACT_RATIO = 256.0
-# A tensor with fewer elements does not tell how large PyTorch's rounding is: by luck it may be next to nothing.
+# A tensor with fewer elements does not show how large PyTorch's rounding is: by chance it may be almost nothing.
 FEW_ELEMENTS = 1024
 EXACT, FLOAT32 = "exact", "float32"
 VIEWS = (EXACT, FLOAT32)
 ROUNDOFF = {EXACT: FLOAT64_ROUNDOFF, FLOAT32: FLOAT32_ROUNDOFF}
-# A cause that leaves at most this share of a difference has reproduced it but for rounding.
+# A cause that leaves at most this share of a difference unexplained has reproduced it up to rounding.
 REPRODUCED = 1e-6
 
 
 @dataclass(frozen=True)
 class Distance:
-    """Greatest absolute and root mean square value, over all elements."""
+    """The greatest absolute value and the root mean square over all elements."""
 
     max: float = 0.0
     rms: float = 0.0
@@ -46,7 +46,7 @@ class Distance:
 
 @dataclass(frozen=True)
 class Difference:
-    """`actual` (Keras) against `expected` (PyTorch), both float32, over all elements of all batches.
+    """The difference of `actual` (Keras) to `expected` (PyTorch), both float32, over all elements of all batches.
 
     `relative` is the RMS difference over the RMS of `expected`; `sqnr_db` the same as a ratio of powers. ULP
     distances are counted in float32's units in the last place. `worst_index` is in Keras's axis order, with the
@@ -74,9 +74,9 @@ class Difference:
 
 @dataclass(frozen=True)
 class SettingDifference:
-    """One setting of one layer that is not the same on both sides, and what to do about it.
+    """One setting of one layer that differs between the two sides, and what to do about it.
 
-    `training` is whether it changes nothing at inference; `counts` whether it fails the check.
+    `training` is whether it matters only in training, `counts` whether it fails the check.
     """
 
     layer: str
@@ -94,7 +94,7 @@ class SettingDifference:
 
 @dataclass(frozen=True)
 class Audit:
-    """Settings that were compared: in how many layers, how many, and every difference."""
+    """The settings that were compared: the number of layers, the number of settings, and every difference."""
 
     layers: int
     settings: int
@@ -109,8 +109,8 @@ class Audit:
 class Diagnosis:
     """A cause in plain words.
 
-    `unexplained` is the share of the RMS difference that it leaves; `checked` is all that was tried. A `pattern` says
-    what the difference looks like, which is no cause.
+    `unexplained` is the share of the RMS difference that it leaves. `checked` lists all causes that were tried. A
+    `pattern` describes only what the difference looks like, not its cause.
     """
 
     layer: str
@@ -121,7 +121,7 @@ class Diagnosis:
 
     @property
     def confidence(self) -> str:
-        """How sure it is: a reproduced mistake leaves next to nothing."""
+        """How sure the cause is: "certain", "likely" or "pattern". A reproduced mistake leaves almost nothing."""
         if self.pattern:
             return "pattern"
         return "certain" if self.unexplained <= REPRODUCED else "likely"
@@ -129,9 +129,9 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class Culprit:
-    """Where two models part: the first layer from which a difference goes on to the outputs.
+    """Where two models part: the first layer whose difference reaches the outputs.
 
-    `layer` is PyTorch's name, `target` Keras's. `is_input` is whether the layer is right and what feeds it is wrong.
+    `layer` is PyTorch's name, `target` is Keras's. `is_input` means that the layer is right and its input is wrong.
     `relative` is the RMS difference over the RMS of the truth.
     """
 
@@ -144,7 +144,7 @@ class Culprit:
 
     @property
     def culprit(self) -> str:
-        """Whose mistake it is: the layer's own, or of the one that feeds it; "" is the model as a whole."""
+        """The layer with the mistake: `layer`, or the one that feeds it; "" is the model as a whole."""
         return self.layer.rpartition(".")[0] if self.is_input else self.layer
 
     def __str__(self) -> str:
@@ -157,10 +157,10 @@ class Culprit:
 class View:
     """One comparison of a layer against PyTorch in float64.
 
-    `scale` is the size of the truth; `expected_error` is what rounding does and `actual_error` Keras's distance.
-    `problem` says why there is no number. `usual_rounding` is what rounding does here as a rule, relative to the
-    scale; it is known for tensors of fewer than `FEW_ELEMENTS` elements, and 0 for all others. `roundoff` is one
-    rounding of the type that was computed in.
+    `scale` is the size of the truth, `expected_error` is PyTorch's distance by rounding, and `actual_error` is Keras's
+    distance. `problem` says why there is no number. `usual_rounding` is the usual rounding of such a tensor, relative
+    to the scale; it is 0 for tensors of `FEW_ELEMENTS` elements or more. `roundoff` is one rounding of the computed
+    type.
     """
 
     scale: Distance
@@ -174,7 +174,7 @@ class View:
     def ratio(self) -> float:
         """Keras's distance in units of the noise, the worse of greatest and RMS difference; infinite for a problem.
 
-        The noise is PyTorch's distance, or the usual rounding or one rounding of the scale where that is greater.
+        The noise is PyTorch's distance, the usual rounding or one rounding of the scale, whichever is greatest.
         """
         if self.problem:
             return math.inf
@@ -195,7 +195,7 @@ class View:
 
     @property
     def relative_rounding(self) -> float:
-        """PyTorch's RMS distance to the truth over the truth's RMS; 0 where that is 0."""
+        """PyTorch's RMS distance to the truth over the truth's RMS; 0 if the latter is 0."""
         return self.expected_error.rms / self.scale.rms if self.scale.rms else 0.0
 
 
@@ -210,11 +210,11 @@ def _ratio(actual_error: float, expected_error: float, rounding: float) -> float
 
 @dataclass(frozen=True)
 class LayerComparison:
-    """One result of a layer, on both sides.
+    """One result of a layer on both sides.
 
-    `kind` is the PyTorch class; `shape` the output's, in Keras's axis order, over all samples. `difference` is
-    Keras against PyTorch, both float32. `rewritten` says how a layer was written in another way, where its own result
-    differs and all that follows agrees again; such a layer fails nothing.
+    `kind` is the PyTorch class. `shape` is the shape of the output, in Keras's axis order, over all samples.
+    `difference` is Keras against PyTorch, both float32. `rewritten` says how a layer is written in another way, if its
+    own result differs and all later ones agree again. Such a layer does not fail the check.
     """
 
     source: str
@@ -229,7 +229,7 @@ class LayerComparison:
 
     @property
     def ratio(self) -> float:
-        """The worst of its views; in the exact one that is in units of float64's rounding."""
+        """The ratio of the worst view. In the exact view, the unit is the rounding of float64."""
         return max((view.ratio for view in self.views.values()), default=math.inf)
 
     @property
@@ -239,7 +239,7 @@ class LayerComparison:
 
 @dataclass(frozen=True)
 class LogitsComparison:
-    """What the user sees of the last layer, over `samples` rows of logits."""
+    """The effect on what a user sees: classes and probabilities, over `samples` rows of logits."""
 
     samples: int
     top1_agreement: int
@@ -249,7 +249,7 @@ class LogitsComparison:
 
 @dataclass(frozen=True)
 class Loud:
-    """The outputs once more, on `what`: weights or inputs on which hidden mistakes show; `relative` as in Culprit."""
+    """The outputs on `what`, weights or inputs on which hidden mistakes show. `relative` is as in Culprit."""
 
     what: str
     relative: float
@@ -262,11 +262,11 @@ class Loud:
 
 @dataclass(frozen=True)
 class Verified:
-    """Which of the Keras model's weights the check has seen at work.
+    """Which weights of the Keras model the check has verified.
 
-    `weights` and `verified` count numbers; `unverified` names the variables that no compared result depends on.
-    `differing` names those that are not the checkpoint's bit by bit, where a key map says which should be.
-    `through_layers` is whether tensors inside the models were compared, not the outputs alone.
+    `weights` and `verified` count numbers. `unverified` names the variables that no compared result depends on. If
+    there is a key map, `differing` names the variables that differ from the checkpoint in any bit, of `compared_bits`
+    variables compared. `through_layers` is whether tensors inside the models were compared, not only the outputs.
     """
 
     weights: int
@@ -279,10 +279,10 @@ class Verified:
 
 @dataclass(frozen=True)
 class Limits:
-    """What parity allows. The ratios follow from float64; `atol` and `rtol` are added where a user wants them.
+    """What parity allows. Ratios relate to the float64 truth; `atol` and `rtol` are additional, if a user wants them.
 
     `atol` bounds the greatest difference between Keras and PyTorch in float32, `rtol` that difference over the
-    layer's greatest value. `per_layer` gives layers a `max_ratio` of their own, by PyTorch's name.
+    layer's greatest value. `per_layer` gives single layers their own `max_ratio`, by PyTorch's name.
     """
 
     max_ratio: float = DEFAULT_MAX_RATIO
@@ -292,11 +292,11 @@ class Limits:
     max_exact_ratio: float = DEFAULT_MAX_EXACT_RATIO
 
     def of(self, source: str) -> float:
-        """The `max_ratio` of one layer, whichever of its calls."""
+        """The `max_ratio` of a layer, for any of its calls."""
         return self.per_layer.get(source, self.per_layer.get(source.partition("#")[0], self.max_ratio))
 
     def objection(self, layer: LayerComparison, view_name: str) -> str:
-        """Why a layer is not at parity in one view, "" where it is."""
+        """Why a layer is not at parity in one view; "" if it is."""
         view, difference = layer.views[view_name], layer.difference
         if layer.rewritten:
             return ""
@@ -333,13 +333,13 @@ class Divergence:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """All comparisons in data flow, what has no partner, and the verdict that follows from the limits.
+    """All comparisons in the order of data flow, what has no partner, and the verdict by the limits.
 
-    `problem` says why nothing could be compared. `exact_model` says how the Keras model became float64, "" where there
-    was no exact view; `float32_inside` names the layers that compute in float32 whatever they are told, judged by
-    float32's rounding. `axes` says how inputs and outputs lie on both sides. `audit` compares settings. `culprits` are
-    all mistakes that were found, in data flow. `precision` is what the Keras model computes in. `stress` holds the
-    reports of the same models on other weights and inputs, each under its `name`.
+    `problem` says why nothing could be compared. `exact_model` says how the Keras model became float64; "" without an
+    exact view. `float32_inside` names the layers that always compute in float32 and are judged by its rounding. `axes`
+    describes the order of axes of inputs and outputs on both sides. `audit` compares settings. `culprits` are all
+    mistakes that were found, in the order of data flow. `precision` is the type in which the Keras model computes.
+    `stress` holds the reports of the same models on other weights and inputs, each under its `name`.
     """
 
     layers: tuple[LayerComparison, ...]
@@ -364,18 +364,18 @@ class ParityReport:
 
     @property
     def passed(self) -> bool:
-        """True only when something was compared and nothing objects, under stress too."""
+        """Whether something was compared and there are no objections, under stress too."""
         return not self.objections
 
     @property
     def objections(self) -> tuple[str, ...]:
-        """Every reason why this is not parity, the gravest first."""
+        """Every reason against parity, the gravest first."""
         found = [self.problem] if self.problem else []
         if not self.layers and not found:
             found.append("nothing could be compared")
         found += [str(divergence) for divergence in self.divergences]
         found += [f"{layer.source}: nothing was compared" for layer in self.layers if not layer.views]
-        # In the exact view the outputs alone judge.
+        # In the exact view only the outputs decide.
         exact = [layer for layer in self.layers if EXACT in layer.views]
         if exact and not any(layer.is_output and not layer.rewritten for layer in exact):
             found.append("no output of the models was compared")
@@ -397,7 +397,7 @@ class ParityReport:
         return tuple(found)
 
     def __str__(self) -> str:
-        """The verdict, and every reason against parity on a line of its own."""
+        """The verdict, then every reason against parity on its own line."""
         if self.passed:
             return f"at parity: {len(self.layers)} tensors compared"
         return "\n".join(["not at parity:", *(f"  {line}" for line in self.objections)])
@@ -406,26 +406,26 @@ class ParityReport:
         return f"<ParityReport: {' '.join(str(self).split())}>"
 
     def to_html(self) -> str:
-        """The report as one page that needs nothing from anywhere."""
+        """The report as a single HTML page without external resources."""
         from porting.reports.html import to_html
 
         return to_html(self)
 
     def _repr_html_(self) -> str:
-        """For notebooks: the page in a frame, so that its style stays its own."""
+        """Show the page in notebooks, in a frame that keeps its style separate."""
         from html import escape
 
         return f'<iframe srcdoc="{escape(self.to_html())}" style="width: 100%; height: 40rem; border: 0"></iframe>'
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the report as the suffix says: .html, .md, .xml (JUnit) or .json; raises OutputError."""
+        """Write the report in the format of the suffix: .html, .md, .xml (JUnit) or .json. Raises OutputError."""
         from porting.reports import write_report
 
         write_report(self, Path(path))
 
     @property
     def divergences(self) -> tuple[Divergence, ...]:
-        """What is not at parity, in data flow. In the exact view only the outputs judge; all layers round."""
+        """All divergences in the order of data flow: of the outputs in the exact view, of all layers in float32."""
         found = []
         for layer in self.layers:
             for view in layer.views:
@@ -435,7 +435,7 @@ class ParityReport:
 
     @property
     def first_divergence(self) -> Culprit | Divergence | None:
-        """The first culprit; else the first layer that is off."""
+        """The first culprit, otherwise the first divergence; None if there is neither."""
         found = self.divergences
         if not found and (self.loud is None or self.loud.passed):
             return None
@@ -443,11 +443,11 @@ class ParityReport:
 
     @property
     def diagnosis(self) -> Diagnosis | None:
-        """What the first culprit's difference comes from, or looks like."""
+        """The cause or the pattern of the first culprit's difference; None if unknown."""
         return self.culprits[0].diagnosis if self.culprits else None
 
     def failed(self, layer: LayerComparison) -> bool:
-        """Whether a layer is off. In the exact view that counts only where the outputs are."""
+        """Whether a layer is not at parity. In the exact view, layers count only if an output differs."""
         exact_counts = any(divergence.view == EXACT for divergence in self.divergences)
         return any(
             self.limits.objection(layer, view)
@@ -457,7 +457,7 @@ class ParityReport:
 
     @property
     def worst(self) -> LayerComparison:
-        """The layer that rounds worst in float32, among those that were compared so; else the worst of all."""
+        """The layer that rounds worst in float32. If none was compared in float32, the worst of all."""
         rounded = [layer for layer in self.layers if FLOAT32 in layer.views]
         if rounded:
             return max(rounded, key=lambda layer: layer.views[FLOAT32].ratio)
@@ -465,13 +465,13 @@ class ParityReport:
 
     @property
     def worst_exact(self) -> View | None:
-        """The exact view of the outputs, the worst of them."""
+        """The worst exact view of the outputs; None if there is none."""
         views = [layer.views[EXACT] for layer in self.layers if layer.is_output and EXACT in layer.views]
         return max(views, key=lambda view: view.ratio, default=None)
 
 
 def refusal(report: ParityReport) -> str:
-    """Why a report is not one of parity, in one line."""
+    """Say in one line why a report is not at parity."""
     first = report.first_divergence
     if first is not None:
         return f"not at parity; first divergence: {first}"

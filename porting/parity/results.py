@@ -1,4 +1,4 @@
-"""Which result of one model is which of the other."""
+"""Pairs the results of the two models."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def pair_results(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
-    """Which result of PyTorch's is which of Keras's: by key where the keys are the same, else by place."""
+    """Pair PyTorch's results with Keras's: by key if keys agree, otherwise by place. Also returns notes on the rest."""
     if set(theirs) == set(ours):
         return {key: key for key in theirs}, []
     common = [key for key in theirs if key in ours]

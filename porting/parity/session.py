@@ -1,4 +1,4 @@
-"""What the passes of one check share: the models, their inputs, and the pairs of tensors found so far."""
+"""State that the passes of one check share: the models, their inputs, and the pairs of tensors found so far."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
     import keras
     from torch import Tensor, nn
 
-# What float64 makes of an error that float32 makes.
+# Scales an error of float32 to the same error in float64.
 _FINER = FLOAT64_ROUNDOFF / FLOAT32_ROUNDOFF
 
 
 @dataclass
 class Sums:
-    """One view of a pair, summed up over batches."""
+    """The sums of one view of a pair over all batches."""
 
     scale: DistanceSum = field(default_factory=DistanceSum)
     expected_error: DistanceSum = field(default_factory=DistanceSum)
@@ -50,10 +50,10 @@ class Sums:
 
 @dataclass
 class Pair:
-    """A Keras tensor and the PyTorch tensor that it is, by the place where that stands.
+    """A Keras tensor and the PyTorch tensor that it equals, which `place` identifies.
 
-    `order` is PyTorch's order of execution. `named` is whether only the names say so: the numbers differ. `axes` are
-    PyTorch's in Keras's order, as the content has shown them.
+    `order` is its place in PyTorch's order of execution. `named` means that the two pair by name only, and their
+    numbers differ. `axes` are PyTorch's axes in Keras's order, found by content.
     """
 
     target: str
@@ -73,7 +73,7 @@ class Pair:
     measured: bool = False
 
     def truth(self, recording: Recording) -> Truth | None:
-        """The tensor at its place in this recording."""
+        """The PyTorch tensor in this recording; None if it has none at that place."""
         call, is_output, index = self.place
         if call.partition("[")[0] == OUTPUT and call not in recording.calls:
             return next((each for key, each in recording.outputs.items() if output_name(key) == call), None)
@@ -84,7 +84,7 @@ class Pair:
     def total(self, kinds: Mapping[str, str], *, exact: bool) -> LayerComparison:
         views = {}
         if exact:
-            # A layer that computes in float32 inside is judged by float32's rounding.
+            # A layer that computes in float32 internally is judged by the rounding of float32.
             finer = 1.0 if self.in_float32 else _FINER
             noise = self.exact.expected_error.total()
             unit = replace(noise, max=noise.max * finer, rms=noise.rms * finer)
@@ -104,7 +104,7 @@ class Pair:
 
 
 class Session:
-    """Two models, their inputs, and what the passes over all batches have shown."""
+    """Two models, their inputs, and what the passes over all batches have measured."""
 
     def __init__(
         self,
@@ -137,7 +137,7 @@ class Session:
         return record(self.truth_model, lambda model: batch.call_reference(model, torch.float64))
 
     def few(self, count: int) -> Inputs:
-        """The first samples; all of them where the PyTorch model takes only batches of a fixed size."""
+        """The first `count` samples, or all of them if the PyTorch model takes only batches of a fixed size."""
         import torch
 
         some = self.inputs.batch(0, count)
@@ -150,7 +150,7 @@ class Session:
 
     @contextlib.contextmanager
     def as_precise_as_reference(self) -> Iterator[None]:
-        """The Keras model with the weights of a reference in half precision, where its own round to them."""
+        """Give the Keras model, in this context, the half-precision weights of the reference that its own round to."""
         held = []
         for variable in self.candidate.weights if self.halved else ():
             values = np.array(variable)
@@ -169,13 +169,13 @@ class Session:
         return Library(recording.truths, {rank: self.inputs.output_axes(rank) for rank in ranks})
 
     def axes_of_result(self, key: str, rank: int) -> Axes:
-        """PyTorch's axes in Keras's order for a result: as stated, or by the convention."""
+        """PyTorch's axes in Keras's order for a result: as the caller stated, or by convention."""
         return self.output_axes.get(key, self.inputs.output_axes(rank))
 
     def axes_in_keras(self, expected: Tensor, actual: Tensor) -> Axes | None:
-        """PyTorch's axes in Keras's order: the first that fits the shape, the convention before all others.
+        """PyTorch's axes in Keras's order: the first order that fits the shape, beginning with the convention.
 
-        None where the two have not as many numbers.
+        None if the two tensors have different numbers of elements.
         """
         rank = expected.ndim
         if expected.numel() != actual.numel():
@@ -191,7 +191,7 @@ class Session:
         return kind is not None and kind is self.layer_kind(layer_name)
 
     def layer(self, name: str) -> Any:
-        """The Keras layer of a call; None for one that the model does not hold."""
+        """The Keras layer of a call; None if the model has no such layer."""
         return self.names.layers.get(name.partition("#")[0])
 
     def layer_kind(self, name: str) -> Kind | None:

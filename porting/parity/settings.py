@@ -1,8 +1,8 @@
-"""Settings that numbers cannot show, compared between paired layers.
+"""Compares the settings of paired layers, which the computed numbers do not show.
 
-A momentum changes nothing at inference, a dropout rate neither, and an epsilon hides behind ordinary variances. So
-what the two layers of a pair are set to is read and compared as well. What is compared is effective: an activation is
-told by its values on a grid, not by its name.
+A momentum or a dropout rate changes nothing at inference, and ordinary variances hide an epsilon. The settings of both
+layers of a pair are therefore compared too. The comparison is of effects: an activation is identified by its values on
+a grid, not by its name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import keras
     from torch import nn
 
-# float64 settings that went through a float32 on the way.
+# Allows for float64 settings that were stored as float32 on the way.
 _RELATIVE = 1e-6
 
 
@@ -35,11 +35,11 @@ def compare_settings(
     strict: bool = True,
     waive: Sequence[str] = (),
 ) -> Audit:
-    """Compares the settings of all paired layers that both sides have settings for.
+    """Compare the settings of all paired layers that have settings on both sides.
 
-    `targets` gives the name of the Keras layer for each PyTorch module. A setting that only one side has a meaning for
-    is left out. Without `strict` those that matter only in training do not count; those in `waive` never do, by
-    module's name or "module:setting".
+    `targets` gives the name of the Keras layer for each PyTorch module. A setting that only one side has is left out.
+    Without `strict`, settings that matter only in training do not count. Those in `waive`, given as "module" or
+    "module:setting", never count.
     """
     layers = named_layers(candidate)
     modules = dict(reference.named_modules())
@@ -74,20 +74,20 @@ def compare_settings(
 
 
 def settings_beside(kind: Kind, layer: keras.layers.Layer) -> Settings:
-    """What a Keras layer is set to as a layer of this kind: its own settings, or those of what is fused into it."""
+    """The settings of a Keras layer as a layer of this kind: its own, or those of a part that is fused into it."""
     if kind is kind_of_layer(layer):
         return kind.layer_settings(layer)
     return kind.fused_settings(layer)
 
 
 def settings_of_module(module: nn.Module) -> Settings:
-    """What a PyTorch module is set to, under PyTorch's names; {} for a kind that is not known."""
+    """The settings of a PyTorch module, under PyTorch's names; {} for an unknown kind."""
     kind = kind_of_module(module)
     return {} if kind is None else kind.module_settings(module)
 
 
 def settings_of_layer(layer: keras.layers.Layer) -> Settings:
-    """What a Keras layer is set to, under PyTorch's names and in its conventions; {} for a kind that is not known."""
+    """The settings of a Keras layer, under PyTorch's names and in its conventions; {} for an unknown kind."""
     kind = kind_of_layer(layer)
     return {} if kind is None else kind.layer_settings(layer)
 

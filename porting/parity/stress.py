@@ -1,7 +1,7 @@
-"""Weights and inputs on which hidden mistakes become loud.
+"""Weights and inputs on which hidden mistakes show.
 
-On ordinary weights a wrong epsilon drowns in the variance beside it, a small layer scale damps a whole branch, and
-symmetric kernels forgive a flip. So the two models are compared again on other weights, and on other shapes.
+On ordinary weights the variance hides a wrong epsilon, a small layer scale damps a whole branch, and a symmetric kernel
+hides a flip. A stress test therefore compares the two models again on other weights and on other shapes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SMALLEST_SIDE = 33
 
 @dataclass(frozen=True)
 class StressCase:
-    """A run to make: its name, the reference to run, whether its weights are not the ported ones, and the images."""
+    """A run to do: its name, the reference model, whether its weights differ from the ported ones, and the images."""
 
     name: str
     reference: nn.Module
@@ -35,12 +35,12 @@ class StressCase:
 def stress_cases(
     reference: nn.Module, images: Array, shrinkable: Callable[[str], bool], *, seed: int = 0
 ) -> Iterator[StressCase]:
-    """The stress runs for a model and its images `(N, H, W, 3)`; the model itself stays as it is.
+    """Yield the stress runs for a model and its images `(N, H, W, 3)`. The model itself does not change.
 
-    small variances  the parameters that `shrinkable` names times `SMALL` and the BatchNorm statistics measured again:
-                     later variances come down to where an epsilon counts
-    loud weights     random ones from `seed`: no layer scale near 0, large biases, no symmetric kernel
-    other shapes     one sample larger than in training and three of an odd, non-square, small size
+    small variances  multiplies the parameters that `shrinkable` selects by `SMALL` and measures the BatchNorm
+                     statistics again, so that variances become small enough for an epsilon to matter
+    loud weights     random weights from `seed`: no layer scale near 0, large biases, no symmetric kernel
+    other shapes     one sample larger than the given ones, and three of an odd, non-square, small size
     """
     if any(shrinkable(name) for name, _ in reference.named_parameters()):
         yield StressCase("small variances", with_small_variances(reference, images, shrinkable), True, images)
@@ -53,7 +53,7 @@ def stress_cases(
 
 
 def with_small_variances(reference: nn.Module, images: Array, shrinkable: Callable[[str], bool]) -> nn.Module:
-    """A copy of the reference whose normalised tensors have variances near the epsilons."""
+    """Copy the reference with weights that give normalised tensors variances near the epsilons."""
     import torch
 
     from porting.models.synthetic import measure_batch_norms
@@ -69,7 +69,7 @@ def with_small_variances(reference: nn.Module, images: Array, shrinkable: Callab
 
 
 def with_loud_weights(reference: nn.Module, seed: int) -> nn.Module:
-    """A copy of the reference with synthetic weights."""
+    """Copy the reference with synthetic weights."""
     from porting.models.synthetic import fill_with_synthetic_weights
 
     model = copy.deepcopy(reference)
@@ -82,7 +82,7 @@ def _odd(side: int) -> int:
 
 
 def _resized(images: Array, count: int, height: int, width: int) -> Array:
-    """`count` images of another size, cut and mirrored out of those there are."""
+    """Make `count` images of another size by cropping and mirroring the given ones."""
     chosen = images[np.arange(count) % len(images)]
     rows, columns = (max(wanted - had, 0) for wanted, had in zip((height, width), chosen.shape[1:3], strict=True))
     padded = np.pad(chosen, ((0, 0), (0, rows), (0, columns), (0, 0)), mode="reflect")

@@ -1,4 +1,4 @@
-"""What the passes have shown, as a report."""
+"""Builds the report from what the passes have measured."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import keras
     from torch import nn
 
-# A small tensor's rounding is at least the median of this many layers before it.
+# The usual rounding of a small tensor is at least the median of this many layers before it.
 _LAYERS_BEFORE = 16
 
 
@@ -78,7 +78,7 @@ def summarize(
 
 
 def _written(layer: LayerComparison, session: Session) -> LayerComparison:
-    """Marks a layer whose own result differs though the outputs agree: it was written in another way."""
+    """Mark a layer as written in another way if its own result differs and the outputs agree."""
     how = session.written.get(layer.source, "")
     pair = next((each for each in session.pairs.values() if each.source == layer.source and each.named), None)
     if pair is not None and not layer.is_output and pair.target == layer.target:
@@ -93,7 +93,7 @@ def _verified(session: Session, agreed: bool, key_map: KeyMap | None) -> Verifie
         called = {pair.target.partition("#")[0] for pair in session.pairs.values() if not pair.named}
     seen: set[int] = set()
     for layer_name, own in owned_variables(session.candidate).items():
-        # The model itself runs whenever anything does.
+        # The model itself runs in every pass.
         if layer_name in called or (agreed and not layer_name):
             seen |= {id(variable) for variable in own}
     sizes = {name: math.prod(variable.shape) for name, variable in variables.items()}
@@ -108,7 +108,7 @@ def _verified(session: Session, agreed: bool, key_map: KeyMap | None) -> Verifie
 def _other_bits(
     reference: nn.Module, variables: Mapping[str, Any], key_map: KeyMap | None
 ) -> tuple[tuple[str, ...], int]:
-    """Keras variables that are not the checkpoint's tensor bit by bit, and how many were compared."""
+    """The Keras variables that differ from the checkpoint's tensor in any bit, and how many were compared."""
     if key_map is None:
         return (), 0
     state = reference.state_dict()
@@ -132,7 +132,7 @@ def _other_bits(
 
 
 def precision_of(candidate: keras.Model) -> str:
-    """The narrowest type that a layer with weights computes in."""
+    """The narrowest type in which any layer with weights computes."""
     dtypes = {str(layer.compute_dtype) for layer in candidate._flatten_layers(include_self=False) if layer.weights} or {
         "float32"
     }
@@ -141,11 +141,11 @@ def precision_of(candidate: keras.Model) -> str:
 
 
 def with_usual_rounding(layers: list[LayerComparison], reference: nn.Module) -> Iterator[LayerComparison]:
-    """Tells small tensors what rounding does as a rule.
+    """Give each small tensor the rounding that is usual for it.
 
-    That is what a plain sum makes, over as many terms as the layer's largest product has: n additions of independent
-    terms have an RMS error of about sqrt(n) / 4 roundings of the sum; or the median of the layers just before, if that
-    is more.
+    That is the rounding of a plain sum over as many terms as the layer's largest product has: n additions of
+    independent terms have an RMS error of about sqrt(n) / 4 roundings of the sum. If the median of the layers just
+    before is greater, that is used instead.
     """
     modules = dict(reference.named_modules())
     before: deque[float] = deque(maxlen=_LAYERS_BEFORE)
@@ -156,7 +156,7 @@ def with_usual_rounding(layers: list[LayerComparison], reference: nn.Module) -> 
                 before.append(view.relative_rounding)
             yield layer
             continue
-        module = modules.get(layer.source.partition("#")[0], reference)  # the models' own result is no module's
+        module = modules.get(layer.source.partition("#")[0], reference)  # the results of the models belong to no module
         summed = max((weight[0].numel() for weight in module.parameters() if weight.ndim > 1), default=1)
         own = math.sqrt(summed) / 4 * FLOAT32_ROUNDOFF
         usual = max(own, statistics.median(before) if before else 0.0)
@@ -166,13 +166,13 @@ def with_usual_rounding(layers: list[LayerComparison], reference: nn.Module) -> 
 
 
 def compare_logits(pairs: list[tuple[Array, Array]]) -> LogitsComparison | None:
-    """None where the output is not one row of numbers a sample."""
+    """Compare top-1, top-5 and probabilities; None if the output is not one row of numbers per sample."""
     if not pairs or any(one.ndim != 2 or one.shape != other.shape or one.shape[1] < 2 for one, other in pairs):
         return None
     expected, actual = (np.concatenate(side) for side in zip(*pairs, strict=True))
     kept = min(5, expected.shape[1])
     best = [np.sort(np.argsort(side, axis=1, kind="stable")[:, -kept:], axis=1) for side in (expected, actual)]
-    with np.errstate(invalid="ignore"):  # infinite logits give NaN, and say so
+    with np.errstate(invalid="ignore"):  # infinite logits give NaN, with a warning
         change = np.abs(_softmax(expected) - _softmax(actual))
     return LogitsComparison(
         samples=len(expected),

@@ -1,4 +1,4 @@
-"""A run of the Keras model with every tensor kept, and the truth put in where it is told to."""
+"""Traces a run of the Keras model: keeps every tensor, and puts in the truth where told to."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# Where a truth is put in: a call, whether it is its result, and which.
+# Where to put in a truth: a call, whether it is a result (or an input) of the call, and its index.
 Place = tuple[str, bool, int]
 
 
 @dataclass(eq=False)
 class Node:
-    """A call of a Keras layer: what it took and gave, and the calls inside it."""
+    """A call of a Keras layer: its inputs, its outputs and the calls inside it."""
 
     name: str
     parent: Node | None
@@ -36,7 +36,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Gap:
-    """A tensor that no layer made and that is wrong: what feeds `node` (None: the result `key`)."""
+    """A wrong tensor that no layer made: an input of `node`, or the result `key` if `node` is None."""
 
     node: Node | None
     index: int
@@ -44,7 +44,7 @@ class Gap:
 
 
 class Tracer:
-    """Keeps every tensor of a Keras run, and puts the truth in at the places in `fixes`."""
+    """Keeps every tensor of a Keras run, and puts in the truth at the places in `fixes`."""
 
     watches_inputs = True
 
@@ -54,9 +54,9 @@ class Tracer:
         self._stack: list[Node] = []
         self._producers: dict[int, Node] = {}
         self._exact: dict[int, tuple[Tensor, Match | None, bool]] = {}
-        # What was put in or assumed is right whatever the tolerance.
+        # Tensors that were put in or assumed are right at any tolerance.
         self._given: set[int] = set()
-        # All that has been seen: memory that is freed is given to another tensor, and would be taken for the first.
+        # Keeps all tensors alive: freed memory goes to another tensor, which would be taken for the first.
         self._alive: list[Tensor] = []
 
     def before(self, name: str, inputs: list[Tensor]) -> Replacement:
@@ -95,7 +95,7 @@ class Tracer:
         return found
 
     def _inside(self, output: Tensor) -> Tensor | None:
-        """The truth in the place of a result that was computed in float32."""
+        """The truth to put in place of a result that was computed in float32; None if it was not."""
         if self.is_exact(output):
             return None
         for match in self.library.find(as_real(output), SAME_IN_FLOAT32):
@@ -106,13 +106,13 @@ class Tracer:
         return None
 
     def refine(self, tolerance: float) -> None:
-        """Asks again, with a finer tolerance, for all that the library was asked for."""
+        """Use a finer tolerance from now on, and forget the answers that the library gave with the coarser one."""
         if tolerance < self.tolerance:
             self.tolerance = tolerance
             self._exact = {key: each for key, each in self._exact.items() if key in self._given}
 
     def assume(self, tensor: Tensor) -> None:
-        """Takes a tensor for right: nothing is known of it."""
+        """Treat a tensor as right when nothing is known about it."""
         self._give(tensor, None)
 
     def _give(self, tensor: Tensor, match: Match | None) -> None:
@@ -127,7 +127,7 @@ class Tracer:
         return self._exact[key_of(tensor)][1]
 
     def is_exact(self, tensor: Tensor) -> bool:
-        """Whether the PyTorch model has this tensor, or one that it is a part of; a single number says nothing."""
+        """Whether the PyTorch model has this tensor, or one that contains it. Always True for a single number."""
         key = key_of(tensor)
         if key not in self._exact:
             actual = as_real(tensor)
@@ -138,5 +138,5 @@ class Tracer:
 
 
 def key_of(tensor: Tensor) -> int:
-    """Keras's tensors come over without a copy, so the memory tells which is which."""
+    """Identify a tensor by its memory, since Keras tensors are converted without a copy."""
     return int(tensor.data_ptr()) or id(tensor)

@@ -1,11 +1,11 @@
-"""Does the Keras model train as the PyTorch model does?
+"""Checks whether the Keras model trains as the PyTorch model does.
 
-Both start from the same weights and take the same steps on the same batch: the same loss, the same optimiser. Loss,
-gradients, BatchNorm's statistics and all weights are compared as layers are: PyTorch trains in float64 too, that run is
-the truth, and Keras may be a few times as far from it as PyTorch in float32 is. Steps amplify rounding, by luck more or
-less; so PyTorch trains in float32 several times, with the batch in another order, which changes nothing but the
-rounding, and the greatest of these distances counts. Dropout and drop path are off in that,
-for two random masks cannot agree; what they draw is compared by itself.
+Both start from the same weights and take the same steps on the same batch, with the same loss and optimiser. Loss,
+gradients, BatchNorm statistics and all weights are compared like layers. PyTorch also trains in float64, and that run
+is the truth. Keras may be a few times as far from it as PyTorch in float32 is. Steps amplify rounding by a random
+amount. PyTorch therefore trains in float32 several times, with the batch in another order, which changes only the
+rounding, and the greatest distance counts. Dropout and drop path are off, since two random masks cannot agree;
+`compare_masks` compares the masks on their own.
 """
 
 from __future__ import annotations
@@ -47,20 +47,20 @@ if TYPE_CHECKING:
 STEPS = (1, 10)
 BATCH = 8
 GREATEST_SIDE = 96
-# Samples, and the shape of each, on which masks are drawn.
+# The number of samples on which masks are drawn, and the shape of each.
 _DRAWN, _SHAPE = 4096, (4, 4, 3)
 _SIGMAS = 5.0
-# Of the batch, in which PyTorch trains once more each.
+# How many more times PyTorch trains in float32, each with the batch in another order.
 _OTHER_ORDERS = 3
 
 
 @dataclass(frozen=True)
 class OptimizerPair:
-    """The same optimiser in both frameworks; `reference` takes parameters, `candidate` nothing.
+    """The same optimiser in both frameworks. `reference` takes parameters, `candidate` takes nothing.
 
-    `normalizes` is whether a step divides by the gradient's own size, as Adam's does. Then the step of a number whose
-    gradient is about its rounding error is that error's sign times the learning rate, whoever computes it, and where
-    PyTorch's own gradient is not known to a hundredth, the number is left out.
+    `normalizes` is whether a step divides by the size of the gradient, as Adam's does. If a gradient is as small as its
+    rounding error, such a step is the sign of that error times the learning rate. Numbers whose gradient PyTorch does
+    not know to a hundredth are therefore left out.
     """
 
     name: str
@@ -70,9 +70,9 @@ class OptimizerPair:
 
 
 def usual_optimizers(adamw: Callable[..., Any] | None = None) -> tuple[OptimizerPair, ...]:
-    """SGD with momentum, and AdamW; `adamw` is a Keras optimiser with PyTorch's arithmetic, by default Keras's own.
+    """SGD with momentum, and AdamW. `adamw` is a Keras optimiser with PyTorch's arithmetic; the default is Keras's own.
 
-    Keras's own counts epsilon otherwise in the first steps, which the check finds.
+    Keras's own applies epsilon differently in the first steps, which the check detects.
     """
     import keras
     import torch
@@ -96,9 +96,9 @@ def usual_optimizers(adamw: Callable[..., Any] | None = None) -> tuple[Optimizer
 
 @dataclass
 class _Run:
-    """What one training shows, by PyTorch's names and in PyTorch's order of axes; steps count from 1.
+    """The results of one training, by PyTorch's names and in PyTorch's order of axes. Steps count from 1.
 
-    The gradients are those of the first step: later ones belong to other weights on each side.
+    Only the gradients of the first step are kept, since later ones belong to different weights on each side.
     """
 
     losses: dict[int, Tensor] = field(default_factory=dict)
@@ -118,12 +118,12 @@ def compare_training(
     limits: Limits | None = None,
     progress: Progress = SILENT,
 ) -> tuple[ParityReport, ...]:
-    """Trains both models on one batch with each optimiser; one report for each of the `steps`, counted from 1.
+    """Train both models on one batch with each optimiser, and report on each of the `steps`, counted from 1.
 
-    `images` are `(N, H, W, C)` and `labels` `(N,)` class numbers; the loss is the mean cross-entropy of the logits, or
-    for a model that returns maps their mean square. `key_map` pairs the tensors. A report has the loss before the step,
-    then for the first step every gradient, from the loss backwards, then every tensor after the step. Both models are
-    as before when it returns.
+    `images` are `(N, H, W, C)` and `labels` are `(N,)` class numbers. The loss is the mean cross-entropy of the logits,
+    or the mean square of the maps if the model returns maps. `key_map` pairs the tensors. A report has the loss before
+    the step, then, for the first step, every gradient from the loss backwards, then every tensor after the step. Both
+    models have their old weights when it returns.
     """
     limits = limits or Limits()
     reports = []
@@ -182,7 +182,7 @@ def _train_torch(
         output = model(batch)
         loss = F.cross_entropy(output, targets) if output.ndim == 2 else output.square().mean()
         with warnings.catch_warnings():
-            # The first backward pass looks for a GPU, and a CUDA build without one says so.
+            # The first backward pass looks for a GPU, and a CUDA build warns if there is none.
             warnings.filterwarnings("ignore", "CUDA initialization")
             loss.backward()
         if step == 1:
@@ -250,7 +250,7 @@ def _in_torchs_order(arrays: Mapping[str, Array], key_map: KeyMap) -> dict[str, 
 
 
 def _undecided(expected: Sequence[_Run], truth: _Run) -> dict[str, Tensor]:
-    """By name, the numbers whose gradient PyTorch does not know to a hundredth."""
+    """Masks, by name, of the numbers whose gradient PyTorch does not know to a hundredth."""
     errors = {
         name: max(float((run.gradients[name] - exact).abs().max()) for run in expected)
         for name, exact in truth.gradients.items()
@@ -300,7 +300,7 @@ def _one(
     actual: Tensor | None,
     limits: Limits,
 ) -> LayerComparison:
-    """`expected` are PyTorch's runs; the differences that are shown are to the first of them."""
+    """Compare one tensor. `expected` are PyTorch's float32 runs; the difference shown is to the first of them."""
     measured = [measure_truth(each, truth) for each in expected]
     error, _, scale = measured[0]
     sizes = [size.total() for _, size, _ in measured]
@@ -318,9 +318,9 @@ def _one(
 
 
 def _with_usual_rounding(layers: list[LayerComparison]) -> Iterator[LayerComparison]:
-    """Tells small tensors what rounding does as a rule: the median of their kind.
+    """Give small tensors the usual rounding, which is the median over their kind.
 
-    The loss is a single number, in which the rounding of all kinds meets.
+    The loss is a single number that contains the rounding of all kinds, so it gets the greatest of these medians.
     """
     found: dict[str, list[float]] = {}
     for layer in layers:
@@ -341,7 +341,7 @@ def _kind(layer: LayerComparison) -> str:
 
 
 def training_batch(images: Array, classes: int, seed: int = 0) -> tuple[Array, Array]:
-    """`BATCH` crops of at most `GREATEST_SIDE` pixels a side out of images `(N, H, W, C)`, and a class for each."""
+    """Make `BATCH` crops, at most `GREATEST_SIDE` pixels a side, of images `(N, H, W, C)`, and a class for each."""
     rng = np.random.default_rng(seed)
     side = min(GREATEST_SIDE, *images.shape[1:3])
     crops = []
@@ -354,11 +354,11 @@ def training_batch(images: Array, classes: int, seed: int = 0) -> tuple[Array, A
 
 
 def compare_masks(reference: nn.Module, candidate: keras.Model) -> Audit:
-    """Compares what dropout and drop path draw, in every paired layer with a rate above 0.
+    """Compare the masks of dropout and drop path in every paired layer with a rate above 0.
 
-    On both sides the share that is dropped must be the rate, as far as chance allows, what is kept must be scaled up by
-    it, a mask must cover a whole sample or single numbers on both, and two calls must draw two masks. Modules and
-    layers pair by name.
+    On both sides, the dropped share must be the rate within chance, the kept numbers must be scaled up to match, and
+    two calls must draw different masks. A mask must cover whole samples on both sides or single numbers on both.
+    Modules and layers pair by name.
     """
     layers = {path.replace("/", "."): layer for path, layer in named_layers(candidate).items()}
     differences: list[SettingDifference] = []
@@ -393,7 +393,7 @@ def _keras_mask(layer: keras.layers.Layer, rate: float) -> str:
 
 
 def _describe_mask(drawn: Sequence[Array], rate: float) -> str:
-    """In words that are the same for masks of the same kind, whatever chance has made of them."""
+    """Describe two masks in words that depend on their kind and not on chance."""
     first, second = drawn
     kept = first != 0
     flat = kept.reshape(len(kept), -1)
