@@ -1,4 +1,4 @@
-"""Which tensors of the PyTorch model a Keras layer may take, as far as kinds, shapes and what has been seen say."""
+"""Finds the PyTorch tensors that a Keras layer may take, by kinds, shapes and the recorded run."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     import keras
     from torch import nn
 
-# How many modules in a row may stand between a tensor and the module with weights that takes it.
+# At most this many modules without weights may lie between a tensor and the module with weights that takes it.
 _DEEPEST = 4
 
 
 @dataclass(frozen=True)
 class Option:
-    """What may stand in a Keras layer: a module of PyTorch, or one of its parameters; `kind` is that of a row."""
+    """A PyTorch module or parameter that may fill a Keras layer. `kind` is the kind of the row."""
 
     source: str
     kind: str
@@ -37,19 +37,19 @@ class Option:
 
     @property
     def claim(self) -> str:
-        """What nothing else may take: the module, or the one layer of a stack that is a module."""
+        """The source that only one layer may use: the module, or one layer of a stack that is one module."""
         return (
             f"{self.source}:{self.kind.partition(':')[2] or 'l0'}" if self.kind.startswith("recurrent") else self.source
         )
 
     @property
     def target(self) -> str:
-        """The variable, where it is a parameter's."""
+        """The Keras variable, if the option is a parameter."""
         return self.entries[0].targets[0]
 
 
 class Options:
-    """Both models' layers, and which go together."""
+    """The layers of both models, and which of them fit together."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class Options:
         self.order = {call.partition("#")[0]: place for call, place in reversed(list(recording.order.items()))}
 
     def takers(self, truth: Truth) -> list[str]:
-        """The modules of a known kind that take a tensor, also behind modules without weights, each once."""
+        """The modules of a known kind that take a tensor, directly or through modules without weights, each once."""
         found: dict[str, None] = {}
         pending, seen = [(truth, 0)], {id(truth)}
         while pending:
@@ -100,12 +100,12 @@ class Options:
         return list(found)
 
     def modules_like(self, layer_name: str) -> list[Option]:
-        """Every module, in the order in which they ran, whose kind and shapes fit a layer."""
+        """Every module whose kind and shapes fit a layer, in the order of execution."""
         ran = sorted((name for name in self.order if self.kinds.get(name) is not None), key=self.order.__getitem__)
         return [option for name in ran for option in self.fitting(layer_name, name, [])]
 
     def fitting(self, layer_name: str, module_name: str, matches: list[Match]) -> Iterator[Option]:
-        """The ways in which a module's tensors fill a layer's variables, all of them."""
+        """Yield the ways in which the tensors of a module can fill all variables of a layer."""
         layer, module = self.layers[layer_name], self.modules[module_name]
         kind = self.kinds[module_name]
         if kind is None:
@@ -134,9 +134,9 @@ class Options:
                 yield Option(module_name, row_kind, entries)
 
     def parameters_like(self, variable: str, truths: Iterable[Truth] = ()) -> list[Option]:
-        """Parameters that no known kind has, with the numbers that a variable has room for.
+        """Parameters outside the known kinds with as many numbers as a variable.
 
-        Where a module that takes one of the `truths` holds such, only its own and those inside it.
+        If a module that takes one of the `truths` contains such parameters, only those are returned.
         """
         size = math.prod(self.shapes[variable])
         kind = kind_called("parameter")
@@ -146,7 +146,7 @@ class Options:
             if self.tensors[name].size == size and self._fits(entry):
                 options.append(Option(name, "parameter", (entry,)))
         owners = {call.partition("#")[0] for truth in truths for call in self._takers.get(id(truth), ())}
-        # The innermost module counts: all those around it take the same.
+        # The innermost module counts, since all modules around it take the same tensor.
         for owner in sorted(owners, key=lambda each: -each.count(".")):
             if near := [option for option in options if option.source.startswith(f"{owner}.")]:
                 return near
@@ -154,7 +154,7 @@ class Options:
 
     @cached_property
     def _bare_parameters(self) -> list[str]:
-        """Those of no known kind, then embeddings: a table of positions may be either."""
+        """The parameters of no known kind, then those of embeddings: a table of positions may be either."""
         found, tables = [], []
         for name, array in self.tensors.items():
             owner = self.kinds.get(name.rpartition(".")[0])
@@ -168,18 +168,18 @@ class Options:
         return found + tables
 
     def similarity(self, source: str, target: str) -> float:
-        """How alike two names are, from 0 to 200."""
+        """The similarity of two names, from 0 to 200."""
         return float(fuzz.token_set_ratio(_words(source), _words(target)) + fuzz.ratio(_words(source), _words(target)))
 
     def _fits(self, entry: TensorEntry) -> bool:
         if isinstance(entry.transform, Constant):
-            # A tensor that Keras has no place for must hold nothing that would be lost.
+            # A tensor that Keras leaves out must hold nothing that would be lost.
             return all(not (self.tensors[name] != entry.transform.value).any() for name in entry.sources)
         sources = [self.tensors[name].shape for name in entry.sources]
         return entry.transform.accepts(sources, [self.shapes[name] for name in entry.targets])
 
     def _flattened(self, matches: list[Match]) -> Iterator[str]:
-        """The sides of a map whose numbers come in another order, as behind a Flatten."""
+        """Yield the sides of maps whose numbers come in another order, as after a Flatten."""
         if any(match.reordered and match.truth.tensor.ndim == 2 for match in matches):
             for match in matches:
                 if match.truth.tensor.ndim > 2:
@@ -189,7 +189,7 @@ class Options:
 def filled(
     entries: tuple[TensorEntry, ...], tensors: Mapping[str, Array], shapes: Mapping[str, Shape]
 ) -> dict[str, Array]:
-    """What the variables of entries hold, in float64."""
+    """Compute the values of the entries' variables, in float64."""
     values: dict[str, Array] = {}
     for entry in entries:
         if entry.targets:

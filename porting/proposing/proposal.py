@@ -1,4 +1,4 @@
-"""The key map between two models that nobody has mapped: proposed, with how sure each row is, and proven by a run."""
+"""Proposes a key map between two unmapped models, states how sure each row is, and proves it by a run."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
     from torch import nn
 
 PROVEN, LIKELY, OPEN = "proven", "likely", "open"
-# So many numbers of an input show what a tensor is; a second sample where there are fewer.
+# This many numbers per sample identify tensors. If inputs have fewer, a second sample is used.
 _ENOUGH = 1000
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row: a module or parameter of PyTorch, the Keras layer or variable that takes it, and the kind of the row.
+    """One row: a PyTorch module or parameter, the Keras layer or variable that takes it, and the kind of the row.
 
-    `confidence` is `proven` where the run in float64 passed through it exactly and nothing else would have done,
-    `likely` where it fits and that is all, `open` where nothing fits (`source` is "" then). `why` says so in a line.
+    `confidence` is `proven` if the float64 run was exact with this row and nothing else would do, `likely` if the row
+    fits without such a proof, and `open` if nothing fits (`source` is then ""). `why` gives the reason in one line.
     """
 
     source: str
@@ -50,10 +50,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A key map as far as it could be found; `differences` says where the two models are not the same network.
+    """A key map as far as it could be found. `differences` says where the two models are not the same network.
 
-    `unused_sources` are PyTorch's tensors that no row takes, `unfilled_targets` Keras's variables that none writes.
-    `names` are those of all of PyTorch's tensors.
+    `unused_sources` are the PyTorch tensors that no row takes, `unfilled_targets` the Keras variables that no row
+    writes. `agrees` is whether the outputs are exact. `names` are the names of all PyTorch tensors.
     """
 
     rows: tuple[Row, ...]
@@ -66,23 +66,23 @@ class Proposal:
 
     @property
     def complete(self) -> bool:
-        """Whether every tensor and every variable has its row, and the outputs are exact with them."""
+        """Whether every tensor and every variable has a row, and the outputs are exact."""
         return self.agrees and not self.unused_sources and not self.unfilled_targets
 
     @property
     def rules(self) -> list[KeyRule]:
-        """The rows that are not open, as `port_weights` takes them."""
+        """The rows that are not open, in the form that `port_weights` takes."""
         return [KeyRule(row.source, row.target, row.kind) for row in self.rows if row.confidence != OPEN]
 
     @property
     def short_rules(self) -> list[KeyRule]:
-        """The same rows in as few as there are, with placeholders for the numbers in names."""
+        """The same rows, compressed by placeholders for the numbers in names."""
         return compress_rows(self.rules, self.names)
 
     def require_complete(self, drop: Collection[str] = (), keep: Collection[str] = ()) -> Proposal:
-        """Itself; raises KeyMapError, with what is open, where it is not complete.
+        """Return the proposal itself. Raises KeyMapError, with everything that is open, if it is not complete.
 
-        `drop` names tensors that need no row, `keep` variables that none need write.
+        `drop` names tensors that no row needs to take, `keep` variables that no row needs to write.
         """
         lines = [f"  {row.target}: {row.why}" for row in self.rows if row.confidence == OPEN]
         lines += [f"  {name}: no row writes it" for name in self.unfilled_targets if name not in keep]
@@ -91,9 +91,9 @@ class Proposal:
             return self
         lines += [f"  {line}" for line in self.differences]
         if not lines:
-            lines = ["  the outputs differ all the same"]
+            lines = ["  the outputs still differ"]
         raise KeyMapError(
-            "the two models could not be mapped as a whole:\n" + "\n".join(lines[:50]),
+            "the two models could not be mapped completely:\n" + "\n".join(lines[:50]),
             hint="Give the rows that you know as pairs, or rows of your own to port_weights.",
         )
 
@@ -123,14 +123,14 @@ def propose_map(
     absorb_epsilon: bool = False,
     progress: Progress = SILENT,
 ) -> Proposal:
-    """Finds which module of a PyTorch model stands in which layer of a Keras model, by running both in float64.
+    """Find which module of a PyTorch model belongs to which layer of a Keras model, by running both in float64.
 
-    The weights that the models have do not matter: the search runs a copy of the PyTorch model with random weights, on
-    which mistakes show. `inputs`, `reference_inputs` and `input_axes` are those of `check_parity`. `pairs` fixes rows,
-    `{"torch.name": "keras/path"}`. `absorb_epsilon` is for batch norms whose epsilon in Keras is not PyTorch's: their
-    variance takes the difference, and the function at inference is the same. Both models are left as they were.
+    The weights of the models do not matter: the search runs a copy of the PyTorch model with random weights that make
+    mistakes show. `inputs`, `reference_inputs` and `input_axes` are those of `check_parity`. `pairs` fixes rows,
+    `{"torch.name": "keras/path"}`. With `absorb_epsilon`, if the epsilon of a batch norm in Keras is not PyTorch's, its
+    variance absorbs the difference, and the function at inference is the same. Both models are left as they were.
 
-    Raises ValueError where the inputs do not fit, and KeyMapError for names that the models do not have.
+    Raises ValueError when the inputs do not fit, and KeyMapError for names that the models do not have.
     """
     import torch
 
@@ -181,7 +181,7 @@ def _proposal(outcome: Outcome, options: Options, given: Inputs) -> Proposal:
         if choice.steered:
             differences.append(_difference(choice, options))
     rows += [Row("", name, "", OPEN, why) for name, why in outcome.open.items()]
-    # A row may stand for tensors of a module that other rows take too: a stack of recurrent layers.
+    # Several rows may take tensors of the same module, as in a stack of recurrent layers.
     used = {name for entry in entries for name in entry.sources}
     filled = {name for entry in entries for name in entry.targets}
     unique: dict[tuple[tuple[str, ...], tuple[str, ...]], TensorEntry] = {(e.sources, e.targets): e for e in entries}
@@ -202,22 +202,22 @@ def _confidence(choice: Choice, outcome: Outcome) -> tuple[str, str]:
     if choice.tied:
         return LIKELY, f"interchangeable with {choice.tied}: no input shows which is which"
     if choice.steered:
-        return LIKELY, "its kind, its shapes and what it takes fit, and what it gives differs"
+        return LIKELY, "its kind, shapes and input fit, but its result differs"
     if exact and choice.untold:
-        return LIKELY, f"exact through it to the outputs, but not told apart from {choice.untold} for lack of time"
+        return LIKELY, f"exact from this layer to the outputs, but not tested against {choice.untold} for lack of time"
     if exact and (choice.seen or choice.refuted or (choice.rivals == 1 and not choice.guessed)):
-        return PROVEN, "exact through it to the outputs"
-    # Where the two networks differ, what failed may have failed for that.
+        return PROVEN, "exact from this layer to the outputs"
+    # If the two networks differ, an option may have failed for that reason alone.
     if choice.seen and choice.rivals == 1 and not choice.guessed:
-        return PROVEN, "it gives what PyTorch gives, and nothing else fits"
+        return PROVEN, "it returns what PyTorch returns, and nothing else fits"
     if choice.seen:
-        others = f"{choice.rivals - 1} others take" if choice.rivals > 1 else "its input is not PyTorch's that it takes"
-        return LIKELY, f"it gives what PyTorch gives, and {others}{' the same' if choice.rivals > 1 else ''}"
-    return LIKELY, "its kind and its shapes fit"
+        others = f"{choice.rivals - 1} others take" if choice.rivals > 1 else "its input matches nothing in PyTorch"
+        return LIKELY, f"it returns what PyTorch returns, and {others}{' the same' if choice.rivals > 1 else ''}"
+    return LIKELY, "its kind and shapes fit"
 
 
 def _difference(choice: Choice, options: Options) -> str:
-    """In what a layer differs from its module, as far as settings say."""
+    """Describe the difference between a layer and its module, with the settings that differ."""
     module, layer = options.modules.get(choice.option.source), options.layers[choice.layer]
     kind = kind_of_layer(layer)
     said = []

@@ -1,9 +1,9 @@
-"""Going through the Keras model in the order in which its layers run, and filling each from what PyTorch showed.
+"""Walks through the Keras model in the order of execution, and fills each layer from the recorded PyTorch run.
 
-PyTorch has run once in float64, and every tensor that a module took or gave is known. A layer's input equals one of
-them; of the modules that took that one, those whose kind and shapes fit may stand in the layer. One is put in, and
-the layer runs: what it gives is known as well, or it was the wrong one. Where several would do, the first is taken for
-the time being, and the first tensor that nobody knows sends the walk back to try the next.
+PyTorch has run once in float64, and every tensor that a module took or returned is known. The input of a layer equals
+one of them. The modules that took this tensor and whose kind and shapes fit are the options for the layer. One of them
+fills the layer, and the layer runs. If its result is not a known tensor, the option was wrong. If several options fit,
+the first is used for now, and the first unknown tensor sends the walk back to try the next option.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from porting.proposing.options import Option, Options, filled
 if TYPE_CHECKING:
     from torch import Tensor
 
-# How often the walk goes back before it gives a layer up.
+# How often the walk goes back before it gives up on a layer.
 _TRIES = 48
-# How long, in seconds, choices are exchanged with each other to see whether that shows.
+# How long, in seconds, to test whether exchanging two choices changes the outputs.
 _TIES_SECONDS = 60.0
 
 
 @dataclass
 class Choice:
-    """What was put into a slot, of what might have been, best first.
+    """The options for a slot, best first, and which one fills it.
 
-    A slot is a layer, or a variable that a layer of no known kind has by itself; `layer` is the layer in either case.
-    `rivals` is how many fitted at first, whether or not they were taken elsewhere. `seen` is whether PyTorch has what
-    the layer then gave; `guessed` whether its input said nothing; `steered` whether its result had to be replaced;
-    `refuted` whether nothing else would do; `tied` names what would, and `untold` what was not tried.
+    A slot is a layer, or a variable that a layer of no known kind holds directly; `layer` is the layer in either case.
+    `rivals` is how many options fitted at first, whether or not other layers use them. `seen` means that PyTorch has
+    the layer's result, `guessed` that its input matched nothing, `steered` that its result had to be replaced, and
+    `refuted` that nothing else would do. `tied` names an option that would do too, `untold` one that was not tried.
     """
 
     slot: str
@@ -62,7 +62,7 @@ class Choice:
 
 
 class _StuckError(BaseException):
-    """Nothing fits at a layer. Not an Exception: Keras would put one of its own around it."""
+    """Nothing fits at a layer. Not an Exception, because Keras would wrap it in one of its own."""
 
     def __init__(self, layer: str) -> None:
         super().__init__(layer)
@@ -71,7 +71,7 @@ class _StuckError(BaseException):
 
 @dataclass
 class Outcome:
-    """How a walk ended: the choices by layer, layers that stay open with the reason, and whether all outputs agree."""
+    """The result of a walk: the choices by slot, open slots with the reason, and whether all outputs agree."""
 
     choices: dict[str, Choice] = field(default_factory=dict)
     open: dict[str, str] = field(default_factory=dict)
@@ -79,7 +79,7 @@ class Outcome:
 
 
 class Walk:
-    """One proposal's search. `given` fixes choices: a layer's path and the module or parameter that stands there."""
+    """The search of one proposal. `given` fixes choices: the path of a layer and the module or parameter for it."""
 
     watches_inputs = True
 
@@ -103,14 +103,14 @@ class Walk:
         self._truths_of: dict[int, list[Truth]] = {}
         self._stacks: dict[int, tuple[str, int]] = {}
         self._stack: list[tuple[str, list[Tensor]]] = []
-        # Memory that is freed is given to another tensor, and would be taken for the first.
+        # Keeps tensors alive: freed memory goes to another tensor, which would be taken for the first.
         self._alive: list[Tensor] = []
         self._found: dict[int, list[Match]] = {}
         self._ran: set[str] = set()
 
     def search(self) -> Outcome:
-        """Runs the Keras model until every layer is filled or given up."""
-        # The furthest that the walk came since it last gave a layer up: where, and with which choices.
+        """Run the Keras model until every layer is filled or given up."""
+        # The furthest point since the walk last gave up on a layer: its place and its choices.
         furthest, place, kept = -1, "", self.choices
         tries = 0
         agrees = False
@@ -125,7 +125,7 @@ class Walk:
             tries += 1
             if tries <= _TRIES and self._back():
                 continue
-            # None of the other ways leads on: the first was as good as any.
+            # No other option leads further, so the first was as good as any.
             self.choices, furthest = kept, -1
             self._given_up.add(place)
         if agrees:
@@ -133,7 +133,7 @@ class Walk:
         return Outcome(self.choices, self.open, agrees)
 
     def _back(self) -> bool:
-        """Takes the next option of the latest choice that has one, and forgets all choices after it."""
+        """Take the next option of the latest choice that has one, and forget all choices after it."""
         names = list(self.choices)
         for place in range(len(names) - 1, -1, -1):
             choice = self.choices[names[place]]
@@ -149,7 +149,7 @@ class Walk:
         return False
 
     def _run(self) -> tuple[str | None, bool]:
-        """One run, as far as it goes: where it was stuck, and whether all results are PyTorch's."""
+        """Run as far as possible. Returns the layer where it got stuck, and whether all results are PyTorch's."""
         self._truths_of, self._stacks, self._stack, self._alive, self._found = {}, {}, [], [], {}
         self._ran = set()
         self._taken = {choice.option.claim for choice in self.choices.values()}
@@ -187,7 +187,7 @@ class Walk:
             self._judge_parameters(base, outputs)
         layer = self.options.layers.get(base)
         if layer is not None and not layer.weights and len(inputs) == 1:
-            # What no module of PyTorch gives by itself, such as a padding, stands for what it was made of.
+            # A result that no PyTorch module returns, such as a padding's, stands for the tensors it was made from.
             origins = self._origins(inputs[0])
             for output in outputs:
                 if output.is_floating_point() and not self._find(output):
@@ -195,7 +195,7 @@ class Walk:
         return None
 
     def _wanted(self, base: str) -> list[str]:
-        """The variables of a layer that are still to be filled."""
+        """The variables of a layer that are not filled yet."""
         taken = {name for own in self.choices.values() for e in own.option.entries for name in e.targets}
         return [name for name in self._variables(base) if name not in taken]
 
@@ -210,7 +210,7 @@ class Walk:
         if fixed is not None:
             options = [option for option in options if option.source == fixed] or self._stated(base, fixed)
         if not options and not set(wanted) & set(self.options.owned.get(base, ())):
-            return  # its parts are filled one by one
+            return  # its sublayers are filled one by one
         table = not options and len(wanted) == 1 and bool(self.options.parameters_like(wanted[0]))
         if not table and (options or kind_of_layer(self.options.layers[base]) is not None):
             self._settle(base, base, options, bool(truths), fixed is not None)
@@ -218,7 +218,7 @@ class Walk:
         for name in wanted:
             own = self.options.parameters_like(name, truths)
             own = [option for option in own if fixed in (None, option.source)] or own
-            # A table that a module of its own looks up is that module's: no other may take it.
+            # A table belongs to the module that looks it up; no other layer may take it.
             own = [each for each in own if each.source.rpartition(".")[0] not in self._taken] or own
             self._settle(name, base, own, True, False)
 
@@ -233,7 +233,7 @@ class Walk:
                 guessed = True
             if not free:
                 if self._wanted(base):
-                    self.open[slot] = "nothing of PyTorch that is free has its kind and its shapes"
+                    self.open[slot] = "no free module or parameter of PyTorch has its kind and shapes"
                 return
         free.sort(key=lambda option: (-self.options.similarity(option.source, slot), self._place(option)))
         rivals = len({option.source for option in options}) or len(free)
@@ -243,7 +243,7 @@ class Walk:
         self._fill(self.choices[slot])
 
     def _options(self, base: str, inputs: list[Tensor], matches: list[Match], truths: list[Truth]) -> list[Option]:
-        """What took what the layer takes."""
+        """The options for a layer: modules that took the same input."""
         options: dict[tuple[str, str], Option] = {}
         for tensor in inputs:
             if key_of(tensor) in self._stacks:
@@ -256,12 +256,12 @@ class Walk:
                 for option in self.options.fitting(base, module, matches):
                     if not option.kind.startswith("recurrent:"):
                         options.setdefault((option.source, option.kind), option)
-        # Rows behind a Flatten come in another order, so the plain row is wrong there.
+        # After a Flatten, kernel rows come in another order, so the plain kind is wrong there.
         behind = {option.source for option in options.values() if option.kind.startswith("dense:")}
         return [o for o in options.values() if o.source not in behind or o.kind.startswith("dense:")]
 
     def _guesses(self, base: str) -> list[Option]:
-        """What has the kind and the shapes, wherever it stands."""
+        """Options by kind and shapes alone, wherever the modules are."""
         return [o for o in self.options.modules_like(base) if not o.kind.startswith("recurrent:")]
 
     def _stated(self, base: str, source: str) -> list[Option]:
@@ -282,7 +282,7 @@ class Walk:
         )
 
     def _is_fixed(self) -> bool:
-        """Whether no earlier choice could have been another: then going back is of no use."""
+        """Whether no earlier choice has another option, so that going back is useless."""
         return not any(choice.index + 1 < len(choice.options) for choice in self.choices.values())
 
     def _place(self, option: Option) -> int:
@@ -297,19 +297,19 @@ class Walk:
         self._filled[choice.slot] = choice.option
 
     def _judge_parameters(self, base: str, outputs: list[Tensor]) -> None:
-        """Whether a layer with parameters of its own gave what PyTorch has; where not, what follows will tell."""
+        """Mark parameters as seen if their layer's result is in PyTorch. If it is not, later layers decide."""
         own = [self.choices[name] for name in self.options.owned[base] if name in self.choices]
         if not own:
             return
         if any(self._find(tensor) for tensor in outputs if tensor.is_floating_point()):
             for choice in own:
                 choice.seen = True
-                # Unlike a module's result, this is PyTorch's with the right numbers alone.
+                # Unlike a module's result, this one equals PyTorch's only with the right numbers.
                 choice.refuted |= len(own) == 1
 
     def _judge(self, choice: Choice, outputs: list[Tensor]) -> Replacement:
-        """Whether the layer gave what PyTorch has; else the next option, or PyTorch's result in its place."""
-        choice.seen = choice.steered = False  # an earlier run may have come here by another way
+        """Accept a layer whose result is in PyTorch; otherwise try the next option, or replace the result."""
+        choice.seen = choice.steered = False  # an earlier run may have set these with other choices
         option = choice.option
         own = [truth for call in self._calls(option.source) for truth in self.recording.calls[call].outputs]
         tensors = [each for each in outputs if each.is_floating_point() and each.numel() > 1]
@@ -321,7 +321,7 @@ class Walk:
             if place + 1 < self.options.modules[option.source].num_layers:
                 for tensor in tensors:
                     self._stacks[key_of(tensor)] = option.source, place + 1
-                choice.seen = True  # what stands between the layers of a stack, PyTorch does not show
+                choice.seen = True  # PyTorch does not show the tensors between the layers of a stack
                 return None
         if self._agrees_inside(choice, outputs, own):
             choice.seen = True
@@ -332,7 +332,7 @@ class Walk:
         return self._steered(outputs, own)
 
     def _agrees_inside(self, choice: Choice, outputs: list[Tensor], own: list[Truth]) -> bool:
-        """Whether the layer gives what PyTorch has, but for an activation inside it that no module has."""
+        """Whether the layer returns PyTorch's result after an activation inside it that is no PyTorch module."""
         activation = getattr(self.options.layers[choice.layer], "activation", None)
         if activation is None or len(outputs) != 1:
             return False
@@ -376,7 +376,7 @@ class Walk:
         return found or self._truths_of.get(key_of(tensor), [])
 
     def _find_ties(self) -> None:
-        """Tells choices that could as well be exchanged with each other: no input shows which is which."""
+        """Find choices that can be exchanged without changing the outputs: no input shows which is which."""
         several = [choice for choice in self.choices.values() if choice.rivals > 1 and not choice.refuted]
         pairs = [
             (one, other)

@@ -49,7 +49,7 @@ def test_rows_are_proposed_written_and_taken(run_cli: RunCli, models: Path, tmp_
     arguments = ("--source-arg", "width=6", "--target-arg", "width=6")
     result = run_cli("map", f"{models}:reference", f"{models}:candidate", *arguments, "--out", out, "--all-rows")
     assert result.exit_code == 0, result.output
-    assert "0 -> conv (conv): proven, exact through it to the outputs" in result.output
+    assert "0 -> conv (conv): proven, exact from this layer to the outputs" in result.output
     assert "2 rows proven, 0 likely, 0 open" in result.output
     rows = porting.read_rows(out)
     assert rows == [KeyRule("0", "conv", "conv"), KeyRule("3", "head", "dense:6x6x6")]

@@ -232,7 +232,7 @@ def test_where_the_two_are_not_the_same_network_is_said_and_nothing_wrong_is_pro
     assert said in str(proposal)
     assert wrong(proposal, RESNET_ROWS) == []
     assert {row.target: row.source for row in proposal.rows} == RESNET_ROWS
-    with pytest.raises(KeyMapError, match="could not be mapped as a whole"):
+    with pytest.raises(KeyMapError, match="could not be mapped completely"):
         porting.port_weights(reference, model, inputs=IMAGES)
 
 
