@@ -1,4 +1,4 @@
-"""Shared by all tests: a synthetic nano checkpoint, its parts, and a way to run the command line."""
+"""Fixtures for all tests: a synthetic nano checkpoint, its parts, and a way to run the command line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-# Processes side by side share the cores; with a thread for each core in each of them they would wait for each other.
+# Parallel processes share the cores. With a thread per core in each process, they would wait for each other.
 if (processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
     for library in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS"):
         os.environ.setdefault(library, str(max(1, (os.cpu_count() or 1) // processes)))
@@ -37,7 +37,7 @@ def family() -> VanFamily:
 
 @pytest.fixture(scope="session")
 def reference() -> VAN:
-    """A nano with something in every tensor; tests must not change it."""
+    """A nano with synthetic weights in every tensor. Tests must not change it."""
     model = build_van("nano", CLASSES)
     fill_with_synthetic_weights(model, seed=1)
     return model.eval()
@@ -57,7 +57,7 @@ def checkpoint(reference: VAN, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture
 def run_cli() -> Callable[..., Result]:
-    """Runs `van-port` in this process. The result's `output` has both streams, as on a terminal."""
+    """Run `van-port` in this process. The `output` of the result has both streams, as on a terminal."""
     from porting.cli.main import cli
 
     def run(*args: Any) -> Result:

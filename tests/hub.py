@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub on 127.0.0.1: what huggingface_hub asks of it to fetch one file."""
+"""A local stand-in for the Hugging Face hub: it answers what huggingface_hub needs to fetch one file."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class Hub:
-    """`url` to give as HF_ENDPOINT, `files` by path, `requests` as they came."""
+    """The stand-in: `url` for HF_ENDPOINT, `files` by path, and the `requests` in order."""
 
     def __init__(self, url: str, files: dict[str, bytes], requests: list[str]) -> None:
         self.url, self.files, self.requests = url, files, requests

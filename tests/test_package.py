@@ -1,4 +1,4 @@
-"""The distribution as its users get it: a wheel that carries its data, and documents that tell the truth."""
+"""Tests the distribution that users install: a wheel with its data, and documents that are true."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_the_readme_shows_options_that_exist() -> None:
 
 
 def test_imports_follow_the_arrows() -> None:
-    """The rooms of the package and the arrows between them stand in pyproject.toml."""
+    """pyproject.toml lists the packages and the imports allowed between them."""
     command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""The fixture as a project of its own would use it, in a pytest run of its own."""
+"""Uses the fixture as another project would, in a separate pytest run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every block of Python in README and docs runs as it stands, on small models under the names that it takes."""
+"""Runs every block of Python in README and docs unchanged, on small models under the names that it uses."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Its layers have the names that the rows of docs/any-two-models.md take."""
+    """A model whose layers have the names in the rows of docs/any-two-models.md."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ def test_the_block_runs(
         port(VanFamily(), "nano", tmp_path / "van_nano.h5", checkpoint=checkpoint, check=False)
         pixels = np.random.default_rng(0).integers(0, 255, (70, 90, 3)).astype(np.uint8)
         Image.fromarray(pixels).save(tmp_path / "photo.jpg")
-    if "def test_" in block:  # a gate: on a port that is right
+    if "def test_" in block:  # a gate, on a correct port
         import porting
 
         porting.port_weights(names["torch_model"], names["keras_model"], inputs=images)

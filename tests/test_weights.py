@@ -1,4 +1,4 @@
-"""The embedded default: small, trained, and right about the images that travel with it."""
+"""Tests the embedded default weights: small, trained, and right about the images that come with them."""
 
 from __future__ import annotations
 

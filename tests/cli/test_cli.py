@@ -89,14 +89,14 @@ def test_check_of_a_file(run_cli: RunCli, checkpoint: Path, ported: Path, tmp_pa
     result = run_cli(*arguments, "--report", tmp_path / "r.json")
     assert result.exit_code == 1
     assert "Error: block2.0.mlp.fc2: " in result.output
-    # Judged again from the report alone, by other limits.
+    # Judge again from the report alone, with other limits.
     assert run_cli("check", "--from", tmp_path / "r.json").exit_code == 1
     loose = ("--max-ratio", 1e9, "--max-exact-ratio", 1e18)
     judged = run_cli("check", "--from", tmp_path / "r.json", *loose)
     assert judged.exit_code == 1
     assert "Weights that are not the checkpoint's bit by bit, 1: block2_0/mlp/fc2/bias" in judged.output
     assert run_cli("check", "--from", tmp_path / "r.json", "--limit", "block2.0.mlp.fc2:1e9").exit_code == 1
-    # And against the report of the port.
+    # Compare with the report of the port.
     baseline = run_cli(
         *("check", "--from", tmp_path / "r.json", *loose),
         *("--baseline", f"{ported}.parity.json"),
@@ -239,7 +239,7 @@ def test_van_tf_leaves_pytorch_alone() -> None:
 
 
 def test_a_pipe_gets_the_result_and_no_noise(checkpoint: Path, tmp_path: Path) -> None:
-    """The real command in a process of its own: TensorFlow's start is quiet, and no progress is drawn."""
+    """Run the real command in its own process: TensorFlow starts silently, and no progress is drawn."""
     environment = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
     command = [sys.executable, "-m", "porting.cli.main", "--variant", "nano", "--checkpoint", str(checkpoint)]
     done = subprocess.run(

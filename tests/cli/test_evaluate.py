@@ -1,4 +1,4 @@
-"""`van-port evaluate`, as it is typed."""
+"""Tests `van-port evaluate` from the command line."""
 
 from __future__ import annotations
 

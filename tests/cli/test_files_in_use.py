@@ -1,4 +1,4 @@
-"""No command overwrites what it reads, and none writes to what is no file."""
+"""No command overwrites its inputs, and none writes to anything but a file."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ CLASHES = {
     "export over checkpoint": (["export", "--variant", "nano", "--weights", "w.h5"], "--checkpoint", "--out"),
     "export, report": (["export", "--variant", "nano", "--out", "o.onnx"], "--weights", "--report"),
 }
-# What each output option's name must end in, to get as far as the comparison.
+# The suffix that each output option needs to get as far as the comparison.
 SUFFIXES = {"--out": ".onnx", "--keep-failed": ".h5", "--report": ".json"}
 
 
@@ -53,7 +53,7 @@ def test_an_output_that_is_an_input_is_refused_before_any_work(run_cli: RunCli, 
     path = tmp_path / f"x{suffix}"
     path.write_text("content")
     for spelled in spellings(path).values():
-        # Links have no suffix of their own; the option's own check of the suffix must not be what refuses them.
+        # Give the links a valid suffix, so that the check of suffixes is not what refuses them.
         renamed = spelled
         if spelled.suffix != suffix:
             renamed = spelled.rename(spelled.with_name(f"{spelled.name}{suffix}"))
@@ -82,7 +82,7 @@ def test_port_all_is_refused_as_a_whole(run_cli: RunCli, checkpoint: Path, tmp_p
     )
     assert result.exit_code == 2, result.output
     assert hashlib.sha256(path.read_bytes()).hexdigest() == before
-    # One variant's output is another's input.
+    # The output of one variant is the input of another.
     chosen = (
         "--variant",
         "b0",
@@ -193,7 +193,7 @@ def test_standard_output_that_is_full_or_closed(redirection: str, code: int) -> 
     path = Path(os.environ.get("TMPDIR", "/tmp"), f"report-{os.getpid()}.json")
     path.write_text(to_json(PASSED))
     try:
-        # head must be gone before anything is printed.
+        # `head` must have exited before anything is printed.
         text = (
             command.format(path).replace("| head -c 1", "> >(exec true)")
             if "head" in redirection

@@ -1,4 +1,4 @@
-"""What somebody types who has never seen this, and what they look at first."""
+"""What a new user types first, and what they see."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two models of a user's own on the command line: port, check, revert and export by a file of rows."""
+"""A user's own two models on the command line: port, check, revert and export with a file of rows."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ kind = "dense"
 
 @pytest.fixture
 def given(tmp_path: Path) -> list[str]:
-    """The arguments that name both models; the checkpoint lies beside them."""
+    """The arguments that name both models. The checkpoint is in the same folder."""
     models, rows = tmp_path / "models.py", tmp_path / "rows.toml"
     models.write_text(MODELS)
     rows.write_text(ROWS)

@@ -1,4 +1,4 @@
-"""`van-port map`: models named on the command line, rows in a file, and what goes wrong on the way."""
+"""Tests `van-port map`: models named on the command line, rows in a file, and errors."""
 
 from __future__ import annotations
 

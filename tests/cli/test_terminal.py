@@ -1,4 +1,4 @@
-"""What a stranger wrote into a file never reaches the terminal as more than text."""
+"""Content of untrusted files reaches the terminal only as plain text."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_an_error_with_markup(run_cli: RunCli, tmp_path: Path) -> None:
 
 
 def mutations(document: object) -> list[tuple[str, object]]:
-    """The report with one value of another type, at every place."""
+    """List copies of a report, each with one value of another type."""
     found: list[tuple[str, object]] = []
 
     def visit(path: str, value: object, put: Callable[[object], None]) -> None:
@@ -127,7 +127,7 @@ def mutations(document: object) -> list[tuple[str, object]]:
 
 
 def test_every_mutation_of_types_is_read_or_refused(tmp_path: Path) -> None:
-    """And what is read can be shown in every form; none of a report that failed passes."""
+    """Every report that can be read can be shown in every form, and no form shows a failed report as passed."""
     import io
 
     from rich.console import Console

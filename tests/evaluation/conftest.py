@@ -1,4 +1,4 @@
-"""A toy model, its port, and a data set on which PyTorch is right about nearly everything."""
+"""A toy model, its port, and a data set on which PyTorch is right about almost every image."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Toy:
 
 
 def save_images(folder: Path, seed: int = 0) -> list[Path]:
-    """Two colours in stripes; sides differ."""
+    """Make images of two colours in stripes, of different sizes."""
     rng = np.random.default_rng(seed)
     paths = []
     for number in range(COUNT):
@@ -49,7 +49,7 @@ def save_images(folder: Path, seed: int = 0) -> list[Path]:
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
-    """Every image lies in the folder of the class that PyTorch answers."""
+    """A toy model, and a data set in which every image is in the folder of the class that PyTorch predicts."""
     root = tmp_path_factory.mktemp("toy")
     start_tensorflow()
     family = ToyFamily()
@@ -64,7 +64,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     images = np.stack([prepare(Image.open(path)) for path in paths])
     with torch.inference_mode():
         tensor = torch.from_numpy(np.moveaxis(images, -1, 1).copy())
-        # So that all classes are among the answers.
+        # This makes PyTorch predict all classes.
         reference.get_parameter("head.bias").sub_(reference(tensor).mean(0))
         answers = reference(tensor).argmax(1).numpy()
     for path, answer in zip(paths, answers, strict=True):

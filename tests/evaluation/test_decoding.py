@@ -1,4 +1,4 @@
-"""Files that nobody would want in a data set: each is named, and none ends the run."""
+"""Bad files in a data set: each is named, and none ends the run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def rotated() -> bytes:
 
 
 def huge_png() -> bytes:
-    """A header that states 60,000 x 60,000 pixels, and next to nothing behind it."""
+    """A file whose header states 60,000 x 60,000 pixels, with almost no data."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         body = kind + data

@@ -1,4 +1,4 @@
-"""Whole evaluations of a toy model: what is found, and whose fault it is."""
+"""Whole evaluations of a toy model: what they find, and what they blame."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run(toy: Toy, *, data: Path | str | None = None, weights: Path | None = None
 
 
 def same(one: Evaluation, other: Evaluation) -> bool:
-    """But for time and provenance."""
+    """Whether two evaluations are equal, leaving time and provenance aside."""
 
     def bare(found: Evaluation) -> Evaluation:
         arms = tuple(replace(arm, seconds=0.0) for arm in found.arms)
@@ -54,7 +54,7 @@ def healthy(toy: Toy) -> Evaluation:
 
 
 def with_head(toy: Toy, path: Path, order: list[int]) -> Path:
-    """The port with the classes of its head in another order."""
+    """The port, with the classes of its head in another order."""
     path.write_bytes(toy.weights.read_bytes())
     with h5py.File(path, "r+") as file:
         found: list[h5py.Dataset] = []
@@ -276,7 +276,7 @@ def test_html_escapes_names(healthy: Evaluation) -> None:
 
 
 def test_intervals_and_tests_are_the_books() -> None:
-    # Wilson's interval of 8 of 10, and the exact test of 1 against 9, as tables have them.
+    # From tables: Wilson's interval of 8 of 10, and the exact test of 1 against 9.
     assert share(8, 10).low == pytest.approx(0.4902, abs=1e-4)
     assert share(8, 10).high == pytest.approx(0.9433, abs=1e-4)
     assert mcnemar(1, 9) == pytest.approx(0.0215, abs=1e-4)
@@ -427,7 +427,7 @@ def test_a_function_that_fails_on_an_image_leaves_it_out(toy: Toy, tmp_path: Pat
 
 
 def test_what_is_left_out_late_has_no_results_either() -> None:
-    """On Ray, Keras prepares its own images when PyTorch has run."""
+    """On Ray, Keras prepares its own images after PyTorch has run."""
     batch = batch_of({"pytorch": np.eye(3)}, [0, 1, 2])
     batch.same, batch.pixels = np.zeros((3, 2, 2, 3)), [Image.new("RGB", (2 + n, 2)) for n in range(3)]
 

@@ -1,4 +1,4 @@
-"""The same evaluation on a cluster of two nodes, of which one dies, and with workers that are killed."""
+"""The same evaluation on a cluster of two nodes: when one node dies, and when workers are killed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.evaluation.test_evaluate import same
 COUNT = 300
 pytestmark = [
     pytest.mark.slow,
-    # Ray's own, and what its daemons leave behind.
+    # Warnings of Ray itself, and resources that its daemons leave open.
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
@@ -38,7 +38,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def nano(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A ported nano, and images in folders of classes by number."""
+    """A ported nano, and images in folders named by class number."""
     root = tmp_path_factory.mktemp("nano")
     weights, folder = root / "nano.h5", root / "data"
     port(VanFamily(), "nano", weights, checkpoint=checkpoint, check=False)
@@ -65,7 +65,7 @@ def run(checkpoint: Path, nano: tuple[Path, Path], progress: Progress | None = N
 
 
 def run_locally(checkpoint: Path, nano: tuple[Path, Path], report: Path) -> Evaluation:
-    """In a process of its own: in this one, TensorFlow has chosen its number of threads."""
+    """Run in a separate process: in this one, TensorFlow has already fixed its number of threads."""
     weights, folder = nano
     command = [sys.executable, "-m", "porting.cli.main", "evaluate", "--variant", "nano", "--weights", str(weights)]
     command += ["--checkpoint", str(checkpoint), "--data", str(folder), "--batch-size", "8", "--threads", "1"]

@@ -1,4 +1,4 @@
-"""The same images and labels, whatever form the data set has."""
+"""All formats of a data set give the same images and labels."""
 
 from __future__ import annotations
 
@@ -241,12 +241,12 @@ def test_blocks_are_the_same_whatever_takes_them() -> None:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
-    """A stand-in for storage behind HTTP: what lies in the folder."""
+    """An HTTP server for the files in a folder, in place of object storage."""
     from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
     class Storage(SimpleHTTPRequestHandler):
         def do_GET(self) -> None:
-            """With ranges of bytes, as object storage has them."""
+            """Serve ranges of bytes, as object storage does."""
             path = tmp_path / self.path.lstrip("/")
             if not path.is_file():
                 self.send_error(404)

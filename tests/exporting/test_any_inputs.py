@@ -1,4 +1,4 @@
-"""Models of several inputs, of whole numbers and of several results, in every format."""
+"""Models with several inputs, integer inputs or several results, in every format."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MASK = np.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]], np.int32)
 
 
 class Net(nn.Module):
-    """Tokens and a mask to features and their masked mean."""
+    """Takes tokens and a mask, and returns features and their masked mean."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Net(nn.Module):
 
 
 def pair(*, listed: bool = False) -> tuple[Net, keras.Model]:
-    """The same on both sides; `listed` gives the results by place."""
+    """Make the same model on both sides. With `listed`, it returns its results as a list."""
     torch.manual_seed(0)
     reference = Net().eval()
     tokens, mask = (keras.Input((None,), name=name, dtype="int32") for name in ("token_ids", "padding_mask"))
@@ -54,7 +54,7 @@ def pair(*, listed: bool = False) -> tuple[Net, keras.Model]:
 
 
 def given_to(reference: nn.Module, candidate: keras.Model) -> Inputs:
-    # In another order than the model's own.
+    # In a different order from the model's own.
     return make_inputs(reference, candidate, {"padding_mask": MASK, "token_ids": TOKENS})
 
 
@@ -73,7 +73,7 @@ def test_every_format_has_the_names(form: str, name: str, listed: bool, tmp_path
             assert set(results) == set(names)
             for each in names:
                 np.testing.assert_allclose(results[each][0], np.asarray(by_name[each])[index], atol=1e-6)
-        if form != "litert":  # which has one sample of one length
+        if form != "litert":  # it has one sample of one length
             longer = {"token_ids": np.tile(TOKENS, 2), "padding_mask": np.tile(MASK, 2)}
             assert runtime.run(longer)[0][names[1]].shape == (2, 12, 5)
 
@@ -101,7 +101,7 @@ def test_what_is_exported_is_judged(form: str, name: str, fault: bool, tmp_path:
 
 
 def test_a_result_in_another_order_of_axes_is_refused() -> None:
-    """Sides that are equal decide nothing: features (N, S, D) are not (N, D, S)."""
+    """Equal sides must not decide the order of axes: features (N, S, D) are not (N, D, S)."""
     torch.manual_seed(0)
     reference = nn.Linear(6, 6)
     values = np.random.default_rng(0).normal(size=(2, 6, 6)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""What an exported file says of its own use."""
+"""What an exported file states about its use."""
 
 from __future__ import annotations
 
@@ -84,10 +84,10 @@ def test_litert_has_it_as_tflite_metadata(tmp_path: Path, precision: str) -> Non
     block = bytes(model.buffers[entry.buffer].data)
     assert block[4:8] == b"M001"
     assert b"toy one" in block
-    # Means and deviations are for values from 0 to 255.
+    # Means and standard deviations are for values from 0 to 255.
     for numbers in (IMAGENET["mean"], IMAGENET["std"]):
         assert block.find(np.array([255 * number for number in numbers], np.float32).tobytes()) > 0
-    # Weights lie as runtimes map them.
+    # Weights are aligned as runtimes map them.
     for buffer in model.buffers:
         if buffer.data is not None and len(buffer.data) >= 16 and buffer.data is not model.buffers[entry.buffer].data:
             values = bytes(buffer.data)

@@ -1,4 +1,4 @@
-"""Families of other packages' models: their tables, and each small one ported both ways."""
+"""Families of models from other Python packages: their tables, and a small model of each ported both ways."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from porting.tasks.port import port
 from porting.tasks.revert import revert
 
 FAMILIES = [name for name in family_names() if isinstance(get_family(name), LibraryFamily)]
-# By family the variant that is quickest to build, and how many classes to give it.
+# By family, the variant that is fastest to build, and its number of classes.
 SMALL = [
     ("deit", "facebook/deit-tiny-distilled-patch16-224", 10),
     ("densenet", "densenet121", 0),
@@ -33,7 +33,7 @@ SMALL = [
 
 
 def write_checkpoint(family: LibraryFamily, variant: str, classes: int, path: Path) -> dict[str, Any]:
-    """Synthetic weights of a variant, in a file, and as a state_dict."""
+    """Make synthetic weights of a variant, in a file and as a state_dict."""
     state = family.synthetic_reference(family.spec(variant, classes)).state_dict()
     torch.save(state, path)
     return state
@@ -45,7 +45,7 @@ def test_there_are_fifteen_families() -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_variant_has_names_that_every_row_matches(name: str) -> None:
-    """Without Keras, and without memory for weights."""
+    """Works without Keras, and without memory for weights."""
     family = get_family(name)
     assert isinstance(family, LibraryFamily)
     for variant in family.variants:
@@ -66,7 +66,7 @@ def test_there_and_back(name: str, variant: str, classes: int, tmp_path: Path) -
     assert result.report is not None
     assert result.report.passed
     assert result.case.num_classes == classes
-    # A file that says nothing of where it comes from, as Keras writes it after a fine-tuning.
+    # A file without provenance, as Keras writes it after fine-tuning.
     tuned = tmp_path / "tuned.weights.h5"
     result.case.load_candidate(out).save_weights(tuned)
     reverted = revert(family, variant, tuned, back)
@@ -76,7 +76,7 @@ def test_there_and_back(name: str, variant: str, classes: int, tmp_path: Path) -
     assert found.keys() == state.keys()
     absorbed = {f"{source}.running_var" for source in result.case.key_map.absorbed}
     for key, tensor in state.items():
-        if key in absorbed:  # what the epsilons differ by went in and out again
+        if key in absorbed:  # the difference of the epsilons was added and removed again
             torch.testing.assert_close(found[key], tensor, rtol=1e-6, atol=1e-7)
         elif not key.endswith("num_batches_tracked"):
             assert torch.equal(found[key], tensor), key
@@ -95,7 +95,7 @@ def test_an_epsilon_that_went_into_the_variances_is_said(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_a_wrong_number_is_found(tmp_path: Path) -> None:
-    """The rows of two norms exchanged, and the weights of a variant that is another."""
+    """Exchanged rows of two norms, and weights of another variant."""
     family = get_family("resnet")
     assert isinstance(family, LibraryFamily)
     write_checkpoint(family, "resnet18", 5, tmp_path / "own.pth")
@@ -158,7 +158,7 @@ def test_exports_are_proven(tmp_path: Path) -> None:
 
 
 def test_layers_that_keras_numbers_have_the_same_names_in_every_model() -> None:
-    """keras.applications leaves ConvNeXt's last norm without a name where there is no head."""
+    """keras.applications gives ConvNeXt's last norm no name if there is no head."""
     family = get_family("convnext")
     spec = family.spec("convnext_tiny", 0)
     names = [[layer.name for layer in family.build_candidate(spec).layers] for _ in range(2)]

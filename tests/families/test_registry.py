@@ -1,4 +1,4 @@
-"""Families of this package and of others, through the registry and through the command line."""
+"""Families of this project and of installed packages, by the registry and by the command line."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ packages = ["toy_family"]
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that a package with a family is installed in, by pip."""
+    """The folder into which pip installs a package with a family."""
     folder = tmp_path_factory.mktemp("package")
     (folder / "pyproject.toml").write_text(PYPROJECT)
     (folder / "toy_family").mkdir()
@@ -144,7 +144,7 @@ def test_what_six_fields_give(tmp_path: Path) -> None:
 
 
 class _Porting:
-    """What `porting` is where the family is installed."""
+    """A stand-in for `porting` in an environment where the family is installed."""
 
     @staticmethod
     def get_family(name: str) -> ToyFamily:

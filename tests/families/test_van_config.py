@@ -1,4 +1,4 @@
-"""VANs of any size, by a file of their settings: port, check, revert, export, and other people's code."""
+"""VANs of any size, from a file of settings: port, check, revert, export, and code of other publishers."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def reference_of(stated: dict[str, Any]) -> VAN:
 
 @pytest.fixture
 def given_files(tmp_path: Path) -> tuple[Path, Path]:
-    """The settings and a checkpoint."""
+    """Write the settings and a checkpoint."""
     config, checkpoint = tmp_path / "small.json", tmp_path / "small.pth"
     config.write_text(json.dumps(SETTINGS))
     torch.save(reference_of(SETTINGS).state_dict(), checkpoint)
@@ -136,7 +136,7 @@ def test_toml_and_dicts_say_the_same(tmp_path: Path) -> None:
 @settings(max_examples=6, deadline=None, phases=[Phase.explicit, Phase.generate])
 @given(st.data())
 def test_any_configuration_of_transformers_agrees(data: st.DataObject) -> None:
-    """transformers' own class settles it, with its own config.json."""
+    """Check against the class of transformers, with its own config.json."""
     start_tensorflow()
     import transformers
 

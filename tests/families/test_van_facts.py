@@ -1,4 +1,4 @@
-"""What stands beside the weights counts: the same tensors under other settings are another model."""
+"""Settings in files beside the weights count: the same tensors with other settings are another model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ONE = CheckOptions(samples=1)
 
 
 def saved_by_transformers(folder: Path, **settings: Any) -> Any:
-    """What `save_pretrained` writes for a VAN with other settings than usual, and the model."""
+    """Save a VAN with unusual settings by `save_pretrained`, and return the model."""
     model = transformers_model("nano", 7, **settings)
     model.save_pretrained(folder)
     return model
@@ -61,7 +61,7 @@ def test_a_stated_epsilon_is_built_on_both_sides_and_goes_all_the_way(family: Va
         expected = model(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).logits
     np.testing.assert_allclose(built(images), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
     assert check(family, "nano", out, checkpoint=folder, options=ONE).passed
-    # Under the same names the model is the same; under others the code has another epsilon, and that is said.
+    # The same names mean the same model. Under other names the code has another epsilon, and a note says so.
     back = revert(family, "nano", out, tmp_path / "back.pth", options=ONE)
     assert back.report is not None
     assert back.report.passed

@@ -1,4 +1,4 @@
-"""A family as small as a family can be: six fields. Most tests of the engine use it, not VAN."""
+"""The smallest possible family, with six fields. Most tests of the engine use it instead of VAN."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import keras
     from torch import nn
 
-# Blocks and channels.
+# The numbers of blocks and of channels.
 VARIANTS = {"small": (2, 8), "large": (3, 16)}
 RULES = (
     KeyRule("stem.conv", "stem_conv", "conv"),

@@ -78,7 +78,7 @@ def test_what_the_system_says_becomes_the_message(tmp_path: Path) -> None:
 
 
 def test_room_is_asked_for_where_it_cannot_be_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on macOS and Windows."""
+    """Simulate macOS and Windows."""
     monkeypatch.delattr(os, "posix_fallocate", raising=False)
     reserve(tmp_path / "x", 1000)
     with pytest.raises(OSError, match="No space left"):

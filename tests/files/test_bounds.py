@@ -1,4 +1,4 @@
-"""What a file says of its size is never believed."""
+"""The size that a file states is never trusted."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_nearest_names_are_looked_for_only_where_that_is_quick() -> None:
 def test_a_report_that_is_too_large(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     with path.open("wb") as file:
-        file.truncate(1 << 40)  # without a byte on the disk
+        file.truncate(1 << 40)  # sparse: it takes no space on the disk
     with pytest.raises(ReportError, match="larger than 64 MiB"):
         read_report(path)
 

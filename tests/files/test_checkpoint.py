@@ -115,7 +115,7 @@ def test_types_are_kept_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
 
 
 class Evil:
-    """Its pickle runs a command when it is loaded the ordinary way."""
+    """An object whose pickle runs a command when it is loaded normally."""
 
     def __init__(self, command: str) -> None:
         self.command = command
@@ -133,7 +133,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path: Path
         path.write_bytes(pickle.dumps(contents, protocol=2))
     else:
         torch.save(contents, path, _use_new_zipfile_serialization=how == "zip")
-    # A plain pickle is refused at its first tensor already: torch.save does not write them that way.
+    # A plain pickle is refused at its first tensor, since torch.save does not write such files.
     refused = "torch.storage._load_from_bytes" if how == "plain pickle" else r"\w+\.system"
     with pytest.raises(CheckpointError, match=f"refused: the file asks to run or build {refused}, and"):
         read_checkpoint(path)
@@ -199,7 +199,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # torch has its own opinions of some of these files
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch itself warns about some of these files
 @pytest.mark.parametrize("name", BROKEN)
 def test_files_that_are_no_checkpoint(tmp_path: Path, name: str) -> None:
     write, message = BROKEN[name]
@@ -216,7 +216,7 @@ def test_no_such_file(tmp_path: Path) -> None:
 
 
 def write_shards(folder: Path, tensors: dict[str, torch.Tensor], kind: str) -> Path:
-    """Two shards and their index, as `save_pretrained(max_shard_size=...)` leaves them."""
+    """Write two shards and their index, as `save_pretrained(max_shard_size=...)` does."""
     stem = "model.safetensors" if kind == "safetensors" else "pytorch_model.bin"
     names = list(tensors)
     weight_map: dict[str, str] = {}

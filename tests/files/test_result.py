@@ -1,4 +1,4 @@
-"""A result and its report: together or not at all, and no report vouches for another file."""
+"""A result and its report are written together or not at all, and no report belongs to another file."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_report_comes_back_where_its_result_cannot_be_replaced(tmp_path: Path,
     with pytest.raises(OutputError), pending_result(out, ".h5", inputs={}) as pending:  # noqa: PT012
         pending.path.write_text("new")
         out.unlink()
-        out.mkdir()  # somebody else was quicker
+        out.mkdir()  # another process was faster
         pending.commit(report)
     assert (tmp_path / "x.h5.parity.json").read_text() == "old report"
     assert names_in(tmp_path) == ["x.h5", "x.h5.parity.json"]
@@ -85,7 +85,7 @@ def test_a_folder_is_a_result_too(tmp_path: Path) -> None:
 
 
 def spellings(path: Path) -> dict[str, Path]:
-    """The same file by other names."""
+    """The same file under other names."""
     folder = path.parent
     (folder / "link").symlink_to(path)
     os.link(path, folder / "hard")
@@ -199,7 +199,7 @@ def test_a_report_is_compared_with_the_file_beside_it(tmp_path: Path) -> None:
 
 
 def test_waiting_for_nothing(tmp_path: Path) -> None:
-    """A lock that another program holds does not hold up a run."""
+    """A lock that another program holds does not block a run."""
     stem = ".m.h5.0123abcd"
     (tmp_path / f"{stem}.h5").write_text("half")
     with filelock.FileLock(tmp_path / f"{stem}.lock"):

@@ -1,4 +1,4 @@
-"""Files of Keras weights that are not what they should be: loaded by name, or named for what they are."""
+"""Unexpected files of Keras weights: they are loaded by name, or the error says what they are."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def whole_h5(model: keras.Model, ported: Path, path: Path) -> Path:
 
 
 def frozen_h5(model: keras.Model, ported: Path, path: Path) -> Path:
-    """Frozen layers change the order of a model's weights, and with it that of a whole model's file."""
+    """Frozen layers change the order of a model's weights, and the order in a file of the whole model."""
     frozen = van_tf.van_nano(weights=str(ported))
     frozen.trainable = False
     frozen.layers[2].trainable = True
@@ -169,7 +169,7 @@ def test_a_provenance_of_ten_million_classes_is_not_believed(family: VanFamily, 
 
 
 def test_classes_that_only_a_provenance_states_are_bounded(changed: Path) -> None:
-    """As of a family that cannot tell the classes by the shapes."""
+    """Simulate a family that cannot derive the number of classes from the shapes."""
     with pytest.raises(WeightsFileError, match="describes a model of more than"):
         weights_file.load_model(changed, lambda: van_tf.van_nano(classes=10_000_000))
 

@@ -1,4 +1,4 @@
-"""Files of Keras weights that strangers may have made."""
+"""Untrusted files of Keras weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from porting.files.survey import survey_file
 
 
 def make(path: Path) -> Path:
-    """A small file with provenance, in the format that the suffix names."""
+    """Write a small file with provenance, in the format of the suffix."""
     inner = path.with_suffix(".inner.h5")
     with h5py.File(inner, "w") as file:
         file.create_dataset("a/kernel", data=np.arange(60, dtype="f4").reshape(3, 20))
@@ -70,7 +70,7 @@ def test_a_shape_without_the_numbers(tmp_path: Path) -> None:
 
 
 def test_numbers_from_another_file_are_refused(tmp_path: Path) -> None:
-    """HDF5 can say that a dataset's bytes lie in any file of the reader's."""
+    """HDF5 can refer to any file of the reader's for the bytes of a dataset."""
     secret = tmp_path / "secret"
     secret.write_bytes(bytes(240))
     path = make(tmp_path / "x.h5")

@@ -192,7 +192,7 @@ def test_a_file_of_another_model_says_which_variables_differ(tmp_path: Path) -> 
 
 
 def test_a_file_of_version_0_1_is_read_by_its_names(checkpoint: Path, tmp_path: Path) -> None:
-    """Its blocks were called block1.0, which not every Keras backend takes."""
+    """Blocks used to be called block1.0, which some Keras backends reject."""
     from porting.families.van import VanFamily
     from porting.tasks.port import port
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from porting.kinds import KINDS, kind_of_layer, kind_of_module
 
-# A kind, a module and a layer of it, and what the module takes.
+# A kind, a module and a layer of that kind, and an input of the module.
 CASES: dict[str, tuple[str, Callable[[], nn.Module], Callable[[], Any], tuple[int, ...]]] = {
     "convolution": ("conv", lambda: nn.Conv2d(3, 6, 3, 2, 1), lambda: layers.Conv2D(6, 3, 2), (2, 3, 8, 8)),
     "grouped": ("conv", lambda: nn.Conv2d(4, 6, 3, groups=2), lambda: layers.Conv2D(6, 3, groups=2), (2, 4, 8, 8)),
@@ -208,4 +208,4 @@ def test_activations_and_norms_of_other_packages_are_of_the_same_kinds() -> None
     with torch.no_grad():
         expected = torch.nn.functional.rms_norm(x, (5,), eps=1e-6)
         torch.testing.assert_close(made["an epsilon of 1e-06 instead of 1e-05"](), expected, rtol=1e-6, atol=1e-6)
-    assert kind_of_module(GemmaRMSNorm(5)) is None  # which adds 1 to its scale
+    assert kind_of_module(GemmaRMSNorm(5)) is None  # it adds 1 to its scale

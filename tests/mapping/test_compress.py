@@ -1,4 +1,4 @@
-"""Rows of single layers as rows with placeholders: fewer, and of exactly the same layers."""
+"""Compressed rows are fewer, and stand for exactly the same layers."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_one_that_is_otherwise_is_an_exception() -> None:
 
 
 def test_a_placeholder_never_takes_in_another_layer() -> None:
-    """`features.2` is a norm with the same names of tensors, and is no row."""
+    """`features.2` is a norm with the same tensor names, and has no row."""
     rows = [conv("features.0", "conv1"), conv("features.1", "conv2")]
     assert compress_rows(rows, {*names_of(rows), "features.2.weight"}) == rows
 

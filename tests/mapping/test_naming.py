@@ -1,4 +1,4 @@
-"""The published layouts of VAN: each is recognised, ported and, where its own code is at hand, compared with that."""
+"""Published layouts of VAN: each is recognised and ported, and compared with its own code if available."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from porting.tasks.options import CheckOptions
 from porting.tasks.port import port
 
 Tensors = dict[str, Tensor]
-# Rows of the table of published layouts, as a checkpoint in that layout is made from an official one.
+# Rows of the table of published layouts, with how to make a checkpoint of the layout from an official one.
 MMPRETRAIN = (
     (".proj.", ".projection."),
     ("block", "blocks"),
@@ -87,7 +87,7 @@ CASES: dict[str, tuple[Callable[[Tensors], Tensors], str, int, float]] = {
 
 @pytest.mark.parametrize(
     "case",
-    # Each of them takes seconds; the others differ in little.
+    # Each of them takes seconds, and the others differ little.
     [case if case in {"mmpretrain", "segmentor"} else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
 )
 def test_a_layout_is_recognised_and_ported(family: VanFamily, tmp_path: Path, case: str) -> None:
@@ -108,7 +108,7 @@ def test_a_layout_is_recognised_and_ported(family: VanFamily, tmp_path: Path, ca
         batch = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
         expected = model(batch) if classes else model.forward_features(batch).permute(0, 2, 3, 1)
     np.testing.assert_allclose(built(images), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
-    # The file is checked against the same checkpoint with the same settings.
+    # Check the file against the same checkpoint with the same settings.
     assert check(family, "nano", out, checkpoint=checkpoint, options=CheckOptions(samples=1)).passed
 
 
@@ -138,7 +138,7 @@ def test_the_class_of_transformers_is_ported_and_agrees(family: VanFamily, tmp_p
 def test_names_of_two_publishers_whose_settings_differ_are_never_taken_for_one(
     family: VanFamily, tmp_path: Path
 ) -> None:
-    """The official code and VAN-Segmentation name a body alike, and have another epsilon."""
+    """The official code and VAN-Segmentation use the same names for a body, with different epsilons."""
     torch.save(body(build_van("nano", 10).state_dict()), tmp_path / "x.pth")
     with pytest.raises(KeyMapError, match="names are those of official .* and of segmentation .* nothing") as caught:
         open_case(family, "nano", tmp_path / "x.pth")

@@ -1,4 +1,4 @@
-"""The float64 model must be PyTorch's, only faster."""
+"""The float64 model must compute what PyTorch computes, only faster."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_depthwise_convolution_is_pytorchs(settings: dict[str, Any], size: tup
     with torch.no_grad():
         expected = copy.deepcopy(module).double()(images)
         torch.testing.assert_close(truth(images), expected, rtol=1e-12, atol=1e-14)
-        # As channels last in memory, and one image without its axis.
+        # Also with channels last in memory, and one image without a batch axis.
         torch.testing.assert_close(
             truth(images.to(memory_format=torch.channels_last)), expected, rtol=1e-12, atol=1e-14
         )
@@ -62,7 +62,7 @@ def test_an_image_smaller_than_the_kernel_is_pytorchs_own_error() -> None:
 
 
 class CarefulSoftmax(nn.Module):
-    """As transformers writes it: in float32, whatever the model is in."""
+    """Casts to float32 whatever the precision of the model, as transformers does."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         scores = torch.nn.functional.softmax(x, dim=-1, dtype=torch.float32).to(x.dtype)
@@ -83,7 +83,7 @@ def test_a_models_own_casts_to_float32_do_not_round_the_truth() -> None:
 
 
 class Rotary(nn.Module):
-    """As language models write it: positions, and a scale made on the way, in float32."""
+    """Makes positions and a scale in float32 in its forward, as language models do."""
 
     def __init__(self) -> None:
         super().__init__()

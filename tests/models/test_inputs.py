@@ -25,7 +25,7 @@ def made(module: nn.Module, shape: tuple[int, ...], **arguments: Any) -> Inputs:
     [
         (nn.Conv2d(3, 4, 1), (2, 6, 5, 3), (0, 2, 3, 1)),
         (nn.Conv1d(3, 4, 1), (2, 6, 3), (0, 2, 1)),
-        (nn.Conv1d(6, 4, 1), (2, 6, 6), (0, 2, 1)),  # both orders would run
+        (nn.Conv1d(6, 4, 1), (2, 6, 6), (0, 2, 1)),  # the model runs with both orders
         (nn.BatchNorm1d(3), (2, 6, 3), (0, 2, 1)),
         (nn.Linear(3, 4), (2, 6, 3), (0, 1, 2)),
         (nn.Linear(6, 4), (2, 6, 6), (0, 1, 2)),

@@ -14,7 +14,7 @@ from porting.references.van import VAN
 
 
 class Log:
-    """Notes every call, and changes nothing."""
+    """Records every call and changes nothing."""
 
     watches_inputs = True
 
@@ -32,7 +32,7 @@ class Log:
 
 
 class Steer(Log):
-    """Feeds one layer ones, and hands on sevens."""
+    """Replaces the input of one layer by ones, and its output by sevens."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def test_modules_come_in_the_order_in_which_they_finish(reference: VAN) -> None:
 
 
 class Branches(nn.Module):
-    """Runs one layer twice and gives several tensors in a nested structure."""
+    """Runs one layer twice and returns several tensors in a nested structure."""
 
     def __init__(self) -> None:
         super().__init__()

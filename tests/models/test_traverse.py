@@ -13,7 +13,7 @@ def encoder(name: str) -> keras.Model:
 
 
 class Twice(keras.Model):  # type: ignore[misc]
-    """A subclassed model with two layers of one name, one of them in a list."""
+    """A subclassed model with two layers of the same name, one of them in a list."""
 
     def __init__(self) -> None:
         super().__init__()

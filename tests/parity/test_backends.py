@@ -1,4 +1,4 @@
-"""Whichever backend Keras runs on, the check says the same; each in a process of its own."""
+"""The check gives the same result on every Keras backend. Each backend runs in its own process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mistakes in transposed convolutions, resizing, pixel shuffles and embeddings are named, and healthy ones pass."""
+"""Mistakes in transposed convolutions, resizing, pixel shuffles and embeddings are named; correct ports pass."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def kernel(module: Any, flip: bool = False) -> list[Any]:
 def around(
     module: nn.Module, layer: Callable[[], Any], weights: Callable[[Any], list[Any]] | None = None
 ) -> ParityReport:
-    """The module and the layer between two convolutions of the same weights."""
+    """Put the module and the layer between two convolutions with the same weights."""
     torch.manual_seed(0)
     first, last = nn.Conv2d(4, 8, 1), nn.LazyConv2d(2, 1)
     reference = nn.Sequential(first, module, last).eval()
@@ -47,7 +47,7 @@ def around(
 
 
 class DepthToSpace(layers.Layer):  # type: ignore[misc]
-    """As TensorFlow does it, or with the channels brought into its order before, as a right port does."""
+    """A pixel shuffle as in TensorFlow, or with the channels reordered first, as in a correct port."""
 
     def __init__(self, right: bool) -> None:
         super().__init__(name="1")

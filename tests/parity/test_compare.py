@@ -1,4 +1,4 @@
-"""The check must pass what is right and fail what is wrong; each fault below is one that a real port had."""
+"""The check must pass correct ports and fail wrong ones. Each fault below occurred in a real port."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SPEC = FAMILY.spec("large")
 
 @pytest.fixture(scope="module")
 def toy() -> nn.Module:
-    """Three blocks of sixteen channels; tests must not change it."""
+    """A model with three blocks of sixteen channels. Tests must not change it."""
     model = FAMILY.build_reference(SPEC)
     fill_with_synthetic_weights(model, seed=1)
     return model.eval()
@@ -75,7 +75,7 @@ def test_a_faithful_port_is_exact_in_every_layer(toy: nn.Module, candidate: kera
     assert names[-2:] == ["head", "output"]
     assert all(layer.shape[0] == 3 for layer in report.layers)
     assert all({EXACT, FLOAT32} == layer.views.keys() for layer in report.layers)
-    # What PyTorch has no module for pairs with what the next module takes.
+    # A result without a PyTorch module pairs with the input of the next module.
     assert {"input of norm", "blocks.0.act", "blocks.2"} <= set(names)
     assert report.unpaired_target == ("stem_pad",)
     assert report.verified is not None
@@ -212,7 +212,7 @@ def rounded(bits: int) -> Callable[[np.ndarray], np.ndarray]:
     return change
 
 
-# Name of the fault: what does it, the culprit, and the cause that must be told (None: none is asked for).
+# Name of the fault: the change, the culprit, and the expected cause (None if any will do).
 FAULTS: dict[str, tuple[Callable[[keras.Model], None], str, str | None]] = {
     "tanh GELU": (
         change_setting("block2_act", "activation", lambda x: keras.activations.gelu(x, approximate=True)),
@@ -272,7 +272,7 @@ FAULTS: dict[str, tuple[Callable[[keras.Model], None], str, str | None]] = {
         "blocks.1.pw",
         "its kernel is rounded to bfloat16",
     ),
-    # Below float32's rounding.
+    # Less than the rounding of float32.
     "a bump of 1e-6 in an activation": (change_setting("block2_act", "activation", bumped(1e-6)), "blocks.1.act", None),
     "a bump of 1e-7 in an activation": (change_setting("block2_act", "activation", bumped(1e-7)), "blocks.1.act", None),
     "weights rounded to 20 bits": (change_value("block2_pw/kernel", rounded(20)), "blocks.1.pw", None),
@@ -428,7 +428,7 @@ def test_no_images(toy: nn.Module, candidate: keras.Model) -> None:
 
 
 def test_few_numbers_do_not_tell_how_large_rounding_is() -> None:
-    """PyTorch's own error of a few results may be next to nothing by luck; that is no fault of Keras."""
+    """PyTorch's own error of a few results may be almost 0 by chance, which must not count against Keras."""
     linear = nn.Linear(768, 2)
     reference = nn.Sequential(linear)
     candidate = keras.Sequential([keras.Input((768,)), keras.layers.Dense(2, name="0")])

@@ -1,4 +1,4 @@
-"""What is beside a mistake is not blamed for it."""
+"""The layers beside a mistake are not blamed for it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import porting
 
 
 class NormAct(nn.BatchNorm2d):
-    """As timm writes it: a norm that also activates, with modules of its own."""
+    """A norm with an activation and submodules inside, as in timm."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels)
@@ -37,7 +37,7 @@ def test_a_norm_whose_activation_is_apart_is_right() -> None:
     reference = Stem().eval()
     reference.norm0.running_mean = torch.randn(8)
     inputs = keras.Input((16, 16, 3))
-    # TensorFlow's "same" pads an even map on one side alone.
+    # TensorFlow's "same" pads an even map on one side only.
     x = layers.Conv2D(8, 3, 2, "same", name="conv0")(inputs)
     x = keras.ops.relu(layers.BatchNormalization(epsilon=1e-5, name="norm0")(x))
     candidate = keras.Model(inputs, layers.Conv2D(4, 1, name="conv1")(x))
@@ -65,7 +65,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The mask goes on as something else than what the model is given."""
+    """The mask is passed on in a different form from the model's input."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -46,7 +46,7 @@ def test_cases_cover_weights_and_shapes(family: VanFamily, reference: VAN, image
 
 
 class WrongEpsilons(VanFamily):
-    """A LayerNorm epsilon from other published code, which ordinary weights hide."""
+    """Use a LayerNorm epsilon from other published code, which ordinary weights hide."""
 
     def build_candidate(self, spec: Spec) -> keras.Model:
         model = super().build_candidate(spec)

@@ -1,4 +1,4 @@
-"""Training parity: what trains as PyTorch does passes, and each known way of not doing so is found."""
+"""Training parity: models that train like PyTorch pass, and every known deviation is found."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LABELS = np.array([3, 1, 4, 1])
 
 @pytest.fixture
 def train(family: VanFamily, reference: VAN, ported: Path) -> Callable[..., dict[str, ParityReport]]:
-    """Two steps of nano with some optimisers; reports by name."""
+    """Train nano for two steps with some optimisers. Returns the reports by name."""
 
     def run(*optimizers: OptimizerPair, steps: tuple[int, ...] = (1,), freeze: str = "") -> dict[str, ParityReport]:
         candidate = van_tf.van_nano(weights=ported)
@@ -63,7 +63,7 @@ def test_van_trains_as_pytorch_does(train: Callable[..., dict[str, ParityReport]
     names = [layer.source for layer in first.layers]
     assert names[:2] == ["loss", "gradient of head.bias"]  # from the loss backwards
     assert {"block1.0.layer_scale_1", "block1.0.norm1.running_var", "head.weight"} <= set(names)
-    # A bias in front of a BatchNorm has no gradient but rounding: AdamW's step there is anybody's.
+    # The gradient of a bias before a BatchNorm is only rounding, so AdamW's step there is arbitrary.
     kinds = {layer.source: layer.kind for layer in reports["AdamW, step 1"].layers}
     assert kinds["patch_embed2.proj.bias"] == "weight, 48 of 48 left out"
 
@@ -115,7 +115,7 @@ def test_a_weight_that_is_not_trained_is_found(train: Callable[..., dict[str, Pa
 
 
 class Both(nn.Module):
-    """Dropout and drop path under the names of a Keras model's layers."""
+    """A PyTorch model with dropout and drop path under the names of a Keras model's layers."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()

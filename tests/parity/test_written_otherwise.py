@@ -1,6 +1,6 @@
-"""Healthy ports, however they are written, pass; wrong ones, however they are written, are found.
+"""Correct ports pass and wrong ones are found, in whatever way they are written.
 
-Each model here is small and of another kind. The situations are those that people reported to converters.
+Each model here is small and of another kind. Users of converters reported these situations.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Array = np.ndarray
 
 
 class Port(NamedTuple):
-    """Two models, what both are given, and further arguments."""
+    """Two models, the inputs for both, and further arguments."""
 
     reference: nn.Module
     candidate: keras.Model
@@ -95,7 +95,7 @@ def healthy(make: Callable[[], Port]) -> Callable[[], Port]:
 
 
 def wrong(cause: str | None = None) -> Callable[[Callable[[], Port]], Callable[[], Port]]:
-    """`cause` is a part of what the report must say."""
+    """A wrong port: `cause` is a part of the text that the report must contain."""
 
     def register(make: Callable[[], Port]) -> Callable[[], Port]:
         WRONG[make.__name__] = make, cause
@@ -316,7 +316,7 @@ def an_embedding_off_below_float32s_rounding() -> Port:
 
 
 class FusedAttention(nn.Module):
-    """As in timm: one projection for q, k and v."""
+    """Attention with one projection for q, k and v, as in timm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -330,7 +330,7 @@ class FusedAttention(nn.Module):
 
 
 class SplitAttention(layers.Layer):  # type: ignore[misc]
-    """A dense layer each for q, k and v."""
+    """Attention with one dense layer each for q, k and v."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -404,7 +404,7 @@ def pytorchs_own_attention_with_its_weights() -> Port:
     return Port(reference, model, numbers(2, 7, 12))
 
 
-# Convolutions of other kinds.
+# Other kinds of convolutions.
 
 
 def transposed(same: bool, crop: bool, kernel: Callable[[Array], Array], settings: tuple[int, ...]) -> Port:
@@ -605,11 +605,11 @@ def map_channels_first_where_all_sides_are_equal() -> Port:
     return Port(reference, model, numbers(2, 6, 6, 3))
 
 
-# Inputs and results of other forms.
+# Other forms of inputs and results.
 
 
 class Two(nn.Module):
-    """An image and a row of numbers."""
+    """A model that takes an image and a row of numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -850,7 +850,7 @@ def test_a_wrong_port_is_found(case: str) -> None:
         assert cause in said(report)
 
 
-# Models that are alive in other ways.
+# Other states of live models.
 
 
 @pytest.fixture
@@ -923,7 +923,7 @@ def test_mixed_precision_is_said_and_judged_as_such(plain: Port) -> None:
 
 
 class Subclassed(keras.Model):  # type: ignore[misc]
-    """Layers in a list, named as a caller likes."""
+    """A model with layers in a list, under names that a caller chooses."""
 
     def __init__(self, form: str) -> None:
         super().__init__()
@@ -937,7 +937,7 @@ class Subclassed(keras.Model):  # type: ignore[misc]
 
 
 class ManyConvolutions(nn.Module):
-    """Eleven in a list, so that their names do not sort by number."""
+    """Eleven layers in a list, so that their names do not sort by number."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -999,7 +999,7 @@ def test_a_complex_result_inside() -> None:
 
 
 def test_queries_with_their_heads_before_the_positions() -> None:
-    """timm's attention normalises (or passes through) queries as (heads, positions); Keras has (positions, heads)."""
+    """timm's attention normalises or passes on queries as (heads, positions); Keras has (positions, heads)."""
 
     class Split(nn.Module):
         def __init__(self) -> None:

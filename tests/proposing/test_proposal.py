@@ -1,4 +1,4 @@
-"""Key maps found by running both models: whatever the names, and nothing wrong is ever proven."""
+"""Key maps found by running both models. Names do not matter, and no wrong row is ever proven."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Residual(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A shortcut that looks like the branch beside it, and a Flatten before the head."""
+    """A model whose shortcut looks like the branch beside it, with a Flatten before the head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def keras_resnet(
 
 
 class Encoder(nn.Module):
-    """Queries, keys and values that look alike, single parameters, tokens and positions."""
+    """A model with similar queries, keys and values, single parameters, tokens and positions."""
 
     def __init__(self, depth: int = 2) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ def keras_encoder(name: Callable[[str], str], depth: int = 2) -> Any:
 
 
 def shuffled(seed: int) -> Callable[[str], str]:
-    """Names that say nothing, the same for the same name."""
+    """Return a function that replaces names by meaningless ones, always the same for the same name."""
     rng = random.Random(seed)
     known: dict[str, str] = {}
     return lambda label: known.setdefault(label, "".join(rng.choices(string.ascii_lowercase, k=9)))
@@ -176,7 +176,7 @@ def test_every_row_is_found_and_right(case: str, names: str) -> None:
     assert all(torch.equal(tensor, state[name]) for name, tensor in reference.state_dict().items())
     ported = porting.port_weights(reference, model, proposal.key_map, inputs=inputs)
     assert ported.require_parity()
-    # The rows say the same as the key map.
+    # The rows agree with the key map.
     again = porting.port_weights(reference, model, proposal.rules, inputs=inputs)
     assert again.require_parity()
 
@@ -199,7 +199,7 @@ def test_weights_are_ported_without_any_map() -> None:
 
 
 def wrong(proposal: Proposal, right: dict[str, str]) -> list[str]:
-    """Rows called proven that are not the right ones."""
+    """The rows that are marked as proven and are wrong."""
     return [
         f"{r.source} -> {r.target}" for r in proposal.rows if r.confidence == PROVEN and right[r.target] != r.source
     ]
@@ -325,7 +325,7 @@ def test_another_epsilon_goes_into_the_variance_where_that_is_wanted() -> None:
 
 
 class Fused(nn.Module):
-    """Queries, keys and values of one dense layer, as timm and many others write it."""
+    """A model that computes queries, keys and values with one dense layer, as timm and many others do."""
 
     def __init__(self) -> None:
         super().__init__()

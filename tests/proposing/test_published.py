@@ -1,4 +1,4 @@
-"""Models that two libraries publish, mapped without a row and ported by what was found."""
+"""Models that two libraries publish, mapped without any given rows and ported by the map found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What timm asks of the models that are registered with it, in the ways in which its users call them."""
+"""Calls the registered models in the ways that timm and its users call models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The HTML report in a real browser, opened from disk: a healthy port's and a broken one's."""
+"""Opens HTML reports from disk in a real browser, of a correct port and of a broken one."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ def pages(reference: VAN, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 def opened(browser: webdriver.Chrome, page: Path) -> list[WebElement]:
-    """Opens the page and gives the rows of its table of layers."""
+    """Open the page and return the rows of its table of layers."""
     browser.get(page.as_uri())
     return browser.find_elements(By.CSS_SELECTOR, "#layers tbody tr")
 
 
 def shown(browser: webdriver.Chrome) -> list[list[str]]:
-    """The cells of the rows that can be seen, in the order on the screen."""
+    """The cells of the visible rows, in the order on the screen."""
     rows = browser.find_elements(By.CSS_SELECTOR, "#layers tbody tr:not([hidden])")
     return [[cell.text for cell in row.find_elements(By.TAG_NAME, "td")] for row in rows]
 
@@ -107,7 +107,7 @@ def test_a_broken_port_shows_its_first_divergence(browser: webdriver.Chrome, pag
     assert failed
     assert failed[0][1] == f"{BROKEN} culprit"
     assert text_of(browser, "count").startswith(f"{len(failed)} of ")
-    # It is also the layer that is looked at closely, without a click.
+    # Its details are also shown without a click.
     assert text_of(browser, "chosen") == BROKEN
     assert complaints(browser) == []
 

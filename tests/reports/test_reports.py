@@ -279,7 +279,7 @@ def test_formats_by_suffix() -> None:
 
 
 def soundness() -> list[tuple[str, Callable[[dict[str, Any]], None]]]:
-    """Changes after which a report that passed proves nothing."""
+    """Changes after which a passed report proves nothing."""
 
     def no_views(document: dict[str, Any]) -> None:
         for layer in document["layers"]:

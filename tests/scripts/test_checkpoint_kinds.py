@@ -1,4 +1,4 @@
-"""Every kind of checkpoint that people have, made by the library that makes it, is ported or named."""
+"""Every common kind of checkpoint, written by its own library, is ported or named in an error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ QUICK = {"torch"}
 
 
 def load_script() -> Any:
-    """A script is no part of a package."""
+    """Load a script, which belongs to no package."""
     path = Path(__file__).parents[2] / "scripts" / "checkpoint_kinds.py"
     spec = importlib.util.spec_from_file_location("checkpoint_kinds", path)
     assert spec is not None
@@ -27,7 +27,7 @@ def load_script() -> Any:
 script = load_script()
 
 
-@pytest.mark.filterwarnings("ignore")  # of the libraries that write the files
+@pytest.mark.filterwarnings("ignore")  # warnings of the libraries that write the files
 @pytest.mark.parametrize(
     "kind",
     [

@@ -1,4 +1,4 @@
-"""The fine-tuning script: it learns, and a run that was stopped goes on."""
+"""Tests the fine-tuning script: it learns, and continues a run that was stopped."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "finetune.py"
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes, reddish and bluish."""
+    """Write images of two classes, reddish and bluish."""
     folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for part, count in (("train", 16), ("test", 8)):

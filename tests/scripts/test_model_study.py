@@ -1,4 +1,4 @@
-"""A part of the study of faults, drawn by the date, and some healthy ports of every model and way of writing."""
+"""Runs part of the study of faults, seeded by the date, and some correct ports of every model and style."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_faults_are_found() -> None:
     done = study("--sample", 30)
     total = re.search(r"all\s+│\s+30\s+│\s+(\d+)\s+│\s+(\d+)", done.stdout)
     assert total is not None, done.stdout + done.stderr
-    # A folded weight is only known to some float32 roundings: one number off by 1e-7 in it cannot be seen.
+    # A folded weight is known only to some float32 roundings, so one number off by 1e-7 cannot be detected.
     unseen = [line for line in done.stdout.splitlines() if ": passed True" in line]
     assert all("folded: a weight off by 1e-07" in line for line in unseen), done.stdout
     assert int(total[1]) == 30 - len(unseen)

@@ -1,4 +1,4 @@
-"""Downloads from a server on 127.0.0.1 that misbehaves in every way that servers do."""
+"""Downloads from a local server that misbehaves in all the ways that servers do."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from porting.tasks.port import port
 
 
 class Server:
-    """Serves `content`; `behave` changes what a request gets, by its number from 0."""
+    """Serves `content`. `behave` changes the response to a request by its number from 0."""
 
     def __init__(self, content: bytes) -> None:
         self.content = content
@@ -229,7 +229,7 @@ def test_another_hash_is_refused_and_not_kept(server: Server) -> None:
 
 @pytest.mark.parametrize("how", ["too short"])
 def test_a_server_that_lies_about_the_length_is_found_out(server: Server, how: str) -> None:
-    """What came has the length that was announced; that it is no whole checkpoint shows when it is looked at."""
+    """The download has the announced length; only reading it shows that the checkpoint is incomplete."""
     server.always = how
     with pytest.raises(CheckpointError, match="cut off or damaged"):
         fetch(Source("van", "nano", "url", server.url), verify=verify_container)

@@ -1,6 +1,6 @@
-"""The table of sources, and fetching from a hub that a local server stands in for.
+"""Tests the table of sources, and fetches from a local stand-in for the hub.
 
-huggingface_hub reads its settings when it is imported, so each fetch runs in a process of its own.
+huggingface_hub reads its settings when it is imported, so each fetch runs in its own process.
 """
 
 from __future__ import annotations

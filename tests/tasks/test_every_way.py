@@ -1,4 +1,4 @@
-"""Every layout, into every format and back into every format: at parity at each step, bit for bit in the end."""
+"""Ports every layout to every format and back: at parity at each step, and equal bit for bit at the end."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LAYOUTS: dict[str, tuple[float, Callable[[Tensors], Tensors]]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "suffix"),
-    # All fifteen pairs take minutes; each format is tried, and each layout.
+    # All fifteen pairs take minutes, so each format and each layout is tried at least once.
     [*((layout, ".h5") for layout in LAYOUTS), ("transformers", ".weights.h5"), ("segmentation", ".keras")],
 )
 def test_there_and_back(family: VanFamily, tmp_path: Path, layout: str, suffix: str) -> None:
@@ -42,7 +42,7 @@ def test_there_and_back(family: VanFamily, tmp_path: Path, layout: str, suffix: 
     prefix = "backbone." if layout == "mmpretrain backbone" else ""
     first, keras_file = tmp_path / "x.pth", tmp_path / f"x{suffix}"
     torch.save(tensors, first)
-    # The names of a bare body are those of two publishers.
+    # Two publishers use the same names for a body without a head.
     stated = layout if layout == "segmentation" else None
     ported = port(family, "nano", keras_file, checkpoint=first, layout=stated, options=ONE)
     assert ported.report is not None
@@ -54,7 +54,7 @@ def test_there_and_back(family: VanFamily, tmp_path: Path, layout: str, suffix: 
         assert result.report.passed
         found = read_checkpoint(back).state_dict
         unused = {name for name in tensors if name.endswith("num_batches_tracked") or name.startswith("van.layernorm.")}
-        # Without a head, what comes back is the body saved alone.
+        # Without a head, the result is a body saved alone.
         wanted = {name.removeprefix(prefix): tensors[name] for name in tensors.keys() - unused}
         assert found.keys() - {name.removeprefix(prefix) for name in unused} == wanted.keys()
         for name, tensor in wanted.items():

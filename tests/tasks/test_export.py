@@ -1,4 +1,4 @@
-"""Exported files are proven in their own runtimes, and refused where they are wrong."""
+"""Exported files are checked in their own runtimes, and wrong ones are refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,6 @@ from porting.tasks.port import port
 
 TWO = CheckOptions(samples=2)
 ZEROS = image_inputs(np.zeros((1, 8, 8, 3), np.float32))
-# Activations of weights that were never trained reach far, which eight bits bear badly.
 slow = pytest.mark.slow
 
 
@@ -74,9 +73,9 @@ def test_every_format_and_precision(
     width = {"float32": 4, "float16": 2, "int8": 1}[precision]
     assert 418_266 * width < result.size < 418_266 * width + 450_000
     if form == "litert":
-        # Dilated convolutions are operations of LiteRT's own, and nothing needs TensorFlow's kernels.
-        split = 0 if precision == "int8" else 2 * 2  # a 7x7 kernel is the sum of three where the map is large enough
-        assert result.operators["DEPTHWISE_CONV_2D"] == 21 + split + 4  # and a factor a stage
+        # Dilated convolutions are LiteRT's own operations, and no operation needs TensorFlow's kernels.
+        split = 0 if precision == "int8" else 2 * 2  # a 7x7 kernel becomes a sum of three if the map is large enough
+        assert result.operators["DEPTHWISE_CONV_2D"] == 21 + split + 4  # one factor per stage
         assert result.operators["GELU"] == 14
         assert not any("SPACE_TO_BATCH" in operator or "Flex" in operator for operator in result.operators)
     if form == "onnx":
@@ -137,7 +136,7 @@ def test_parts_of_a_kernel_add_up_to_it(kernel: tuple[int, int], dilation: Any, 
 
 
 def test_keras_own_gelu_is_onnx_own(tmp_path: Path) -> None:
-    """Other families may use it; TensorFlow's has an operation that ONNX lacks."""
+    """Other families may use it; TensorFlow's version has an operation that ONNX lacks."""
     inputs = keras.Input((8, 8, 3))
     model = keras.Model(inputs, keras.layers.Conv2D(4, 3, activation="gelu", name="conv")(inputs))
     write("onnx", Exportable(model, ZEROS), tmp_path / "x.onnx", "float32")
@@ -149,7 +148,7 @@ def test_keras_own_gelu_is_onnx_own(tmp_path: Path) -> None:
 
 
 def test_onnx_names_are_not_given_twice(tmp_path: Path) -> None:
-    """tf2onnx keeps one of two biases that are alike, and a bias names its convolution."""
+    """tf2onnx merges two equal biases, but the bias gives a convolution its name."""
     inputs = x = keras.Input((8, 8, 3))
     for name in ("one", "two"):
         x = keras.layers.Conv2D(3, 3, padding="same", name=name)(keras.layers.ReLU()(x))
@@ -227,7 +226,7 @@ def test_a_wrong_export_gets_no_name(
 
 
 def test_eight_bits_are_not_a_licence(reference: VAN) -> None:
-    """An artifact twenty times worse than int8 has to be fails."""
+    """A file that is twenty times worse than int8 must be fails."""
     images = np.random.default_rng(0).normal(size=(2, 48, 48, 3)).astype(np.float32)
     rounded = in_precision(reference, "int8", images)
     scale = 0.0

@@ -1,4 +1,4 @@
-"""A port that is killed, interrupted or starved leaves a whole file or the one that was there, in real processes."""
+"""A port that is killed, interrupted or out of space leaves a complete file or the old one. Uses real processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from porting.tasks.revert import revert
 pytestmark = pytest.mark.slow
 
 OLD = b"what was there before"
-# Imports once, then forks a child for each instant at which it is to be stopped: a real process, without its start.
+# Imports once, then forks a real process for each moment at which to stop it, which saves its start.
 STOP_AT_RANDOM = """
 import json, os, random, signal, sys, time
 from pathlib import Path
@@ -88,14 +88,14 @@ def test_killed_at_a_hundred_instants(checkpoint: Path, tmp_path: Path) -> None:
     results = stop(checkpoint, tmp_path, 100, "SIGKILL")
     assert len(results) == 100
     for result in results:
-        # Provenance carries the time, so a whole file is told by its size, which is always the same.
+        # Provenance has a time, so a complete file is recognised by its size, which is always the same.
         assert result["old"] or result["size"] == result["whole"], result
     assert any(result["old"] for result in results)
     assert any(not result["old"] for result in results)
     assert all(result["ended"] in {0, -9} for result in results)
 
 
-# A result and its report, again and again, until killed: what lies there then is asked from outside.
+# Writes a result and its report repeatedly until killed. The parent process checks what is left.
 KILL_IN_A_LOOP = """
 import json, os, random, signal, sys, time
 from dataclasses import replace
@@ -164,7 +164,7 @@ def test_interrupted_at_fifty_instants(checkpoint: Path, tmp_path: Path) -> None
 
 @pytest.fixture
 def small_disk() -> Iterator[Path]:
-    """A filesystem of its own, to be sized with `remount`."""
+    """A separate filesystem, whose size `remount` sets."""
     folder = Path(tempfile.mkdtemp())
     mounted = shutil.which("mount") and subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True

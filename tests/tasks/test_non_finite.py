@@ -1,4 +1,4 @@
-"""NaN and infinity in weights: refused by name, or carried over as they are."""
+"""NaN and infinity in weights are refused by name, or ported unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one way through, from a checkpoint file to a Keras file that has its name."""
+"""Tests the port from a checkpoint file to a finished Keras file."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_without_a_check_the_provenance_says_so(checkpoint: Path, family: VanFam
     port(family, "nano", out, checkpoint=checkpoint, options=FAST)
     result = port(family, "nano", out, checkpoint=checkpoint, check=False)
     assert result.report is None
-    # The report of the first port must not vouch for the second file.
+    # The report of the first port must not stay beside the second file.
     assert names_in(tmp_path) == ["x.h5"]
     provenance = survey_file(out).provenance
     assert provenance is not None
@@ -222,7 +222,7 @@ def test_large_variants(family: VanFamily, tmp_path: Path, variant: str) -> None
     torch.save({"state_dict": model.state_dict()}, tmp_path / "x.pth.tar")
     result = port(family, variant, tmp_path / "x.h5", checkpoint=tmp_path / "x.pth.tar", options=FAST)
     assert result.report is not None
-    # Seen: 2.4 where PyTorch has two threads, 4.5 with one, as it then rounds its longest sums less than half as much.
+    # Measured: 2.4 with two PyTorch threads, 4.5 with one, which rounds the longest sums less than half as much.
     assert result.report.worst.ratio < 6
     keras_model = getattr(van_tf, f"van_{variant}")()
     keras_model.load_weights(tmp_path / "x.h5")
@@ -233,7 +233,7 @@ def test_large_variants(family: VanFamily, tmp_path: Path, variant: str) -> None
 
 
 def test_names_that_are_no_text(family: VanFamily, checkpoint: Path, tmp_path: Path) -> None:
-    """A file's name may be any bytes; libraries in C++ and text in a report cannot hold all of them."""
+    """A file name may be any bytes, but C++ libraries and the text of a report cannot represent all of them."""
     folder = os.fsencode(tmp_path)
     own = Path(os.fsdecode(folder + b"/\xff\xfe.pth"))
     own.write_bytes(checkpoint.read_bytes())

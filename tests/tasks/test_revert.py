@@ -66,7 +66,7 @@ def test_a_port_comes_back_bit_by_bit(family: VanFamily, ported: Path, reference
     for name, tensor in reference.state_dict().items():
         if not name.endswith("num_batches_tracked"):
             assert torch.equal(back[name], tensor), name
-    # The official class takes it as it is.
+    # The official class loads it unchanged.
     type(reference)(**VARIANTS["nano"]._asdict(), num_classes=10).load_state_dict(back, strict=True)
 
 
@@ -114,13 +114,13 @@ def test_every_tensor_survives_the_round_trip(
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(VARIANTS, "drawn", shape)
         chosen = naming_called(NAMINGS, layout)
-        family = VanFamily()  # a family remembers the names that a variant has
+        family = VanFamily()  # a family caches the names of a variant
         patch.setattr(family, "table", (Source("van", "drawn", "none"),), raising=False)
         spec = family.spec("drawn", classes if chosen.head else 0, chosen)
         key_map, layers = family.key_map(spec), family.weight_shapes(spec)
         targets = by_path(layers)
         rng = np.random.default_rng(seed)
-        # Any bits at all that are a finite number of the type.
+        # Any bits that form a finite number of the type.
         state_dict = {}
         for entry in key_map.entries:
             source_shapes = entry.transform.source_shapes([targets[entry.targets[0]]])
@@ -209,7 +209,7 @@ def test_the_weights_of_another_variant_are_refused_without_a_check_too(family: 
 
 
 def test_names_for_another_epsilon_are_refused(family: VanFamily, ported: Path, tmp_path: Path) -> None:
-    """OpenMMLab's code has another epsilon, so the same weights are another model there."""
+    """OpenMMLab's code has another epsilon, so the same weights make a different model there."""
     with pytest.raises(FailedParityError, match=r"eps is 1e-06 in Keras, 1e-05 in PyTorch|not at parity"):
         revert(family, "nano", ported, tmp_path / "x.pth", layout="mmpretrain", options=ONE)
     assert names_in(tmp_path) == []

@@ -1,4 +1,4 @@
-"""Weights between live models: every kind there and back, and nothing assigned before all is accounted for."""
+"""Weights between live models: every kind there and back, and no assignment before all weights are checked."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Build = Callable[[], tuple[nn.Module, keras.Model]]
 
 
 class Reference(nn.Module):
-    """One module, under the name of a row."""
+    """A model of one module, under the name of a row."""
 
     def __init__(self, a: nn.Module, run: Callable[[nn.Module, Any], Any] | None = None) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ def padded(layer: Any, pad: int) -> tuple[Any, ...]:
 
 
 IMAGE, MAP = (8, 8, 3), (3, 8, 8)
-# The kind of the row, both models, and what the Keras model takes.
+# The kind of the row, both models, and the input of the Keras model.
 CASES: dict[str, tuple[str, Build, tuple[int, ...]]] = {
     "conv": ("conv", lambda: (nn.Conv2d(3, 5, 3, 2), candidate(IMAGE, layers.Conv2D(5, 3, 2, name="a"))), IMAGE),
     "conv 1-D": ("conv", lambda: (nn.Conv1d(3, 5, 3), candidate((9, 3), layers.Conv1D(5, 3, name="a"))), (9, 3)),
@@ -328,7 +328,7 @@ def test_a_kind_goes_there_is_proven_and_comes_back(case: str) -> None:
     again = {name: np.array(variable) for name, variable in named_variables(model).items()}
     porting.port_weights(back, model, ported.key_map)
     for name, variable in named_variables(model).items():
-        if "weight norm" in case:  # a norm is divided out and multiplied in again
+        if "weight norm" in case:  # weight_norm divides by a norm and multiplies by it again
             np.testing.assert_allclose(np.array(variable), again[name], rtol=1e-6)
         else:
             np.testing.assert_array_equal(np.array(variable), again[name])
@@ -463,7 +463,7 @@ def test_numbers_that_keras_has_no_place_for_are_never_lost() -> None:
         dict(reference.named_parameters())["a.bias"].zero_()
     ported = porting.port_weights(reference, model, rows, inputs=IMAGES)
     assert ported.require_parity()
-    # And the other way: a bias that PyTorch does not have must be zeros in Keras.
+    # The other way: a bias that PyTorch lacks must be zeros in Keras.
     reference = Reference(nn.Conv2d(3, 5, 3, bias=False)).eval()
     model = candidate(IMAGE, layers.Conv2D(5, 3, bias_initializer="ones", name="a"))
     ported = porting.port_weights(reference, model, rows, inputs=IMAGES)

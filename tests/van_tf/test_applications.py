@@ -1,4 +1,4 @@
-"""The conventions of keras.applications: where weights come from, what the head and the output are."""
+"""Tests the conventions of keras.applications for weights, head and output."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_features_at_any_size(model: keras.Model, size: tuple[int, int]) -> None
 
 
 def test_features_feed_a_small_head_that_learns(model: keras.Model) -> None:
-    """Two stages, upsampled and joined, to a mask of the brighter pixels."""
+    """Joins two upsampled stages into a mask of the brighter pixels."""
     inputs = keras.Input((64, 64, 3))
     fine, coarse = van_tf.features(model, [1, 2])(inputs)
     joined = keras.layers.Concatenate()([fine, keras.layers.UpSampling2D(2)(coarse)])

@@ -1,4 +1,4 @@
-"""The model on every backend of Keras, each in a process of its own, and files that move between them."""
+"""Runs the model on every Keras backend, each in its own process, and exchanges files between them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from porting.references.van import VAN
 
 BACKENDS = ("tensorflow", "jax", "torch")
-# Saves what the model gives, and its weights; loads those of the other backends.
+# Saves the model's results and weights, and loads those of the other backends.
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -78,7 +78,7 @@ def test_the_model_on_every_backend(reference: VAN, checkpoint: Path, tmp_path: 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_the_models_own_tests_on_other_backends(backend: str) -> None:
-    """Those of layers and of the model; on TensorFlow they are among the fast tests."""
+    """Run the tests of layers and of the model. On TensorFlow these are among the fast tests."""
     here = Path(__file__).parent
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}

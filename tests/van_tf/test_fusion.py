@@ -1,4 +1,4 @@
-"""The fused model is the same function; PyTorch is the judge."""
+"""The fused model computes the same function, compared with PyTorch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def keras_model(family: VanFamily, reference: VAN, variant: str = "nano", **argu
 
 
 def fused_parity(reference: VAN, fused: keras.Model) -> ParityReport:
-    """Folded weights are rounded anew, so a fused model is compared as an export is: in float32, by layers' names."""
+    """Compare a fused model like an export, in float32 by layer names, since folded weights are rounded again."""
     shown = keras.Model(fused.input, {layer.name: layer.output for layer in fused.layers if layer.name != "images"})
     last = fused.outputs[0]._keras_history.operation.name
 
@@ -51,7 +51,7 @@ def test_the_fused_model_is_at_parity_with_pytorch(family: VanFamily, reference:
     assert {"patch_embed3", "block1.1.attn.proj_1", "block2.0.attn.spatial_gating_unit", "block4.0.mlp.act"} <= names
     assert {"norm4", "head", "output"} <= names
     assert not any(isinstance(layer, keras.layers.BatchNormalization) for layer in fused.layers)
-    # A factor a stage is all that is left of the shortcuts' scales.
+    # Only one factor per stage is left of the shortcuts' scales.
     scaled = [layer.name for layer in fused.layers if layer.name.endswith("factor")]
     assert scaled == ["norm1.factor", "norm2.factor", "norm3.factor", "norm4.factor"]
     assert fused.name == "van_nano_fused"
@@ -63,7 +63,7 @@ def test_gelu_can_leave_its_factors_to_the_convolutions(family: VanFamily, refer
     assert report.passed, report.first_divergence
     names = {layer.source for layer in report.layers}
     assert {"patch_embed3", "block2.0.attn.spatial_gating_unit.conv0", "block4.0.mlp.fc1", "norm4", "output"} <= names
-    # What is no longer PyTorch's number does not have PyTorch's name.
+    # A tensor that differs from PyTorch's must not have PyTorch's name.
     assert not {"block1.1.attn.proj_1", "block2.0.attn.spatial_gating_unit", "block4.0.mlp.act"} & names
     assert sum(layer.name.endswith(".folded") for layer in fused.layers) == 7 * 5
 

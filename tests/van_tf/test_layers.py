@@ -1,4 +1,4 @@
-"""Every layer of the package under Keras's own test of layers: building, masks, dtypes, saving, training, symbols."""
+"""Runs Keras's own test of layers on every layer: building, masks, dtypes, saving, training, symbols."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from keras.src import testing
 from van_tf.layers import LKA, Attention, BatchNorm, Block, DWConv, Mlp, OverlapPatchEmbed
 
 MAP = (2, 8, 8, 6)
-# Class, arguments, the result's shape for MAP, trainable and other weights, generators of random numbers.
+# Class, arguments, output shape for MAP, numbers of trainable and other weights and of random generators.
 CASES: list[tuple[type, dict[str, Any], tuple[int, ...], int, int, int]] = [
     (BatchNorm, {}, MAP, 2, 2, 0),
     (BatchNorm, {"axis": 1, "momentum": 0.5}, MAP, 2, 2, 0),
@@ -25,7 +25,7 @@ CASES: list[tuple[type, dict[str, Any], tuple[int, ...], int, int, int]] = [
 ]
 
 
-# What Keras says of the generator that its own test hands to fit.
+# A warning of Keras about the generator that its own test passes to fit.
 @pytest.mark.filterwarnings("ignore:`shuffle=True` was passed:UserWarning")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0].__name__}-{len(case[1])}")
 def test_keras_own_test_of_a_layer(case: tuple[type, dict[str, Any], tuple[int, ...], int, int, int]) -> None:

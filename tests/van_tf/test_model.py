@@ -16,7 +16,7 @@ from porting.mapping.convert import convert
 from porting.references.van import VAN
 from van_tf.layers import Block, gelu, module_name
 
-# Runs on every backend of Keras: tests/van_tf/test_backends.py.
+# tests/van_tf/test_backends.py runs this on every Keras backend.
 numpy_of = keras.ops.convert_to_numpy
 # Parameters with BatchNorm statistics, and variables, as computed from the official code.
 SIZES = {
@@ -32,7 +32,7 @@ SIZES = {
 
 @pytest.fixture(scope="module")
 def model(family: VanFamily, state_dict: dict[str, np.ndarray]) -> keras.Model:
-    """A Keras nano with the synthetic reference's weights; tests must not change them."""
+    """A Keras nano with the weights of the synthetic reference. Tests must not change them."""
     model = van_tf.van_nano()
     weights = convert(state_dict, family.key_map(family.spec("nano")), variable_shapes(model)).weights
     for variable in model.weights:
@@ -71,7 +71,7 @@ def test_pytorchs_logits_at_any_size(model: keras.Model, reference: VAN, height:
     images = random_images(2, height, width, 3)
     expected = torch_logits(reference, images)
     assert expected.std() > 0.1
-    # A few units in the last place after some hundred roundings; the parity check proper judges by float64.
+    # A few units in the last place after some hundred roundings. The parity check itself uses float64.
     np.testing.assert_allclose(numpy_of(model(images)), expected, atol=2e-5, rtol=0)
     np.testing.assert_allclose(model.predict(images, verbose=0), expected, atol=2e-5, rtol=0)
 
@@ -131,7 +131,7 @@ def test_drop_path_drops_whole_samples_and_rescales_the_others() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_gelu_is_pytorchs_in_every_precision(dtype: str) -> None:
-    """Where x is negative, the sum in it cancels."""
+    """For negative x, the sum inside it cancels."""
     x = torch.linspace(-6, 6, 4001).to(getattr(torch, dtype))
     expected = torch.nn.functional.gelu(x.double()).numpy()
     result = gelu(keras.ops.convert_to_tensor(x.float().numpy(), dtype))
@@ -142,7 +142,7 @@ def test_gelu_is_pytorchs_in_every_precision(dtype: str) -> None:
 def test_training_moves_weights_and_statistics() -> None:
     config = van_tf.VanConfig("tiny", (8, 8, 8, 8), (1, 1, 1, 2), (2, 2, 2, 2))
     model = van_tf.van(config, classes=10, drop_path_rate=0.1, drop_rate=0.1)
-    # Eagerly: tracing the steps takes longer than two of them, and tests/test_finetune.py trains in a graph.
+    # Eager, since tracing takes longer than two steps; tests/scripts/test_finetune.py trains in a graph.
     model.compile("adamw", keras.losses.SparseCategoricalCrossentropy(from_logits=True), run_eagerly=True)
     before = {variable.path: np.array(variable) for variable in model.weights}
     model.fit(random_images(8, 32, 32, 3), np.arange(8), batch_size=4, epochs=1, verbose=0)

@@ -1,4 +1,4 @@
-"""TensorFlow's images against Pillow's, as timm prepares them for the official evaluation."""
+"""Compares TensorFlow's images with Pillow's, as timm prepares them for the official evaluation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIZES = [(500, 375), (331, 600), (120, 90), (1000, 249), (248, 248), (255, 257)]
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Smooth colours with sharp edges and some noise, in odd sizes."""
+    """Make images of smooth colours with sharp edges and some noise, in odd sizes."""
     folder = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     paths = []
@@ -118,7 +118,7 @@ def test_decode_refuses_another_number_of_columns() -> None:
 
 
 def test_a_model_with_the_layer_is_not_compiled_by_xla() -> None:
-    """Keras turns on XLA by itself on a GPU, unless a layer says that it cannot."""
+    """On a GPU, Keras turns on XLA itself unless a layer says that it does not support it."""
     from keras.src.trainers.trainer import model_supports_jit
 
     inputs = keras.Input((None, None, 3), dtype="uint8")
