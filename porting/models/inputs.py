@@ -139,6 +139,11 @@ class Inputs:
             return dict(zip(structure, values, strict=True))
         return values[0] if len(values) == 1 else list(values)
 
+    def for_reference(self) -> Any:
+        """The inputs of the PyTorch model, as `make_inputs` takes them."""
+        names = self.reference_names or self.names
+        return list(self.reference) if names is None else dict(zip(names, self.reference, strict=True))
+
     def call_reference(self, model: nn.Module, dtype: Any) -> Any:
         """Run the PyTorch model on copies of the arrays, with floats in `dtype`."""
         import torch
@@ -150,6 +155,15 @@ class Inputs:
             if names is not None:
                 return model(**dict(zip(names, tensors, strict=True)))
             return model(*tensors)
+
+
+def equal_inputs(inputs: Any) -> Inputs:
+    """Make inputs of two models of one framework, which take the same. Raises ValueError when there are none."""
+    names = tuple(map(str, inputs)) if isinstance(inputs, Mapping) else None
+    arrays = tuple(_array(each) for each in _listed(inputs))
+    if not arrays or not all(len(array) if array.ndim else 0 for array in arrays):
+        raise ValueError("at least one input is needed")
+    return Inputs(arrays, arrays, tuple(tuple(range(array.ndim)) for array in arrays), names, names)
 
 
 def image_inputs(images: Array) -> Inputs:

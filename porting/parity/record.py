@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from porting.models.inputs import leaves_by_key
-from porting.models.observe import Replacement, observe_modules
+from porting.models.observe import Observer, Replacement, observe_modules
 from porting.parity.content import Truth, as_real
 from porting.parity.report import OUTPUT
 
@@ -65,8 +67,8 @@ class _Recorder:
         recording.order[name] = len(recording.order)
         return None
 
-    def keep_results(self, result: Any) -> None:
-        for key, leaf in leaves_by_key(result).items():
+    def keep_results(self, leaves: Mapping[str, Any]) -> None:
+        for key, leaf in leaves.items():
             if hasattr(leaf, "detach"):
                 self.recording.outputs[key] = self._keep(leaf, (output_name(key), True, 0))
 
@@ -94,13 +96,23 @@ def _version(tensor: Tensor) -> int:
 
 
 def record(model: nn.Module, run: Callable[[nn.Module], Any]) -> Recording:
-    """Run and record the model. If it changes kept tensors in place, run it again with copies."""
+    """Run the model, and run it again with copies if it overwrites a recorded tensor."""
     import torch
 
+    @contextlib.contextmanager
+    def running(observer: Observer) -> Iterator[Callable[[], dict[str, Any]]]:
+        with torch.no_grad(), observe_modules(model, observer):
+            yield lambda: leaves_by_key(run(model))
+
+    return record_run(running)
+
+
+def record_run(running: Callable[[Observer], AbstractContextManager[Callable[[], Mapping[str, Any]]]]) -> Recording:
+    """Record a run of any model. `running` yields, for an observer, a function that runs it and returns its results."""
     for copies in (False, True):
         recorder = _Recorder(copies=copies)
-        with torch.no_grad(), observe_modules(model, recorder):
-            recorder.keep_results(run(model))
+        with running(recorder) as run:
+            recorder.keep_results(run())
         if recorder.finish():
             break
     return recorder.recording

@@ -6,81 +6,85 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 from rapidfuzz import fuzz
 
-from porting.kinds import kind_called, kind_of_layer, kind_of_module
-from porting.kinds.transforms import Array, Constant, Shape
+from porting.kinds import kind_called, kind_of_layer
+from porting.kinds.transforms import VECTOR, Array, Constant, Shape
 from porting.mapping.key_map import TensorEntry
 from porting.models.rows import entries_of
-from porting.models.traverse import named_layers, named_variables, owned_variables
 from porting.parity.content import Match, Truth
 from porting.parity.record import Recording
+from porting.proposing.sides import KerasSide, Side, TorchSide
 
-if TYPE_CHECKING:
-    import keras
-    from torch import nn
-
+# A table of positions may have so many rows more in PyTorch, for padding.
+_MOST_ROWS = 8
 # At most this many modules without weights may lie between a tensor and the module with weights that takes it.
 _DEEPEST = 4
 
 
 @dataclass(frozen=True)
 class Option:
-    """A PyTorch module or parameter that may fill a Keras layer. `kind` is the kind of the row."""
+    """What may stand in a Keras layer: a module of PyTorch, or one of its parameters; `kind` is that of a row.
+
+    `also` are further modules of the same layer, in the order in which they run: the pointwise convolution of a
+    separable one.
+    """
 
     source: str
     kind: str
     entries: tuple[TensorEntry, ...]
+    also: tuple[Option, ...] = ()
 
     @property
-    def claim(self) -> str:
-        """The source that only one layer may use: the module, or one layer of a stack that is one module."""
-        return (
-            f"{self.source}:{self.kind.partition(':')[2] or 'l0'}" if self.kind.startswith("recurrent") else self.source
-        )
+    def claims(self) -> frozenset[str]:
+        """What nothing else may take: the modules, or the one layer of a recurrent stack."""
+        own = self.source
+        if self.kind.startswith("recurrent"):
+            own = f"{own}:{self.kind.partition(':')[2] or 'l0'}"
+        return frozenset({own}).union(*(each.claims for each in self.also))
+
+    @property
+    def parts(self) -> tuple[Option, ...]:
+        """Itself and the further modules, each with a row of its own."""
+        return (self, *self.also)
+
+    @property
+    def last(self) -> str:
+        """The module whose result the layer gives."""
+        return self.parts[-1].source
+
+    @property
+    def all_entries(self) -> tuple[TensorEntry, ...]:
+        """The entries of all parts."""
+        return tuple(entry for part in self.parts for entry in part.entries)
 
     @property
     def target(self) -> str:
-        """The Keras variable, if the option is a parameter."""
+        """The variable, where it is a parameter's."""
         return self.entries[0].targets[0]
 
 
 class Options:
     """The layers of both models, and which of them fit together."""
 
-    def __init__(
-        self,
-        truth_model: nn.Module,
-        candidate: keras.Model,
-        recording: Recording,
-        tensors: Mapping[str, Array],
-        *,
-        absorb_epsilon: bool = False,
-    ) -> None:
+    def __init__(self, source: Side, target: Side, recording: Recording, *, absorb_epsilon: bool = False) -> None:
         self._absorbs = absorb_epsilon
-        self.modules = dict(truth_model.named_modules())
-        self.recording = recording
-        self.tensors = tensors
-        self.layers = named_layers(candidate)
-        self.variables = named_variables(candidate)
-        self.shapes = {name: tuple(variable.shape) for name, variable in self.variables.items()}
-        self.names = {id(variable): name for name, variable in self.variables.items()}
-        self.owned = {
-            name: [self.names[id(each)] for each in own if id(each) in self.names]
-            for name, own in owned_variables(candidate).items()
-        }
-        self.kinds = {name: kind_of_module(module) for name, module in self.modules.items() if name}
+        self.source, self.target, self.recording = source, target, recording
+        self.modules, self.tensors = source.layers, source.tensors()
+        self.layers, self.shapes, self.owned = target.layers, target.shapes, target.owned
+        self.kinds = {name: source.kind(name) for name in self.modules}
         self._takers: dict[int, list[str]] = {}
         for call, found in recording.calls.items():
             for truth in found.inputs:
                 self._takers.setdefault(id(truth), []).append(call)
-        self._plain = {
-            name for name, module in self.modules.items() if name and not any(True for _ in module.parameters())
-        }
+        self._plain = {name for name in self.modules if not self._holds_tensors(name)}
         self.order = {call.partition("#")[0]: place for call, place in reversed(list(recording.order.items()))}
+
+    def _holds_tensors(self, module: str) -> bool:
+        stem = f"{module}{self.source.separator}"
+        return bool(self.source.tensors_of(module)) or any(name.startswith(stem) for name in self.tensors)
 
     def takers(self, truth: Truth) -> list[str]:
         """The modules of a known kind that take a tensor, directly or through modules without weights, each once."""
@@ -99,6 +103,10 @@ class Options:
                             pending.append((output, depth + 1))
         return list(found)
 
+    def calls(self, module: str) -> list[str]:
+        """The calls of a module in the recorded run."""
+        return [call for call in self.recording.calls if call.partition("#")[0] == module]
+
     def modules_like(self, layer_name: str) -> list[Option]:
         """Every module whose kind and shapes fit a layer, in the order of execution."""
         ran = sorted((name for name in self.order if self.kinds.get(name) is not None), key=self.order.__getitem__)
@@ -106,32 +114,7 @@ class Options:
 
     def fitting(self, layer_name: str, module_name: str, matches: list[Match]) -> Iterator[Option]:
         """Yield the ways in which the tensors of a module can fill all variables of a layer."""
-        layer, module = self.layers[layer_name], self.modules[module_name]
-        kind = self.kinds[module_name]
-        if kind is None:
-            return
-        details = [kind.name]
-        if kind.name == "recurrent":
-            details = [kind.name, *(f"{kind.name}:l{index}" for index in range(1, module.num_layers))]
-        if kind.name == "dense":
-            details = [*(f"dense:{sides}" for sides in self._flattened(matches)), *details]
-        if getattr(kind_of_layer(layer), "name", "") == "attention" and kind.name in {"dense", "dense_in_first"}:
-            details = ["qkv" if kind.name == "dense" else "qkv:in_first"]
-        if self._absorbs and kind.name == "batch_norm" and getattr(layer, "epsilon", module.eps) != module.eps:
-            details = [f"batch_norm:{module.eps - layer.epsilon:+.9g}"]
-        for row_kind in details:
-            own = kind_called(row_kind)
-            found = {
-                name: self.names[id(each)] for name, each in own.variables(layer).items() if id(each) in self.names
-            }
-            entries = tuple(entries_of(module_name, own.leaves_for(module), self.tensors.keys(), found))
-            filled = {name for entry in entries for name in entry.targets}
-            if not entries or not any(entry.sources and entry.targets for entry in entries):
-                continue
-            if filled != set(found.values()) or not filled >= set(self.owned.get(layer_name, ())):
-                continue
-            if all(self._fits(entry) for entry in entries):
-                yield Option(module_name, row_kind, entries)
+        raise NotImplementedError
 
     def parameters_like(self, variable: str, truths: Iterable[Truth] = ()) -> list[Option]:
         """Parameters outside the known kinds with as many numbers as a variable.
@@ -145,27 +128,43 @@ class Options:
             entry = TensorEntry.one(name, variable, kind.leaves[0].transform)
             if self.tensors[name].size == size and self._fits(entry):
                 options.append(Option(name, "parameter", (entry,)))
+            elif (more := self._rows_more(name, variable)) > 0:
+                row_kind = f"parameter:+{more}"
+                entry = TensorEntry.one(name, variable, kind_called(row_kind).leaves[0].transform)
+                options.append(Option(name, row_kind, (entry,)))
         owners = {call.partition("#")[0] for truth in truths for call in self._takers.get(id(truth), ())}
         # The innermost module counts, since all modules around it take the same tensor.
-        for owner in sorted(owners, key=lambda each: -each.count(".")):
-            if near := [option for option in options if option.source.startswith(f"{owner}.")]:
+        separator = self.source.separator
+        for owner in sorted(owners, key=lambda each: -each.count(separator)):
+            if near := [option for option in options if option.source.startswith(f"{owner}{separator}")]:
                 return near
         return options
+
+    def _rows_more(self, name: str, variable: str) -> int:
+        """How many rows a table of PyTorch has before those that a variable has; 0 if it is no such table."""
+        theirs, ours = self.tensors[name].shape, self.shapes[variable]
+        if len(theirs) != 2 or len(ours) != 2 or theirs[1:] != ours[1:] or theirs[0] - ours[0] > _MOST_ROWS:
+            return 0
+        return int(theirs[0] - ours[0])
 
     @cached_property
     def _bare_parameters(self) -> list[str]:
         """The parameters of no known kind, then those of embeddings: a table of positions may be either."""
         found, tables = [], []
         for name, array in self.tensors.items():
-            owner = self.kinds.get(name.rpartition(".")[0])
-            held = {leaf for own in (owner.leaves if owner is not None else ()) for leaf in own.sources}
+            module = self.owner_of(name)
+            owner = self.kinds.get(module)
             if array.dtype.kind != "f":
                 continue
-            if name.rpartition(".")[2] not in held:
+            if owner is None or name not in self.source.tensors_of(module) or not owner.leaves:
                 found.append(name)
             elif owner is not None and owner.name == "embedding":
                 tables.append(name)
         return found + tables
+
+    def owner_of(self, name: str) -> str:
+        """The module that holds a tensor directly."""
+        return name.rpartition(self.source.separator)[0]
 
     def similarity(self, source: str, target: str) -> float:
         """The similarity of two names, from 0 to 200."""
@@ -184,6 +183,83 @@ class Options:
             for match in matches:
                 if match.truth.tensor.ndim > 2:
                     yield "x".join(map(str, match.truth.tensor.shape[1:]))
+
+
+class AcrossFrameworks(Options):
+    """A PyTorch model and a Keras one: the kinds say how tensors move."""
+
+    source: TorchSide
+    target: KerasSide
+
+    def fitting(self, layer_name: str, module_name: str, matches: list[Match]) -> Iterator[Option]:
+        layer, module = self.layers[layer_name], self.modules[module_name]
+        kind, names = self.kinds[module_name], self.target.names
+        if kind is None:
+            return
+        details = [kind.name]
+        if kind.name == "recurrent":
+            details = [kind.name, *(f"{kind.name}:l{index}" for index in range(1, module.num_layers))]
+        if kind.name == "dense":
+            details = [*(f"dense:{sides}" for sides in self._flattened(matches)), *details]
+        if getattr(kind_of_layer(layer), "name", "") == "attention" and kind.name in {"dense", "dense_in_first"}:
+            details = ["qkv" if kind.name == "dense" else "qkv:in_first"]
+        if self._absorbs and kind.name == "batch_norm" and getattr(layer, "epsilon", module.eps) != module.eps:
+            details = [f"batch_norm:{module.eps - layer.epsilon:+.9g}"]
+        for row_kind in details:
+            own = kind_called(row_kind)
+            found = {name: names[id(each)] for name, each in own.variables(layer).items() if id(each) in names}
+            entries = tuple(entries_of(module_name, own.leaves_for(module), self.tensors.keys(), found))
+            filled = {name for entry in entries for name in entry.targets}
+            if not entries or not any(entry.sources and entry.targets for entry in entries):
+                continue
+            if filled != set(found.values()) or not filled >= set(self.owned.get(layer_name, ())):
+                continue
+            if all(self._fits(entry) for entry in entries):
+                yield Option(module_name, row_kind, entries)
+
+        if kind.name == "depthwise":
+            yield from self._separable(layer_name, module_name)
+
+    def _separable(self, layer_name: str, module_name: str) -> Iterator[Option]:
+        """Yield a depthwise convolution with the pointwise one behind it, which Keras may hold in one layer."""
+        layer = self.layers[layer_name]
+        parts = [kind_called("separable_depthwise"), kind_called("separable_pointwise")]
+        held = [{name: self.target.names[id(each)] for name, each in part.variables(layer).items()} for part in parts]
+        if "depthwise_kernel" not in held[0] or "pointwise_kernel" not in held[1]:
+            return
+        outputs = [truth for call in self.calls(module_name) for truth in self.recording.calls[call].outputs]
+        for behind in dict.fromkeys(taker for truth in outputs for taker in self.takers(truth)):
+            options = []
+            for part, own, found in zip(parts, (module_name, behind), held, strict=True):
+                entries = tuple(entries_of(own, part.leaves, self.tensors.keys(), found))
+                if entries and all(self._fits(entry) for entry in entries):
+                    options.append(Option(own, part.name, entries))
+            filled = {name for option in options for entry in option.entries for name in entry.targets}
+            if len(options) == 2 and filled >= set(self.owned[layer_name]):
+                yield Option(options[0].source, options[0].kind, options[0].entries, (options[1],))
+
+
+class WithinFramework(Options):
+    """Two models of one framework: tensors move as they are, under the same last names."""
+
+    # Kinds that compute the same product, with axes of size 1 or split axes between their kernels.
+    _PRODUCTS = frozenset({"dense", "conv"})
+
+    def fitting(self, layer_name: str, module_name: str, matches: list[Match]) -> Iterator[Option]:
+        kind, other = self.kinds[module_name], self.target.kind(layer_name)
+        same = type(self.modules[module_name]) is type(self.layers[layer_name])
+        if kind is None or other is None:
+            if not same:
+                return
+        elif kind.name != other.name and not {kind.name, other.name} <= self._PRODUCTS:
+            return
+        theirs = {name[len(module_name) :]: name for name in self.source.tensors_of(module_name)}
+        ours = {name[len(layer_name) :]: name for name in self.target.tensors_of(layer_name)}
+        if not ours or theirs.keys() != ours.keys():
+            return
+        entries = tuple(TensorEntry.one(theirs[leaf], ours[leaf], VECTOR) for leaf in ours)
+        if all(self._fits(entry) for entry in entries):
+            yield Option(module_name, kind.name if kind is not None else "parameter", entries)
 
 
 def filled(

@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from porting.errors import KeyMapError
-from porting.kinds import kind_called, kind_of_layer
+from porting.kinds import kind_called
+from porting.kinds.transforms import Shape
 from porting.mapping.compress import compress_rows
-from porting.mapping.key_map import KeyMap, LayerPair, TensorEntry
+from porting.mapping.key_map import KeyMap, LayerPair, TensorEntry, expand
 from porting.mapping.rules import KeyRule, join_name
 from porting.models.float64 import in_float64
-from porting.models.inputs import Axes, Inputs, make_inputs
-from porting.models.keras_float64 import Float64Model
+from porting.models.inputs import Axes
 from porting.models.live import effective_tensors
-from porting.models.synthetic import fill_with_synthetic_weights
+from porting.models.traverse import named_variables
+from porting.parity.compare import check_parity
 from porting.parity.content import Library
-from porting.parity.record import record
+from porting.parity.record import record_run
+from porting.parity.report import ParityReport
 from porting.progress import SILENT, Progress
-from porting.proposing.options import Options
-from porting.proposing.walk import Choice, Outcome, Walk
+from porting.proposing.options import AcrossFrameworks, Options, WithinFramework
+from porting.proposing.sides import KerasSide, TorchSide, make_sides
+from porting.proposing.walk import Choice, Outcome, Stated, Walk
 
 if TYPE_CHECKING:
     import keras
     from torch import nn
 
+# A model is searched again with zeros in at most so many tensors that no row takes.
+_MOST_SPARE = 4
 PROVEN, LIKELY, OPEN = "proven", "likely", "open"
-# This many numbers per sample identify tensors. If inputs have fewer, a second sample is used.
-_ENOUGH = 1000
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ class Proposal:
     """A key map as far as it could be found. `differences` says where the two models are not the same network.
 
     `unused_sources` are the PyTorch tensors that no row takes, `unfilled_targets` the Keras variables that no row
-    writes. `agrees` is whether the outputs are exact. `names` are the names of all PyTorch tensors.
+    writes. `agrees` is whether the outputs are exact. `names` are the names of all PyTorch tensors,
+    `shapes` the shapes of all Keras variables. `report` is the parity check that the map led to.
     """
 
     rows: tuple[Row, ...]
@@ -63,6 +67,8 @@ class Proposal:
     differences: tuple[str, ...] = ()
     agrees: bool = False
     names: tuple[str, ...] = ()
+    shapes: Mapping[str, Shape] = field(default_factory=dict, repr=False)
+    report: ParityReport | None = field(default=None, repr=False)
 
     @property
     def complete(self) -> bool:
@@ -78,6 +84,29 @@ class Proposal:
     def short_rules(self) -> list[KeyRule]:
         """The same rows, compressed by placeholders for the numbers in names."""
         return compress_rows(self.rules, self.names)
+
+    def move(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """The candidate's tensors by name, made from the reference's, as far as rows write them.
+
+        For two PyTorch models: `new.load_state_dict(proposal.move(old.state_dict()))`. Torch tensors give torch
+        tensors, arrays give arrays. Raises KeyError for a tensor that is missing.
+        """
+        found: dict[str, Any] = {}
+        for entry in self.key_map.entries:
+            given = [tensors[name] for name in entry.sources]
+            in_torch = any(hasattr(each, "detach") for each in given)
+            arrays = {
+                name: each.detach().cpu().numpy() if in_torch else np.asarray(each)
+                for name, each in zip(entry.sources, given, strict=True)
+            }
+            for name, array in entry.to_keras(arrays, self.shapes).items():
+                if in_torch:
+                    import torch
+
+                    found[name] = torch.from_numpy(np.array(array))
+                else:
+                    found[name] = array
+        return found
 
     def require_complete(self, drop: Collection[str] = (), keep: Collection[str] = ()) -> Proposal:
         """Return the proposal itself. Raises KeyMapError, with everything that is open, if it is not complete.
@@ -113,92 +142,160 @@ class Proposal:
 
 
 def propose_map(
-    reference: nn.Module,
-    candidate: keras.Model,
+    reference: nn.Module | keras.Model,
+    candidate: keras.Model | nn.Module,
     inputs: Any,
     *,
     reference_inputs: Any = None,
     pairs: Mapping[str, str] | None = None,
+    rows: Iterable[KeyRule] = (),
     input_axes: Sequence[Axes | None] | None = None,
     absorb_epsilon: bool = False,
+    check: bool = True,
     progress: Progress = SILENT,
 ) -> Proposal:
-    """Find which module of a PyTorch model belongs to which layer of a Keras model, by running both in float64.
+    """Find which module of a PyTorch model stands in which layer of a Keras model, by running both in float64.
 
-    The weights of the models do not matter: the search runs a copy of the PyTorch model with random weights that make
-    mistakes show. `inputs`, `reference_inputs` and `input_axes` are those of `check_parity`. `pairs` fixes rows,
-    `{"torch.name": "keras/path"}`. With `absorb_epsilon`, if the epsilon of a batch norm in Keras is not PyTorch's, its
-    variance absorbs the difference, and the function at inference is the same. Both models are left as they were.
+    The weights of the models do not matter: the search runs a copy of the PyTorch model with random weights, which
+    reveal mistakes. Both models are left as they were.
 
-    Raises ValueError when the inputs do not fit, and KeyMapError for names that the models do not have.
+    Two models of one framework are mapped as well: an old checkpoint's PyTorch model to a rewritten one, or one Keras
+    model to another. `Proposal.move` then gives the new model's tensors.
+
+    Args:
+        reference: The model whose weights are to be moved.
+        candidate: The model that takes them.
+        inputs: The inputs of the candidate, as for `check_parity`.
+        reference_inputs: The inputs of the reference, as for `check_parity`.
+        pairs: Rows that are known, `{"torch.name": "keras/path"}`.
+        rows: Rows of a half-finished key map. Unlike `pairs` they state the kind too and may have placeholders.
+        input_axes: As for `check_parity`.
+        absorb_epsilon: Put the difference between two epsilons of a batch norm into its variance, which computes the
+            same at inference.
+        check: Run the parity check with the proposed map and keep its report. Not for two models of one framework.
+
+    Raises:
+        ValueError: The inputs do not fit.
+        KeyMapError: A name in `pairs` or `rows` is none of the models', or a row matches nothing.
     """
-    import torch
+    source, target = make_sides(reference, candidate, inputs, reference_inputs, input_axes)
+    progress("running the reference")
+    source.fill_with_synthetic_weights()
 
-    given = make_inputs(reference, candidate, inputs, reference_inputs, input_axes)
-    given = given.batch(0, 1 if max(array[0].size for array in given.candidate) >= _ENOUGH else 2)
-    truth_model = in_float64(reference)
+    def search() -> tuple[Proposal, Options]:
+        recording = record_run(source.running)
+        ranks = {truth.tensor.ndim for truth in recording.truths}
+        library = Library(recording.truths, {rank: target.given.output_axes(rank) for rank in ranks})
+        options: Options
+        if isinstance(source, TorchSide) and isinstance(target, KerasSide):
+            options = AcrossFrameworks(source, target, recording, absorb_epsilon=absorb_epsilon)
+        else:
+            options = WithinFramework(source, target, recording)
+        stated = _by_pairs(pairs or {}, options) | _by_rows(rows, options)
+        return _proposal(Walk(options, library, stated, progress).search(), options), options
 
-    def run(model: nn.Module) -> Any:
-        return given.call_reference(model, torch.float64)
-
-    progress("running PyTorch")
-    fill_with_synthetic_weights(truth_model, 0, run=run)
-    truth_model.eval()
-    recording = record(truth_model, run)
-    ranks = {truth.tensor.ndim for truth in recording.truths}
-    library = Library(recording.truths, {rank: given.output_axes(rank) for rank in ranks})
-    tensors = effective_tensors(truth_model, in_float32=False)
-    options = Options(truth_model, candidate, recording, tensors, absorb_epsilon=absorb_epsilon)
-    fixed = _by_layer(pairs or {}, options)
-    outcome = Walk(options, recording, library, Float64Model(candidate), given, fixed, progress).search()
+    proposal, options = search()
+    spare = proposal.unused_sources
+    if not proposal.agrees and 0 < len(spare) <= _MOST_SPARE:
+        # Published weights may hold zeros in a tensor that the candidate has no place for.
+        source.clear(spare)
+        again, options = search()
+        if again.agrees:
+            said = f"the candidate has no place for {', '.join(spare)}: the outputs are exact where it is zero"
+            proposal = replace(again, differences=(*again.differences, said))
+    if check and isinstance(options, AcrossFrameworks):
+        progress("checking the map")
+        proposal = replace(proposal, report=_report(proposal, options.source, candidate, progress))
     progress("done", 1, 1)
-    return _proposal(outcome, options, given)
+    return proposal
 
 
-def _by_layer(pairs: Mapping[str, str], options: Options) -> dict[str, str]:
+def _report(proposal: Proposal, source: TorchSide, candidate: keras.Model, progress: Progress) -> ParityReport:
+    """The parity of the two models with the synthetic weights and the proposed map. Their own weights come back."""
+    reference = in_float64(source.model).float()
+    own = {name: np.array(variable) for name, variable in named_variables(candidate).items()}
+    arrays = effective_tensors(reference)
+    shapes = {name: array.shape for name, array in own.items()}
+    variables = named_variables(candidate)
+    try:
+        for entry in proposal.key_map.entries:
+            for name, values in entry.to_keras(arrays, shapes).items():
+                variables[name].assign(values)
+        return check_parity(
+            reference,
+            candidate,
+            source.given.for_candidate(candidate),
+            reference_inputs=source.given.for_reference(),
+            input_axes=source.given.axes,
+            pairs=proposal.key_map.one_to_one,
+            key_map=proposal.key_map,
+            name="with the proposed map",
+            waive=tuple(f"{name}:eps" for name in proposal.key_map.absorbed),
+            locate_culprits=not proposal.agrees,
+            progress=progress,
+        )
+    finally:
+        for name, values in own.items():
+            variables[name].assign(values)
+
+
+def _by_pairs(pairs: Mapping[str, str], options: Options) -> dict[str, Stated]:
     for source, target in pairs.items():
         if source not in options.modules and source not in options.tensors:
-            raise KeyMapError(f"pairs: {source!r} is no module and no tensor of the PyTorch model")
-        if target not in options.layers:
-            raise KeyMapError(f"pairs: {target!r} is no layer of the Keras model")
-    return {target: source for source, target in pairs.items()}
+            raise KeyMapError(f"pairs: {source!r} is no module and no tensor of the reference")
+        if target not in options.layers and target not in options.shapes:
+            raise KeyMapError(f"pairs: {target!r} is no layer and no variable of the candidate")
+    return {target: Stated(source) for source, target in pairs.items()}
 
 
-def _proposal(outcome: Outcome, options: Options, given: Inputs) -> Proposal:
+def _by_rows(rows: Iterable[KeyRule], options: Options) -> dict[str, Stated]:
+    stated: dict[str, Stated] = {}
+    for _, pair in expand(list(rows), options.tensors):
+        if pair.target not in options.layers and pair.target not in options.shapes:
+            raise KeyMapError(
+                f"row {pair.source!r}: {pair.target!r} is no layer and no variable of the candidate",
+                hint=f"It has {', '.join(list(options.layers)[:20])}{', ...' if len(options.layers) > 20 else ''}.",
+            )
+        # The first of several modules that one layer holds decides.
+        stated.setdefault(pair.target, Stated(pair.source, pair.kind))
+    return stated
+
+
+def _proposal(outcome: Outcome, options: Options) -> Proposal:
     rows: list[Row] = []
     layers: list[LayerPair] = []
     entries: list[TensorEntry] = []
     differences: list[str] = []
     drops: set[str] = set()
+    agrees = outcome.agrees and not any(choice.steered or choice.fed for choice in outcome.choices.values())
     for choice in outcome.choices.values():
-        option = choice.option
-        target = choice.slot
-        confidence, why = _confidence(choice, outcome)
-        rows.append(Row(option.source, target, option.kind, confidence, why))
-        layers.append(LayerPair(option.source, target, option.kind))
-        entries += option.entries
-        drops |= {join_name(option.source, ".", name) for name in kind_called(option.kind).drops}
+        confidence, why = _confidence(choice, agrees)
+        for part in choice.option.parts:
+            rows.append(Row(part.source, choice.slot, part.kind, confidence, why))
+            layers.append(LayerPair(part.source, choice.slot, part.kind))
+            entries += part.entries
+            drops |= {join_name(part.source, ".", name) for name in kind_called(part.kind).drops}
         if choice.steered:
             differences.append(_difference(choice, options))
     rows += [Row("", name, "", OPEN, why) for name, why in outcome.open.items()]
-    # Several rows may take tensors of the same module, as in a stack of recurrent layers.
+    # A row may stand for tensors of a module that other rows take too: a stack of recurrent layers.
     used = {name for entry in entries for name in entry.sources}
     filled = {name for entry in entries for name in entry.targets}
     unique: dict[tuple[tuple[str, ...], tuple[str, ...]], TensorEntry] = {(e.sources, e.targets): e for e in entries}
     counters = {name for name in options.tensors if name.endswith("num_batches_tracked")}
     return Proposal(
         tuple(rows),
-        KeyMap.of(layers, unique.values(), drops | counters),
+        KeyMap.of(layers, unique.values(), (drops | counters) - used),
         tuple(sorted(name for name in options.tensors.keys() - used - drops - counters)),
-        tuple(sorted(options.variables.keys() - filled)),
+        tuple(sorted(name for name in options.shapes.keys() - filled if not name.endswith("num_batches_tracked"))),
         tuple(differences),
-        outcome.agrees and not any(choice.steered for choice in outcome.choices.values()),
+        agrees,
         tuple(options.tensors),
+        shapes=dict(options.shapes),
     )
 
 
-def _confidence(choice: Choice, outcome: Outcome) -> tuple[str, str]:
-    exact = outcome.agrees and not any(each.steered for each in outcome.choices.values())
+def _confidence(choice: Choice, exact: bool) -> tuple[str, str]:
     if choice.tied:
         return LIKELY, f"interchangeable with {choice.tied}: no input shows which is which"
     if choice.steered:
@@ -207,21 +304,28 @@ def _confidence(choice: Choice, outcome: Outcome) -> tuple[str, str]:
         return LIKELY, f"exact from this layer to the outputs, but not tested against {choice.untold} for lack of time"
     if exact and (choice.seen or choice.refuted or (choice.rivals == 1 and not choice.guessed)):
         return PROVEN, "exact from this layer to the outputs"
-    # If the two networks differ, an option may have failed for that reason alone.
-    if choice.seen and choice.rivals == 1 and not choice.guessed:
-        return PROVEN, "it returns what PyTorch returns, and nothing else fits"
+    if choice.fed:
+        return LIKELY, "its own input matches nothing in PyTorch; given PyTorch's, it returns what PyTorch returns"
+    # If the two networks differ, an option may have failed for that reason alone, unless an exchange excludes it.
+    others = {option.source for option in choice.options} - {choice.option.source}
+    if choice.seen and (choice.confirmed or choice.excluded) and not choice.guessed and others <= choice.excluded:
+        return PROVEN, "it returns what PyTorch returns, nothing else does, and what follows agrees"
+    if choice.seen and choice.guessed:
+        return LIKELY, "it returns what PyTorch returns, and its input matches nothing in PyTorch"
+    if choice.seen and others - choice.excluded:
+        return LIKELY, f"it returns what PyTorch returns, and {len(others - choice.excluded)} others take the same"
     if choice.seen:
-        others = f"{choice.rivals - 1} others take" if choice.rivals > 1 else "its input matches nothing in PyTorch"
-        return LIKELY, f"it returns what PyTorch returns, and {others}{' the same' if choice.rivals > 1 else ''}"
+        return LIKELY, "it returns what PyTorch returns, and nothing that follows confirms it"
     return LIKELY, "its kind and shapes fit"
 
 
 def _difference(choice: Choice, options: Options) -> str:
     """Describe the difference between a layer and its module, with the settings that differ."""
     module, layer = options.modules.get(choice.option.source), options.layers[choice.layer]
-    kind = kind_of_layer(layer)
+    kind = options.target.kind(choice.layer)
     said = []
-    if module is not None and kind is not None and kind is options.kinds[choice.option.source]:
+    across = isinstance(options, AcrossFrameworks)
+    if across and module is not None and kind is not None and kind is options.kinds[choice.option.source]:
         theirs, ours = kind.module_settings(module), kind.layer_settings(layer)
         for name in theirs.keys() & ours.keys():
             if isinstance(theirs[name], np.ndarray):

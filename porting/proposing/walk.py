@@ -14,12 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from porting.kinds import kind_of_layer
-from porting.models.inputs import Inputs, leaves_by_key
-from porting.models.keras_float64 import Float64Model
-from porting.models.observe import Replacement, observe_layers, to_torch
+from porting.models.observe import Replacement
 from porting.parity.content import Library, Match, Truth, as_real
-from porting.parity.record import Recording
 from porting.parity.results import pair_results
 from porting.parity.trace import key_of
 from porting.progress import Progress
@@ -30,6 +26,8 @@ if TYPE_CHECKING:
 
 # How often the walk goes back before it gives up on a layer.
 _TRIES = 48
+# A sum is taken by one of the next so many layers.
+_LAYERS_AFTER = 4
 # How long, in seconds, to test whether exchanging two choices changes the outputs.
 _TIES_SECONDS = 60.0
 
@@ -40,8 +38,10 @@ class Choice:
 
     A slot is a layer, or a variable that a layer of no known kind holds directly; `layer` is the layer in either case.
     `rivals` is how many options fitted at first, whether or not other layers use them. `seen` means that PyTorch has
-    the layer's result, `guessed` that its input matched nothing, `steered` that its result had to be replaced, and
-    `refuted` that nothing else would do. `tied` names an option that would do too, `untold` one that was not tried.
+    the layer's result, `guessed` that its input matched nothing, `fed` that it was therefore given PyTorch's,
+    `steered` that its result had to be replaced, and `refuted` that nothing else would do. `tied` names an option that
+    would do too, `untold` one that was not tried, and `excluded` those that an exchange excludes. `confirmed` means
+    that PyTorch also has what a later layer makes of its result, or that it is a result of the model.
     """
 
     slot: str
@@ -51,14 +51,28 @@ class Choice:
     rivals: int = 1
     seen: bool = False
     guessed: bool = False
+    fed: bool = False
     steered: bool = False
     refuted: bool = False
     tied: str = ""
     untold: str = ""
+    confirmed: bool = False
+    excluded: set[str] = field(default_factory=set)
 
     @property
     def option(self) -> Option:
         return self.options[self.index]
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What a person or a row says stands in a layer or variable: a module or parameter, and perhaps the row's kind."""
+
+    source: str
+    kind: str = ""
+
+    def allows(self, option: Option) -> bool:
+        return option.source == self.source and self.kind in ("", option.kind)
 
 
 class _StuckError(BaseException):
@@ -86,15 +100,12 @@ class Walk:
     def __init__(
         self,
         options: Options,
-        recording: Recording,
         library: Library,
-        model: Float64Model,
-        inputs: Inputs,
-        given: Mapping[str, str],
+        given: Mapping[str, Stated],
         progress: Progress,
     ) -> None:
-        self.options, self.recording, self.library = options, recording, library
-        self.model, self.inputs, self.progress = model, inputs, progress
+        self.options, self.recording, self.library = options, options.recording, library
+        self.inputs, self.progress = options.target.given, progress
         self.given = dict(given)
         self.choices: dict[str, Choice] = {}
         self.open: dict[str, str] = {}
@@ -107,6 +118,10 @@ class Walk:
         self._alive: list[Tensor] = []
         self._found: dict[int, list[Match]] = {}
         self._ran: set[str] = set()
+        self._made_by: dict[int, list[Choice]] = {}
+        self._takers: dict[str, frozenset[str]] = {}
+        # Exchanges are tried: no result sends the walk back.
+        self._testing = False
 
     def search(self) -> Outcome:
         """Run the Keras model until every layer is filled or given up."""
@@ -128,8 +143,9 @@ class Walk:
             # No other option leads further, so the first was as good as any.
             self.choices, furthest = kept, -1
             self._given_up.add(place)
-        if agrees:
-            self._find_ties()
+        self._find_ties(agrees)
+        if not agrees:
+            self._confirm_by_sums()
         return Outcome(self.choices, self.open, agrees)
 
     def _back(self) -> bool:
@@ -137,9 +153,10 @@ class Walk:
         names = list(self.choices)
         for place in range(len(names) - 1, -1, -1):
             choice = self.choices[names[place]]
-            taken = {self.choices[name].option.claim for name in names[:place]}
+            taken = {claim for name in names[:place] for claim in self.choices[name].option.claims}
             following = next(
-                (i for i in range(choice.index + 1, len(choice.options)) if choice.options[i].claim not in taken), None
+                (i for i in range(choice.index + 1, len(choice.options)) if taken.isdisjoint(choice.options[i].claims)),
+                None,
             )
             if following is not None:
                 choice.index, choice.seen, choice.steered, choice.refuted = following, False, False, True
@@ -152,29 +169,53 @@ class Walk:
         """Run as far as possible. Returns the layer where it got stuck, and whether all results are PyTorch's."""
         self._truths_of, self._stacks, self._stack, self._alive, self._found = {}, {}, [], [], {}
         self._ran = set()
-        self._taken = {choice.option.claim for choice in self.choices.values()}
-        with self.model.active() as model, observe_layers(model, self):
+        self._taken = {claim for choice in self.choices.values() for claim in choice.option.claims}
+        self._made_by = {}
+        with self.options.target.running(self) as run:
             for choice in self.choices.values():
+                choice.fed = choice.confirmed = False
                 self._fill(choice)
             try:
-                result = model(self.inputs.for_candidate(model), training=False)
+                result = run()
             except _StuckError as stuck:
                 return stuck.layer, False
-            ours = {key: as_real(to_torch(leaf)) for key, leaf in leaves_by_key(result).items()}
+            ours = {key: as_real(leaf) for key, leaf in result.items()}
         partners, _ = pair_results(self.recording.outputs, ours)
-        return None, bool(partners) and all(
-            self.library.match(ours[own], self.recording.outputs[key]) is not None for key, own in partners.items()
-        )
+        exact = [
+            self.recording.outputs[key]
+            for key, own in partners.items()
+            if self.library.match(ours[own], self.recording.outputs[key]) is not None
+        ]
+        for choice in self.choices.values():
+            choice.confirmed |= any(truth is result for truth in self._results_of(choice) for result in exact)
+        return None, bool(partners) and len(exact) == len(partners)
 
     def before(self, name: str, inputs: list[Tensor]) -> Replacement:
         self._alive += inputs
-        self._stack.append((name, inputs))
         base = name.partition("#")[0]
+        fed: list[Tensor | None] | None = None
         if base not in self._ran and base in self.options.layers:
             self._ran.add(base)
             if base not in self.choices:
                 self._choose(base, inputs)
-        return None
+            fed = self._feed(base, inputs)
+        if fed is not None:
+            inputs = [old if new is None else new for old, new in zip(inputs, fed, strict=True)]
+        self._stack.append((name, inputs))
+        return fed
+
+    def _feed(self, base: str, inputs: list[Tensor]) -> list[Tensor | None] | None:
+        """PyTorch's own input for a layer that was only guessed, since its input matches none of PyTorch's tensors.
+
+        The layer is then judged by itself, and the layers after it have inputs that are known again.
+        """
+        choice = self.choices.get(base)
+        if choice is None or not choice.guessed or any(map(self._find, inputs)):
+            return None
+        calls = self.options.calls(choice.option.source)
+        fed = self._in_place_of(inputs, self.recording.calls[calls[0]].inputs if calls else [])
+        choice.fed = any(each is not None for each in fed)
+        return fed if choice.fed else None
 
     def after(self, name: str, outputs: list[Tensor]) -> Replacement:
         self._alive += outputs
@@ -182,7 +223,9 @@ class Walk:
         base = name.partition("#")[0]
         choice = self.choices.get(base)
         if choice is not None and "#" not in name:
-            return self._judge(choice, outputs)
+            replaced = self._judge(choice, outputs)
+            self._confirm(choice, inputs, outputs)
+            return replaced
         if "#" not in name and base in self.options.owned:
             self._judge_parameters(base, outputs)
         layer = self.options.layers.get(base)
@@ -196,8 +239,8 @@ class Walk:
 
     def _wanted(self, base: str) -> list[str]:
         """The variables of a layer that are not filled yet."""
-        taken = {name for own in self.choices.values() for e in own.option.entries for name in e.targets}
-        return [name for name in self._variables(base) if name not in taken]
+        taken = {name for own in self.choices.values() for e in own.option.all_entries for name in e.targets}
+        return [name for name in self.options.target.tensors_of(base) if name not in taken]
 
     def _choose(self, base: str, inputs: list[Tensor]) -> None:
         wanted = self._wanted(base)
@@ -208,39 +251,56 @@ class Walk:
         fixed = self.given.get(base)
         options = self._options(base, inputs, matches, truths)
         if fixed is not None:
-            options = [option for option in options if option.source == fixed] or self._stated(base, fixed)
+            options = [each for each in options if fixed.allows(each)] or self._stated(base, fixed)
         if not options and not set(wanted) & set(self.options.owned.get(base, ())):
             return  # its sublayers are filled one by one
         table = not options and len(wanted) == 1 and bool(self.options.parameters_like(wanted[0]))
-        if not table and (options or kind_of_layer(self.options.layers[base]) is not None):
+        if not table and (options or self.options.target.kind(base) is not None):
             self._settle(base, base, options, bool(truths), fixed is not None)
             return
         for name in wanted:
             own = self.options.parameters_like(name, truths)
-            own = [option for option in own if fixed in (None, option.source)] or own
+            stated = self.given.get(name, fixed)
+            own = [option for option in own if stated is None or stated.allows(option)] or own
             # A table belongs to the module that looks it up; no other layer may take it.
-            own = [each for each in own if each.source.rpartition(".")[0] not in self._taken] or own
+            own = [each for each in own if self.options.owner_of(each.source) not in self._taken] or own
             self._settle(name, base, own, True, False)
 
     def _settle(self, slot: str, base: str, options: list[Option], known: bool, stated: bool) -> None:
-        free = [option for option in options if option.claim not in self._taken]
+        free = [option for option in options if self._taken.isdisjoint(option.claims)]
         guessed = False
         if not free:
             if not known and base not in self._given_up and not self._is_fixed():
                 raise _StuckError(base)
             if not stated and slot == base:
-                free = [option for option in self._guesses(base) if option.claim not in self._taken]
+                free = [option for option in self._guesses(base) if self._taken.isdisjoint(option.claims)]
                 guessed = True
             if not free:
                 if self._wanted(base):
                     self.open[slot] = "no free module or parameter of PyTorch has its kind and shapes"
                 return
-        free.sort(key=lambda option: (-self.options.similarity(option.source, slot), self._place(option)))
+        free.sort(key=lambda option: self._rank(option, slot))
+        if guessed:
+            # Where the trail is lost, the order of execution says as much as names.
+            ahead = {id(option): place for place, option in enumerate(sorted(free, key=self._steps_ahead))}
+            alike = {id(option): place for place, option in enumerate(free)}
+            free.sort(key=lambda option: ahead[id(option)] + alike[id(option)])
         rivals = len({option.source for option in options}) or len(free)
         self.open.pop(slot, None)
         self.choices[slot] = Choice(slot, base, free, 0, rivals, guessed=guessed)
-        self._taken.add(free[0].claim)
+        self._taken |= free[0].claims
         self._fill(self.choices[slot])
+
+    def _rank(self, option: Option, slot: str) -> tuple[bool, float, int]:
+        """The order in which options are tried: whole tables first, then by name, then as PyTorch runs them."""
+        part = option.kind.startswith("parameter:")
+        return part, -self.options.similarity(option.source, slot), self._place(option)
+
+    def _steps_ahead(self, option: Option) -> int:
+        """How long after the last module found a module runs. Modules that run before it come last."""
+        last = max((self._place(choice.option) for choice in self.choices.values()), default=-1)
+        ahead = self._place(option) - last
+        return ahead if ahead > 0 else len(self.options.order) - ahead
 
     def _options(self, base: str, inputs: list[Tensor], matches: list[Match], truths: list[Truth]) -> list[Option]:
         """The options for a layer: modules that took the same input."""
@@ -264,22 +324,16 @@ class Walk:
         """Options by kind and shapes alone, wherever the modules are."""
         return [o for o in self.options.modules_like(base) if not o.kind.startswith("recurrent:")]
 
-    def _stated(self, base: str, source: str) -> list[Option]:
-        if source in self.options.modules:
-            return list(self.options.fitting(base, source, []))
+    def _stated(self, base: str, stated: Stated) -> list[Option]:
+        if stated.source in self.options.modules:
+            own = list(self.options.fitting(base, stated.source, []))
+            return [option for option in own if stated.allows(option)]
         return [
             each
-            for name in self._variables(base)
+            for name in self.options.target.tensors_of(base)
             for each in self.options.parameters_like(name)
-            if each.source == source
+            if stated.allows(each)
         ]
-
-    def _variables(self, base: str) -> list[str]:
-        kind = kind_of_layer(self.options.layers[base])
-        found = kind.variables(self.options.layers[base]).values() if kind is not None else ()
-        return list(
-            dict.fromkeys([*self.options.owned.get(base, ()), *(self.options.names.get(id(v), "") for v in found)])
-        )
 
     def _is_fixed(self) -> bool:
         """Whether no earlier choice has another option, so that going back is useless."""
@@ -291,9 +345,9 @@ class Walk:
     def _fill(self, choice: Choice) -> None:
         if self._filled.get(choice.slot) == choice.option:
             return
-        values = filled(choice.option.entries, self.options.tensors, self.options.shapes)
+        values = filled(choice.option.all_entries, self.options.tensors, self.options.shapes)
         for name, array in values.items():
-            self.options.variables[name].assign(array)
+            self.options.target.assign(name, array)
         self._filled[choice.slot] = choice.option
 
     def _judge_parameters(self, base: str, outputs: list[Tensor]) -> None:
@@ -311,7 +365,7 @@ class Walk:
         """Accept a layer whose result is in PyTorch; otherwise try the next option, or replace the result."""
         choice.seen = choice.steered = False  # an earlier run may have set these with other choices
         option = choice.option
-        own = [truth for call in self._calls(option.source) for truth in self.recording.calls[call].outputs]
+        own = self._results_of(choice)
         tensors = [each for each in outputs if each.is_floating_point() and each.numel() > 1]
         if any(self._is(tensor, truth) for tensor in tensors for truth in own) or any(map(self._find, tensors)):
             choice.seen = True
@@ -326,41 +380,89 @@ class Walk:
         if self._agrees_inside(choice, outputs, own):
             choice.seen = True
             return None
-        if choice.index + 1 < len(choice.options) and choice.layer not in self._given_up:
+        if choice.index + 1 < len(choice.options) and choice.layer not in self._given_up and not self._testing:
             raise _StuckError(choice.layer)
         choice.steered = True
         return self._steered(outputs, own)
 
     def _agrees_inside(self, choice: Choice, outputs: list[Tensor], own: list[Truth]) -> bool:
         """Whether the layer returns PyTorch's result after an activation inside it that is no PyTorch module."""
-        activation = getattr(self.options.layers[choice.layer], "activation", None)
-        if activation is None or len(outputs) != 1:
+        if len(outputs) != 1:
             return False
-        import keras
-
         for truth in own:
             for axes in {self.inputs.output_axes(truth.tensor.ndim), tuple(range(truth.tensor.ndim))}:
                 expected = truth.tensor.permute(axes).contiguous()
                 if expected.shape == outputs[0].shape:
-                    made = to_torch(activation(keras.ops.convert_to_tensor(expected.numpy())))
+                    made = self.options.target.activated(choice.layer, expected)
+                    if made is None:
+                        return False
                     scale = float(made.square().mean().sqrt())
                     if float((made - outputs[0]).square().mean().sqrt()) <= 1e-11 * scale:
                         return True
         return False
 
     def _steered(self, outputs: list[Tensor], own: list[Truth]) -> Replacement:
-        replaced: list[Tensor | None] = [None] * len(outputs)
-        for index, output in enumerate(outputs):
-            for truth in own:
-                for axes in (self.inputs.output_axes(truth.tensor.ndim), tuple(range(truth.tensor.ndim))):
-                    expected = truth.tensor.permute(axes).contiguous()
-                    if expected.shape == output.shape and replaced[index] is None:
-                        replaced[index] = expected
-                        self._alive.append(expected)
+        replaced = self._in_place_of(outputs, own)
         return replaced if any(each is not None for each in replaced) else None
 
-    def _calls(self, module: str) -> list[str]:
-        return [call for call in self.recording.calls if call.partition("#")[0] == module]
+    def _in_place_of(self, tensors: list[Tensor], truths: list[Truth]) -> list[Tensor | None]:
+        """For each tensor the first of PyTorch's with its shape, in the target's order of axes, or None."""
+        replaced: list[Tensor | None] = [None] * len(tensors)
+        for index, tensor in enumerate(tensors):
+            for truth in truths if tensor.is_floating_point() else ():
+                for axes in (self.inputs.output_axes(truth.tensor.ndim), tuple(range(truth.tensor.ndim))):
+                    expected = truth.tensor.permute(axes).contiguous()
+                    if expected.shape == tensor.shape and replaced[index] is None:
+                        replaced[index] = expected
+                        self._alive.append(expected)
+        return replaced
+
+    def _confirm(self, choice: Choice, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        """Marks the choices whose result this layer takes, if PyTorch has what it makes of it."""
+        good = choice.seen and not choice.steered
+        if good and not choice.guessed:
+            for tensor in inputs:
+                for maker in self._made_by.get(key_of(tensor), ()):
+                    maker.confirmed = True
+            source = choice.option.source
+            for other in self.choices.values():
+                if other is not choice and other.seen and source in self._takers_of(other):
+                    other.confirmed = True
+        for tensor in outputs:
+            self._made_by.setdefault(key_of(tensor), []).append(choice)
+
+    def _takers_of(self, choice: Choice) -> frozenset[str]:
+        """The modules that take what a choice's module gives."""
+        last = choice.option.last
+        if last not in self._takers:
+            truths = self._results_of(choice)
+            self._takers[last] = frozenset(name for truth in truths for name in self.options.takers(truth))
+        return self._takers[last]
+
+    def _results_of(self, choice: Choice) -> list[Truth]:
+        calls = self.options.calls(choice.option.last)
+        return [truth for call in calls for truth in self.recording.calls[call].outputs]
+
+    def _confirm_by_sums(self) -> None:
+        """Confirm choices whose result goes into a sum, such as a shortcut's, that a later layer takes."""
+        ordered = sorted((each for each in self.choices.values()), key=lambda each: self._place(each.option))
+        for place, choice in enumerate(ordered):
+            if choice.confirmed or not choice.seen:
+                continue
+            for later in ordered[place + 1 : place + 1 + _LAYERS_AFTER]:
+                if later.seen and not later.guessed and self._is_summand(choice, later):
+                    choice.confirmed = True
+
+    def _is_summand(self, choice: Choice, later: Choice) -> bool:
+        """Whether what the module of `later` takes is the result of `choice` plus another tensor of PyTorch's."""
+        for call in self.options.calls(later.option.source):
+            for taken in self.recording.calls[call].inputs:
+                for made in self._results_of(choice):
+                    if made is not taken and made.tensor.shape == taken.tensor.shape:
+                        rest = taken.tensor - made.tensor
+                        if rest.is_floating_point() and rest.numel() > 1 and self.library.find(rest):
+                            return True
+        return False
 
     def _is(self, tensor: Tensor, truth: Truth) -> bool:
         return self.library.match(as_real(tensor), truth) is not None
@@ -375,40 +477,77 @@ class Walk:
         found = [match.truth for match in self._find(tensor)]
         return found or self._truths_of.get(key_of(tensor), [])
 
-    def _find_ties(self) -> None:
-        """Find choices that can be exchanged without changing the outputs: no input shows which is which."""
-        several = [choice for choice in self.choices.values() if choice.rivals > 1 and not choice.refuted]
-        pairs = [
-            (one, other)
+    def _find_ties(self, agrees: bool) -> None:
+        """Mark choices that could be exchanged with each other, because no input shows which is which.
+
+        One run tries an exchange in every part of the model at once. Where the result of a layer then differs from
+        PyTorch's, it is replaced, so that the next exchange is judged by itself.
+        """
+        several = [choice for choice in self.choices.values() if choice.rivals > 1 and not (agrees and choice.refuted)]
+        waiting = [
+            (one.slot, other.slot)
             for place, one in enumerate(several)
             for other in several[place + 1 :]
-            if not one.tied and {o.source for o in one.options} >= {other.option.source}
+            if {option.source for option in one.options} >= {other.option.source}
         ]
+        places = {slot: place for place, slot in enumerate(self.choices)}
         begin = time.monotonic()
-        for one, other in pairs:
-            if time.monotonic() - begin > _TIES_SECONDS:
-                for choice, rival in ((one, other), (other, one)):
-                    if not choice.refuted:
-                        self.choices[choice.slot].untold = rival.option.source
-                continue
+        self._testing = True
+        while waiting and time.monotonic() - begin <= _TIES_SECONDS:
+            batch: list[tuple[str, str]] = []
+            for one, other in sorted(waiting, key=lambda pair: (places[pair[1]], -places[pair[0]])):
+                # The layer after the last one is where an exchange shows.
+                if not batch or places[one] > places[batch[-1][1]] + 1:
+                    batch.append((one, other))
+            waiting = [pair for pair in waiting if pair not in batch]
+            for pair in self._try_exchanges(batch, places, agrees):
+                if agrees and (len(batch) == 1 or self._try_exchanges([pair], places, agrees)):
+                    one, other = (self.choices[slot] for slot in pair)
+                    one.tied, other.tied = other.option.source, one.option.source
+        self._testing = False
+        for one, other in waiting:
+            for slot, rival in ((one, other), (other, one)):
+                if not self.choices[slot].refuted:
+                    self.choices[slot].untold = self.choices[rival].option.source
+
+    def _try_exchanges(
+        self, pairs: list[tuple[str, str]], places: Mapping[str, int], agreed: bool
+    ) -> list[tuple[str, str]]:
+        """Run with the options of each pair exchanged. Marks those that this refutes, and returns those it does not."""
+        kept = {name: _copied(choice) for name, choice in self.choices.items()}
+        tried: list[tuple[str, str]] = []
+        for pair in pairs:
+            one, other = (kept[slot] for slot in pair)
             theirs = next((o for o in one.options if o.source == other.option.source), None)
-            ours = next((o for o in self._fitting_again(other, one)), None)
-            if theirs is None or ours is None:
-                continue
-            kept = {name: _copied(choice) for name, choice in self.choices.items()}
-            self.choices[one.slot] = Choice(one.slot, one.layer, [theirs], rivals=2)
-            self.choices[other.slot] = Choice(other.slot, other.layer, [ours], rivals=2)
+            ours = next(iter(self._fitting_again(other, one)), None)
+            if theirs is not None and ours is not None:
+                self.choices[one.slot] = Choice(one.slot, one.layer, [theirs], rivals=2)
+                self.choices[other.slot] = Choice(other.slot, other.layer, [ours], rivals=2)
+                tried.append(pair)
+        differing: list[int] = []
+        agrees = False
+        if tried:
             with contextlib.suppress(Exception):
                 stuck, agrees = self._run()
-                steered = any(choice.steered for choice in self.choices.values())
-                tie = stuck is None and agrees and not steered
-                self.choices = kept
-                if tie:
-                    self.choices[one.slot].tied = other.option.source
-                    self.choices[other.slot].tied = one.option.source
-                else:
-                    self.choices[one.slot].refuted = self.choices[other.slot].refuted = True
-            self.choices = kept
+                differing = [
+                    places[name]
+                    for name, choice in self.choices.items()
+                    if (choice.steered and not kept[name].steered) or (kept[name].seen and not choice.seen)
+                ]
+                agrees &= stuck is None
+        self.choices = kept
+        unclear = []
+        for index, pair in enumerate(tried):
+            end = places[tried[index + 1][0]] if index + 1 < len(tried) else len(places)
+            if any(places[pair[0]] <= place < end for place in differing) or (
+                len(tried) == 1 and agreed and not agrees
+            ):
+                for slot, rival in (pair, pair[::-1]):
+                    self.choices[slot].refuted = True
+                    self.choices[slot].excluded.add(self.choices[rival].option.source)
+            else:
+                unclear.append(pair)
+        return unclear
 
     def _fitting_again(self, layer: Choice, of: Choice) -> list[Option]:
         if of.option.source not in self.options.modules:
@@ -417,4 +556,4 @@ class Walk:
 
 
 def _copied(choice: Choice) -> Choice:
-    return Choice(**{**vars(choice), "options": list(choice.options)})
+    return Choice(**{**vars(choice), "options": list(choice.options), "excluded": set(choice.excluded)})

@@ -1,0 +1,227 @@
+"""One model of a proposal, in either framework: its layers, its tensors, and a run in float64 that can be observed.
+
+Every side has the same methods, so that the search for a key map does not depend on the frameworks of the two models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from porting.kinds import kind_of_layer, kind_of_module
+from porting.kinds.base import Kind
+from porting.kinds.transforms import Array, Shape
+from porting.mapping.rules import join_name
+from porting.models.float64 import in_float64
+from porting.models.inputs import Axes, Inputs, equal_inputs, leaves_by_key, make_inputs
+from porting.models.keras_float64 import Float64Model
+from porting.models.live import assign_tensors, effective_tensors
+from porting.models.observe import Observer, observe_layers, observe_modules, to_torch
+from porting.models.synthetic import fill_with_synthetic_weights
+from porting.models.traverse import named_layers, named_variables, owned_variables
+
+if TYPE_CHECKING:
+    import keras
+    from torch import Tensor, nn
+
+
+class Side(Protocol):
+    """One model.
+
+    `layers` are its modules or layers by name, `separator` stands between the parts of a name, and `shapes` are those
+    of its tensors. `owned` has the tensors that each layer holds directly.
+    """
+
+    separator: str
+    given: Inputs
+    layers: dict[str, Any]
+    shapes: dict[str, Shape]
+    owned: dict[str, list[str]]
+
+    def kind(self, layer: str) -> Kind | None:
+        """The kind of a layer; None for an unknown one."""
+        ...
+
+    def tensors_of(self, layer: str) -> list[str]:
+        """The tensors that a layer is filled with, including those of sublayers that its kind covers."""
+        ...
+
+    def tensors(self) -> dict[str, Array]:
+        """All tensors by name, in float64."""
+        ...
+
+    def assign(self, name: str, array: Array) -> None:
+        """Set a tensor of the float64 model. The caller's model is not changed."""
+        ...
+
+    def running(self, observer: Observer) -> contextlib.AbstractContextManager[Callable[[], dict[str, Tensor]]]:
+        """Yield a function that runs the float64 model under the eyes of `observer` and returns its results by key."""
+        ...
+
+    def clear(self, names: Iterable[str]) -> None:
+        """Set tensors of the float64 model to zero."""
+        ...
+
+    def fill_with_synthetic_weights(self) -> None:
+        """Give every tensor of the float64 model values that reveal errors."""
+        ...
+
+    def activated(self, layer: str, tensor: Tensor) -> Tensor | None:
+        """What the activation fused into a layer makes of a tensor; None if it has none."""
+        ...
+
+
+class TorchSide:
+    """A PyTorch model, copied to float64."""
+
+    separator = "."
+
+    def __init__(self, model: nn.Module, given: Inputs) -> None:
+        self.model, self.given = in_float64(model).eval(), given
+        self.layers = {name: module for name, module in self.model.named_modules() if name}
+        self._refresh()
+
+    def _refresh(self) -> None:
+        self._tensors = effective_tensors(self.model, in_float32=False)
+        self.shapes = {name: array.shape for name, array in self._tensors.items()}
+        self.owned: dict[str, list[str]] = {name: [] for name in ("", *self.layers)}
+        for name in self._tensors:
+            self.owned.setdefault(name.rpartition(".")[0], []).append(name)
+
+    def kind(self, layer: str) -> Kind | None:
+        return kind_of_module(self.layers[layer])
+
+    def tensors_of(self, layer: str) -> list[str]:
+        kind = self.kind(layer)
+        leaves = () if kind is None else kind.leaves_for(self.layers[layer])
+        named = [join_name(layer, ".", name) for leaf in leaves for name in leaf.sources]
+        return list(dict.fromkeys([*self.owned[layer], *(name for name in named if name in self._tensors)]))
+
+    def tensors(self) -> dict[str, Array]:
+        return self._tensors
+
+    def assign(self, name: str, array: Array) -> None:
+        assign_tensors(self.model, {name: array})
+
+    def call(self, model: nn.Module) -> Any:
+        """Run a model on the inputs of this side."""
+        import torch
+
+        return self.given.call_reference(model, torch.float64)
+
+    @contextlib.contextmanager
+    def running(self, observer: Observer) -> Iterator[Callable[[], dict[str, Tensor]]]:
+        import torch
+
+        def run() -> dict[str, Tensor]:
+            found = leaves_by_key(self.call(self.model))
+            return {key: leaf for key, leaf in found.items() if isinstance(leaf, torch.Tensor)}
+
+        with torch.no_grad(), observe_modules(self.model, observer):
+            yield run
+
+    def clear(self, names: Iterable[str]) -> None:
+        assign_tensors(self.model, {name: np.zeros_like(self._tensors[name]) for name in names})
+        self._refresh()
+
+    def fill_with_synthetic_weights(self) -> None:
+        fill_with_synthetic_weights(self.model, 0, run=self.call)
+        self.model.eval()
+        self._refresh()
+
+    def activated(self, layer: str, tensor: Tensor) -> Tensor | None:
+        return None
+
+
+class KerasSide:
+    """A Keras model, switched to float64 while it runs."""
+
+    separator = "/"
+
+    def __init__(self, model: keras.Model, given: Inputs) -> None:
+        self._float64, self.given = Float64Model(model), given
+        self.layers = named_layers(model)
+        self._variables = named_variables(model)
+        self.shapes = {name: tuple(variable.shape) for name, variable in self._variables.items()}
+        self.names = {id(variable): name for name, variable in self._variables.items()}
+        self.owned = {
+            name: [self.names[id(each)] for each in own if id(each) in self.names]
+            for name, own in owned_variables(model).items()
+        }
+
+    def kind(self, layer: str) -> Kind | None:
+        return kind_of_layer(self.layers[layer])
+
+    def tensors_of(self, layer: str) -> list[str]:
+        kind = self.kind(layer)
+        found = () if kind is None else kind.variables(self.layers[layer]).values()
+        return list(dict.fromkeys([*self.owned.get(layer, ()), *(self.names.get(id(each), "") for each in found)]))
+
+    def tensors(self) -> dict[str, Array]:
+        return {name: np.array(values) for name, values in self._float64.weights().items()}
+
+    def assign(self, name: str, array: Array) -> None:
+        """Set a variable. Only inside `running`, where the model is in float64."""
+        self._variables[name].assign(array)
+
+    @contextlib.contextmanager
+    def running(self, observer: Observer) -> Iterator[Callable[[], dict[str, Tensor]]]:
+        with self._float64.active() as model, observe_layers(model, observer):
+
+            def run() -> dict[str, Tensor]:
+                result = model(self.given.for_candidate(model), training=False)
+                return {key: to_torch(leaf) for key, leaf in leaves_by_key(result).items()}
+
+            yield run
+
+    def clear(self, names: Iterable[str]) -> None:
+        cleared = set(names)
+        self._float64.substitute(lambda name, values: np.zeros_like(values) if name in cleared else None)
+
+    def fill_with_synthetic_weights(self) -> None:
+        rng = np.random.default_rng(0)
+
+        def drawn(name: str, values: Array) -> Array:
+            if values.ndim > 1:
+                return rng.normal(0.0, max(1, values.size // values.shape[-1]) ** -0.5, values.shape)
+            # Scales and variances have to be positive.
+            low, high = (-0.3, 0.3) if name.rpartition("/")[2] in {"bias", "beta", "moving_mean"} else (0.6, 1.4)
+            return rng.uniform(low, high, values.shape)
+
+        self._float64.substitute(drawn)
+
+    def activated(self, layer: str, tensor: Tensor) -> Tensor | None:
+        import keras
+
+        activation = getattr(self.layers[layer], "activation", None)
+        return None if activation is None else to_torch(activation(keras.ops.convert_to_tensor(tensor.numpy())))
+
+
+# This many numbers per sample identify tensors. If inputs have fewer, a second sample is used.
+_ENOUGH = 1000
+
+
+def make_sides(
+    reference: Any, candidate: Any, inputs: Any, reference_inputs: Any, input_axes: Sequence[Axes | None] | None
+) -> tuple[TorchSide | KerasSide, TorchSide | KerasSide]:
+    """The two sides of a proposal. Raises ValueError for inputs that do not fit, and for Keras to PyTorch."""
+    from torch import nn
+
+    theirs, ours = isinstance(reference, nn.Module), isinstance(candidate, nn.Module)
+    if ours and not theirs:
+        raise ValueError(
+            "propose_map goes from a PyTorch model to a Keras model, or between two models of one framework"
+        )
+    if theirs != ours:
+        given = make_inputs(reference, candidate, inputs, reference_inputs, input_axes)
+        theirs_given = given
+    else:
+        given = equal_inputs(inputs)
+        theirs_given = given if reference_inputs is None else equal_inputs(reference_inputs)
+    count = 1 if max(array[0].size for array in given.candidate) >= _ENOUGH else 2
+    given, theirs_given = given.batch(0, count), theirs_given.batch(0, count)
+    source = TorchSide(reference, theirs_given) if theirs else KerasSide(reference, theirs_given)
+    return source, TorchSide(candidate, given) if ours else KerasSide(candidate, given)
