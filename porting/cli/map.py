@@ -18,6 +18,8 @@ from porting.cli.groups import FILE, SOURCE_ARGUMENTS, TARGET_ARGUMENTS
 @TARGET_ARGUMENTS
 @click.option("--inputs", type=FILE, help="Inputs of the Keras model by name, .npz.  [default: random]")
 @click.option("--pair", "pairs", multiple=True, metavar="TORCH.NAME=KERAS/PATH", help="A row that is known.")
+@click.option("--map", "known", type=FILE, help="Rows to keep, .toml: a half-finished map.  [default: none]")
+@click.option("--family", metavar="NAME", help="Also write NAME.py, a family to complete.  [default: none]")
 @click.option("--absorb-epsilon", is_flag=True, help="Put what epsilons of batch norms differ by into the variances.")
 @click.option("--all-rows", is_flag=True, help="Print every row, not only those that are not proven.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -29,6 +31,8 @@ def map_command(
     target_arguments: tuple[str, ...],
     inputs: Path | None,
     pairs: tuple[str, ...],
+    known: Path | None,
+    family: str | None,
     absorb_epsilon: bool,
     all_rows: bool,
     as_json: bool,
@@ -50,16 +54,26 @@ def map_command(
     from porting.cli.terminal import ProgressBar, say, say_json
     from porting.errors import KeyMapError
     from porting.families.specs import parse_arguments
-    from porting.files.atomic import refuse_clashes, require_writable, write_text
-    from porting.mapping.rows_file import rows_text
+    from porting.files.atomic import refuse_clashes, refuse_existing, require_writable, write_text
+    from porting.mapping.rows_file import read_rows, rows_text
+    from porting.proposing.family_file import family_text
     from porting.tasks.map import map_models
 
     stated = {name: path for name, _, path in (pair.partition("=") for pair in pairs)}
     if broken := [pair for pair in pairs if "=" not in pair]:
         raise click.UsageError(f"--pair {broken[0]!r}: its form is torch.name=keras/path")
-    if out is not None:
-        refuse_clashes({"--out": [out]}, {"--inputs": [] if inputs is None else [inputs]})
-        require_writable(out)
+    outputs = {} if out is None else {"--out": [out]}
+    family_file = None
+    if family is not None:
+        family_text(family, source, target, ())  # refuses a bad name before the search
+        family_file = Path(f"{family}.py")
+        refuse_existing(family_file)
+        outputs["--family"] = [family_file]
+    read = {"--inputs": inputs, "--map": known}
+    refuse_clashes(outputs, {label: [path] for label, path in read.items() if path is not None})
+    for path in (path for paths in outputs.values() for path in paths):
+        require_writable(path)
+    rows = [] if known is None else read_rows(known)
     with ProgressBar() as progress:
         proposal = map_models(
             source,
@@ -68,13 +82,14 @@ def map_command(
             target_arguments=parse_arguments(target_arguments),
             inputs=inputs,
             pairs=stated,
+            rows=rows,
             absorb_epsilon=absorb_epsilon,
             progress=progress,
         )
     if as_json:
-        rows = [asdict(row) for row in proposal.rows]
+        found = [asdict(row) for row in proposal.rows]
         lists = {name: getattr(proposal, name) for name in ("unused_sources", "unfilled_targets", "differences")}
-        say_json({"complete": proposal.complete, "rows": rows, **lists})
+        say_json({"complete": proposal.complete, "rows": found, **lists})
     else:
         if all_rows:
             for row in proposal.rows:
@@ -87,5 +102,17 @@ def map_command(
         verdict = "complete, outputs exact in float64" if proposal.complete else "not complete"
         write_text(out, rows_text(proposal.short_rules, [f"{source} -> {target}: {verdict}"]))
         say(f"Wrote {out}", err=as_json)
+    if family_file is not None and family is not None:
+        text = family_text(
+            family,
+            source,
+            target,
+            proposal.short_rules,
+            zeros=proposal.zeros,
+            source_arguments=parse_arguments(source_arguments),
+            target_arguments=parse_arguments(target_arguments),
+        )
+        write_text(family_file, text)
+        say(f"Wrote {family_file}", err=as_json)
     if not proposal.complete:
         sys.exit(KeyMapError.exit_code)

@@ -69,6 +69,12 @@ def refuse_clashes(outputs: Mapping[str, Iterable[Path]], inputs: Mapping[str, I
                 )
 
 
+def refuse_existing(path: Path) -> None:
+    """Raises ClashError for a file that is there: a person may have changed it."""
+    if path.exists() or path.is_symlink():
+        raise ClashError(f"{path} exists already", hint="Move it away, or use another name.")
+
+
 def _is_same_file(one: Path, other: Path) -> bool:
     with contextlib.suppress(OSError, ValueError):
         if one.exists() and other.exists():

@@ -79,12 +79,8 @@ class Options:
         for call, found in recording.calls.items():
             for truth in found.inputs:
                 self._takers.setdefault(id(truth), []).append(call)
-        self._plain = {name for name in self.modules if not self._holds_tensors(name)}
+        self._plain = {name for name in self.modules if not source.holds_tensors(name)}
         self.order = {call.partition("#")[0]: place for call, place in reversed(list(recording.order.items()))}
-
-    def _holds_tensors(self, module: str) -> bool:
-        stem = f"{module}{self.source.separator}"
-        return bool(self.source.tensors_of(module)) or any(name.startswith(stem) for name in self.tensors)
 
     def takers(self, truth: Truth) -> list[str]:
         """The modules of a known kind that take a tensor, directly or through modules without weights, each once."""

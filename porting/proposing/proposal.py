@@ -10,7 +10,7 @@ import numpy as np
 
 from porting.errors import KeyMapError
 from porting.kinds import kind_called
-from porting.kinds.transforms import Shape
+from porting.kinds.transforms import Constant, Shape
 from porting.mapping.compress import compress_rows
 from porting.mapping.key_map import KeyMap, LayerPair, TensorEntry, expand
 from porting.mapping.rules import KeyRule, join_name
@@ -57,7 +57,8 @@ class Proposal:
 
     `unused_sources` are the PyTorch tensors that no row takes, `unfilled_targets` the Keras variables that no row
     writes. `agrees` is whether the outputs are exact. `names` are the names of all PyTorch tensors,
-    `shapes` the shapes of all Keras variables. `report` is the parity check that the map led to.
+    `zeros` are PyTorch tensors that the Keras model lacks: the outputs are exact if they hold zeros. `shapes` are the
+    shapes of all Keras variables. `report` is the parity check that the map led to.
     """
 
     rows: tuple[Row, ...]
@@ -67,6 +68,7 @@ class Proposal:
     differences: tuple[str, ...] = ()
     agrees: bool = False
     names: tuple[str, ...] = ()
+    zeros: tuple[str, ...] = ()
     shapes: Mapping[str, Shape] = field(default_factory=dict, repr=False)
     report: ParityReport | None = field(default=None, repr=False)
 
@@ -135,6 +137,7 @@ class Proposal:
             if row.confidence != PROVEN
         ]
         lines += [f"  PyTorch only: {name}" for name in self.unused_sources]
+        lines += [f"  PyTorch only: {name}, which must hold zeros for the outputs to be exact" for name in self.zeros]
         lines += [f"  Keras only: {name}" for name in self.unfilled_targets]
         lines += [f"  {line}" for line in self.differences]
         lines.append(f"Outputs: {'exact in float64' if self.agrees else 'not the same'}")
@@ -201,13 +204,25 @@ def propose_map(
         source.clear(spare)
         again, options = search()
         if again.agrees:
-            said = f"the candidate has no place for {', '.join(spare)}: the outputs are exact where it is zero"
-            proposal = replace(again, differences=(*again.differences, said))
+            proposal = _with_zeros(again, spare)
     if check and isinstance(options, AcrossFrameworks):
         progress("checking the map")
         proposal = replace(proposal, report=_report(proposal, options.source, candidate, progress))
     progress("done", 1, 1)
     return proposal
+
+
+def _with_zeros(proposal: Proposal, names: Collection[str]) -> Proposal:
+    """A proposal whose key map leaves out tensors that must hold zeros, as far as no row takes them."""
+    zeros = tuple(name for name in proposal.unused_sources if name in names)
+    key_map = proposal.key_map
+    entries = (*key_map.entries, *(TensorEntry((name,), (), Constant(0.0)) for name in zeros))
+    return replace(
+        proposal,
+        key_map=replace(key_map, entries=entries),
+        unused_sources=tuple(name for name in proposal.unused_sources if name not in zeros),
+        zeros=zeros,
+    )
 
 
 def _report(proposal: Proposal, source: TorchSide, candidate: keras.Model, progress: Progress) -> ParityReport:
@@ -231,6 +246,7 @@ def _report(proposal: Proposal, source: TorchSide, candidate: keras.Model, progr
             key_map=proposal.key_map,
             name="with the proposed map",
             waive=tuple(f"{name}:eps" for name in proposal.key_map.absorbed),
+            strict_settings=False,
             locate_culprits=not proposal.agrees,
             progress=progress,
         )

@@ -49,6 +49,10 @@ class Side(Protocol):
         """The tensors that a layer is filled with, including those of sublayers that its kind covers."""
         ...
 
+    def holds_tensors(self, layer: str) -> bool:
+        """Whether a layer or anything inside it holds tensors."""
+        ...
+
     def tensors(self) -> dict[str, Array]:
         """All tensors by name, in float64."""
         ...
@@ -92,7 +96,10 @@ class TorchSide:
             self.owned.setdefault(name.rpartition(".")[0], []).append(name)
 
     def kind(self, layer: str) -> Kind | None:
-        return kind_of_module(self.layers[layer])
+        return kind_of_module(self.layers[layer]) if layer else None
+
+    def holds_tensors(self, layer: str) -> bool:
+        return bool(self.owned[layer]) or any(name.startswith(f"{layer}.") for name in self._tensors)
 
     def tensors_of(self, layer: str) -> list[str]:
         kind = self.kind(layer)
@@ -153,7 +160,10 @@ class KerasSide:
         }
 
     def kind(self, layer: str) -> Kind | None:
-        return kind_of_layer(self.layers[layer])
+        return kind_of_layer(self.layers[layer]) if layer else None
+
+    def holds_tensors(self, layer: str) -> bool:
+        return bool(self.layers[layer].weights)
 
     def tensors_of(self, layer: str) -> list[str]:
         kind = self.kind(layer)

@@ -75,6 +75,14 @@ class Stated:
         return option.source == self.source and self.kind in ("", option.kind)
 
 
+# A tensor's memory, and how often it was changed in place.
+Key = tuple[int, int]
+
+
+def _key(tensor: Tensor) -> Key:
+    return key_of(tensor), tensor._version
+
+
 class _StuckError(BaseException):
     """Nothing fits at a layer. Not an Exception, because Keras would wrap it in one of its own."""
 
@@ -111,14 +119,14 @@ class Walk:
         self.open: dict[str, str] = {}
         self._given_up: set[str] = set()
         self._filled: dict[str, Option] = {}
-        self._truths_of: dict[int, list[Truth]] = {}
-        self._stacks: dict[int, tuple[str, int]] = {}
+        self._truths_of: dict[Key, list[Truth]] = {}
+        self._stacks: dict[Key, tuple[str, int]] = {}
         self._stack: list[tuple[str, list[Tensor]]] = []
         # Keeps tensors alive: freed memory goes to another tensor, which would be taken for the first.
         self._alive: list[Tensor] = []
-        self._found: dict[int, list[Match]] = {}
+        self._found: dict[Key, list[Match]] = {}
         self._ran: set[str] = set()
-        self._made_by: dict[int, list[Choice]] = {}
+        self._made_by: dict[Key, list[Choice]] = {}
         self._takers: dict[str, frozenset[str]] = {}
         # Exchanges are tried: no result sends the walk back.
         self._testing = False
@@ -176,6 +184,7 @@ class Walk:
                 choice.fed = choice.confirmed = False
                 self._fill(choice)
             try:
+                self._choose_parameters("", self._wanted(""), [], None)
                 result = run()
             except _StuckError as stuck:
                 return stuck.layer, False
@@ -229,12 +238,12 @@ class Walk:
         if "#" not in name and base in self.options.owned:
             self._judge_parameters(base, outputs)
         layer = self.options.layers.get(base)
-        if layer is not None and not layer.weights and len(inputs) == 1:
+        if layer is not None and not self.options.target.holds_tensors(base) and len(inputs) == 1:
             # A result that no PyTorch module returns, such as a padding's, stands for the tensors it was made from.
             origins = self._origins(inputs[0])
             for output in outputs:
                 if output.is_floating_point() and not self._find(output):
-                    self._truths_of.setdefault(key_of(output), []).extend(origins)
+                    self._truths_of.setdefault(_key(output), []).extend(origins)
         return None
 
     def _wanted(self, base: str) -> list[str]:
@@ -258,11 +267,14 @@ class Walk:
         if not table and (options or self.options.target.kind(base) is not None):
             self._settle(base, base, options, bool(truths), fixed is not None)
             return
+        self._choose_parameters(base, wanted, truths, fixed)
+
+    def _choose_parameters(self, base: str, wanted: list[str], truths: list[Truth], fixed: Stated | None) -> None:
         for name in wanted:
             own = self.options.parameters_like(name, truths)
             stated = self.given.get(name, fixed)
             own = [option for option in own if stated is None or stated.allows(option)] or own
-            # A table belongs to the module that looks it up; no other layer may take it.
+            # No other layer may take a table that a module of its own looks up.
             own = [each for each in own if self.options.owner_of(each.source) not in self._taken] or own
             self._settle(name, base, own, True, False)
 
@@ -306,8 +318,8 @@ class Walk:
         """The options for a layer: modules that took the same input."""
         options: dict[tuple[str, str], Option] = {}
         for tensor in inputs:
-            if key_of(tensor) in self._stacks:
-                module, place = self._stacks[key_of(tensor)]
+            if _key(tensor) in self._stacks:
+                module, place = self._stacks[_key(tensor)]
                 for option in self.options.fitting(base, module, matches):
                     if option.kind == f"recurrent:l{place}":
                         return [option]
@@ -374,7 +386,7 @@ class Walk:
             place = int(option.kind.partition(":l")[2] or 0)
             if place + 1 < self.options.modules[option.source].num_layers:
                 for tensor in tensors:
-                    self._stacks[key_of(tensor)] = option.source, place + 1
+                    self._stacks[_key(tensor)] = option.source, place + 1
                 choice.seen = True  # PyTorch does not show the tensors between the layers of a stack
                 return None
         if self._agrees_inside(choice, outputs, own):
@@ -422,14 +434,14 @@ class Walk:
         good = choice.seen and not choice.steered
         if good and not choice.guessed:
             for tensor in inputs:
-                for maker in self._made_by.get(key_of(tensor), ()):
+                for maker in self._made_by.get(_key(tensor), ()):
                     maker.confirmed = True
             source = choice.option.source
             for other in self.choices.values():
                 if other is not choice and other.seen and source in self._takers_of(other):
                     other.confirmed = True
         for tensor in outputs:
-            self._made_by.setdefault(key_of(tensor), []).append(choice)
+            self._made_by.setdefault(_key(tensor), []).append(choice)
 
     def _takers_of(self, choice: Choice) -> frozenset[str]:
         """The modules that take what a choice's module gives."""
@@ -468,14 +480,14 @@ class Walk:
         return self.library.match(as_real(tensor), truth) is not None
 
     def _find(self, tensor: Tensor) -> list[Match]:
-        key = key_of(tensor)
+        key = _key(tensor)
         if key not in self._found:
             self._found[key] = self.library.find(as_real(tensor)) if tensor.numel() > 1 else []
         return self._found[key]
 
     def _origins(self, tensor: Tensor) -> list[Truth]:
         found = [match.truth for match in self._find(tensor)]
-        return found or self._truths_of.get(key_of(tensor), [])
+        return found or self._truths_of.get(_key(tensor), [])
 
     def _find_ties(self, agrees: bool) -> None:
         """Mark choices that could be exchanged with each other, because no input shows which is which.
@@ -502,8 +514,8 @@ class Walk:
             waiting = [pair for pair in waiting if pair not in batch]
             for pair in self._try_exchanges(batch, places, agrees):
                 if agrees and (len(batch) == 1 or self._try_exchanges([pair], places, agrees)):
-                    one, other = (self.choices[slot] for slot in pair)
-                    one.tied, other.tied = other.option.source, one.option.source
+                    first, second = (self.choices[slot] for slot in pair)
+                    first.tied, second.tied = second.option.source, first.option.source
         self._testing = False
         for one, other in waiting:
             for slot, rival in ((one, other), (other, one)):

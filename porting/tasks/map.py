@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from porting.errors import FamilyError
 from porting.families.given import keras_model, pytorch_model, random_inputs, read_inputs
+from porting.mapping.rules import KeyRule
 from porting.models.frameworks import start_tensorflow
 from porting.progress import SILENT, Progress
 from porting.proposing.proposal import Proposal, propose_map
@@ -21,6 +22,7 @@ def map_models(
     target_arguments: Mapping[str, Any] | None = None,
     inputs: Path | None = None,
     pairs: Mapping[str, str] | None = None,
+    rows: Sequence[KeyRule] = (),
     absorb_epsilon: bool = False,
     progress: Progress = SILENT,
 ) -> Proposal:
@@ -36,7 +38,9 @@ def map_models(
     candidate = keras_model(target, target_arguments or {})
     given = read_inputs(inputs) if inputs is not None else random_inputs(candidate)
     try:
-        return propose_map(reference, candidate, given, pairs=pairs, absorb_epsilon=absorb_epsilon, progress=progress)
+        return propose_map(
+            reference, candidate, given, pairs=pairs, rows=rows, absorb_epsilon=absorb_epsilon, progress=progress
+        )
     except (RuntimeError, TypeError, ValueError) as error:  # a model that does not take these inputs
         first_line = str(error).strip().partition("\n")[0]
         raise FamilyError(
