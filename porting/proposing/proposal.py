@@ -75,7 +75,7 @@ class Proposal:
     @property
     def complete(self) -> bool:
         """Whether every tensor and every variable has a row, and the outputs are exact."""
-        return self.agrees and not self.unused_sources and not self.unfilled_targets
+        return self.agrees and not (self.unused_sources or self.unfilled_targets or self.zeros)
 
     @property
     def rules(self) -> list[KeyRule]:
@@ -118,6 +118,7 @@ class Proposal:
         lines = [f"  {row.target}: {row.why}" for row in self.rows if row.confidence == OPEN]
         lines += [f"  {name}: no row writes it" for name in self.unfilled_targets if name not in keep]
         lines += [f"  {name}: no row takes it" for name in self.unused_sources if name not in drop]
+        lines += [f"  {name}: no row takes it, and it must hold zeros" for name in self.zeros if name not in drop]
         if self.agrees and not lines:
             return self
         lines += [f"  {line}" for line in self.differences]

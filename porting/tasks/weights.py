@@ -141,7 +141,9 @@ def _proposed(
         raise KeyMapError("without a key map inputs are needed, on which both models are run to find one")
     options = {name: check_options[name] for name in ("reference_inputs", "input_axes") if name in check_options}
     proposal = propose_map(reference, candidate, inputs, absorb_epsilon=absorb_epsilon, **options)
-    return proposal.require_complete(drop, keep).key_map
+    # The key map refuses anything else in these.
+    zeros = [name for name in proposal.zeros if not reference.get_parameter(name).any()]
+    return proposal.require_complete([*drop, *zeros], keep).key_map
 
 
 def _pairs(key_map: KeyMap, reference: nn.Module, candidate: keras.Model) -> dict[str, str]:

@@ -110,6 +110,56 @@ def test_errors_are_one_message(
     assert said in result.output
 
 
+def test_a_half_finished_map_is_completed(run_cli: RunCli, models: Path, tmp_path: Path) -> None:
+    rows, out = tmp_path / "rows.toml", tmp_path / "all.toml"
+    rows.write_text(rows_text([KeyRule("3", "head", "dense:4x6x6")]))
+    arguments = ("map", f"{models}:reference", f"{models}:candidate", "--map", rows)
+    result = run_cli(*arguments, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert read_rows(out) == [KeyRule("0", "conv", "conv"), KeyRule("3", "head", "dense:4x6x6")]
+    before = rows.read_text()
+    result = run_cli(*arguments, "--out", rows)
+    assert result.exit_code == 2
+    assert "is the file that --map reads" in result.output
+    assert rows.read_text() == before
+
+
+def test_a_family_file_works_as_it_is_written(
+    run_cli: RunCli, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib
+
+    import torch
+
+    from porting.tasks.port import port
+    from porting.tasks.revert import revert
+
+    monkeypatch.chdir(tmp_path)
+    arguments = ("map", f"{models}:reference", f"{models}:candidate", "--source-arg", "width=6")
+    result = run_cli(*arguments, "--target-arg", "width=6", "--family", "own_net")
+    assert result.exit_code == 0, result.output
+    assert "Wrote own_net.py" in result.output
+    text = (tmp_path / "own_net.py").read_text()
+    assert 'KeyRule("3", "head", "dense:6x6x6")' in text
+    monkeypatch.syspath_prepend(tmp_path)
+    family = importlib.import_module("own_net").OwnNetFamily()
+    torch.save(family.synthetic_reference(family.spec("default")).state_dict(), tmp_path / "own.pth")
+    ported = port(family, "default", tmp_path / "own.h5", checkpoint=tmp_path / "own.pth")
+    assert ported.report is not None
+    assert ported.report.passed
+    back = revert(family, "default", tmp_path / "own.h5", tmp_path / "back.pth")
+    assert back.report is not None
+    assert back.report.passed
+    # A person may have completed it: it is never overwritten.
+    result = run_cli(*arguments, "--family", "own_net")
+    assert result.exit_code == 2
+    assert "own_net.py exists already" in result.output
+    assert (tmp_path / "own_net.py").read_text() == text
+    result = run_cli(*arguments, "--family", "own net")
+    assert result.exit_code == 2
+    assert "cannot name a family" in result.output
+
+
 def test_a_published_pair(run_cli: RunCli) -> None:
     pytest.importorskip("timm")
     result = run_cli(

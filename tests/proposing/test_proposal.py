@@ -352,3 +352,140 @@ def test_joined_projections_are_attention() -> None:
     state = {name: tensor.clone() for name, tensor in reference.state_dict().items()}
     porting.revert_weights(model, reference, ported.key_map)
     assert all(torch.equal(tensor, state[name]) for name, tensor in reference.state_dict().items())
+
+
+class Separated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dw, self.pw = nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False), nn.Conv2d(4, 6, 1, bias=False)
+        self.bn = nn.BatchNorm2d(6)
+        self.dw2, self.pw2 = nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False), nn.Conv2d(6, 6, 1)
+
+    def forward(self, x: Any) -> Any:
+        return self.pw2(self.dw2(torch.relu(self.bn(self.pw(self.dw(x))))))
+
+
+def test_a_separable_convolution_takes_two_modules() -> None:
+    inputs = keras.Input((8, 8, 4))
+    x = layers.SeparableConv2D(6, 3, padding="same", use_bias=False, name="one")(inputs)
+    x = layers.ReLU()(layers.BatchNormalization(epsilon=1e-5, name="norm")(x))
+    model = keras.Model(inputs, layers.SeparableConv2D(6, 3, padding="same", name="two")(x))
+    images = np.random.default_rng(0).normal(size=(2, 8, 8, 4)).astype(np.float32)
+    reference = Separated().eval()
+    proposal = propose_map(reference, model, images)
+    assert proposal.complete, str(proposal)
+    assert [(row.source, row.target, row.kind) for row in proposal.rows] == [
+        ("dw", "one", "separable_depthwise"),
+        ("pw", "one", "separable_pointwise"),
+        ("bn", "norm", "batch_norm"),
+        ("dw2", "two", "separable_depthwise"),
+        ("pw2", "two", "separable_pointwise"),
+    ]
+    assert porting.port_weights(reference, model, proposal.short_rules, inputs=images).require_parity()
+
+
+class Embedded(nn.Module):
+    """RoBERTa's beginning: positions with rows for padding, and a table of types that is added to every token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.positions, self.types = nn.Embedding(20, 8), nn.Embedding(8, 8), nn.Embedding(1, 8)
+        self.norm, self.fc, self.out = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Any) -> Any:
+        places = torch.arange(x.shape[1]) + 2
+        y = self.words(x) + self.positions(places) + self.types(torch.zeros_like(x))
+        return self.out(torch.relu(self.fc(self.norm(y))))
+
+
+def embedded(factor: float = 1.0) -> Any:
+    inputs = keras.Input((6,), dtype="int32")
+    x = layers.Embedding(20, 8, name="words")(inputs)
+    x = layers.Rescaling(factor, name="factor")(Positions(name="positions")(x))
+    x = layers.Dense(8, "relu", name="fc")(layers.LayerNormalization(epsilon=1e-5, name="norm")(x))
+    return keras.Model(inputs, layers.Dense(3, name="out")(x))
+
+
+def test_rows_for_padding_and_a_table_that_must_be_zero_are_found() -> None:
+    reference, model = Embedded().eval(), embedded()
+    proposal = propose_map(reference, model, TOKENS)
+    assert proposal.agrees, str(proposal)
+    assert not proposal.complete  # only where that table is zero
+    assert proposal.zeros == ("types.weight",)
+    assert "types.weight, which must hold zeros" in str(proposal)
+    kinds = {row.source: row.kind for row in proposal.rows}
+    assert kinds["positions.weight"] == "parameter:+2"
+    assert all(row.confidence == PROVEN for row in proposal.rows)
+    # The map refuses weights that have something there.
+    with pytest.raises(KeyMapError, match=r"types\.weight"):
+        porting.port_weights(reference, model, proposal.key_map)
+    with pytest.raises(KeyMapError, match=r"types\.weight: no row takes it, and it must hold zeros"):
+        porting.port_weights(reference, model, inputs=TOKENS)
+    reference.types.weight.data.zero_()
+    assert porting.port_weights(reference, model, inputs=TOKENS).require_parity()
+
+
+def test_the_walk_goes_on_where_the_trail_is_lost() -> None:
+    reference = Embedded().eval()
+    proposal = propose_map(reference, embedded(factor=0.5), TOKENS)
+    assert not proposal.agrees
+    assert proposal.unused_sources == ("types.weight",)
+    assert {row.target: (row.source, row.confidence) for row in proposal.rows} == {
+        "words": ("words", LIKELY),  # nothing that follows is PyTorch's
+        "positions/table": ("positions.weight", LIKELY),
+        "norm": ("norm", LIKELY),  # its input is not PyTorch's
+        "fc": ("fc", PROVEN),
+        "out": ("out", PROVEN),
+    }
+    assert proposal.report is not None
+    assert not proposal.report.passed
+
+
+class Stages(nn.Module):
+    """Blocks of equal shapes, one after another."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.blocks = nn.ModuleList(nn.Conv2d(6, 6, 3, padding=1) for _ in range(depth))
+        self.norm, self.head = nn.BatchNorm2d(6), nn.Linear(6, 4)
+
+    def forward(self, x: Any) -> Any:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        return self.head(self.norm(x).mean((2, 3)))
+
+
+def stages(depth: int) -> Any:
+    inputs = keras.Input((16, 16, 3))
+    x = layers.Conv2D(6, 3, padding="same", name="stem")(inputs)
+    for index in range(depth):
+        x = layers.Conv2D(6, 3, padding="same", activation="tanh", name=f"block{index}")(x)
+    x = layers.GlobalAveragePooling2D()(layers.BatchNormalization(epsilon=1e-5, name="norm")(x))
+    return keras.Model(inputs, layers.Dense(4, name="head")(x))
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [(4, 3), (3, 4)])
+def test_nothing_wrong_is_proven_where_a_block_is_missing(theirs: int, ours: int) -> None:
+    torch.manual_seed(0)
+    proposal = propose_map(Stages(theirs).eval(), stages(ours), IMAGES)
+    assert not proposal.complete
+    right = {"stem": "stem", "norm": "norm", "head": "head"} | {f"block{i}": f"blocks.{i}" for i in range(4)}
+    assert wrong(proposal, right) == []
+    assert {row.target for row in proposal.rows if row.confidence == PROVEN} >= {"stem", "block0", "block1"}
+
+
+def test_rows_of_a_half_finished_map_are_kept() -> None:
+    inputs = keras.Input((6,))
+    model = keras.Model(
+        inputs, layers.Add()([layers.Dense(6, name="one")(inputs), layers.Dense(6, name="two")(inputs)])
+    )
+    given = np.random.default_rng(0).normal(size=(3, 6)).astype(np.float32)
+    rows = [porting.KeyRule("b", "one", "dense")]
+    proposal = propose_map(Twins().eval(), model, given, rows=rows)
+    assert {row.target: row.source for row in proposal.rows} == {"one": "b", "two": "a"}
+    with pytest.raises(KeyMapError, match="'three' is no layer"):
+        propose_map(Twins().eval(), model, given, rows=[porting.KeyRule("b", "three", "dense")])
+    with pytest.raises(KeyMapError, match="matches"):
+        propose_map(Twins().eval(), model, given, rows=[porting.KeyRule("c", "one", "dense")])
