@@ -1,1 +1,1 @@
-"""The command `van-port`: parse, call one function, print, exit code."""
+"""The command line, `van-port`: each command parses its options, calls one task, prints and sets the exit code."""

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 @model_options(required=False)
 @click.option("--weights", type=FILE, help=WEIGHTS_HELP)
 @checkpoint_options
-@click.option("--from", "from_report", type=FILE, help="Judge this JSON report again; no model is run.")
-@click.option("--baseline", type=FILE, help="Earlier JSON report: fail where a layer has got worse.")
-@click.option("--factor", default=2.0, show_default=True, help="By how much an error may grow over the baseline's.")
+@click.option("--from", "from_report", type=FILE, help="Judge this JSON report again without running a model.")
+@click.option("--baseline", type=FILE, help="Fail if a layer is worse than in this earlier JSON report.")
+@click.option("--factor", default=2.0, show_default=True, help="Factor by which an error may exceed the baseline's.")
 @thoroughness_options
 @report_options
 def check(
@@ -44,7 +44,7 @@ def check(
     make_options: Callable[[], CheckOptions],
     reporting: ReportChoice,
 ) -> None:
-    """Compare a file of Keras weights with the checkpoint it should hold: exit code 0 at parity, 1 if not.
+    """Compare a file of Keras weights with the checkpoint that it should match. Exit code: 0 at parity, else 1.
 
     \b
       van-port check --weights van_b1.h5 --checkpoint van_small_811.pth.tar --report parity.html
@@ -67,7 +67,7 @@ def check(
     earlier = None if baseline is None else read_report(baseline)
     if from_report is not None:
         if weights is not None or model.variant is not None:
-            raise click.UsageError("--from judges a report that there is; it goes with no --variant and no --weights")
+            raise click.UsageError("--from judges an existing report: omit --variant and --weights")
         report = read_report(from_report)
         if remark := file_beside(report, from_report):
             say(remark)
@@ -75,7 +75,7 @@ def check(
         report = replace(report, limits=options.limits, stress=stress)
     else:
         if weights is None:
-            raise click.UsageError("--weights is needed, or --from with a JSON report")
+            raise click.UsageError("give --weights, or --from with a JSON report")
         from porting.tasks.check import check as check_file
 
         family, variant = model.of_file(weights)

@@ -11,45 +11,55 @@ from porting.cli.groups import FILE, CheckpointChoice, Model, checkpoint_options
 from porting.errors import INTERRUPTED
 
 
-@click.command(short_help="Run the original and its port over a data set.")
+@click.command(short_help="Compare the original and its port on a data set.")
 @model_options(required=False)
 @click.option("--weights", type=FILE, required=True, help="Keras weights, or an exported .tflite, .onnx or SavedModel.")
 @checkpoint_options
-@click.option("--data", required=True, metavar="SPEC", help="Data set; its forms are listed above.")
-@click.option("--labels", type=FILE, help="The model's classes in its order, one a line.  [default: the family's]")
-@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Samples run at once.")
-@click.option("--limit", type=click.IntRange(min=1), help="Take only the first samples.  [default: all]")
+@click.option("--data", required=True, metavar="SPEC", help="Data set, in one of the forms listed above.")
+@click.option("--labels", type=FILE, help="The model's classes in order, one per line.  [default: the family's]")
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Samples per batch.")
+@click.option("--limit", type=click.IntRange(min=1), help="Use only this many samples, from the start.  [default: all]")
 @click.option(
     "--keras-preprocessing",
     default="own",
     show_default=True,
     metavar="own|tensorflow|none|FILE.py:FUNCTION",
-    help="How the third arm prepares images: the family's way, TensorFlow's defaults, or your own function.",
+    help="Preprocessing of the third arm: the family's, TensorFlow's defaults, none, or your own function.",
 )
 @click.option(
     "--pytorch-preprocessing",
     default="",
     metavar="FILE.py:FUNCTION",
-    help="How both models' shared tensors are prepared.  [default: by the checkpoint's publisher]",
+    help="Preprocessing that both models share.  [default: that of the checkpoint's publisher]",
 )
-@click.option("--tokenizer", default="", metavar="FOLDER", help="Tokenizer for texts, as transformers saves it.")
-@click.option("--tokens", type=click.IntRange(min=2), default=128, show_default=True, help="Cut texts at this length.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of each model.  [default: half the cores]")
+@click.option("--tokenizer", default="", metavar="FOLDER", help="Tokenizer for texts, as saved by transformers.")
+@click.option(
+    "--tokens", type=click.IntRange(min=2), default=128, show_default=True, help="Truncate texts to this many tokens."
+)
+@click.option("--threads", type=click.IntRange(min=1), help="Threads per model.  [default: half the cores]")
 @click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True)
-@click.option("--ray-address", default="", help="Cluster to run on.  [default: one is started on this machine]")
+@click.option("--ray-address", default="", help="Ray cluster to run on.  [default: start one on this machine]")
 @click.option(
     "--workers",
     type=(click.IntRange(min=1), click.IntRange(min=1)),
     default=(1, 1),
     show_default=True,
-    help="On Ray, the most processes for PyTorch and for Keras.",
+    help="Maximum number of Ray processes for PyTorch and for Keras.",
 )
-@click.option("--resume", type=FILE, help="Keep how far the run has come in this file, and go on from there.")
-@click.option("--max-flips", type=click.IntRange(min=0), help="Fail where the model itself changes more answers.")
-@click.option("--max-drop", type=click.FloatRange(min=0), help="Fail where Keras's top-1 is more points lower.")
-@click.option("--baseline", type=FILE, help="Earlier JSON of an evaluation: fail where this one is worse.")
+@click.option("--resume", type=FILE, help="Save progress in this file, and resume from it.")
 @click.option(
-    "--report", "report_files", type=FILE, multiple=True, help="Also write it: .html, .md or .json; - for JSON here."
+    "--max-flips", type=click.IntRange(min=0), help="Fail if the model itself changes more answers than this."
+)
+@click.option(
+    "--max-drop", type=click.FloatRange(min=0), help="Fail if Keras's top-1 is lower by more than this many points."
+)
+@click.option("--baseline", type=FILE, help="Fail if this evaluation is worse than this earlier JSON one.")
+@click.option(
+    "--report",
+    "report_files",
+    type=FILE,
+    multiple=True,
+    help="Also write the report: .html, .md or .json; - writes JSON to standard output.",
 )
 def evaluate(
     model: Model,
@@ -73,23 +83,23 @@ def evaluate(
     baseline: Path | None,
     report_files: tuple[Path, ...],
 ) -> None:
-    """Run the original and its port side by side over a data set, and say what changes and why.
+    """Run the original and its port side by side on a data set, and report which answers change and why.
 
     \b
       van-port evaluate --variant b1 --weights van_b1.h5 --data imagenet/val --report evaluation.html
       van-port evaluate --variant nano --weights van_nano.tflite --data test.csv --max-flips 0
 
     Three arms see each sample: PyTorch with its own preprocessing, Keras on the same tensors, and Keras with its own
-    preprocessing. The data set is one of
+    preprocessing. The data set is one of:
 
     \b
       FOLDER                   class folders, named by class, number or synset; or images without labels
       FILE.csv, FILE.jsonl     columns image and label; or, for language models, text or token_ids
       FILE.parquet             columns image and label
       SHARDS{000..009}.tar     WebDataset
-      tfds:NAME[/CONFIG][:SPLIT], hf:NAME[:SPLIT], or a folder that datasets saved
+      tfds:NAME[/CONFIG][:SPLIT], hf:NAME[:SPLIT], or a folder saved by datasets
 
-    Files may lie at any address that fsspec knows, such as s3://bucket/folder. The exit code is 1 where a gate
+    Files may be at any address that fsspec supports, such as s3://bucket/folder. The exit code is 1 if a gate
     (--max-flips, --max-drop, --baseline) fails.
     """
     from porting.cli.terminal import ProgressBar, make_console, route_results, say
@@ -142,7 +152,7 @@ def evaluate(
     except KeyboardInterrupt:
         if resume is None or not resume.exists():
             raise
-        say(f"Interrupted; the same command goes on from {resume}.", err=True)
+        say(f"Interrupted. Run the same command again to resume from {resume}.", err=True)
         sys.exit(INTERRUPTED)
     print_evaluation(found, make_console())
     for path in report_files:

@@ -30,31 +30,31 @@ if TYPE_CHECKING:
 @click.command(short_help="Export to SavedModel, LiteRT or ONNX, with proof.")
 @model_options(required=False)
 @click.option("--weights", type=FILE, required=True, help=WEIGHTS_HELP)
-@click.option("--out", type=FILE, required=True, help="File to write, .tflite or .onnx; for a SavedModel a folder.")
+@click.option("--out", type=FILE, required=True, help="File to write: .tflite or .onnx; or a folder for a SavedModel.")
 @click.option(
     "--format",
     "form",
     type=click.Choice(["saved_model", "litert", "onnx"]),
-    help="What to write.  [default: as --out ends]",
+    help="Format to write.  [default: from the suffix of --out]",
 )
 @click.option(
     "--precision",
     type=click.Choice(["float32", "float16", "int8"]),
     default="float32",
     show_default=True,
-    help="int8 takes its ranges from the images of the check.",
+    help="Precision to write; int8 calibrates on the images of the check.",
 )
 @click.option(
     "--input-size",
     type=click.IntRange(min=1),
-    help="Side of the images, or number of tokens in LiteRT.  [default: the variant's, or the check's]",
+    help="Image size, or number of tokens in LiteRT.  [default: the variant's, or the check's]",
 )
 @click.option("--fused/--no-fused", default=True, show_default=True, help="Fold normalisations into convolutions.")
 @click.option(
     "--split-kernels/--no-split-kernels",
     default=None,
-    help="LiteRT: depthwise kernels of more than 25 taps as sums of smaller ones, quicker on a CPU.  "
-    "[default: unless in int8]",
+    help="LiteRT: split depthwise kernels of more than 25 taps into smaller ones, which is faster on a CPU.  "
+    "[default: on, except in int8]",
 )
 @plain_checkpoint_options
 @CHECK
@@ -74,14 +74,14 @@ def export(
     make_options: Callable[[], CheckOptions],
     reporting: ReportChoice,
 ) -> None:
-    """Export a ported file to a SavedModel, LiteRT or ONNX, and compare it with PyTorch in its own runtime.
+    """Export a ported file to SavedModel, LiteRT or ONNX, run it in its own runtime, and compare it with PyTorch.
 
     \b
       van-port export --variant b1 --weights van_b1.h5 --out van_b1.tflite
       van-port export --variant b1 --weights van_b1.h5 --out van_b1.onnx --precision int8 --images photos
       van-port export --variant b1 --weights van_b1.h5 --out van_b1 --format saved_model
 
-    With --no-check no checkpoint is read.
+    With --no-check, no checkpoint is read.
     """
     from porting.cli.terminal import say
     from porting.exporting import FORMATS
@@ -90,12 +90,12 @@ def export(
     by_suffix = {suffix: name for name, suffix in FORMATS.items()}
     form = form or by_suffix.get(out.suffix)
     if form is None:
-        raise click.UsageError("--format is needed, or an --out that ends in .tflite or .onnx")
+        raise click.UsageError("give --format, or an --out that ends in .tflite or .onnx")
     family, variant = model.of_file(weights)
     reporting.require_writable(result_paths(out), {"--weights": [weights], "--checkpoint": checkpoint.files})
     options = make_options()
     if options.stress or options.train or options.allow_non_finite:
-        raise click.UsageError("export has no --stress, --train and --allow-non-finite: use `van-port check`")
+        raise click.UsageError("export does not support --stress, --train or --allow-non-finite: use `van-port check`")
     with reporting.showing_refusal() as progress:
         result = write_export(
             family,

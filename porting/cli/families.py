@@ -11,7 +11,7 @@ from porting.families.registry import family_names, get_family
 @click.command(short_help="List the model families and their variants.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def families(as_json: bool) -> None:
-    """List the model families and their variants, those of other installed packages too."""
+    """List the model families and their variants, including those from other installed packages."""
     from porting.cli.terminal import say, say_json
 
     found: list[dict[str, object]] = []
@@ -28,5 +28,5 @@ def families(as_json: bool) -> None:
         return
     for each in found:
         variants = each.get("variants")
-        shown = " ".join(variants) if isinstance(variants, list) else f"cannot be used: {each['error']}"
+        shown = " ".join(variants) if isinstance(variants, list) else f"unavailable: {each['error']}"
         say(f"{each['family']}: {shown}")

@@ -1,4 +1,4 @@
-"""Groups of options that commands share; each hands a command one object instead of many parameters."""
+"""Groups of options that commands share. Each group passes one object to the command instead of many parameters."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 def option_group(
     argument: str, make: Callable[..., Any], *options: Callable[[Command], Command]
 ) -> Callable[[Command], Command]:
-    """A decorator that gives a command these options, and hands them on as `argument=make(**options)`."""
+    """A decorator that adds these options to a command and passes them on as `argument=make(**options)`."""
 
     def decorate(command: Command) -> Command:
         def probe() -> None:
@@ -71,13 +71,13 @@ class FamilyType(click.ParamType):  # type: ignore[type-arg]
 
 
 def family_of(ctx: click.Context | None) -> Family:
-    """The family that a command line names, by default VAN; `--family` is eager, so it is known before all others."""
+    """The family given on the command line, VAN by default. `--family` is eager, so click parses it first."""
     family = ctx.params.get("family") if ctx is not None else None
     return family if family is not None else get_family(DEFAULT_FAMILY)
 
 
 class OfFamily(click.ParamType):  # type: ignore[type-arg]
-    """One of the names that the family of the command line has."""
+    """A name that the family given on the command line has, such as a variant or a layout."""
 
     def __init__(self, name: str, choices: Callable[[Family], tuple[str, ...]]) -> None:
         self.name = name
@@ -100,17 +100,17 @@ class OfFamily(click.ParamType):  # type: ignore[type-arg]
 
 
 SOURCE_ARGUMENTS = click.option(
-    "--source-arg", "source_arguments", multiple=True, metavar="NAME=VALUE", help="Argument for the PyTorch model."
+    "--source-arg", "source_arguments", multiple=True, metavar="NAME=VALUE", help="Argument of the PyTorch model."
 )
 TARGET_ARGUMENTS = click.option(
-    "--target-arg", "target_arguments", multiple=True, metavar="NAME=VALUE", help="Argument for the Keras model."
+    "--target-arg", "target_arguments", multiple=True, metavar="NAME=VALUE", help="Argument of the Keras model."
 )
 VARIANT = OfFamily("variant", lambda family: family.variants)
 LAYOUT = OfFamily("layout", lambda family: tuple(naming.name for naming in family.namings))
 
 
 class LayerLimit(click.ParamType):  # type: ignore[type-arg]
-    """`name:ratio`."""
+    """A layer and its limit, as `name:ratio`."""
 
     name = "NAME:RATIO"
 
@@ -128,7 +128,7 @@ class LayerLimit(click.ParamType):  # type: ignore[type-arg]
 
 
 class Sha256(click.ParamType):  # type: ignore[type-arg]
-    """64 hexadecimal digits."""
+    """A SHA-256 hash: 64 hexadecimal digits."""
 
     name = "HEX"
 
@@ -140,20 +140,20 @@ class Sha256(click.ParamType):  # type: ignore[type-arg]
 
 @dataclass(frozen=True)
 class Model:
-    """`--family` and `--variant`; `variant` is None where it was not given and need not be."""
+    """`--family` and `--variant`; `variant` is None if it was omitted and is optional."""
 
     family: Family
     variant: str | None
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """For the functions in porting.tasks."""
+        """Arguments for the functions in `porting.tasks`."""
         return {"family": self.family, "variant": self.variant}
 
     def of_file(self, weights: Path) -> tuple[Family, str]:
-        """Its family and variant, where none was given those that the file of weights says it is of.
+        """The family and variant. Without `--variant`, read both from the provenance of the weights file.
 
-        Raises UsageError where the file says none, and WeightsFileError where it cannot be read.
+        Raises UsageError if the file names no variant, and WeightsFileError if it cannot be read.
         """
         if self.variant is not None:
             return self.family, self.variant
@@ -167,11 +167,11 @@ class Model:
             found = get_family(family) if isinstance(family, str) else None
             if found is not None and variant in found.variants and self.family.name in {DEFAULT_FAMILY, found.name}:
                 return found, str(variant)
-        raise click.UsageError(f"Missing option '--variant': {weights} does not say which model it is of.")
+        raise click.UsageError(f"Missing option '--variant': {weights} does not name its model.")
 
 
 def family_option(command: Command) -> Command:
-    """`--family`, with VAN as default."""
+    """Add `--family`, which defaults to VAN."""
     return click.option(
         "--family",
         type=FamilyType(),
@@ -183,18 +183,20 @@ def family_option(command: Command) -> Command:
 
 
 def model_options(*, required: bool = True) -> Callable[[Command], Command]:
-    """`--family` and `--variant`, or `--source`, `--target` and `--map`, handed on as `model`."""
+    """Add `--family` and `--variant`, or `--source`, `--target` and `--map`, passed on as `model`."""
     return option_group(
         "model",
         functools.partial(_model, required),
         family_option,
         click.option("--variant", type=VARIANT, help="Variant of the family."),
         click.option(
-            "--config", type=FILE, help="Instead of a variant: a VAN's settings, .json or .toml; or its config.json."
+            "--config", type=FILE, help="Settings of a VAN, .json or .toml, or its config.json; replaces --variant."
         ),
-        click.option("--source", help="Instead of a family: the PyTorch model, such as FILE.py:make."),
-        click.option("--target", help="The Keras model, such as FILE.py:make; forms as of `van-port map`."),
-        click.option("--map", "rows_file", type=FILE, help="The rows between them, .toml; `van-port map` writes it."),
+        click.option("--source", help="PyTorch model, such as FILE.py:make; replaces --family."),
+        click.option("--target", help="Keras model, such as FILE.py:make; `van-port map --help` lists all forms."),
+        click.option(
+            "--map", "rows_file", type=FILE, help="Key map between the two, .toml, as written by `van-port map`."
+        ),
         SOURCE_ARGUMENTS,
         TARGET_ARGUMENTS,
         click.option("--inputs", type=FILE, help="Inputs of --target for the check, .npz.  [default: random]"),
@@ -216,16 +218,16 @@ def _model(
     given = {"--source": source, "--target": target, "--map": rows_file}
     if not any(given.values()):
         if source_arguments or target_arguments or inputs:
-            raise click.UsageError("--source-arg, --target-arg and --inputs go with --source and --target")
+            raise click.UsageError("--source-arg, --target-arg and --inputs need --source and --target")
         if config is not None:
             return _configured(family, variant, config)
         if required and variant is None:
             raise click.UsageError("Missing option '--variant'.")
         return Model(family, variant)
     if missing := [option for option, value in given.items() if not value]:
-        raise click.UsageError(f"--source, --target and --map go together: {', '.join(missing)} is missing")
+        raise click.UsageError(f"--source, --target and --map must be given together: {', '.join(missing)} is missing")
     if variant is not None or config is not None:
-        raise click.UsageError("--variant and --config are of a family: they do not go with --source")
+        raise click.UsageError("--variant and --config belong to a family and cannot be combined with --source")
     from porting.families.given import VARIANT as OWN
     from porting.families.given import GivenFamily
     from porting.families.specs import parse_arguments
@@ -247,9 +249,9 @@ def _model(
 
 def _configured(family: Family, variant: str | None, config: Path) -> Model:
     if variant is not None:
-        raise click.UsageError("--config takes the place of --variant")
+        raise click.UsageError("--config replaces --variant: give one of them")
     if family.name != DEFAULT_FAMILY:
-        raise click.UsageError(f"--config is for the family {DEFAULT_FAMILY}: {family.name} has variants alone")
+        raise click.UsageError(f"--config works only with the family {DEFAULT_FAMILY}; {family.name} has only variants")
     from porting.families.van_config import ConfiguredVanFamily
 
     made = ConfiguredVanFamily(config)
@@ -258,13 +260,13 @@ def _configured(family: Family, variant: str | None, config: Path) -> Model:
 
 @dataclass(frozen=True)
 class CheckpointChoice:
-    """Which checkpoint, and how to read it; the arguments are those of the options that a command has."""
+    """The checkpoint and how to read it. `arguments` holds the values of the options that the command has."""
 
     arguments: dict[str, Any]
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """What is read, where that is given by path."""
+        """The files that a checkpoint given by path is read from; empty for an address."""
         from porting.tasks.case import files_of
 
         return files_of(self.arguments["checkpoint"])
@@ -277,13 +279,15 @@ CHECKPOINT = click.option(
     "[default: the variant's official file]",
 )
 LAYOUT_OF_CHECKPOINT = click.option(
-    "--layout", type=LAYOUT, help="Publisher whose tensor names the checkpoint has.  [default: recognised]"
+    "--layout",
+    type=LAYOUT,
+    help="Publisher whose tensor names the checkpoint uses.  [default: recognised from the names]",
 )
 EMA = click.option(
-    "--ema/--no-ema", default=False, show_default=True, help="Take moving averages where the file has both."
+    "--ema/--no-ema", default=False, show_default=True, help="Use the moving-average weights if the file has both."
 )
 KEY = click.option("--key", help="Entry of the file that holds the weights, such as model or ema.module.")
-PREFIX = click.option("--prefix", help="Take the tensors whose names begin so, without it; drop all others.")
+PREFIX = click.option("--prefix", help="Use only tensors whose names start with this, and strip it.")
 checkpoint_options = option_group(
     "checkpoint",
     lambda **arguments: CheckpointChoice(arguments),
@@ -299,7 +303,7 @@ plain_checkpoint_options = option_group(
 )
 
 CHECK = click.option(
-    "--check/--no-check", default=True, show_default=True, help="Prove parity before the file gets its name."
+    "--check/--no-check", default=True, show_default=True, help="Write the file only if it passes the parity check."
 )
 WEIGHTS_HELP = "File of Keras weights: .h5, .weights.h5 or .keras."
 
@@ -312,7 +316,7 @@ def _lazy_options(
     max_exact_ratio: float | None,
     **others: Any,
 ) -> Callable[[], CheckOptions]:
-    """Not made at once, because that takes an import that `--help` must not wait for."""
+    """Return a function that makes the CheckOptions. Making them needs an import, which would slow down `--help`."""
 
     def make() -> CheckOptions:
         from porting.parity.report import DEFAULT_MAX_EXACT_RATIO, DEFAULT_MAX_RATIO, Limits
@@ -334,46 +338,59 @@ thoroughness_options = option_group(
     "make_options",
     _lazy_options,
     click.option("--images", type=FILE, help="Folder of images for the check.  [default: embedded ones]"),
-    click.option("--samples", type=click.IntRange(min=1), help="Images to use.  [default: 4; all up to 64 pixels]"),
     click.option(
-        "--locate/--no-locate", default=True, show_default=True, help="Look for the layers where the models part."
+        "--samples", type=click.IntRange(min=1), help="Number of images.  [default: 4, or all for sizes up to 64]"
     ),
-    click.option("--stress", is_flag=True, help="Check on other weights and shapes too, on which mistakes are loud."),
-    click.option("--train", is_flag=True, help="Also compare ten training steps: gradients, statistics, weights."),
+    click.option(
+        "--locate/--no-locate", default=True, show_default=True, help="Find the layers where the two models diverge."
+    ),
+    click.option(
+        "--stress", is_flag=True, help="Also check with other weights and shapes, which make mistakes more visible."
+    ),
+    click.option("--train", is_flag=True, help="Also compare ten training steps: gradients, statistics and weights."),
     click.option(
         "--max-ratio",
         type=click.FloatRange(min=0, min_open=True),
-        help="Limit of parity in float32, in units of PyTorch's own rounding.  [default: 64]",
+        help="Limit for layers in float32, in units of PyTorch's own rounding error.  [default: 64]",
     ),
     click.option(
         "--max-exact-ratio",
         type=click.FloatRange(min=0, min_open=True),
-        help="Limit for the outputs in float64, in units of float64's rounding.  [default: 256]",
+        help="Limit for outputs in float64, in units of float64's rounding error.  [default: 256]",
     ),
-    click.option("--atol", type=click.FloatRange(min=0), help="Also bound the greatest difference."),
-    click.option("--rtol", type=click.FloatRange(min=0), help="Also bound it relative to the layer's greatest value."),
+    click.option("--atol", type=click.FloatRange(min=0), help="Also limit the largest absolute difference."),
     click.option(
-        "--allow-non-finite", is_flag=True, help="Port NaN and infinite weights unchanged; the check uses zeros there."
+        "--rtol",
+        type=click.FloatRange(min=0),
+        help="Also limit the largest difference relative to the layer's largest value.",
     ),
     click.option(
-        "--strict-settings", is_flag=True, help="Settings that matter only in training, such as a momentum, count too."
+        "--allow-non-finite",
+        is_flag=True,
+        help="Port NaN and infinite weights unchanged; the check replaces them with zeros.",
     ),
-    click.option("--waive", multiple=True, metavar="MODULE[:SETTING]", help="Accept a setting that differs."),
-    click.option("--limit", "layer_limits", type=LayerLimit(), multiple=True, help="Limit of one layer."),
+    click.option(
+        "--strict-settings",
+        is_flag=True,
+        help="Also fail on settings that matter only in training, such as a momentum.",
+    ),
+    click.option("--waive", multiple=True, metavar="MODULE[:SETTING]", help="Accept a difference in this setting."),
+    click.option("--limit", "layer_limits", type=LayerLimit(), multiple=True, help="Limit for one layer."),
 )
 
 
 @dataclass(frozen=True)
 class ReportChoice:
-    """How a report is shown, and the files that it is also written to."""
+    """How to print a report, and the files to write it to."""
 
     all_layers: bool
     report_files: tuple[Path, ...]
 
     def require_writable(self, outputs: Paths | None = None, inputs: Paths | None = None) -> None:
-        """Raises OutputError, before the work, for a report that could not be written, or is another file in use.
+        """Raise OutputError if a report file cannot be written or clashes with another file of the command.
 
-        `outputs` and `inputs` are by option. A report to standard output sends results for people elsewhere.
+        Call this before the work starts. `outputs` and `inputs` map options to paths. If a report goes to standard
+        output, everything else is printed to standard error.
         """
         from porting.cli.terminal import route_results
         from porting.files.atomic import refuse_clashes, require_writable
@@ -395,7 +412,7 @@ class ReportChoice:
             require_writable(path)
 
     def show(self, report: ParityReport | None, *, without: str = "Not checked, as asked.") -> None:
-        """Prints a report and writes it to every file that was asked for, or says that there is none."""
+        """Print a report and write it to the requested files, or print `without` if there is no report."""
         from porting.cli.terminal import make_console, say
         from porting.reports import is_stream, write_report
         from porting.reports.terminal import print_report
@@ -413,13 +430,13 @@ class ReportChoice:
 
     @property
     def hint(self) -> str:
-        """Where a report that failed shows more."""
+        """Where to find details of a failed report."""
         files = [str(path) for path in self.report_files if path.suffix in {".html", ".json"}]
         return f"{files[0]} shows every layer." if files else "--report parity.html shows every layer."
 
     @contextlib.contextmanager
     def showing_refusal(self) -> Iterator[Progress]:
-        """Progress for work that may end in a failed check, whose report is then shown before the error goes on."""
+        """Show progress; if the work ends in a failed check, show its report and raise the error again."""
         from porting.cli.terminal import ProgressBar
         from porting.errors import FailedParityError
 
@@ -440,14 +457,14 @@ report_options = option_group(
         "report_files",
         type=FILE,
         multiple=True,
-        help="Also write the report: .html, .md, .xml (JUnit) or .json; - for JSON on standard output. Written when "
-        "the check fails, too.",
+        help="Also write the report, even if the check fails: .html, .md, .xml (JUnit) or .json; - writes JSON to "
+        "standard output.",
     ),
 )
 
 
 def show_non_finite(facts: Mapping[str, Any]) -> None:
-    """Names the tensors that hold NaN or infinity, if any."""
+    """Print the names of the tensors that hold NaN or infinity, if any."""
     from porting.cli.terminal import make_console
 
     if names := facts.get("non_finite"):
@@ -456,7 +473,7 @@ def show_non_finite(facts: Mapping[str, Any]) -> None:
 
 
 def show_written(path: Path, report_path: Path | None) -> None:
-    """Says which files were written."""
+    """Print which files were written."""
     from porting.cli.terminal import say
 
     written = [path] if report_path is None else [path, report_path]
@@ -464,7 +481,7 @@ def show_written(path: Path, report_path: Path | None) -> None:
 
 
 def result_paths(out: Path) -> dict[str, list[Path]]:
-    """What a command with `--out` writes."""
+    """The files that a command with `--out` writes, by option."""
     from porting.files.atomic import report_path_of
 
     return {"--out": [out], "the report of --out": [report_path_of(out)]}

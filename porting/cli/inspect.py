@@ -9,14 +9,14 @@ import click
 from porting.cli.groups import EMA, FILE, KEY, PREFIX
 
 
-@click.command(short_help="Print where a file comes from, and its tensors.")
+@click.command(short_help="Print the origin and the tensors of a file.")
 @click.argument("file", type=FILE)
 @EMA
 @KEY
 @PREFIX
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(file: Path, ema: bool, key: str | None, prefix: str | None, as_json: bool) -> None:
-    """Print the provenance and the tensors of FILE, a checkpoint or a file of Keras weights."""
+    """Print the provenance and the tensors of FILE, which is a checkpoint or a file of Keras weights."""
     from porting.cli.terminal import make_console, say_json
     from porting.files.atomic import report_path_of
     from porting.files.inspection import inspect_file
@@ -50,7 +50,7 @@ def inspect(file: Path, ema: bool, key: str | None, prefix: str | None, as_json:
 
 
 def _standing(path: Path) -> str:
-    """What the report beside a file says of that file, or why it says nothing."""
+    """The verdict of the report beside a file, or why that report does not apply."""
     from porting.errors import ReportError
     from porting.reports.document import file_beside, read_report
     from porting.reports.terminal import verdict
@@ -59,5 +59,5 @@ def _standing(path: Path) -> str:
         report = read_report(path)
         remark = file_beside(report, path)
     except ReportError as error:
-        return f"does not count: {error.message}"
+        return f"cannot be used: {error.message}"
     return f"{verdict(report)}. {remark}".strip()

@@ -1,6 +1,6 @@
-"""`van-port`: the group of commands, each in a file of its own.
+"""The command group `van-port`. Each command has its own file.
 
-Everything heavy is imported inside the commands: `van-port --help` must answer at once.
+Commands import heavy packages inside their functions, so that `van-port --help` answers at once.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from porting.cli.revert import revert
 from porting.cli.terminal import route_results, say
 from porting.errors import INTERRUPTED, OutputError, PortingError
 
-_BROKEN_PIPE = 141  # as a shell says of a program that SIGPIPE ends
+_BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
 
 EPILOG = """\b
 Exit codes: 0 done and at parity; 1 not at parity; 2 wrong usage; 3 bad checkpoint;
 4 tensors do not fit the model; 5 file not found; 6 cannot write; 7 bad weights file;
-8 bad report; 9 cannot export; 10 the engine of an evaluation fails; 130 interrupted.
+8 bad report; 9 cannot export; 10 evaluation engine failed; 130 interrupted.
 """
 
 
 class PortGroup(click.Group):
-    """A group that ends every error of the user's in its message, its hint and its exit code."""
+    """A group that turns every PortingError into its message, its hint and its exit code."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The commands alone: `van-port port --help` shows what the bare command takes as well."""
+        """List the commands, and only `--version` and `--help`: the options of a port are in `van-port port --help`."""
         self.format_commands(ctx, formatter)
         shown = [
             param for param in (*self.params, self.get_help_option(ctx)) if param and param.name in {"version", "help"}
@@ -48,7 +48,7 @@ class PortGroup(click.Group):
         with formatter.section("Options"):
             formatter.write_dl([record for param in shown if (record := param.get_help_record(ctx)) is not None])
         formatter.write_paragraph()
-        formatter.write_text("Without a command, van-port takes the options of `van-port port`.")
+        formatter.write_text("Without a command, van-port accepts the options of `van-port port`.")
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -74,17 +74,17 @@ def cli(ctx: click.Context, /, model: Model, **arguments: Any) -> None:
 
     \b
       van-port --variant nano                              # the embedded checkpoint
-      van-port --variant b1 --out van_b1.h5                # official weights, from the hub
-      van-port --variant b1 --checkpoint my.pth.tar        # your own
-      van-port evaluate --weights van_b1.h5 --data val     # both models over a data set
-      van-port check --weights van_b1.h5                   # a file made earlier or elsewhere
-      van-port inspect van_b1.h5                           # where a file comes from
-      van-port map timm:resnet18 models.py:make            # the key map between any two models
+      van-port --variant b1 --out van_b1.h5                # official weights, from the Hugging Face hub
+      van-port --variant b1 --checkpoint my.pth.tar        # your own checkpoint
+      van-port evaluate --weights van_b1.h5 --data val     # compare both models on a data set
+      van-port check --weights van_b1.h5                   # check an existing file
+      van-port inspect van_b1.h5                           # show where a file comes from
+      van-port map timm:resnet18 models.py:make            # find the key map between any two models
     """
     route_results(to_stderr=False)
     if ctx.invoked_subcommand is not None:
         if model.variant is not None:
-            raise click.UsageError(f"the options of a port go after {ctx.invoked_subcommand}, where it has them")
+            raise click.UsageError(f"give the options of a port after {ctx.invoked_subcommand}, if it accepts them")
         return
     run_port(model, **arguments)
 
@@ -96,7 +96,7 @@ for command in (check, evaluate, export, families, inspect, map_command, port_al
 def main() -> None:
     """Entry point of the console script."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal's encoding lacks must not end the program
+        if isinstance(stream, io.TextIOWrapper):  # escape characters that the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
     try:
         try:
@@ -104,22 +104,22 @@ def main() -> None:
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()
-    except OSError as error:  # all others have become errors of ours; this one is of standard output itself
+    except OSError as error:  # standard output itself failed: commands turn all other OSErrors into PortingErrors
         if error.errno == errno.EPIPE:
             _end_at_a_closed_pipe()
         _forget_stdout()
-        say(f"Error: standard output cannot be written: {error.strerror or error}", err=True)
+        say(f"Error: cannot write to standard output: {error.strerror or error}", err=True)
         sys.exit(OutputError.exit_code)
 
 
 def _end_at_a_closed_pipe() -> NoReturn:
-    """As of `| head`: nobody reads, so nothing is said."""
+    """Exit silently when the reader of the pipe is gone, as with `| head`."""
     _forget_stdout()
     sys.exit(_BROKEN_PIPE)
 
 
 def _forget_stdout() -> None:
-    """What is still buffered could not be written at exit either."""
+    """Discard what is still buffered, which Python would otherwise try to write again at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 

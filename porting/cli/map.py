@@ -13,15 +13,17 @@ from porting.cli.groups import FILE, SOURCE_ARGUMENTS, TARGET_ARGUMENTS
 @click.command("map", short_help="Find the key map between any two models.")
 @click.argument("source")
 @click.argument("target")
-@click.option("--out", type=FILE, help="File of rows to write, .toml.  [default: none]")
+@click.option("--out", type=FILE, help="Write the rows to this file, .toml.  [default: none]")
 @SOURCE_ARGUMENTS
 @TARGET_ARGUMENTS
 @click.option("--inputs", type=FILE, help="Inputs of the Keras model by name, .npz.  [default: random]")
-@click.option("--pair", "pairs", multiple=True, metavar="TORCH.NAME=KERAS/PATH", help="A row that is known.")
-@click.option("--map", "known", type=FILE, help="Rows to keep, .toml: a half-finished map.  [default: none]")
-@click.option("--family", metavar="NAME", help="Also write NAME.py, a family to complete.  [default: none]")
-@click.option("--absorb-epsilon", is_flag=True, help="Put what epsilons of batch norms differ by into the variances.")
-@click.option("--all-rows", is_flag=True, help="Print every row, not only those that are not proven.")
+@click.option("--pair", "pairs", multiple=True, metavar="TORCH.NAME=KERAS/PATH", help="A row that you already know.")
+@click.option("--map", "known", type=FILE, help="A half-finished file of rows to complete, .toml.  [default: none]")
+@click.option("--family", metavar="NAME", help="Also write NAME.py, a family file to complete.  [default: none]")
+@click.option(
+    "--absorb-epsilon", is_flag=True, help="Where batch norm epsilons differ, add the difference to the variances."
+)
+@click.option("--all-rows", is_flag=True, help="Print each row with its confidence, instead of the short rules.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def map_command(
     source: str,
@@ -37,7 +39,7 @@ def map_command(
     all_rows: bool,
     as_json: bool,
 ) -> None:
-    """Propose the key map from SOURCE, a PyTorch model, to TARGET, a Keras model, and prove it by running both.
+    """Propose a key map from SOURCE, a PyTorch model, to TARGET, a Keras model, and prove it by running both.
 
     \b
       van-port map timm:resnet18 my_models.py:make_resnet --out rows.toml
@@ -45,9 +47,9 @@ def map_command(
       van-port map timm:tf_mobilenetv3_large_100 keras.applications:MobileNetV3Large \\
           --target-arg include_preprocessing=False --absorb-epsilon
 
-    Models are timm:NAME, torchvision:NAME, transformers:CLASS[:config.json], keras.applications:NAME,
+    A model is timm:NAME, torchvision:NAME, transformers:CLASS[:config.json], keras.applications:NAME,
     keras_hub:CLASS[:config.json], package.module:callable or file.py:callable, which runs that file. The exit code is
-    0 where the map is complete and the outputs are exact with it, else 4.
+    0 if the map is complete and its outputs are exact, else 4.
     """
     from dataclasses import asdict
 
@@ -61,7 +63,7 @@ def map_command(
 
     stated = {name: path for name, _, path in (pair.partition("=") for pair in pairs)}
     if broken := [pair for pair in pairs if "=" not in pair]:
-        raise click.UsageError(f"--pair {broken[0]!r}: its form is torch.name=keras/path")
+        raise click.UsageError(f"--pair {broken[0]!r} must have the form torch.name=keras/path")
     outputs = {} if out is None else {"--out": [out]}
     family_file = None
     if family is not None:

@@ -1,4 +1,4 @@
-"""`van-port port`, which is also what `van-port` does by itself."""
+"""`van-port port`, which is also what `van-port` does without a command."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 
 def port_options(command: Command) -> Command:
-    """The options of a port."""
+    """Add the options of a port to a command."""
     for option in (
-        click.option("--keep-failed", type=FILE, help="Where to keep a file that fails the check.  [default: nowhere]"),
+        click.option("--keep-failed", type=FILE, help="Keep a file that fails the check here.  [default: delete it]"),
         report_options,
         thoroughness_options,
         CHECK,
@@ -66,12 +66,12 @@ def run_port(
     reporting: ReportChoice,
     keep_failed: Path | None,
 ) -> None:
-    """Ports, shows the report and says what was written and how to load it."""
+    """Port, print the report, and print what was written and how to load it."""
     from porting.cli.terminal import make_console, say
     from porting.tasks.port import port
 
     if model.variant is None:
-        raise click.UsageError(f"--variant is needed: one of {', '.join(model.family.variants)}")
+        raise click.UsageError(f"--variant is required: one of {', '.join(model.family.variants)}")
     out = out if out is not None else Path(f"{model.family.name}_{model.variant.rpartition('/')[2]}.h5")
     reporting.require_writable(
         {**result_paths(out), "--keep-failed": [keep_failed]}, {"--checkpoint": checkpoint.files}
@@ -93,7 +93,7 @@ def run_port(
     if case.checkpoint is not None:
         for line in case.checkpoint.remarks():
             console.print(line, soft_wrap=True)
-    reporting.show(result.report, without="Not checked, as asked; the file's provenance says so.")
+    reporting.show(result.report, without="Not checked, as requested; the file's provenance records this.")
     if result.report is None:
         show_non_finite(result.provenance)
     tensors, dropped = len(result.conversion.weights), len(result.conversion.dropped)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class VariantCheckpoint(click.ParamType):  # type: ignore[type-arg]
-    """`variant=location`."""
+    """A variant and its checkpoint, as `variant=location`."""
 
     name = "VARIANT=FILE|URL"
 
@@ -26,13 +26,13 @@ class VariantCheckpoint(click.ParamType):  # type: ignore[type-arg]
             return value
         variant, _, location = str(value).partition("=")
         if variant not in family_of(ctx).variants or not location:
-            self.fail(f"{value!r} is not a variant, an equals sign and a checkpoint, such as b1=my.pth", param, ctx)
+            self.fail(f"{value!r} is not of the form VARIANT=CHECKPOINT, such as b1=my.pth", param, ctx)
         return variant, location
 
 
 @click.command("port-all", short_help="Port several variants.")
 @family_option
-@click.option("--out-dir", type=FILE, required=True, help="Folder for the files, named FAMILY_VARIANT.")
+@click.option("--out-dir", type=FILE, required=True, help="Folder for the files, which are named FAMILY_VARIANT.")
 @click.option(
     "--variant",
     "variants",
@@ -48,7 +48,11 @@ class VariantCheckpoint(click.ParamType):  # type: ignore[type-arg]
     help="A variant's checkpoint: a path, https://... or hf://...  [default: its official file]",
 )
 @click.option(
-    "--suffix", type=click.Choice([".h5", ".weights.h5", ".keras"]), default=".h5", show_default=True, help="Format."
+    "--suffix",
+    type=click.Choice([".h5", ".weights.h5", ".keras"]),
+    default=".h5",
+    show_default=True,
+    help="File format.",
 )
 @CHECK
 @thoroughness_options
@@ -61,7 +65,7 @@ def port_all(
     check: bool,
     make_options: Callable[[], CheckOptions],
 ) -> None:
-    """Port several variants, on past one that fails. The exit code is 0, or that of the first failure.
+    """Port several variants; if one fails, continue with the next. The exit code is 0, or that of the first failure.
 
     \b
       van-port port-all --out-dir weights --variant b0 --variant b1
@@ -77,7 +81,7 @@ def port_all(
     usual = [name for name in family.variants if name in given or family.source_of(name).kind != "none"]
     chosen = {name: given.get(name) for name in (variants or usual)}
     if unused := sorted(given.keys() - chosen.keys()):
-        raise click.UsageError(f"--checkpoint for {', '.join(unused)}, which --variant leaves out")
+        raise click.UsageError(f"--checkpoint names {', '.join(unused)}, which --variant does not select")
     make_folder(out_dir)
     options = make_options()
     table = Table("variant", "file", "verdict", "worst ratio", "seconds")
@@ -95,7 +99,7 @@ def port_all(
                 table.add_row(outcome.variant, name, "not checked", "-", seconds)
     make_console().print(table)
     for outcome in failures:
-        assert outcome.error is not None  # that is what makes it a failure
+        assert outcome.error is not None  # true of every failure
         say(f"{outcome.variant}: {outcome.error.message}", err=True, colour="red")
         if outcome.error.hint:
             say(outcome.error.hint, err=True)

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     "--format",
     "form",
     type=click.Choice(["terminal", "html", "markdown", "junit", "json"]),
-    help="What to render.  [default: as --out ends, else terminal]",
+    help="Format to render.  [default: from the suffix of --out, else terminal]",
 )
 @click.option("--out", type=FILE, help="File to write.  [default: standard output]")
-@click.option("--all-layers", is_flag=True, help="On the terminal, print every layer.")
+@click.option("--all-layers", is_flag=True, help="Print every layer (terminal format only).")
 def report(file: Path, form: str | None, out: Path | None, all_layers: bool) -> None:
-    """Render the JSON report FILE of a check or an evaluation again, in any format.
+    """Render FILE, the JSON report of a check or an evaluation, in another format.
 
-    The exit code says only whether that worked.
+    The exit code says whether rendering worked, not whether the report passed.
     """
     from porting import reports
     from porting.cli.terminal import make_console, say
@@ -56,7 +56,7 @@ def report(file: Path, form: str | None, out: Path | None, all_layers: bool) -> 
         show(make_console())
         return
     if form not in forms:
-        raise click.UsageError(f"an evaluation has no {form} form; it has terminal, {', '.join(forms)}")
+        raise click.UsageError(f"an evaluation cannot be rendered as {form}; choose terminal, {', '.join(forms)}")
     if not streamed:
         refuse_clashes({"--out": [out]}, {"FILE": [file]})
         require_writable(out)

@@ -33,13 +33,19 @@ if TYPE_CHECKING:
 @click.option(
     "--layout",
     type=LAYOUT,
-    help="Publisher whose tensor names to write.  [default: that of the ported checkpoint, else the family's first]",
+    help="Publisher whose tensor names to write.  [default: as in the ported checkpoint, else the family's first]",
 )
 @click.option(
-    "--classes", type=click.IntRange(min=0), help="Classes of the head; 0: no head.  [default: as the file shows]"
+    "--classes",
+    type=click.IntRange(min=0),
+    help="Number of classes of the head; 0 means no head.  [default: read from the file]",
 )
 @click.option(
-    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True, help="Type."
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Data type.",
 )
 @CHECK
 @thoroughness_options
@@ -55,7 +61,7 @@ def revert(
     make_options: Callable[[], CheckOptions],
     reporting: ReportChoice,
 ) -> None:
-    """Port a file of Keras weights back to PyTorch, fine-tuned or not, and prove that nothing was lost.
+    """Port a file of Keras weights, fine-tuned or not, back to PyTorch, and prove that nothing was lost.
 
     \b
       van-port revert --variant b1 --weights van_b1.h5 --out van_b1.pth

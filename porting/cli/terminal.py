@@ -1,7 +1,7 @@
-"""What the commands share in talking to a terminal: everything that they print goes through here.
+"""Terminal output of the commands. Everything that they print goes through this module.
 
-Names and messages come from files that a stranger may have made. On a terminal a control character moves the cursor,
-changes colours or runs a command, and square brackets are markup to rich: here both are plain text.
+Names and messages may come from untrusted files. On a terminal, control characters can move the cursor, change colours
+or run a command, and rich reads square brackets as markup. This module prints both as plain text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from porting.progress import Progress
 if TYPE_CHECKING:
     from rich.console import Console
 
-# In a pipe there is no width to fit; a table must not be cut there.
+# A pipe has no width; a table must not be cut there.
 _PIPE_WIDTH = 140
 
 
@@ -27,13 +27,13 @@ _results_on_stdout = True
 
 
 def route_results(*, to_stderr: bool) -> None:
-    """Where results for people go: to standard error when standard output is one report, for a program to read."""
+    """Choose where results for people go: standard error if standard output carries a report for a program."""
     global _results_on_stdout
     _results_on_stdout = not to_stderr
 
 
 def printable(text: str) -> str:
-    """The text with every character that is not printed as an escape, such as `\\x1b`; lines stay lines."""
+    """The text with unprintable characters escaped, such as `\\x1b`; line breaks and tabs stay."""
     if text.isprintable():
         return text
     return "".join(
@@ -42,17 +42,17 @@ def printable(text: str) -> str:
 
 
 def say(text: str, *, err: bool = False, colour: str | None = None, end: str = "\n") -> None:
-    """Prints a line, of results or of an error."""
+    """Print a line of results, or of an error with `err`."""
     click.secho(printable(text) + end, fg=colour, err=err or not _results_on_stdout, nl=False)
 
 
 def say_json(value: Any) -> None:
-    """Prints a value as JSON, always to standard output."""
+    """Print a value as JSON, always to standard output."""
     click.echo(json.dumps(value, indent=1))
 
 
 def make_console(*, stderr: bool = False) -> Console:
-    """A console on which markup and control characters of a text are plain text."""
+    """A rich console that prints markup and control characters as plain text."""
     from rich.console import Console
     from rich.text import Text
 
@@ -72,7 +72,7 @@ def make_console(*, stderr: bool = False) -> Console:
 
 
 class ProgressBar(Progress):
-    """A bar with the present step on a terminal's standard error; nothing at all in a pipe."""
+    """A progress bar with the current step on standard error; silent unless that is a terminal."""
 
     def __init__(self) -> None:
         from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn

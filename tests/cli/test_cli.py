@@ -191,10 +191,10 @@ def test_interrupted(run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.Monkey
 def test_usage(run_cli: RunCli) -> None:
     assert run_cli("--variant", "b9").exit_code == 2
     assert run_cli("--out", "x.h5").exit_code == 2
-    assert "--variant is needed" in run_cli("--out", "x.h5").output
+    assert "--variant is required" in run_cli("--out", "x.h5").output
     mixed = run_cli("--variant", "nano", "inspect", "x.h5")
     assert mixed.exit_code == 2
-    assert "options of a port go after inspect" in mixed.output
+    assert "the options of a port after inspect" in mixed.output
 
 
 def test_inspect(run_cli: RunCli, checkpoint: Path, tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_an_end_in_the_midst_loses_nothing(
     _, said = process.communicate(timeout=120)
     assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
     if how == signal.SIGINT:
-        assert "the same command goes on" in said
+        assert "Run the same command again" in said
     done = json.loads(kept.read_text())["tally"]["counts"]["samples"]
     assert 0 < done < len(rows)
     subprocess.run(command, check=True, capture_output=True)

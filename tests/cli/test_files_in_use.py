@@ -181,7 +181,7 @@ def test_a_report_of_another_file_does_not_count(run_cli: RunCli, checkpoint: Pa
     result = run_cli("check", "--from", report)
     assert result.exit_code == 8, result.output
     assert "is of another file than" in result.output
-    assert "x.h5.parity.json: does not count" in run_cli("inspect", out).output
+    assert "x.h5.parity.json: cannot be used" in run_cli("inspect", out).output
 
 
 @pytest.mark.parametrize(("redirection", "code"), [(">/dev/full", 6), (">&-", 0), ("| head -c 1", 141)])

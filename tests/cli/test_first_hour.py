@@ -31,7 +31,7 @@ def test_the_port_command_is_the_bare_one(run_cli: RunCli, checkpoint: Path, tmp
     assert run_cli("port", *arguments, "--out", tmp_path / "a.h5").exit_code == 0
     assert run_cli(*arguments, "--out", tmp_path / "b.h5").exit_code == 0
     assert (tmp_path / "a.h5").stat().st_size == (tmp_path / "b.h5").stat().st_size
-    assert "--variant is needed" in run_cli("port").output
+    assert "--variant is required" in run_cli("port").output
 
 
 def test_the_main_help_shows_the_commands(run_cli: RunCli) -> None:

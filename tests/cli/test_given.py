@@ -167,7 +167,7 @@ def test_export_of_tokens(run_cli: RunCli, tmp_path: Path) -> None:
     ("arguments", "code", "message"),
     [
         (["--source", "timm:resnet18"], 2, "--target, --map is missing"),
-        (["--source-arg", "a=1", "--variant", "nano"], 2, "go with --source and --target"),
+        (["--source-arg", "a=1", "--variant", "nano"], 2, "need --source and --target"),
     ],
 )
 def test_half_of_it_is_wrong_usage(run_cli: RunCli, arguments: list[str], code: int, message: str) -> None:

@@ -88,7 +88,7 @@ def test_two_networks_that_differ_are_exit_code_4(run_cli: RunCli, models: Path)
         (("models.py:reference", "models.py:number"), 2, "makes a int, not a Keras model"),
         (("no_such_package:make", "models.py:candidate"), 2, "the package no_such_package is not installed"),
         (("models.py:reference", "keras.applications:Nothing"), 2, "keras.applications has no 'Nothing'"),
-        (("models.py:reference", "models.py:candidate", "--pair", "x"), 2, "its form is torch.name=keras/path"),
+        (("models.py:reference", "models.py:candidate", "--pair", "x"), 2, "must have the form torch.name=keras/path"),
         (("models.py:reference", "models.py:candidate", "--pair", "9=conv"), 4, "'9' is no module"),
         (("models.py:reference", "models.py:candidate", "--source-arg", "x"), 2, "is not an argument"),
         (("models.py:reference", "models.py:candidate", "--inputs", "models.py"), 5, "not an .npz of inputs"),

@@ -117,8 +117,8 @@ def test_settings_of_something_else(run_cli: RunCli, tmp_path: Path, text: str, 
 
 def test_settings_go_with_no_variant_and_no_other_family(run_cli: RunCli, given_files: tuple[Path, Path]) -> None:
     config, _ = given_files
-    assert "--config takes the place of --variant" in run_cli("--config", config, "--variant", "b0").output
-    assert "--config is for the family van" in run_cli("--family", "resnet", "--config", config).output
+    assert "--config replaces --variant" in run_cli("--config", config, "--variant", "b0").output
+    assert "--config works only with the family van" in run_cli("--family", "resnet", "--config", config).output
     assert "Give them with --checkpoint" in run_cli("--config", config).output
 
 

@@ -49,5 +49,5 @@ def test_all_well(run_cli: Cli, tmp_path: Path) -> None:
 
 def test_usage(run_cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
     unused = run_cli("port-all", "--out-dir", tmp_path, "--variant", "nano", f"--checkpoint=b1={checkpoint}")
-    assert (unused.exit_code, "for b1, which --variant leaves out" in unused.output) == (2, True)
+    assert (unused.exit_code, "names b1, which --variant does not select" in unused.output) == (2, True)
     assert run_cli("port-all", "--out-dir", tmp_path, "--checkpoint", "b9=x").exit_code == 2
