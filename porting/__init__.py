@@ -1,18 +1,18 @@
-"""Ports trained weights from PyTorch to Keras and proves, layer by layer, that nothing was lost.
+"""Port trained weights from PyTorch to Keras and prove, layer by layer, that nothing was lost.
 
-`check_parity` is for any two models:
+`check_parity` compares any two models:
 
     report = porting.check_parity(torch_model, keras_model, images)
     assert report.passed, report.first_divergence
 
-`port_weights` copies a model's weights by rows, checks what came out, and `revert_weights` goes back:
+`port_weights` copies a model's weights according to rows and checks the result. `revert_weights` copies them back:
 
     rows = [porting.KeyRule("conv{i}", "conv{i}", "conv"), porting.KeyRule("fc", "fc", "dense")]
     ported = porting.port_weights(torch_model, keras_model, rows, inputs=images).require_parity()
 
-`propose_map` finds the rows by running both models. `evaluate` runs both over a data set. `get_family` gives a family
-of models whose published checkpoints can be ported, and `porting.tasks` has what the command line calls. Everything
-that a user can cause ends in a `PortingError`.
+`propose_map` finds the rows by running both models. `evaluate` compares both on a data set. `get_family` returns a
+family of models whose published checkpoints can be ported. `porting.tasks` has the functions behind the command line.
+Every error that a user can cause is a `PortingError`.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    # Loaded when asked for: `van-port --help` imports this package and must answer at once.
+    # Imported on first use, because `van-port --help` imports this package and must answer at once.
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'porting' has no attribute {name!r}")

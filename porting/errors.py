@@ -1,4 +1,4 @@
-"""The errors a user can cause. Each has a message, a hint on what to do next and an exit code of its own."""
+"""Errors that a user can cause. Each has a message, a hint on what to do next, and its own exit code."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from porting.parity.report import ParityReport
 
-# The exit code of a command that Ctrl-C ends.
+# The exit code of a command interrupted with Ctrl-C.
 INTERRUPTED = 130
 
 
 class PortingError(Exception):
-    """Base of all errors that are the input's or the user's, not the program's.
+    """Base class of all errors caused by the input or the user, not by a bug in the program.
 
     `message` says what is wrong, where, and what was expected; `hint` says what to do next.
     """
@@ -32,7 +32,7 @@ class ParityError(PortingError):
 
 
 class FailedParityError(ParityError):
-    """A result that was refused its name, with the report that says why."""
+    """A result failed its check and was not written. `report` says why."""
 
     def __init__(self, message: str, report: ParityReport, *, hint: str = "") -> None:
         super().__init__(message, hint=hint)
@@ -46,7 +46,7 @@ class CheckpointError(PortingError):
 
 
 class KeyMapError(PortingError):
-    """The tensors of a checkpoint are not those of the model."""
+    """The tensors of a checkpoint do not match those of the model."""
 
     exit_code = 4
 
@@ -58,7 +58,7 @@ class SourceError(PortingError):
 
 
 class FamilyError(PortingError):
-    """A family of models is not there, or the package that offers it cannot be imported."""
+    """A model family does not exist, or the package that provides it cannot be imported."""
 
     exit_code = 2
 
@@ -70,7 +70,7 @@ class OutputError(PortingError):
 
 
 class ClashError(OutputError):
-    """A file that a command would write is one that it reads, or writes already."""
+    """A command would write a file that it also reads or writes elsewhere."""
 
     exit_code = 2
 
@@ -88,12 +88,12 @@ class ReportError(PortingError):
 
 
 class ExportError(PortingError):
-    """A model cannot be brought into another format, or its runtime cannot run what came out."""
+    """A model cannot be converted to another format, or the runtime cannot run the result."""
 
     exit_code = 9
 
 
 class EngineError(PortingError):
-    """What an evaluation runs on is missing, cannot be reached, or fails."""
+    """The engine of an evaluation is missing, cannot be reached, or fails."""
 
     exit_code = 10

@@ -1,4 +1,4 @@
-"""How long work tells its caller where it is."""
+"""How long-running work reports its progress to the caller."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterator
 
 
 class Progress:
-    """Called with the present step, and how much of how much is done where that is known. This one stays silent."""
+    """A callback for the current step and, if known, `done` out of `total`. This base class does nothing."""
 
     def __call__(self, description: str, done: int = 0, total: int = 0) -> None:
         pass
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Held open while something else draws on the terminal."""
+        """Pause the display while something else writes to the terminal."""
         yield
 
 

@@ -1,9 +1,9 @@
-"""A pytest fixture that gates a port of one's own.
+"""A pytest fixture that fails a test if your own port is not at parity.
 
     def test_port(assert_parity):
         assert_parity(torch_model, keras_model, images)
 
-Installed with the package; nothing is imported until a test uses it.
+The fixture is installed with the package. It imports nothing until a test uses it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def assert_parity() -> Callable[..., ParityReport]:
-    """`assert_parity(reference, candidate, inputs, ...)`: as `porting.check_parity`, and fails the test when not at
-    parity, with the verdict, the first divergence and its cause. Returns the report.
+    """A function `assert_parity(reference, candidate, inputs, ...)` with the arguments of `porting.check_parity`.
+
+    It returns the report. If the models are not at parity, it fails the test with the verdict, the first divergence
+    and its cause.
     """
 
     def check(reference: Any, candidate: Any, inputs: Any, **arguments: Any) -> ParityReport:

@@ -1,1 +1,1 @@
-"""What the command line and Python users call: one file a task."""
+"""The tasks that the command line and Python users call, one file each."""

@@ -1,4 +1,4 @@
-"""A case: a model of a family and the checkpoint that it is of, bound once at the entrance of every task."""
+"""A case: both models of one port and their checkpoint, bound once at the start of every task."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Case:
-    """Both models of one port, how to make them, and where the weights come from.
+    """Both models of one port, how to build them, and where the weights come from.
 
-    `checkpoint` is None where a task needs none; `source` is its row in the table of sources, None for a file that was
-    given by path. What follows takes a Case and asks it alone.
+    `checkpoint` is None if the task needs none. `source` is its row in the table of sources, or None for a file given
+    by path. The rest of a task reads everything from its Case.
     """
 
     family: Family
@@ -55,32 +55,32 @@ class Case:
 
     @cached_property
     def key_map(self) -> KeyMap:
-        """From the checkpoint's names."""
+        """The key map from the checkpoint's names."""
         return self.family.key_map(self.spec)
 
     @cached_property
     def reference_map(self) -> KeyMap:
-        """From the reference's own names."""
+        """The key map from the reference's own names."""
         return self.family.key_map(self.family.spec(self.spec.variant, self.num_classes))
 
     @property
     def reference_pairs(self) -> dict[str, str]:
-        """The Keras layer of every module of the reference; a parameter that a module holds by itself is none."""
+        """The Keras layer of each module of the reference. Parameters that a module holds itself are left out."""
         return self.reference_map.one_to_one
 
     @cached_property
     def layers(self) -> dict[str, dict[str, Shape]]:
-        """By top-level layer of the Keras model, each variable's name and shape, in the order in which Keras reads."""
+        """Each variable's name and shape by top-level layer of the Keras model, in the order in which Keras reads."""
         return self.family.weight_shapes(self.spec)
 
     @property
     def shapes(self) -> dict[str, Shape]:
-        """Of the Keras model's variables, by name."""
+        """The shapes of the Keras model's variables, by name."""
         return by_path(self.layers)
 
     @property
     def state_dict(self) -> dict[str, Array]:
-        assert self.checkpoint is not None  # a task that asks for it has opened one
+        assert self.checkpoint is not None  # a task that reads it has opened one
         return self.checkpoint.state_dict
 
     @property
@@ -92,11 +92,11 @@ class Case:
         return self.family.preprocessing(self.spec)
 
     def check_inputs(self) -> Any:
-        """The Keras model's inputs, an array or several by name; None for a model of images."""
+        """The Keras model's inputs, one array or several by name; None for an image model."""
         return self.family.check_inputs(self.spec)
 
     def build_candidate(self) -> keras.Model:
-        """The Keras model, fresh."""
+        """Build the Keras model without the checkpoint's weights."""
         return self.family.build_candidate(self.spec)
 
     def build_with_dropout(self) -> tuple[nn.Module, keras.Model] | None:
@@ -115,9 +115,9 @@ class Case:
         return self.family.fuse(candidate, form)
 
     def load_reference(self) -> nn.Module:
-        """The PyTorch model with the checkpoint's weights, loaded by PyTorch itself and not from the conversion.
+        """Build the PyTorch model and load the checkpoint's weights with PyTorch itself, not from the conversion.
 
-        The two share memory where the checkpoint is in float32 already.
+        Model and checkpoint share memory if the checkpoint is already in float32.
         """
         own = {entry.targets: entry.sources for entry in self.reference_map.entries}
         return self.reference_with(
@@ -129,12 +129,12 @@ class Case:
         )
 
     def reference_with(self, state_dict: Mapping[str, Array]) -> nn.Module:
-        """The PyTorch model with the tensors of a state_dict under the reference's own names."""
+        """Build the PyTorch model with a state_dict that uses the reference's own names."""
         import torch
 
         reference = self.family.build_reference(self.spec)
         own = reference.state_dict()
-        # What the key map leaves out and the class has: its own counters and constants.
+        # The class also has counters and constants of its own, which the key map drops.
         state_dict = {**{name: own[name].numpy() for name in own.keys() & self.reference_map.drops}, **state_dict}
         arrays = {
             name: array if np.issubdtype(array.dtype, np.integer) else to_float32(array)
@@ -145,28 +145,28 @@ class Case:
         return reference.eval()
 
     def convert_reference(self, reference: nn.Module) -> dict[str, Array]:
-        """Keras's weights, by name, for a reference with other weights than the checkpoint's."""
+        """Convert a reference with weights other than the checkpoint's to Keras weights, by name."""
         tensors = {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
         return convert(tensors, self.reference_map, self.shapes, allow_non_finite=True).weights
 
     def load_candidate(self, weights: Path) -> keras.Model:
-        """The Keras model with the weights of a file; raises WeightsFileError where they do not fit what is built."""
+        """Build the Keras model and load a weights file; raises WeightsFileError if they do not fit."""
         return weights_file.load_model(weights, self.build_candidate, self.how_to_build)
 
     def variant_hint(self) -> str:
-        """What to do where the checkpoint's tensors are not those of the model."""
+        """The hint for a checkpoint whose tensors do not match the model."""
         variant = self.spec.variant
         guess = self.family.guess_variant(self.state_dict)
         if guess is not None and guess != variant:
-            return f"These tensors are those of {self.family.name} {guess}: use --variant {guess}."
+            return f"These tensors belong to {self.family.name} {guess}: use --variant {guess}."
         layouts = ", ".join(naming.name for naming in self.family.namings)
         return (
-            f"Expected the weights of {self.family.name} {variant}, taken to have {self.naming.name} names; --layout "
-            f"takes others ({layouts}), and `van-port inspect` shows what the file holds."
+            f"Expected the weights of {self.family.name} {variant} with {self.naming.name} names. --layout chooses "
+            f"other names ({layouts}); `van-port inspect` shows what the file holds."
         )
 
     def describe(self) -> dict[str, Any]:
-        """For provenance and reports."""
+        """The facts of the case for provenance and reports."""
         facts: dict[str, Any] = {
             "family": self.family.described,
             "variant": self.spec.variant,
@@ -195,11 +195,11 @@ def open_case(
     prefix: str | None = None,
     progress: Progress = SILENT,
 ) -> Case:
-    """The checkpoint at `location`, or the variant's official one, and what it is taken for.
+    """Open the checkpoint at `location`, or the variant's official one, and recognise its publisher and settings.
 
-    `layout` is the name of a naming, by default the one that the tensors' names show; `ema`, `key` and `prefix` say
-    which weights of the file to take, as `read_checkpoint` explains. Raises SourceError, CheckpointError, or
-    KeyMapError for an unknown naming, one that cannot be told, or a statement that the family cannot build.
+    `layout` is the name of a naming; by default, the tensor names decide. `ema`, `key` and `prefix` choose which
+    weights of the file to use, as `read_checkpoint` explains. Raises SourceError, CheckpointError, or KeyMapError if
+    the naming is unknown or ambiguous, or if the checkpoint states settings that the family cannot build.
     """
     found = family.source_of(variant) if location is None else parse_location(family.name, variant, location)
     source = found if isinstance(found, Source) else None
@@ -219,7 +219,7 @@ def open_case(
 
 
 def files_of(location: str | Path | None) -> tuple[Path, ...]:
-    """The files that a checkpoint given by path is read from; none for an address."""
+    """The files that a checkpoint given by path is read from; empty for an address."""
     if location is None or (isinstance(location, str) and "://" in location):
         return ()
     return checkpoint_files(Path(location))
@@ -228,11 +228,12 @@ def files_of(location: str | Path | None) -> tuple[Path, ...]:
 def case_of_file(
     family: Family, variant: str, survey: Survey, *, layout: str | None = None, num_classes: int | None = None
 ) -> Case:
-    """What a file of Keras weights is of, without a checkpoint.
+    """The case of a file of Keras weights, without a checkpoint.
 
-    The naming is the one called `layout`, else that of the file's provenance, else the family's first; the classes are
-    `num_classes`, else as the shapes in the file show them, else those of its provenance, else the variant's usual
-    ones. The settings are those of its provenance where the naming is. Raises KeyMapError for an unknown naming.
+    The naming is `layout` if given, else that of the file's provenance, else the family's first. The number of classes
+    is `num_classes` if given, else that of the shapes in the file, else that of its provenance, else the variant's
+    default. The settings come from the provenance if the naming is the provenance's. Raises KeyMapError for an unknown
+    naming.
     """
     provenance = survey.provenance or {}
     own = str(provenance.get("layout", family.namings[0].name))
@@ -252,16 +253,18 @@ def case_of_file(
 
 
 def refuse_another(family: Family, variant: str, survey: Survey, weights: Path) -> None:
-    """Raises WeightsFileError where a file of Keras weights says that it is of another variant of the family."""
+    """Raise WeightsFileError if the provenance of a weights file names another variant of the family."""
     facts = survey.provenance or {}
     stated = facts.get("variant")
     if facts.get("family") == family.described and isinstance(stated, str) and stated != variant:
         raise WeightsFileError(
-            f"{weights}: the weights of {family.described} {stated}, and --variant says {variant}",
-            hint=f"Use --variant {stated}, or leave it out." if stated in family.variants else "Give its own variant.",
+            f"{weights}: holds weights of {family.described} {stated}, but --variant says {variant}",
+            hint=f"Use --variant {stated}, or omit --variant."
+            if stated in family.variants
+            else "Give the file's own variant.",
         )
 
 
 def without_head(case: Case) -> Case:
-    """The body of the same model saved alone, as its publisher would."""
+    """The case of the same model without its head, as the publisher would save it."""
     return replace(case, spec=case.spec.without_head())

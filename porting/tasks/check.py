@@ -1,4 +1,4 @@
-"""A file of Keras weights against the checkpoint that it should hold; a port makes the same comparison."""
+"""Compare a file of Keras weights with the checkpoint that it should match. A port makes the same comparison."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import keras
     from torch import nn
 
-# Images of 64x64 pixels that run at once; larger ones run one by one.
+# A batch holds up to eight images of 64x64 pixels, or one larger image.
 _PIXELS_AT_ONCE = 8 * 64 * 64
 
 
@@ -49,11 +49,11 @@ def check(
     options: CheckOptions | None = None,
     progress: Progress = SILENT,
 ) -> ParityReport:
-    """Compares a file of Keras weights, wherever it comes from, with the checkpoint it should hold.
+    """Compare a file of Keras weights, from any source, with the checkpoint that it should match.
 
-    The checkpoint is the variant's official one where none is given; its publisher is recognised by its names, or is
-    the one called `layout`. Raises SourceError, CheckpointError, KeyMapError, or WeightsFileError when the file does
-    not fit the model.
+    `checkpoint` defaults to the variant's official one. `layout` names its publisher; by default, the publisher is
+    recognised from the tensor names. Raises SourceError, CheckpointError, KeyMapError, or WeightsFileError if the file
+    does not fit the model.
     """
     weights_file.require_file(weights)
     refuse_another(family, variant, survey_file(weights), weights)
@@ -89,9 +89,9 @@ def check(
 def compare_models(
     case: Case, candidate: keras.Model, options: CheckOptions, progress: Progress = SILENT, *, strict: bool = True
 ) -> ParityReport:
-    """Compares a Keras model with the PyTorch model of a case, layer by layer, and under stress if asked.
+    """Compare a Keras model with the PyTorch model of a case, layer by layer, and under stress if requested.
 
-    `strict` is for a model that was built here: its settings of training count as well.
+    `strict` also compares settings that matter only in training, for a model that was built here.
     """
     reference = case.load_reference()
     if options.allow_non_finite:
@@ -100,16 +100,16 @@ def compare_models(
     if given is not None:
         if options.stress or options.train:
             raise FamilyError(
-                f"{case.family.name} takes no images, and --stress and --train are for those that do",
-                hint="A check compares the outputs on loud weights in any case.",
+                f"--stress and --train need a model of images, and {case.family.name} takes none",
+                hint="Leave them out: a check always compares the outputs on loud weights as well.",
             )
         return _run(case, "as ported", reference, candidate, given, options, progress, strict=strict)
     candidate, note = _channels_last(case, candidate)
     sides = tuple(candidate.input_shape[1:3])
     if None not in sides and sides[0] != sides[1]:
         raise WeightsFileError(
-            f"the model takes images of {sides[0]}x{sides[1]} alone, and the check has square ones",
-            hint=f"Save its weights as .weights.h5, or the model of {case.how_to_build} with free sides.",
+            f"the model accepts only images of {sides[0]}x{sides[1]}, but the check uses square images",
+            hint=f"Save its weights as .weights.h5, or save the model of {case.how_to_build} with a free image size.",
         )
     images = options.load_images(case.preprocessing, sides[0])
 
@@ -128,7 +128,7 @@ def compare_models(
         keras_model = candidate
         if stress.has_new_weights:
             keras_model = _with_weights(case, case.convert_reference(stress.reference))
-        elif None not in sides:  # it takes images of one size alone
+        elif None not in sides:  # the model accepts only one image size
             keras_model = _with_weights(case, _values_of(candidate))
         stressed.append(run(stress.name, stress.reference, keras_model, stress.images))
     return replace(report, stress=tuple(stressed))
@@ -146,7 +146,7 @@ def _run(
     strict: bool,
     **how: Any,
 ) -> ParityReport:
-    """One comparison; `how` is more that `check_parity` takes."""
+    """Run one comparison; `how` holds further arguments of `check_parity`."""
     return check_parity(
         reference,
         candidate,
@@ -164,12 +164,12 @@ def _run(
 
 
 def _channels_last(case: Case, candidate: keras.Model) -> tuple[keras.Model, str]:
-    """The model itself, or its weights in one that takes `(N, H, W, C)`, and then a sentence that says so."""
+    """The model itself if it takes `(N, H, W, C)`, else its weights in one that does, and a note that says so."""
     shape = candidate.input_shape
     if len(shape) != 4 or shape[1] != 3 or shape[3] == 3:
         return candidate, ""
     rebuilt = _with_weights(case, _values_of(candidate))
-    return rebuilt, f"the file's model is channels_first; compared are its weights in {case.how_to_build}"
+    return rebuilt, f"the file's model is channels_first, so its weights were compared in {case.how_to_build}"
 
 
 def _values_of(model: keras.Model) -> dict[str, Array]:
@@ -177,7 +177,7 @@ def _values_of(model: keras.Model) -> dict[str, Array]:
 
 
 def _with_weights(case: Case, values: Mapping[str, Array]) -> keras.Model:
-    """The model that the case builds, fresh, with these weights, which are all that it has."""
+    """Build the case's model and assign these weights, which must cover the whole model."""
     model = case.build_candidate()
     weights_file.assign_weights(model, values)
     return model
@@ -186,8 +186,8 @@ def _with_weights(case: Case, values: Mapping[str, Array]) -> keras.Model:
 def _compare_training(
     case: Case, reference: nn.Module, candidate: keras.Model, images: Array, limits: Limits, progress: Progress
 ) -> tuple[ParityReport, ...]:
-    """Compares how the two models train, on crops of the images; the first report also has what their masks are."""
-    # What a file says of dropout and of frozen layers is not what is compared here.
+    """Compare how the two models train on crops of the images. The first report also compares their dropout masks."""
+    # Rebuild the model: the dropout rates and frozen layers stored in the file must not affect the comparison.
     candidate = _with_weights(case, _values_of(candidate))
     batch, labels = training_batch(images, case.num_classes)
     reports = compare_training(
@@ -208,7 +208,7 @@ def _compare_training(
 
 
 def _put_zeros_for_non_finite(candidate: keras.Model, reference: nn.Module, case: Case) -> None:
-    """In both models, where they agree about what is not finite; elsewhere it stays and fails the check."""
+    """Replace non-finite weights with zeros where both models agree on them; others stay and fail the check."""
     import torch
 
     expected = case.convert_reference(reference)
@@ -220,5 +220,5 @@ def _put_zeros_for_non_finite(candidate: keras.Model, reference: nn.Module, case
         if hidden.any() and np.array_equal(theirs[hidden], ours[hidden], equal_nan=True):
             variable.assign(np.where(hidden, np.float32(0), ours))
     for tensor in (*reference.parameters(), *reference.buffers()):
-        if tensor.is_floating_point():  # not in place: the checkpoint may have the same memory
+        if tensor.is_floating_point():  # not in place: the checkpoint may share the memory
             tensor.data = torch.nan_to_num(tensor.data, 0.0, 0.0, 0.0)

@@ -1,4 +1,4 @@
-"""The original and its port side by side over a data set."""
+"""Run the original and its port side by side on a data set."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _NAMED_DUPLICATES = 20
 class EvaluateOptions:
     """How a data set is read and run.
 
-    `batch_size` samples make a block, which both models take at once. `limit` is the number of samples to take from the
-    beginning. `labels` is a file with the model's classes in its order. `own` and `shared` say how images are prepared,
-    as `Plan` explains. `tokenizer` is for texts, which are cut at `longest` tokens. `threads` is what each model
-    computes with, by default half as many as there are cores. `engine` is local or ray; `ray_address` is of a cluster
-    that is running, and `workers` are the most processes for PyTorch and for Keras there. `resume` is a file that keeps
-    how far the run has come.
+    `batch_size` samples form a block, which each model takes at once. `limit` uses only that many samples, from the
+    start. `labels` is a file with the model's classes in order. `own` and `shared` choose the preprocessing of images,
+    as `Plan` explains. `tokenizer` encodes texts, which are truncated to `longest` tokens. `threads` is the number of
+    threads per model, by default half the number of cores. `engine` is "local" or "ray". `ray_address` is the address
+    of a running cluster, and `workers` is the maximum number of processes there for PyTorch and for Keras. `resume` is
+    a file that stores the progress of the run.
     """
 
     batch_size: int = 64
@@ -65,13 +65,13 @@ def evaluate(
     options: EvaluateOptions | None = None,
     progress: Progress = SILENT,
 ) -> Evaluation:
-    """Runs PyTorch on its own preprocessing, Keras on the same tensors, and Keras on its own preprocessing.
+    """Run PyTorch with its own preprocessing, Keras on the same tensors, and Keras with its own preprocessing.
 
-    `weights` is a file of Keras weights, or what `van-port export` wrote. `checkpoint` has the arguments of
-    `open_case`: `location`, `layout` and so on. `data` is as `open_data` explains.
+    `weights` is a file of Keras weights, or a file or folder from `van-port export`. `checkpoint` holds arguments of
+    `open_case`: `location`, `layout` and so on. `open_data` lists the forms of `data`.
 
-    Raises SourceError, CheckpointError, KeyMapError, WeightsFileError, FamilyError, ReportError for a file of progress
-    that is of another evaluation, or EngineError.
+    Raises SourceError, CheckpointError, KeyMapError, WeightsFileError, FamilyError, EngineError, or ReportError if the
+    progress file belongs to another evaluation.
     """
     import torch
 
@@ -92,7 +92,7 @@ def _evaluate(
     progress: Progress,
 ) -> Evaluation:
     if options.engine not in ENGINES:
-        raise FamilyError(f"no engine {options.engine!r}", hint=f"The engines are {', '.join(ENGINES)}.")
+        raise FamilyError(f"unknown engine {options.engine!r}", hint=f"Choose from {', '.join(ENGINES)}.")
     if options.engine == "ray":
         require_ray()
     if form_of(weights) is None:
@@ -100,7 +100,7 @@ def _evaluate(
         refuse_another(family, variant, survey_file(weights), weights)
     elif not weights.exists():
         weights_file.require_file(weights)
-    # Both models run at once.
+    # Both models run at the same time, so each gets half the cores.
     threads = options.threads or max(1, (os.cpu_count() or 1) // 2)
     plan = Plan(
         family,
@@ -126,7 +126,7 @@ def _evaluate(
     total = min(filter(None, (dataset.total, options.limit)), default=0)
     weights_hash = sha256_of(weights)
     started = time.perf_counter()
-    # Hashing a data set may take long, and nobody else asks for it.
+    # Hashing a data set can take long, and only --resume needs it.
     identity = {} if options.resume is None else _identity(plan, data, dataset, weights_hash, options)
     kept = ProgressFile(options.resume, identity)
     blocks = _but(blocks_of(dataset.items(), options.batch_size, limit=options.limit), kept.done)
@@ -174,7 +174,7 @@ def _evaluate(
 
 
 def _identity(plan: Plan, data: str, dataset: Dataset, weights_hash: str, options: EvaluateOptions) -> dict[str, Any]:
-    """What must be the same for two halves of a run to be of one evaluation."""
+    """Everything that must be unchanged for a run to resume."""
     checkpoint = plan.case.checkpoint
     return {
         "data": dataset.described,
@@ -193,12 +193,12 @@ def _identity(plan: Plan, data: str, dataset: Dataset, weights_hash: str, option
 
 
 def _content_of(path: str) -> str:
-    """The sha256 of a local file, "" of anything else."""
+    """The SHA-256 of a local file; "" for anything else."""
     return sha256_of(Path(path)) if path and "://" not in path and Path(path).is_file() else ""
 
 
 def _files(*functions: str) -> list[str]:
-    """The files of FILE.py:FUNCTION."""
+    """The file of each FILE.py:FUNCTION."""
     return [function.rpartition(":")[0] for function in functions]
 
 
@@ -215,7 +215,7 @@ def _but(blocks: Iterator[Block], done: set[int]) -> Iterator[Block]:
 
 
 def _names_of(groups: list[list[int]], dataset: Dataset) -> list[list[str]]:
-    """The samples' names and labels, of samples by number."""
+    """The names and labels of the first two samples of each group, looked up by sample number."""
     wanted = {number for group in groups for number in group[:2]}
     if not wanted:
         return []

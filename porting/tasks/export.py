@@ -1,4 +1,4 @@
-"""From a file of Keras weights to what other runtimes take, proven in those runtimes before it gets its name."""
+"""Export a file of Keras weights for other runtimes. The result is checked in its runtime before it gets its name."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _OF_A_SAVED_MODEL = {"saved_model.pb", "fingerprint.pb", "variables", "assets"}
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What an export has made: its size in bytes, its operations, its usage, and the report that vouches for it."""
+    """The result of an export: its file, size in bytes, operation counts, usage, and parity report."""
 
     path: Path
     form: str
@@ -75,21 +75,21 @@ def export(
     options: CheckOptions | None = None,
     progress: Progress = SILENT,
 ) -> ExportResult:
-    """Writes a ported file as a SavedModel (a folder), for LiteRT or as ONNX.
+    """Export a ported file as a SavedModel (a folder), for LiteRT or as ONNX.
 
-    `precision` is float32, float16 or int8, the last with the images of `options` as the representative set; in a
-    SavedModel it is that of the stored weights, and all is computed in float32. A model of images takes
-    `(N, input_size, input_size, 3)` (LiteRT: N = 1), by default of the variant's own size. One of tokens takes
-    sequences of `input_size` in LiteRT, by default as long as those of its check, and of any length elsewhere. The
-    model is `fused` as the family can. `split_kernels` writes large depthwise kernels for LiteRT as sums of smaller
-    ones, which its CPU kernels compute sooner, by default in float32 and float16.
+    `precision` is float32, float16 or int8; int8 calibrates on the images of `options`. In a SavedModel it applies only
+    to the stored weights, and all computation is in float32. An image model takes `(N, input_size, input_size, 3)`
+    (LiteRT: N = 1); the default size is the variant's. A token model takes sequences of `input_size` tokens in LiteRT,
+    by default as long as those of its check, and of any length in the other formats. `fused` applies the family's
+    fusions. `split_kernels` splits large depthwise kernels for LiteRT into sums of smaller ones, which run faster on
+    its CPU kernels; the default is on for float32 and float16.
 
     With `check`, the artifact is loaded in its own runtime and compared with the PyTorch model of the checkpoint, in
-    units of what its precision costs PyTorch; only then it gets its name, with the report beside it. Without, no
-    checkpoint is read: what to build is taken from the weights file.
+    units of the error that this precision causes in PyTorch. If it passes, it gets its name, with the report beside
+    it. Without `check`, no checkpoint is read: the weights file determines what to build.
 
-    Raises SourceError, CheckpointError, KeyMapError, WeightsFileError, OutputError, ExportError for what cannot be
-    converted or run, or FailedParityError; then `out` is untouched.
+    Raises SourceError, CheckpointError, KeyMapError, WeightsFileError, OutputError, ExportError if the model cannot be
+    converted or run, or FailedParityError. `out` is then unchanged.
     """
     _check_arguments(form, precision, out)
     weights_file.require_file(weights)
@@ -111,7 +111,7 @@ def export(
         model = case.load_candidate(weights)
         if not getattr(model, "inputs", None):
             raise ExportError(
-                f"{case.how_to_build}: a subclassed Keras model, which does not say what it takes and gives",
+                f"{case.how_to_build}: a subclassed Keras model, which does not declare its inputs and outputs",
                 hint="Wrap it: inputs = keras.Input(...); keras.Model(inputs, model(inputs)).",
             )
         given = case.check_inputs()
@@ -131,7 +131,7 @@ def export(
         with _quiet(), output_errors(out), _export_errors(f"the model cannot be converted for {form}"):
             write(form, exportable, pending.path, precision, usage=usage, split_kernels=split_kernels)
         report = None
-        # The last layer's result is the model's.
+        # The result of the last layer is also the model's output, which is compared as such.
         last = {tensor._keras_history.operation.name for tensor in model.outputs}
         layers = [layer.name for layer in model.layers if layer.name not in last]
         with open_runtime(form, pending.path, layers) as runtime:
@@ -152,9 +152,9 @@ def export(
 
 
 def _facts(case: Case, precision: str, provenance: Mapping[str, Any] | None, *, check: bool) -> dict[str, Any]:
-    """Where the model comes from, for the file itself, which gets its name only where the check passes."""
+    """Facts to store in the exported file. They may state parity, because a file that fails is never named."""
     source = case.describe().get("source") or (provenance or {}).get("source") or {}
-    known = source if isinstance(source, dict) else {}  # a file says of itself what it likes
+    known = source if isinstance(source, dict) else {}  # a file's own metadata is not trusted
     return {
         "family": case.family.described,
         "variant": case.spec.variant,
@@ -167,16 +167,17 @@ def _facts(case: Case, precision: str, provenance: Mapping[str, Any] | None, *, 
 
 
 def _samples(case: Case, model: keras.Model, given: Any, options: CheckOptions, input_size: int | None) -> Inputs:
-    """What the artifact is run on: images where `given` is None, or what a model of another kind takes.
+    """The inputs to run the artifact on: images if `given` is None, else the given arrays.
 
-    `input_size` is the length of a model's sequences of tokens, which repeat those of the check up to it.
+    For token sequences, `input_size` is their length; the check's tokens repeat to fill it.
     """
     if given is None:
         return image_inputs(options.load_images(case.preprocessing, input_size))
     if input_size is not None:
         if not isinstance(given, dict) or not any(_is_sequence(array) for array in given.values()):
             raise ExportError(
-                "--input-size is for models of images and of tokens", hint="Give the inputs with --inputs FILE.npz."
+                "--input-size applies only to models of images or tokens",
+                hint="Give the inputs with --inputs FILE.npz.",
             )
         given = {
             name: np.resize(array.T, (input_size, len(array))).T if _is_sequence(array) else array
@@ -192,7 +193,7 @@ def _is_sequence(array: Array) -> bool:
 def _compare(
     case: Case, form: str, precision: str, runtime: Runtime, given: Exportable, limits: Limits, progress: Progress
 ) -> ParityReport:
-    """The artifact, in its own runtime, against the PyTorch model of the case."""
+    """Compare the artifact, in its own runtime, with the PyTorch model of the case."""
     reference = case.load_reference()
 
     def run(sample: Inputs) -> Mapping[str, Array]:
@@ -215,24 +216,24 @@ def _check_arguments(form: str, precision: str, out: Path) -> None:
     import importlib.util
 
     if form not in FORMATS:
-        raise ExportError(f"there is no format {form!r}", hint=f"There are {', '.join(FORMATS)}.")
+        raise ExportError(f"unknown format {form!r}", hint=f"Choose from {', '.join(FORMATS)}.")
     if precision not in PRECISIONS:
-        raise ExportError(f"there is no precision {precision!r}", hint=f"There are {', '.join(PRECISIONS)}.")
+        raise ExportError(f"unknown precision {precision!r}", hint=f"Choose from {', '.join(PRECISIONS)}.")
     if missing := [name for name in NEEDED[form] if importlib.util.find_spec(name) is None]:
         raise ExportError(
             f"exporting to {form} needs {', '.join(missing)}", hint="Install them: pip install 'van-port[export]'."
         )
     if FORMATS[form] and out.suffix != FORMATS[form]:
-        raise OutputError(f"{out}: the name does not say what it is", hint=f"End it in {FORMATS[form]}.")
+        raise OutputError(f"{out}: the suffix does not match the format", hint=f"Use {FORMATS[form]}.")
     if form == "saved_model":
         if not out.name:
             raise OutputError(f"{out} has no name", hint="Give the SavedModel's folder a name.")
         if out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= _OF_A_SAVED_MODEL):
-            raise OutputError(f"{out} is there and is no SavedModel", hint="Give the folder another name.")
+            raise OutputError(f"{out} exists and is not a SavedModel", hint="Choose another folder name.")
 
 
 def _in_precision(reference: nn.Module, form: str, precision: str, inputs: Inputs) -> nn.Module | None:
-    """What `form` rounds to `precision`: a SavedModel only its weights, and LiteRT on a CPU in float16 too."""
+    """The reference rounded as `form` rounds it: a SavedModel and float16 LiteRT (on a CPU) round only the weights."""
     if precision == "float32":
         return None
     weights_only = form == "saved_model" or (form == "litert" and precision == "float16")
@@ -241,7 +242,7 @@ def _in_precision(reference: nn.Module, form: str, precision: str, inputs: Input
 
 @contextmanager
 def _export_errors(what: str) -> Iterator[None]:
-    """Converters and runtimes have errors of many types; each ends in an ExportError."""
+    """Turn any error of a converter or runtime into an ExportError."""
     try:
         yield
     except (PortingError, OSError):
@@ -253,7 +254,7 @@ def _export_errors(what: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Converters say much that is of no use to who runs them."""
+    """Silence the log messages and warnings of converters."""
     loggers = [logging.getLogger(name) for name in ("absl", "tf2onnx", "tensorflow", "root")]
     levels = [logger.level for logger in loggers]
     try:

@@ -1,4 +1,4 @@
-"""The key map between two models that a command line names."""
+"""Find the key map between two models named on the command line."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def map_models(
     absorb_epsilon: bool = False,
     progress: Progress = SILENT,
 ) -> Proposal:
-    """Builds both models and proposes the key map between them; `source` and `target` are as `build_model` takes them.
+    """Build both models and propose the key map between them. `build_model` lists the forms of `source` and `target`.
 
-    `inputs` is an `.npz` with the Keras model's inputs by name, by default random ones of the shapes that it takes.
-    Raises FamilyError where a model cannot be made or run, and SourceError for `inputs` that are none.
+    `inputs` is an `.npz` file with the Keras model's inputs by name; the default is random inputs of the right shapes.
+    Raises FamilyError if a model cannot be built or run, and SourceError if `inputs` cannot be read.
     """
     progress("starting TensorFlow")
     start_tensorflow()
@@ -45,5 +45,5 @@ def map_models(
         first_line = str(error).strip().partition("\n")[0]
         raise FamilyError(
             f"the models cannot be run on these inputs: {first_line[:300]}",
-            hint="Give inputs that both take with --inputs FILE.npz, named as the Keras model's.",
+            hint="Give inputs that both models accept with --inputs FILE.npz, named like the Keras model's inputs.",
         ) from None

@@ -1,4 +1,4 @@
-"""How thorough a check is, and the images that it runs on."""
+"""Options of a check: how thorough it is, and the images that it uses."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ SAMPLES_OF_LARGE_IMAGES = 4
 
 @dataclass(frozen=True)
 class CheckOptions:
-    """How thorough a check is.
+    """Options of a check.
 
-    `images` is a folder, by default the embedded one, and `samples` how many of them: by default all for a small
-    input and four for a large one. `locate` looks for the layers where the models part, `stress` adds other weights and
-    shapes, `train` ten steps of training with each of the family's optimisers. `strict_settings` makes settings that
-    matter only in training count for a model that a user brings, as they do for one that is built here; `waive` names
-    modules, or "module:setting", whose settings may differ.
-    `allow_non_finite` lets NaN and infinity pass: where the same weight has the same on both sides, the check has zero
-    in its place on both, so that it can tell anything of the others.
+    `images` is a folder, by default the embedded one. `samples` is the number of images to use: by default all for
+    inputs of up to 64 pixels, else four. `locate` finds the layers where the models diverge. `stress` adds other
+    weights and shapes. `train` adds ten training steps with each of the family's optimisers. `strict_settings` also
+    compares settings that matter only in training for a user's own model, as is always done for a model built here.
+    `waive` names modules, or "module:setting", whose settings may differ.
+    `allow_non_finite` allows NaN and infinite weights. Where both sides have the same non-finite weight, the check
+    replaces it with zero on both sides, so that the other weights can still be compared.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -39,9 +39,9 @@ class CheckOptions:
     waive: tuple[str, ...] = ()
 
     def load_images(self, preprocessing: Preprocessing, input_size: int | None = None) -> Array:
-        """The images of a check, `(N, H, W, 3)`, prepared as the model's authors did; raises SourceError.
+        """Load the images of a check, `(N, H, W, 3)`, with the model's own preprocessing. Raises SourceError.
 
-        For another `input_size` than theirs the resized side grows or shrinks with it.
+        If `input_size` differs from the model's own, the resize size scales with it.
         """
         if input_size is not None:
             resize_size = preprocessing.resize_size * input_size // preprocessing.input_size
@@ -50,6 +50,6 @@ class CheckOptions:
         samples = self.samples
         if samples is None:
             samples = len(paths) if preprocessing.input_size <= 64 else SAMPLES_OF_LARGE_IMAGES
-        # Spread over the folder: its names may be sorted by class.
+        # Spread the samples over the folder, because its names may be sorted by class.
         chosen = np.linspace(0, len(paths) - 1, min(samples, len(paths))).round().astype(int)
         return load_images([paths[index] for index in chosen], preprocessing)

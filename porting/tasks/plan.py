@@ -1,4 +1,4 @@
-"""What an evaluation runs, as plain values that any process can make the models from."""
+"""The plan of an evaluation: plain values from which any process can build the models."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ if TYPE_CHECKING:
     from torch import nn
 
 _CALIBRATED_ON = 8
-# Blocks to try where nothing in the first can be read.
+# The number of blocks to try if nothing in the first can be read.
 _BLOCKS_TO_TRY = 64
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which models, and how their inputs are prepared.
+    """Which models to run, and how to prepare their inputs.
 
-    `weights` is a file of Keras weights, or what `van-port export` wrote. `checkpoint` has the arguments of
-    `open_case`. `own` is how the third arm prepares its images: "own" as the family's Keras users do, "tensorflow" by
-    TensorFlow's defaults, "none" not at all, or FILE.py:FUNCTION, which takes `(H, W, 3)` uint8 and gives float32;
-    `shared` is such a function for the tensors that both models take, "" for the family's own. `longest` is the number
-    of tokens at which texts are cut. `threads` are those of each model, on which the rounding of its sums depends. What
-    follows is what `fitted` found.
+    `weights` is a file of Keras weights, or a file or folder from `van-port export`. `checkpoint` holds arguments of
+    `open_case`. `own` is the preprocessing of the third arm: "own" is the usual one of the family in Keras,
+    "tensorflow" uses TensorFlow's defaults, "none" leaves out the third arm, and FILE.py:FUNCTION takes `(H, W, 3)`
+    uint8 and returns float32. `shared` is such a function for the tensors that both models take, or "" for the
+    family's own. Texts are truncated to `longest` tokens. `threads` is the number of threads per model, which affects
+    the rounding of its sums. `fitted` finds the remaining fields.
     """
 
     family: Family
@@ -77,7 +77,7 @@ class Plan:
 
     @cached_property
     def reference(self) -> nn.Module:
-        """The PyTorch model; PyTorch computes with `threads` from now on."""
+        """The PyTorch model. Loading it sets PyTorch's thread count to `threads`."""
         load_triton()
         import torch
 
@@ -85,9 +85,10 @@ class Plan:
         return self.case.load_reference()
 
     def fitted(self, blocks: Iterable[Block]) -> Plan:
-        """With all that is found by running the PyTorch model on the first samples of a data set that can be read.
+        """A copy with the fields that running the PyTorch model on the first readable samples determines.
 
-        Raises FamilyError for a model that gives no classes, or takes neither images nor tokens.
+        Raises FamilyError if the model returns no classes, or takes neither images nor tokens, and SourceError if none
+        of the first samples can be read.
         """
         from torch import nn
 
@@ -96,13 +97,15 @@ class Plan:
         if isinstance(given, dict):
             if "token_ids" not in given:
                 raise FamilyError(
-                    f"{self.family.name} takes {', '.join(given)}",
-                    hint="evaluate is for models of images, or of token_ids.",
+                    f"evaluate cannot run {self.family.name}, which takes {', '.join(given)}",
+                    hint="It needs a model of images or of token_ids.",
                 )
             tables = [each for each in self.reference.modules() if isinstance(each, nn.Embedding)]
             return replace(self, spec=spec, vocabulary=tables[0].num_embeddings)
         if spec.naming.has_head and not spec.num_classes:
-            raise FamilyError("the checkpoint has no head, and evaluate is for classes", hint="Give one with its head.")
+            raise FamilyError(
+                "the checkpoint has no head, and evaluate needs a classifier", hint="Use a checkpoint with a head."
+            )
         fitted = replace(self, spec=spec)
         refused: list[tuple[int, str, str, str]] = []
         for block in itertools.islice(blocks, _BLOCKS_TO_TRY):
@@ -113,11 +116,11 @@ class Plan:
             refused += batch.refused
         raise SourceError(
             "none of the first samples can be read: " + "; ".join(f"{name}: {why}" for _, name, why, _ in refused[:3]),
-            hint="--data takes a folder of class folders, among others.",
+            hint="Check --data: `van-port evaluate --help` lists the forms that it accepts.",
         )
 
     def _calibrated(self, images: Array) -> tuple[int, float]:
-        """The number of classes, and PyTorch's float32 noise: its distance from float64, relative to the logits."""
+        """The number of classes, and PyTorch's float32 noise: its RMS distance from float64, relative to the logits."""
         import torch
 
         tensor = _channels_first(images)
@@ -132,7 +135,7 @@ class Plan:
                 ) from None
             if single.ndim != 2:
                 raise FamilyError(
-                    f"the model gives an array of shape {single.shape}, and evaluate is for classes",
+                    f"the model returns an array of shape {single.shape}, and evaluate needs a classifier",
                     hint="Evaluate the model with its head.",
                 )
             inputs = Inputs((tensor.numpy(),), (tensor.numpy(),), (None,))
@@ -143,7 +146,7 @@ class Plan:
 
     @cached_property
     def _prepares(self) -> tuple[Prepare, Prepare | None]:
-        """For both models' shared tensors, and for Keras's own."""
+        """The preprocessing of the shared tensors, and that of the third arm."""
         spec = self.spec or self.case.spec
         shared = _function(self.shared) if self.shared else self.family.prepare_reference(spec)
         if self.own == "none":
@@ -155,7 +158,7 @@ class Plan:
         return shared, _function(self.own)
 
     def load(self, block: Block, pool: Executor | None = None) -> Batch:
-        """Reads and prepares a block for both models."""
+        """Read and prepare a block for both models."""
         started = time.perf_counter()
         if self.vocabulary:
             batch = load_tokens(block, self.longest, self.vocabulary)
@@ -166,7 +169,7 @@ class Plan:
         return batch
 
     def arm(self, name: str) -> contextlib.AbstractContextManager[Arm]:
-        """One of both models, `PYTORCH` or `SAME`, loaded; the latter also runs what is prepared Keras's own way."""
+        """Load one of the two models, `PYTORCH` or `SAME`. The latter also runs the third arm."""
         return contextlib.nullcontext(_ReferenceArm(self)) if name == PYTORCH else _candidate_arm(self)
 
     def judge(self, batch: Batch) -> Tally:
@@ -252,14 +255,14 @@ def _candidate_arm(plan: Plan) -> Iterator[Arm]:
 
 
 def form_of(weights: Path) -> str | None:
-    """The format of what `van-port export` wrote; None for a file of Keras weights."""
+    """The format of a result of `van-port export`; None for a file of Keras weights."""
     if weights.is_dir():
         return "saved_model"
     return next((form for form, suffix in FORMATS.items() if suffix and weights.suffix == suffix), None)
 
 
 def _tensor(result: Any) -> Any:
-    """The one tensor that a model gives, or the first of several."""
+    """The tensor that a model returns, or the first of several."""
     return next(iter(leaves_by_key(result).values()))
 
 
@@ -270,6 +273,6 @@ def _channels_first(images: Array) -> Any:
 
 
 def _function(spec: str) -> Prepare:
-    """FILE.py:FUNCTION, which takes `(H, W, 3)` uint8 and gives `(H, W, C)` float32."""
+    """Load FILE.py:FUNCTION, which takes `(H, W, 3)` uint8 and returns `(H, W, C)` float32."""
     function = load_function(spec)
     return lambda image: np.asarray(function(np.asarray(image)), np.float32)

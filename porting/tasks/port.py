@@ -1,4 +1,4 @@
-"""The one way through: checkpoint, state_dict, key map, Keras weights, file, read back, parity, final name."""
+"""Port a checkpoint: state_dict, key map, Keras weights, file, read back, parity check, final name."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PortResult:
-    """What a port has made. `report` is None without a check; `report_path` is where its JSON lies."""
+    """The result of a port. `report` is None without a check; `report_path` is its JSON file."""
 
     path: Path
     provenance: dict[str, Any]
@@ -60,15 +60,15 @@ def port(
     keep_failed: Path | None = None,
     progress: Progress = SILENT,
 ) -> PortResult:
-    """Ports one checkpoint to the file `out`, whose suffix names the format.
+    """Port one checkpoint to the file `out`, whose suffix determines the format.
 
-    `checkpoint` is a path or an address, by default the variant's official file, and has the hash `sha256` if that is
-    given; its publisher is recognised by its names, or is the one called `layout`. With `check`, the file is written
-    under a temporary name, read back through Keras and compared with PyTorch as `options` say; it gets its name only
-    at parity, with the report beside it as `OUT.parity.json`.
+    `checkpoint` is a path or an address; the default is the variant's official file. `sha256`, if given, must match
+    its hash. `layout` names its publisher; by default, the publisher is recognised from the tensor names. With `check`,
+    the file is written under a temporary name, read back through Keras and compared with PyTorch according to
+    `options`. It gets its name only at parity, with the report beside it as `OUT.parity.json`.
 
-    Raises SourceError, CheckpointError, KeyMapError, OutputError, or FailedParityError; then `out` is untouched,
-    and the refused file is kept as `keep_failed` where that is given.
+    Raises SourceError, CheckpointError, KeyMapError, OutputError, or FailedParityError. `out` is then unchanged. A
+    file that fails the check is moved to `keep_failed`, if given.
     """
     suffix = weights_file.suffix_of(out)
     options = options or CheckOptions()
@@ -86,7 +86,7 @@ def port(
             prefix=prefix,
             progress=progress,
         )
-        if case.checkpoint is not None:  # downloaded perhaps, to a file that is known only now
+        if case.checkpoint is not None:  # a download's file is known only now
             refuse_result_clashes(out, {"the checkpoint": case.checkpoint.files}, outputs)
         return _port(case, pending, check=check, options=options, keep_failed=keep_failed, progress=progress)
 
@@ -140,7 +140,7 @@ def _port(
 
 
 def _write(temporary: Path, out: Path, case: Case, conversion: Conversion, progress: Progress) -> None:
-    """Writes the weights; Keras is needed only for the formats that are its own affair."""
+    """Write the weights. Only .keras and .weights.h5 need Keras for this."""
     if weights_file.suffix_of(out) == ".h5":
         progress("writing")
         with output_errors(out):
@@ -152,17 +152,17 @@ def _write(temporary: Path, out: Path, case: Case, conversion: Conversion, progr
     progress("writing")
     with output_errors(out):
         weights_file.write_weights(temporary, case.build_candidate(), conversion.weights)
-    gc.collect()  # a model's layers refer to each other in circles, and a large one counts
+    gc.collect()  # a model's layers form reference cycles, and a large model takes much memory
 
 
 def _refuse_other_weights(candidate: keras.Model, weights: Mapping[str, Array]) -> None:
-    """What Keras read must be, bit for bit, what was meant to be written."""
+    """Raise ParityError unless the weights that Keras read match the converted weights bit for bit."""
     found = named_variables(candidate)
     differing = [name for name, variable in found.items() if not _same(np.asarray(variable), weights[name])]
     if differing:
         raise ParityError(
-            f"{len(differing)} weights read back from the file differ from those written, first {differing[0]}",
-            hint="The disk or this version of Keras is at fault; please report it.",
+            f"{len(differing)} weights read back from the file differ from those written; the first is {differing[0]}",
+            hint="The cause is the disk or this version of Keras. Please report it.",
         )
 
 
@@ -187,5 +187,5 @@ def _verdict(report: ParityReport) -> dict[str, Any]:
 
 
 def _refusal(out: Path, report: ParityReport, kept: Path | None) -> FailedParityError:
-    hint = f"The refused file is {kept}." if kept else "Keep the refused file with --keep-failed FILE."
+    hint = f"The failed file is {kept}." if kept else "--keep-failed FILE keeps a file that fails."
     return FailedParityError(f"{out} was not written: {refusal(report)}", report, hint=hint)

@@ -1,4 +1,4 @@
-"""Many ports in one run: one after the other, and on past one that fails."""
+"""Port many variants one after the other; a failure does not stop the run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from porting.tasks.port import PortResult, port
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one variant: a result, or the error that it ended in. `seconds` is wall time."""
+    """The outcome of one variant: a result or an error. `seconds` is wall time."""
 
     variant: str
     path: Path
@@ -30,7 +30,7 @@ class Outcome:
 
 
 class _Prefixed(Progress):
-    """Says in front of each step which variant it is about."""
+    """Prefixes each step with the variant."""
 
     def __init__(self, progress: Progress, variant: str) -> None:
         self._progress, self._variant = progress, variant
@@ -54,10 +54,10 @@ def port_all(
     options: CheckOptions | None = None,
     progress: Progress = SILENT,
 ) -> Iterator[Outcome]:
-    """Ports each variant to `folder`, as FAMILY_VARIANT and `suffix`, and tells its outcome as soon as there is one.
+    """Port each variant to `folder`/FAMILY_VARIANT`suffix`, and yield each outcome as soon as it is known.
 
-    `checkpoints` gives a path or address for each variant, None for its official file. A PortingError ends one
-    variant, not the run. Raises ClashError, before any work, where one variant's file is another's checkpoint.
+    `checkpoints` maps each variant to a path or address, or to None for its official file. A PortingError ends one
+    variant, not the run. Raises ClashError before any work if one variant's file is another's checkpoint.
     """
     outs = {variant: folder / f"{family.name}_{variant}{suffix}" for variant in checkpoints}
     written = [path for out in outs.values() for path in (out, report_path_of(out))]
@@ -80,4 +80,4 @@ def port_all(
             del result
         except PortingError as error:
             yield Outcome(variant, out, time.perf_counter() - begin, error=error)
-        gc.collect()  # the models of a large variant must not stay while the next is built
+        gc.collect()  # free the models of a large variant before building the next

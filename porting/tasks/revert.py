@@ -1,4 +1,4 @@
-"""The way back: a file of Keras weights to a PyTorch checkpoint, proven before it gets its name."""
+"""Port a file of Keras weights back to a PyTorch checkpoint. The result is checked before it gets its name."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat1
 
 @dataclass(frozen=True)
 class RevertResult:
-    """What a way back has made: the model that `spec` describes. `report` is None without a check.
+    """The result of a revert: a checkpoint of the model that `spec` describes. `report` is None without a check.
 
-    `notes` are what a user of the file must know, in sentences.
+    `notes` are sentences that a user of the file must know.
     """
 
     path: Path
@@ -65,15 +65,16 @@ def revert(
     options: CheckOptions | None = None,
     progress: Progress = SILENT,
 ) -> RevertResult:
-    """Writes the weights of a Keras file, fine-tuned perhaps, as a PyTorch state_dict.
+    """Write the weights of a Keras file, fine-tuned or not, as a PyTorch state_dict.
 
-    `layout` says under whose names: by default those that the file was ported from, else the family's first.
-    `num_classes` (0: no head) is by default what the file shows. With `check`, what was written is read back, compared
-    bit by bit, loaded into the PyTorch model and compared with the Keras model as `options` say, and only then given
-    its name, with the report beside it as `OUT.parity.json`.
+    `layout` names the publisher whose tensor names to write: by default those of the ported checkpoint, else the
+    family's first. `num_classes` (0: no head) is read from the file by default. What was written is read back and
+    compared bit by bit. With `check`, it is also loaded into the PyTorch model and compared with the Keras model
+    according to `options`. If it passes, it gets its name, with the report beside it as `OUT.parity.json`.
 
-    Raises SourceError, WeightsFileError, CheckpointError for weights that are not finite, KeyMapError for an unknown
-    layout, OutputError, or FailedParityError; then `out` is untouched.
+    Raises SourceError, WeightsFileError, CheckpointError if weights are not finite, KeyMapError if the layout is
+    unknown or its head does not fit, OutputError, ParityError if what is read back differs, or FailedParityError.
+    `out` is then unchanged.
     """
     suffix = _suffix_of(out)
     weights_file.require_file(weights)
@@ -144,32 +145,32 @@ def _revert(
 
 
 def _setting_notes(ported_from: Case, target: Case) -> tuple[str, ...]:
-    """Settings that the weights were trained with and that the code of the naming to be written has otherwise."""
+    """Notes on settings of these weights for which the code of the written naming has another default."""
     notes = []
     for name, value in ported_from.spec.settings.items():
         usual = target.naming.settings.get(name, value)
         if value != usual:
             notes.append(
-                f"These weights go with {name} {value:g}, and code with {target.naming.name} names has {usual:g}: "
-                f"set {name} there, or its results differ."
+                f"These weights need {name} {value:g}, but code with {target.naming.name} names uses {usual:g}: "
+                f"set {name} there, or its results will differ."
             )
     return tuple(notes)
 
 
 def _refuse_other_head(weights: Path, classes: int | None, target: Case) -> None:
-    """Raises KeyMapError where the file has a head and what is to be written has none, or another."""
+    """Raise KeyMapError if the file has a head and the target has none, or one with another number of classes."""
     if not classes:
         return
     if not naming_called(target.family.namings, target.naming.name).head:
         with_head = [naming.name for naming in target.family.namings if naming.head]
         raise KeyMapError(
-            f"{weights} has a head of {classes} classes, and {target.naming.name} names have none",
-            hint=f"Take a naming that has one: --layout {' or '.join(with_head)}.",
+            f"{weights} has a head of {classes} classes, but {target.naming.name} names include no head",
+            hint=f"Use names that include one: --layout {' or '.join(with_head)}.",
         )
     if classes != target.num_classes:
         raise KeyMapError(
-            f"{weights} has a head of {classes} classes, and {target.num_classes} classes were asked for",
-            hint="Leave out --classes.",
+            f"{weights} has a head of {classes} classes, but {target.num_classes} classes were requested",
+            hint="Omit --classes.",
         )
 
 
@@ -178,8 +179,8 @@ def _suffix_of(path: Path) -> str:
         if path.name.endswith(suffix) and path.name != suffix:
             return suffix
     raise OutputError(
-        f"{path}: the name does not say which format to write",
-        hint=f"End it in one of {', '.join((*TORCH_SUFFIXES, SAFETENSORS))}.",
+        f"{path}: the suffix does not name a format to write",
+        hint=f"Use one of {', '.join((*TORCH_SUFFIXES, SAFETENSORS))}.",
     )
 
 
@@ -207,27 +208,27 @@ def _save(path: Path, state_dict: Mapping[str, Array]) -> None:
             save_file(tensors, path, metadata={"format": "pt"})
         else:
             torch.save(tensors, path)
-    except (RuntimeError, SafetensorError) as error:  # what both make of an OSError
+    except (RuntimeError, SafetensorError) as error:  # both wrap an OSError in these
         raise OSError(errno.EIO, str(error).partition("\n")[0]) from None
 
 
 def _tensor(array: Array) -> Any:
     import torch
 
-    if array.dtype == ml_dtypes.bfloat16:  # torch knows the type, but not under NumPy's name
+    if array.dtype == ml_dtypes.bfloat16:  # torch has the type, but does not accept NumPy's
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
 def _refuse_other_tensors(case: Case, state_dict: Mapping[str, Array]) -> None:
-    """What is read back must be, bit for bit, what was meant to be written."""
+    """Raise ParityError unless the tensors read back match those written bit for bit."""
     found = case.state_dict
     differing = [name for name, array in state_dict.items() if not _same_bits(found.get(name), array)]
     if differing or found.keys() != state_dict.keys():
         raise ParityError(
             f"{len(differing)} tensors read back from the file differ from those written"
-            + (f", first {differing[0]}" if differing else ""),
-            hint="The disk is at fault, or this version of PyTorch; please report it.",
+            + (f"; the first is {differing[0]}" if differing else ""),
+            hint="The cause is the disk or this version of PyTorch. Please report it.",
         )
 
 

@@ -1,4 +1,4 @@
-"""Weights from one live model to the other, by a key map, and back: what `porting.port_weights` is."""
+"""Copy weights between two live models by a key map, in both directions. Home of `porting.port_weights`."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ported:
-    """What a port between live models has made.
+    """The result of a port between live models.
 
-    `key_map` is what was followed. `dropped` are PyTorch's tensors that were left out, and `untouched` Keras's
-    variables that were left as they are, both on purpose. `report` is None where no inputs were given.
+    `key_map` is the key map that was used. `dropped` lists PyTorch tensors that were left out on purpose, and
+    `untouched` lists Keras variables that were kept on purpose. `report` is None if no inputs were given.
     """
 
     key_map: KeyMap
@@ -38,9 +38,9 @@ class Ported:
     report: ParityReport | None = None
 
     def require_parity(self) -> Ported:
-        """Itself; raises ParityError where the two models were not compared, or do not compute the same."""
+        """Return self, or raise ParityError if the two models were not compared or are not at parity."""
         if self.report is None:
-            raise ParityError("the port was not checked", hint="Give port_weights the inputs to compare on.")
+            raise ParityError("the port was not checked", hint="Pass inputs= to port_weights to compare the models.")
         if not self.report.passed:
             raise ParityError(refusal(self.report))
         return self
@@ -57,19 +57,19 @@ def port_weights(
     absorb_epsilon: bool = False,
     **check_options: Any,
 ) -> Ported:
-    """Copies the weights of a PyTorch model into a Keras model, and with `inputs` checks that both compute the same.
+    """Copy the weights of a PyTorch model into a Keras model. With `inputs`, also check that both compute the same.
 
-    `key_map` is one made before, or rows: which layer stands for which module, and its kind. None asks `propose_map`,
-    which needs `inputs`, and takes its answer only where that is complete and proven; `absorb_epsilon` goes there too.
-    A kind such as `batch_norm:-9.9e-04` puts what two epsilons differ by into the variance. A row stands for all
-    tensors of its kind, those of one side that the other lacks included: a bias that PyTorch does not have becomes
-    zeros, and a bias of zeros needs no place in Keras. `drop` names tensors of PyTorch that have none, `keep` variables
-    of Keras that stay as they are. Weights under weight_norm and spectral_norm are taken as the module computes them.
-    `check_options` are those of `check_parity`; settings that matter in training alone are a note unless
-    `strict_settings=True`.
+    `key_map` is an existing key map, or rows: each names a module, its layer and their kind. If it is None,
+    `propose_map` finds the rows, which needs `inputs`; its result is used only if it is complete and proven.
+    `absorb_epsilon` is passed to `propose_map`. A kind such as `batch_norm:-9.9e-04` adds the difference of two
+    epsilons to the variance. A row covers all tensors of its kind, even if one side lacks some: a bias that PyTorch
+    lacks becomes zeros in Keras, and a PyTorch bias of zeros may be missing in Keras. `drop` names PyTorch tensors
+    without a partner. `keep` names Keras variables that stay as they are. Weights under weight_norm and spectral_norm
+    are copied as the module computes them. `check_options` are passed to `check_parity`. Settings that matter only in
+    training produce a note unless `strict_settings=True`.
 
-    Nothing is assigned before every tensor and every variable is accounted for. Raises KeyMapError, with every
-    difference, where one is not.
+    Every tensor and variable must be accounted for before any is assigned. Otherwise this raises KeyMapError, which
+    lists every difference.
     """
     tensors = effective_tensors(reference)
     variables = named_variables(candidate)
@@ -87,10 +87,10 @@ def port_weights(
     if inputs is not None:
         options = {
             "pairs": _pairs(key_map, reference, candidate),
-            "strict_settings": False,  # the models are the user's: what matters in training alone is a note
+            "strict_settings": False,  # for a user's own models, settings that matter only in training are notes
             **check_options,
         }
-        # Their epsilon is in the variance.
+        # The difference of these epsilons is in the variances, so it is no mistake.
         absorbed = [f"{source}:eps" for source in key_map.absorbed]
         options["waive"] = [*options.get("waive", ()), *absorbed]
         report = check_parity(reference, candidate, inputs, key_map=key_map, **options)
@@ -98,11 +98,11 @@ def port_weights(
 
 
 def revert_weights(candidate: keras.Model, reference: nn.Module, key_map: KeyMap | Sequence[KeyRule]) -> None:
-    """The way back: copies the weights of a Keras model into a PyTorch model, by the key map of the way there.
+    """Copy the weights of a Keras model back into a PyTorch model, by the same key map as the port.
 
-    Where several tensors are one variable, as an LSTM's two biases are, the first gets it and the others are zero.
-    Tensors that the key map drops stay as they are. Nothing is assigned before everything is accounted for. Raises
-    KeyMapError where something is not.
+    If several tensors share one variable, such as an LSTM's two biases, the first gets the values and the others become
+    zero. Tensors that the key map drops stay as they are. Everything must be accounted for before anything is
+    assigned; otherwise this raises KeyMapError.
     """
     if not isinstance(key_map, KeyMap):
         key_map = key_map_of_rows(reference, candidate, key_map)
@@ -112,11 +112,11 @@ def revert_weights(candidate: keras.Model, reference: nn.Module, key_map: KeyMap
     given = {name for entry in key_map.entries for name in entry.targets}
     missing = [*sorted(given - weights.keys()), *sorted(wanted - tensors.keys())]
     if missing:
-        raise KeyMapError(f"the key map names what the models do not have: {', '.join(missing[:10])}", hint=_HINT)
+        raise KeyMapError(f"the key map names tensors that the models lack: {', '.join(missing[:10])}", hint=_HINT)
     try:
         values = invert(weights, key_map, shapes_of(tensors))
     except ValueError as error:
-        raise KeyMapError(f"the weights do not go back: {error}") from None
+        raise KeyMapError(f"the weights cannot be converted back: {error}") from None
     if wrong := [name for name, array in values.items() if tuple(array.shape) != tensors[name].shape]:
         raise KeyMapError(f"{wrong[0]} has {tensors[wrong[0]].shape} in PyTorch and {values[wrong[0]].shape} in Keras")
     try:
@@ -125,7 +125,7 @@ def revert_weights(candidate: keras.Model, reference: nn.Module, key_map: KeyMap
         raise KeyMapError(str(error)) from None
 
 
-_HINT = "A row is KeyRule(module, layer, kind); drop= and keep= name what has no partner on purpose."
+_HINT = "A row is KeyRule(module, layer, kind); drop= and keep= name tensors and variables without a partner."
 
 
 def _proposed(
@@ -138,7 +138,7 @@ def _proposed(
     check_options: dict[str, Any],
 ) -> KeyMap:
     if inputs is None:
-        raise KeyMapError("without a key map inputs are needed, on which both models are run to find one")
+        raise KeyMapError("without a key map, port_weights needs inputs: it runs both models on them to find one")
     options = {name: check_options[name] for name in ("reference_inputs", "input_axes") if name in check_options}
     proposal = propose_map(reference, candidate, inputs, absorb_epsilon=absorb_epsilon, **options)
     # The key map refuses anything else in these.
@@ -147,7 +147,7 @@ def _proposed(
 
 
 def _pairs(key_map: KeyMap, reference: nn.Module, candidate: keras.Model) -> dict[str, str]:
-    """Which layer stands for which module, where one does for one."""
+    """The layer of each module, for modules and layers that correspond one to one."""
     modules, layers = dict(reference.named_modules()), named_layers(candidate)
     found = key_map.one_to_one.items()
     return {source: target for source, target in found if source and source in modules and target in layers}
@@ -160,4 +160,4 @@ def _assign(candidate: keras.Model, variables: Mapping[str, Any], conversion: Co
 
 def _refuse_unknown(option: str, names: Sequence[str], known: Iterable[str]) -> None:
     if unknown := sorted(set(names) - set(known)):
-        raise KeyMapError(f"{option}: there is no {', '.join(unknown[:10])}")
+        raise KeyMapError(f"{option}: unknown name {', '.join(unknown[:10])}")

@@ -54,7 +54,7 @@ def test_another_variant_than_the_files_is_refused_at_once(run_cli: RunCli, port
     for command in (["check"], ["export", "--out", tmp_path / "a.onnx"], ["revert", "--out", tmp_path / "a.pth"]):
         result = run_cli(*command, "--variant", "b1", "--weights", ported)
         assert result.exit_code == 7, result.output
-        assert "the weights of van nano, and --variant says b1" in result.output
+        assert "holds weights of van nano, but --variant says b1" in result.output
 
 
 def test_a_file_that_says_nothing_needs_a_variant(run_cli: RunCli, tmp_path: Path) -> None:

@@ -223,5 +223,5 @@ def test_a_subclassed_model_is_checked_and_its_export_is_one_message(run_cli: Ru
     files = ["--weights", weights, "--checkpoint", checkpoint, "--out", tmp_path / "x.onnx"]
     result = run_cli("export", *given, *files)
     assert result.exit_code == 9, result.output
-    assert "a subclassed Keras model, which does not say what it takes" in result.output
+    assert "a subclassed Keras model, which does not declare its inputs" in result.output
     assert not (tmp_path / "x.onnx").exists()

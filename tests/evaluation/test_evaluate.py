@@ -300,7 +300,7 @@ def test_a_model_that_gives_no_classes_is_refused(toy: Toy, tmp_path: Path) -> N
     checkpoint, weights = tmp_path / "a.pth", tmp_path / "a.h5"
     torch.save({"0.weight": torch.randn(4, 3, 1, 1), "0.bias": torch.randn(4)}, checkpoint)
     port(family, "given", weights, checkpoint=checkpoint, check=False)
-    with pytest.raises(FamilyError, match="evaluate is for classes"):
+    with pytest.raises(FamilyError, match="evaluate needs a classifier"):
         evaluate(family, "given", weights, str(toy.folder), checkpoint={"location": checkpoint})
 
 

@@ -65,11 +65,11 @@ def test_a_stated_epsilon_is_built_on_both_sides_and_goes_all_the_way(family: Va
     back = revert(family, "nano", out, tmp_path / "back.pth", options=ONE)
     assert back.report is not None
     assert back.report.passed
-    assert back.notes[0].startswith("These weights go with layer_norm_eps 0.01, and code with transformers names has")
+    assert back.notes[0].startswith("These weights need layer_norm_eps 0.01, but code with transformers names uses")
     other = revert(family, "nano", out, tmp_path / "other.pth", layout="mmpretrain", check=False)
     assert other.notes == (
-        "These weights go with layer_norm_eps 0.01, and code with mmpretrain names has 1e-05: set layer_norm_eps "
-        "there, or its results differ.",
+        "These weights need layer_norm_eps 0.01, but code with mmpretrain names uses 1e-05: set layer_norm_eps "
+        "there, or its results will differ.",
     )
 
 

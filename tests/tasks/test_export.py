@@ -190,7 +190,7 @@ def test_a_saved_model_replaces_an_older_one(family: VanFamily, checkpoint: Path
     assert names_in(tmp_path) == ["x"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").touch()
-    with pytest.raises(OutputError, match="mine is there and is no SavedModel"):
+    with pytest.raises(OutputError, match="mine exists and is not a SavedModel"):
         export(family, "nano", ported, tmp_path / "mine", form="saved_model", checkpoint=checkpoint)
 
 
@@ -256,9 +256,9 @@ def test_a_precision_costs_what_it_costs(reference: VAN, precision: str, low: fl
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"form": "coreml", "out": "x.mlmodel"}, ExportError, "there is no format 'coreml'"),
-        ({"form": "onnx", "out": "x.onnx", "precision": "int4"}, ExportError, "there is no precision 'int4'"),
-        ({"form": "onnx", "out": "x.tflite"}, OutputError, "does not say what it is"),
+        ({"form": "coreml", "out": "x.mlmodel"}, ExportError, "unknown format 'coreml'"),
+        ({"form": "onnx", "out": "x.onnx", "precision": "int4"}, ExportError, "unknown precision 'int4'"),
+        ({"form": "onnx", "out": "x.tflite"}, OutputError, "the suffix does not match the format"),
         ({"form": "litert", "out": "no/x.tflite"}, OutputError, "does not exist"),
     ],
 )

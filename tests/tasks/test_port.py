@@ -126,7 +126,7 @@ def test_a_failed_check_leaves_nothing_and_keeps_the_old_file(checkpoint: Path, 
 
 def test_a_failed_file_can_be_kept_under_another_name(checkpoint: Path, tmp_path: Path) -> None:
     kept = tmp_path / "failed.h5"
-    with pytest.raises(FailedParityError, match="The refused file is .*failed.h5"):
+    with pytest.raises(FailedParityError, match="The failed file is .*failed.h5"):
         port(FaultyFamily(), "nano", tmp_path / "x.h5", checkpoint=checkpoint, options=FAST, keep_failed=kept)
     assert names_in(tmp_path) == ["failed.h5"]
     provenance = survey_file(kept).provenance
@@ -155,7 +155,9 @@ def test_what_keras_reads_must_be_what_was_written(
         write(path, layers, {**weights, "head/bias": weights["head/bias"] + np.float32(1e-6)})
 
     monkeypatch.setattr(weights_file, "write_h5", write_wrongly)
-    with pytest.raises(ParityError, match="1 weights read back from the file differ from those written, first head/b"):
+    with pytest.raises(
+        ParityError, match="1 weights read back from the file differ from those written; the first is head/b"
+    ):
         port(family, "nano", tmp_path / "x.h5", checkpoint=checkpoint)
     assert names_in(tmp_path) == []
 
@@ -163,7 +165,7 @@ def test_what_keras_reads_must_be_what_was_written(
 def test_a_checkpoint_of_another_variant_is_recognised(family: VanFamily, checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyMapError) as caught:
         port(family, "b0", tmp_path / "x.h5", checkpoint=checkpoint)
-    assert caught.value.hint == "These tensors are those of van nano: use --variant nano."
+    assert caught.value.hint == "These tensors belong to van nano: use --variant nano."
     assert "missing from the checkpoint:" in caught.value.message
     assert "of another shape or type:" in caught.value.message
     assert "patch_embed2.proj.weight: expected (64, 32, 3, 3), found (48, 32, 3, 3)" in caught.value.message
