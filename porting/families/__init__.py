@@ -1,1 +1,1 @@
-"""What is known of each family of models, one file a family."""
+"""The model families, one file each."""

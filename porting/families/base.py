@@ -1,4 +1,4 @@
-"""What the engine needs to know about a family of models: six fields, and defaults that a family may override."""
+"""The interface of a model family: six required fields, and defaults that a family may override."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
     from porting.files.checkpoint import Checkpoint
 
 
-# Of a family's attributes, caches that hold live models or follow from them.
+# Attributes that cache live models or results derived from them. They are not pickled.
 _KEPT_HERE = {"_names", "_key_maps", "_maps", "_spare", "_shapes", "namings", "table"}
 
 
 @dataclass(frozen=True)
 class Spec:
-    """One model of a family: which variant, how many classes (0: no head), and under whose names.
+    """One model of a family: its variant, number of classes (0: no head), and naming.
 
-    `stated` are settings that the checkpoint or what stands beside it states; all others are those of the naming.
+    `stated` holds the settings that the checkpoint or a file beside it states. All others come from the naming.
     """
 
     variant: str
@@ -50,7 +50,7 @@ class Spec:
         return {**self.naming.settings, **self.stated}
 
     def described(self) -> str:
-        """Names and settings in words, for the user; a setting that nothing states is said to be assumed."""
+        """The naming and settings in words, for the user. Settings that nothing states are marked as assumed."""
         facts = [
             f"{name} {value:g}" + ("" if name in self.stated else " (assumed: the file does not state it)")
             for name, value in self.settings.items()
@@ -59,48 +59,48 @@ class Spec:
         return ", ".join([f"{self.naming.name} names", *facts, *([head] if self.naming.has_head else [])])
 
     def without_head(self) -> Spec:
-        """The model's body saved alone: no name has a prefix that stands before all of them."""
+        """The model's body saved without its head: names then lack the prefix that all of them would share."""
         return replace(self, num_classes=0, naming=self.naming.without_head().without_prefix())
 
 
 class Family:
     """A family of models that share their code and differ by variant.
 
-    A subclass gives six things: `name`; `namings`, the rows of its key map under each publisher's names, of which the
-    first has the reference's own; `sources`, the path of the table of its published checkpoints, or the rows
-    themselves; `inputs`, how its images are prepared; `build_reference` and `build_candidate`. All else has a default
-    that works from the live models; a family overrides what it can do quicker or better.
+    A subclass defines six members: `name`; `namings`, the rows of its key map under each publisher's names, of which
+    the first has the reference's own; `sources`, the path of the table of its published checkpoints, or the table's
+    rows; `inputs`, the preprocessing of images; `build_reference`; and `build_candidate`. Everything else has a
+    default that works on the live models. A family overrides what it can do faster or better.
     """
 
     name: str
     namings: tuple[Naming, ...]
     sources: Path | tuple[Source, ...]
     inputs: Preprocessing
-    # Whether settings that matter in training alone must agree between the two models that are built here.
+    # Whether settings that matter only in training must agree between the two models that are built here.
     strict_settings = True
-    # The PyTorch name of the table of tokens, where a language model without its head is one with it as the head.
+    # The PyTorch name of the token embedding, for language models whose head shares its weights.
     tied_head = ""
 
     def __getstate__(self) -> dict[str, Any]:
-        """What another process needs; live models and what was found by them stay here."""
+        """The state to pickle for another process, without live models and caches derived from them."""
         return {name: value for name, value in vars(self).items() if name not in _KEPT_HERE}
 
     def build_reference(self, spec: Spec) -> nn.Module:
-        """The PyTorch model, fresh; it takes `(N, 3, H, W)` and gives `(N, num_classes)` logits, or its features."""
+        """Build the PyTorch model, which maps `(N, 3, H, W)` to `(N, num_classes)` logits, or to its features."""
         raise NotImplementedError
 
     def build_candidate(self, spec: Spec) -> keras.Model:
-        """The Keras model, fresh; it takes `(N, H, W, 3)` and gives `(N, num_classes)` logits, or its features."""
+        """Build the Keras model, which maps `(N, H, W, 3)` to `(N, num_classes)` logits, or to its features."""
         raise NotImplementedError
 
     @property
     def described(self) -> str:
-        """What reports call it."""
+        """The name of the family in reports."""
         return self.name
 
     @cached_property
     def table(self) -> tuple[Source, ...]:
-        """The rows of its table of sources, in order."""
+        """The rows of the table of sources, in order."""
         return read_table(self.sources, self.name) if isinstance(self.sources, Path) else self.sources
 
     @property
@@ -108,16 +108,14 @@ class Family:
         return tuple(source.variant for source in self.table)
 
     def source_of(self, variant: str) -> Source:
-        """The row of a variant; raises SourceError for one that the table lacks."""
+        """The row of a variant; raises SourceError if the table lacks it."""
         for source in self.table:
             if source.variant == variant:
                 return source
-        raise SourceError(
-            f"{self.name} has no variant {variant!r}", hint=f"Its variants are {', '.join(self.variants)}."
-        )
+        raise SourceError(f"{self.name} has no variant {variant!r}", hint=f"Choose from {', '.join(self.variants)}.")
 
     def usual_classes(self, variant: str) -> int:
-        """The number of classes that the published weights have."""
+        """The number of classes of the published weights."""
         return self.source_of(variant).classes
 
     def spec(
@@ -127,22 +125,22 @@ class Family:
         naming: Naming | None = None,
         stated: Mapping[str, float] | None = None,
     ) -> Spec:
-        """By default with the usual number of classes, and under the reference's own names."""
+        """The spec of a variant, by default with the published number of classes and the reference's own names."""
         classes = self.usual_classes(variant) if num_classes is None else num_classes
         naming = naming or self.namings[0]
         return Spec(variant, classes, naming if classes or not naming.head else naming.without_head(), stated or {})
 
     def reference_names(self, spec: Spec) -> Collection[str]:
-        """The names of all tensors of the PyTorch model; by default it is built, without memory for its weights."""
+        """The names of all tensors of the PyTorch model. By default, it is built on the meta device to find them."""
         import torch
 
         with torch.device("meta"):
             return self.build_reference(spec).state_dict().keys()
 
     def key_map(self, spec: Spec) -> KeyMap:
-        """Every tensor of a state_dict and the Keras variable that takes it, in one order for all namings."""
+        """The key map: each tensor of a state_dict and its Keras variable, in the same order for all namings."""
         cache: dict[tuple[str, bool], Collection[str]] = vars(self).setdefault("_names", {})
-        # Without a head the rows must not find one.
+        # The rows must not match a head in a model without one.
         key = spec.variant, bool(spec.naming.head)
         if key not in cache:
             classes = (spec.num_classes or self.usual_classes(spec.variant)) if spec.naming.head else 0
@@ -150,17 +148,17 @@ class Family:
         return spec.naming.key_map(cache[key])
 
     def how_to_build(self, spec: Spec) -> str:
-        """The call that gives the user the Keras model for these weights."""
+        """The Python call that builds the Keras model for these weights."""
         return f'porting.get_family("{self.name}").build("{spec.variant}", {spec.num_classes})'
 
     def build(self, variant: str, num_classes: int | None = None) -> keras.Model:
-        """The Keras model of a variant, fresh; `num_classes` is by default what the published weights have."""
+        """Build the Keras model of a variant. `num_classes` defaults to that of the published weights."""
         return self.build_candidate(self.spec(variant, num_classes))
 
     def weight_shapes(self, spec: Spec) -> dict[str, dict[str, Shape]]:
-        """What `build_candidate` has: by top-level layer, each variable's name and shape.
+        """The variables of the Keras model: by top-level layer, each variable's name and shape.
 
-        Variables come in the order in which Keras reads them: those that are trained before those that are not.
+        Variables are in the order in which Keras reads them: trainable before non-trainable.
         """
         from porting.files.weights_file import weight_shapes
         from porting.models.frameworks import start_tensorflow
@@ -169,7 +167,7 @@ class Family:
         return weight_shapes(self.build_candidate(spec))
 
     def num_classes(self, variant: str, state_dict: Mapping[str, Array], naming: Naming | None = None) -> int:
-        """The number of classes that the checkpoint's head has; the variant's usual one where that cannot be told."""
+        """The number of classes of the checkpoint's head, or the variant's usual one if the head does not show it."""
         name = (naming or self.namings[0]).head
         if not name:
             return 0
@@ -179,75 +177,75 @@ class Family:
         return self.usual_classes(variant)
 
     def preprocessing(self, spec: Spec) -> Preprocessing:
-        """How images were prepared when the published weights were trained."""
+        """The preprocessing of images that the published weights were trained with."""
         return self.inputs
 
     def prepare_reference(self, spec: Spec) -> Callable[[Image.Image], Array]:
-        """What turns an RGB image into what PyTorch's model takes, as `(H, W, C)` float32, by its authors' code."""
+        """The authors' preprocessing: a function from an RGB image to the PyTorch input, `(H, W, C)` float32."""
         return partial(prepare_image, preprocessing=self.preprocessing(spec))
 
     def prepare_candidate(self, spec: Spec) -> Callable[[Image.Image], Array]:
-        """The same as a user of the Keras model would: by default with TensorFlow's functions and their defaults."""
+        """The preprocessing that a Keras user would apply; by default, TensorFlow's functions with their defaults."""
         return partial(prepare_in_tensorflow, preprocessing=self.preprocessing(spec))
 
     def class_names(self, spec: Spec) -> Sequence[str]:
-        """Of the head, in order; none where they are not known, or are ImageNet's."""
+        """The class names of the head, in order; empty if they are unknown or are ImageNet's."""
         return ()
 
     def check_inputs(self, spec: Spec) -> Any:
-        """The Keras model's inputs for a check, an array or several by name.
+        """The Keras model's inputs for a check: one array, or several by name.
 
-        None: it takes images, prepared as `preprocessing` says.
+        None means that the model takes images, prepared according to `preprocessing`.
         """
         return None
 
     def tensor_shapes(self, spec: Spec) -> dict[str, Shape]:
-        """Of PyTorch's tensors, for transforms that need them on the way back; by default none does."""
+        """The shapes of PyTorch's tensors, for transforms that need them when reverting; empty by default."""
         return {}
 
     def published(self, variant: str, progress: Progress = SILENT) -> Checkpoint | None:
-        """The published weights by the publisher's own package; None where a file in the table holds them."""
+        """Load the published weights with the publisher's package; None if the table names a file to load instead."""
         return None
 
     def build_with_dropout(self, spec: Spec) -> tuple[nn.Module, keras.Model] | None:
-        """Both models with dropout and drop path at rates above 0, to compare what they draw; None: it has neither."""
+        """Both models with dropout and drop path enabled, to compare their masks; None if the family has neither."""
         return None
 
     def fuse(self, candidate: keras.Model, form: str) -> keras.Model:
-        """The same function in fewer operations, for inference in the runtime of `form`; by default the model itself.
+        """Fuse operations for inference in the runtime of `form`. By default, return the model unchanged.
 
-        `form` is one of porting.exporting.FORMATS. Layers whose results are PyTorch's have the names of its modules.
+        `form` is one of porting.exporting.FORMATS. Layers whose results match PyTorch's keep the names of its modules.
         """
         return candidate
 
     def optimizers(self) -> tuple[OptimizerPair, ...]:
-        """With what training is compared."""
+        """The pairs of optimisers with which to compare training."""
         return usual_optimizers()
 
     def unused_tensors(self, spec: Spec) -> dict[str, Array]:
-        """What the publisher's class has beside the tensors of the key map, with the values that it starts with.
+        """The tensors of the publisher's class that the key map drops, with their initial values.
 
-        By default BatchNorm's counters of training steps, which Keras does not keep, at zero.
+        By default, these are BatchNorm's `num_batches_tracked`, which Keras does not have, at zero.
         """
         drops = self.key_map(spec).drops
         return {name: np.zeros((), np.int64) for name in sorted(drops) if name.endswith(".num_batches_tracked")}
 
     def classes_in(self, variant: str, shapes: Iterable[Shape]) -> int | None:
-        """The number of classes that a file with arrays of these shapes has, 0 for no head; None: cannot be told."""
+        """The number of classes in a file with arrays of these shapes: 0 for no head, None if they do not show it."""
         return None
 
     def shrinkable(self, parameter: str) -> bool:
-        """Whether a stress run makes this parameter of the reference small, so that what follows has small variances.
+        """Whether a stress run makes this parameter of the reference small, so that later variances are small.
 
-        Chosen well, it is what gives a residual stream its size: the first scales and those of the branches. By
-        default nothing is, and that stress run is left out.
+        Choose the parameters that set the scale of the residual stream: the first scales and those of the branches.
+        By default, there are none, and this stress run is skipped.
         """
         return False
 
     def stated_settings(self, variant: str, facts: Mapping[str, Any]) -> Mapping[str, float]:
-        """Of the settings of this family's builders, those that `facts` state, which `Checkpoint.facts` explains.
+        """The settings of this family's builders that `facts` states; `Checkpoint.facts` explains its form.
 
-        Raises KeyMapError, by name, for a statement that the family cannot build. By default nothing is read.
+        Raises KeyMapError, with the name, for a setting that the family cannot build. By default, nothing is read.
         """
         return {}
 
@@ -259,9 +257,9 @@ class Family:
         forced: str | None = None,
         facts: Mapping[str, Any] | None = None,
     ) -> Spec:
-        """What a state_dict is taken for, by its tensors' names and what `facts` state, or under the naming `forced`.
+        """Recognise the spec of a state_dict from its tensor names and `facts`, or under the naming `forced`.
 
-        Raises KeyMapError where the names are those of several publishers whose settings differ, and nothing tells.
+        Raises KeyMapError if the names fit several publishers whose settings differ and no stated setting decides.
         """
         recognition = self._recognition(variant, state_dict, forced)
         stated = self.stated_settings(variant, facts or {})
@@ -270,13 +268,13 @@ class Family:
         if rivals := [each for each in recognition.rivals if _differ(each, naming, open_settings)]:
             known = [f"{each.name} ({_settings_text(each)})" for each in (naming, *rivals)]
             raise KeyMapError(
-                f"the tensors' names are those of {' and of '.join(known)}, and nothing in the file states which",
-                hint="Say whose they are: " + " or ".join(f"--layout {each.name}" for each in (naming, *rivals)) + ".",
+                f"the tensor names fit {' and '.join(known)}, and nothing in the file says which",
+                hint="Choose one: " + " or ".join(f"--layout {each.name}" for each in (naming, *rivals)) + ".",
             )
         return Spec(variant, self.num_classes(variant, state_dict, naming), naming, stated)
 
     def fit(self, variant: str, names: Collection[str]) -> float:
-        """Which share of the names a checkpoint of this variant has, under the naming that fits best, from 0 to 1."""
+        """The share, from 0 to 1, of this variant's names that a checkpoint has under the best-fitting naming."""
         return self._recognition(variant, names, None).fit
 
     def _recognition(self, variant: str, names: Collection[str], forced: str | None) -> Recognition:
@@ -290,7 +288,7 @@ class Family:
         return cache[key]
 
     def guess_variant(self, state_dict: Mapping[str, Array]) -> str | None:
-        """The variant whose tensors a state_dict has, under any naming, or None."""
+        """The variant whose tensors match a state_dict under any naming, or None."""
         for variant in self.variants:
             naming = self._recognition(variant, state_dict, None).naming
             spec = Spec(variant, self.num_classes(variant, state_dict, naming), naming)
@@ -308,5 +306,5 @@ def _settings_text(naming: Naming) -> str:
 
 
 def by_path(layers: Mapping[str, Mapping[str, Shape]]) -> dict[str, Shape]:
-    """What `weight_shapes` gives, by variable path."""
+    """The result of `weight_shapes`, by variable path."""
     return {f"{layer}/{name}": shape for layer, shapes in layers.items() for name, shape in shapes.items()}

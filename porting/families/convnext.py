@@ -1,4 +1,4 @@
-"""ConvNeXt: timm's, to keras.applications."""
+"""ConvNeXt, from timm to keras.applications."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BLOCK = "stages.{s}.blocks.{j}"
 
 
 class ConvNeXtFamily(LibraryFamily):
-    """ConvNeXt (arXiv 2201.03545); Keras's layers have the model's name in theirs."""
+    """ConvNeXt (arXiv 2201.03545). Keras includes the model's name in the names of its layers."""
 
     name = "convnext"
     models = {f"convnext_{size}": f"ConvNeXt{'XLarge' if size == 'xlarge' else size.title()}" for size in _SIZES}

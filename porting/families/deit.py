@@ -1,4 +1,4 @@
-"""DeiT: transformers', to keras-hub."""
+"""DeiT, from transformers to keras-hub."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _EPSILON = 1e-12
 
 
 class DeiTFamily(LibraryFamily):
-    """DeiT with a token for distillation (arXiv 2012.12877); its classifier takes the token of the class."""
+    """DeiT with a distillation token (arXiv 2012.12877). Its classifier uses the class token."""
 
     name = "deit"
     publisher = "transformers"
-    # The heads and the width.
+    # Per variant: the number of heads, and the width.
     models = {
         f"facebook/deit-{size}-distilled-patch16-224": shape
         for size, shape in {"tiny": (3, 192), "small": (6, 384), "base": (12, 768)}.items()
     }
     head = "classifier"
-    # The published files have a second classifier, for the token of distillation.
+    # The published files have a second classifier, for the distillation token.
     foreign = ("distillation_classifier.", "cls_classifier.", "deit.pooler.", "pooler.")
 
     def rows_of(self, spec: Spec) -> tuple[KeyRule, ...]:

@@ -1,4 +1,4 @@
-"""DenseNet: torchvision's, to keras.applications, whose epsilon of 1.001e-5 goes into the variances."""
+"""DenseNet, from torchvision to keras.applications, whose epsilon of 1.001e-5 is compensated in the variances."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DistilBERT: transformers' encoder, to keras-hub."""
+"""DistilBERT: the encoder of transformers, to keras-hub."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ATTENTION = f"{_TARGET}/self_attention_layer"
 
 
 class DistilBertFamily(LibraryFamily):
-    """DistilBERT's encoder (arXiv 1910.01108), by the size of its vocabulary."""
+    """The encoder of DistilBERT (arXiv 1910.01108). `models` holds the size of each vocabulary."""
 
     name = "distilbert"
     publisher = "transformers"
@@ -47,7 +47,7 @@ class DistilBertFamily(LibraryFamily):
         KeyRule(f"{_LAYER}.ffn.lin2", f"{_TARGET}/feedforward_output_dense", "dense"),
         KeyRule(f"{_LAYER}.output_layer_norm", f"{_TARGET}/feedforward_layer_norm", "layer_norm"),
     )
-    # A language model's or classifier's head, which the encoder lacks.
+    # Heads of language models and classifiers, which the encoder lacks.
     foreign = ("vocab_", "pre_classifier.", "classifier.", "qa_outputs.")
 
     def check_inputs(self, spec: Spec) -> dict[str, Array]:

@@ -1,4 +1,4 @@
-"""EfficientNet: timm's `tf_` models, which pad as TensorFlow does, to keras.applications."""
+"""EfficientNet, from timm's `tf_` models, which pad like TensorFlow, to keras.applications."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ _SIDES = {"b0": 224, "b1": 240, "b2": 260, "b3": 300, "b4": 380, "b5": 456, "b6"
 
 
 def rows_around(depthwise: str) -> tuple[KeyRule, ...]:
-    """The rows of both generations: stem, blocks with an expansion, head; `depthwise` is Keras's name of that layer."""
+    """The rows that both generations share: stem, blocks with an expansion, head.
+
+    `depthwise` is Keras's name of the depthwise layer.
+    """
     row, block = "blocks.{s}.{j}", "block{s+1}{j:letter}"
     return (
         KeyRule("conv_stem", "stem_conv", "conv"),
@@ -37,7 +40,7 @@ def rows_around(depthwise: str) -> tuple[KeyRule, ...]:
 
 
 class EfficientNetFamily(LibraryFamily):
-    """EfficientNet B0 to B7 (arXiv 1905.11946); the Keras model is without its preparation of images."""
+    """EfficientNet B0 to B7 (arXiv 1905.11946), without the preprocessing layers of the Keras model."""
 
     name = "efficientnet"
     models = {f"tf_efficientnet_{size}": (f"EfficientNet{size.upper()}", side) for size, side in _SIDES.items()}
@@ -62,6 +65,6 @@ class EfficientNetFamily(LibraryFamily):
 
         name, side = self.models[spec.variant]
         whole = application(name, spec, input_shape=(side, side, 3))
-        # Without weights of ImageNet, which add another division, nothing but these two stands in front.
+        # Only Rescaling and Normalization precede the network; weights="imagenet" would add another division.
         prepared = next(layer for layer in whole.layers if isinstance(layer, keras.layers.Normalization)).output
         return keras.Model(prepared, whole.output, name=spec.variant)

@@ -1,4 +1,4 @@
-"""EfficientNetV2: timm's `tf_` models, which pad as TensorFlow does, to keras.applications."""
+"""EfficientNetV2, from timm's `tf_` models, which pad like TensorFlow, to keras.applications."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class EfficientNetV2Family(LibraryFamily):
     models = {f"tf_efficientnetv2_{size}": f"EfficientNetV2{size.upper()}" for size in ("b0", "b1", "b2", "b3", *"sml")}
     head = "classifier"
     rows = (
-        # The first stage has no expansion; the next two have one convolution for it and the depthwise one.
+        # The first stage has no expansion. In the next two, one convolution does the expansion and the depthwise step.
         KeyRule("blocks.0.{j}.conv", "block1{j:letter}_project_conv", "conv"),
         KeyRule("blocks.0.{j}.bn1", "block1{j:letter}_project_bn", "batch_norm"),
         KeyRule("blocks.1.{j}.bn2", "block2{j:letter}_project_bn", "batch_norm"),

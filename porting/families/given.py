@@ -1,4 +1,4 @@
-"""Two models that a command line names, with a file of rows, as a family of one variant."""
+"""A family of one variant: two models named on the command line, and a file of rows."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ if TYPE_CHECKING:
     from torch import nn
 
 VARIANT = "given"
-# Sides of inputs that a model leaves open.
+# Sizes for input axes that a model leaves open.
 _IMAGE_SIDE, _LENGTH = 224, 16
 _TOKENS = 64
 
 
 class GivenFamily(LibraryFamily):
-    """A PyTorch model and a Keras model, each by what makes it, and the rows between them.
+    """A PyTorch model and a Keras model, each given by its constructor, and the rows between them.
 
-    `source` and `target` are as `build_model` takes them, with `source_arguments` and `target_arguments`. A check runs
-    on the `inputs` of an `.npz`, by the Keras model's names, by default on random ones of the shapes that it takes.
+    `build_model` lists the forms of `source` and `target`; `source_arguments` and `target_arguments` are passed to
+    them. A check uses the arrays of `inputs`, an `.npz` file with the Keras model's input names; the default is random
+    inputs of the right shapes.
     """
 
     name = "given"
@@ -54,7 +55,7 @@ class GivenFamily(LibraryFamily):
 
     @property
     def described(self) -> str:
-        """Both models, in the words that name them."""
+        """Both models, as named on the command line."""
         return f"{self._source} -> {self._target}"
 
     def how_to_build(self, spec: Spec) -> str:
@@ -76,12 +77,12 @@ class GivenFamily(LibraryFamily):
 
     def published(self, variant: str, progress: Progress = SILENT) -> Checkpoint:
         raise SourceError(
-            f"{self._source}: its weights are not known", hint="Give them with --checkpoint FILE, a PyTorch checkpoint."
+            f"{self._source}: no published weights are known", hint="Give a PyTorch checkpoint with --checkpoint FILE."
         )
 
 
 def pytorch_model(spec: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """The PyTorch model that `spec` names, for inference; raises FamilyError where it names another thing."""
+    """Build the PyTorch model that `spec` names, in eval mode; raises FamilyError if it is something else."""
     from torch import nn
 
     from porting.models.frameworks import load_triton
@@ -94,7 +95,7 @@ def pytorch_model(spec: str, arguments: Mapping[str, Any]) -> nn.Module:
 
 
 def keras_model(spec: str, arguments: Mapping[str, Any]) -> keras.Model:
-    """The Keras model that `spec` names; raises FamilyError where it names another thing."""
+    """Build the Keras model that `spec` names; raises FamilyError if it is something else."""
     from porting.models.frameworks import start_tensorflow
 
     start_tensorflow()
@@ -107,10 +108,10 @@ def keras_model(spec: str, arguments: Mapping[str, Any]) -> keras.Model:
 
 
 def random_inputs(candidate: keras.Model) -> Any:
-    """Inputs of the shapes and types that a Keras model takes, one sample for images and two for all else."""
+    """Random inputs of a Keras model's shapes and types: one sample for images, two for everything else."""
     tensors = candidate.inputs
     if not tensors:
-        raise FamilyError("the Keras model does not say what it takes", hint="Give --inputs FILE.npz.")
+        raise FamilyError("the Keras model does not declare its inputs", hint="Give --inputs FILE.npz.")
     rng = np.random.default_rng(0)
     found = {tensor.name: _drawn(rng, tuple(tensor.shape), str(tensor.dtype), tensor.name) for tensor in tensors}
     return next(iter(found.values())) if len(found) == 1 else found
@@ -127,10 +128,12 @@ def _drawn(rng: np.random.Generator, shape: tuple[int | None, ...], dtype: str, 
 
 
 def read_inputs(path: Path) -> Any:
-    """The inputs in an `.npz`: by name, or the one array that it holds; raises SourceError where it is none."""
+    """Read the inputs in an `.npz` file: arrays by name, or the only array. Raises SourceError for other files."""
     try:
         with np.load(path, allow_pickle=False) as file:
             found = {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, AttributeError) as error:
-        raise SourceError(f"{path}: not an .npz of inputs: {error}", hint="np.savez(FILE, name=array).") from None
+        raise SourceError(
+            f"{path}: not an .npz of inputs: {error}", hint="Write one with np.savez(FILE, name=array)."
+        ) from None
     return next(iter(found.values())) if len(found) == 1 else found

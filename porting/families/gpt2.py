@@ -1,4 +1,4 @@
-"""GPT-2: transformers', to keras-hub. Its dense kernels are `(in, out)` in PyTorch as well."""
+"""GPT-2, from transformers to keras-hub. Its dense kernels are `(in, out)` in PyTorch, too."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _TARGET = "transformer_layer_{s}"
 
 
 class GPT2Family(LibraryFamily):
-    """GPT-2 without its head, which is the table of tokens again."""
+    """GPT-2 without its head, which shares the token embedding."""
 
     name = "gpt2"
     publisher = "transformers"
-    # The layers, the heads and the width.
+    # Per variant: the numbers of layers and heads, and the width.
     models = {
         "gpt2": (12, 12, 768),
         "distilgpt2": (6, 12, 768),
@@ -47,9 +47,9 @@ class GPT2Family(LibraryFamily):
         KeyRule("h.{s}.mlp.c_proj", f"{_TARGET}/feedforward_output_dense", "dense_in_first"),
         KeyRule("ln_f", "layer_norm", "layer_norm"),
     )
-    # The head, and masks that older versions of transformers saved.
     foreign = ("lm_head.",)
     tied_head = "wte.weight"
+    # Masks that older versions of transformers saved.
     drops = ("h.*.attn.bias", "h.*.attn.masked_bias")
 
     def check_inputs(self, spec: Spec) -> dict[str, Array]:

@@ -1,4 +1,4 @@
-"""Families whose models other packages have on both sides: a file of such a family is its names, builders and rows."""
+"""The base class of families whose two models both come from other packages, and helpers to build them."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
 
 
 class LibraryFamily(Family):
-    """A family whose PyTorch models are in timm, torchvision or transformers, and whose Keras models are elsewhere.
+    """A family whose PyTorch models are in timm, torchvision or transformers, and whose Keras models are in a package.
 
-    A subclass gives `name`; `publisher`, the package of the PyTorch models; `models`, by variant, which is the
-    publisher's own name, what `build_candidate` needs to know; `rows`; `head`, the PyTorch name of the classifier, ""
-    for none; `inputs`; and the two builders. The rows are matched against both live models, so that they also cover
-    what the names alone do not say, such as a bias that one side lacks. `drops` are patterns of tensors of PyTorch
-    that Keras computes or does without; whole numbers are left out in any case. `foreign` are the beginnings of names
-    that belong to larger models around these. `zeros` are tensors that Keras lacks, and that must hold zeros.
+    A subclass defines `name`; `publisher`, the package of the PyTorch models; `models`, which maps each variant (the
+    publisher's name) to what `make_candidate` needs; `rows`; `head`, the PyTorch name of the classifier, or "" for
+    none; `inputs`; and the two builders. The rows are matched against both live models, so they also handle what names
+    alone do not show, such as a bias that one side lacks. `drops` are patterns of PyTorch tensors that Keras computes
+    or does not need; integer tensors are always dropped. `foreign` are prefixes of names that belong to larger models
+    around these. `zeros` are tensors that Keras lacks and that must be zero.
     """
 
     publisher = "timm"
@@ -53,7 +53,7 @@ class LibraryFamily(Family):
     foreign: tuple[str, ...] = ()
     zeros: Sequence[str] = ()
     inputs = Preprocessing(224, 256, **IMAGENET)
-    # Settings of training are the packages' own affair.
+    # The packages choose their own settings of training.
     strict_settings = False
 
     @abstractmethod
@@ -61,24 +61,24 @@ class LibraryFamily(Family):
 
     @abstractmethod
     def make_candidate(self, spec: Spec) -> keras.Model:
-        """The Keras model, fresh."""
+        """Build the Keras model."""
 
     def rows_of(self, spec: Spec) -> Sequence[KeyRule]:
-        """The rows of one variant, by default those of all."""
+        """The rows of one variant; by default, `rows`."""
         return self.rows
 
     def load_published(self, variant: str) -> nn.Module:
-        """The PyTorch model with the published weights, by the publisher's own loading, which may download."""
+        """Load the PyTorch model with its published weights, using the publisher's loader, which may download them."""
         if self.publisher == "timm":
             return library("timm").create_model(variant, pretrained=True)  # type: ignore[no-any-return]
         if self.publisher == "torchvision":
             return library("torchvision.models").get_model(variant, weights="DEFAULT")  # type: ignore[no-any-return]
-        # By the package's own class of that name: the one built here derives from it and loads as it does.
+        # The class built here derives from the package's own, so its from_pretrained works.
         model = type(self.build_reference(self.spec(variant)))
         return model.from_pretrained(variant)  # type: ignore[attr-defined,no-any-return]
 
     def prepare_reference(self, spec: Spec) -> Callable[[Image.Image], Array]:
-        """By the settings that the publisher's package has for the variant's weights; else as `inputs` say."""
+        """The preprocessing that the publisher's package defines for the variant's weights, else that of `inputs`."""
         if self.publisher == "timm":
             data, models = library("timm.data"), library("timm.models")
             config = models.get_pretrained_cfg(spec.variant)
@@ -103,18 +103,18 @@ class LibraryFamily(Family):
         return tuple(Source(self.name, variant, self.publisher, variant, classes=classes) for variant in self.models)
 
     def published(self, variant: str, progress: Progress = SILENT) -> Checkpoint:
-        """The published weights; raises SourceError where the publisher's package cannot get them."""
+        """Load the published weights; raises SourceError if the publisher's package cannot load them."""
         progress(f"loading {variant} by {self.publisher}")
         try:
-            with progress.paused():  # the packages draw bars of their own
+            with progress.paused():  # the packages draw their own progress bars
                 model = self.load_published(variant)
         except (FamilyError, SourceError):
             raise
-        except Exception as error:  # whatever the package and its HTTP client raise
+        except Exception as error:  # the package and its HTTP client may raise anything
             first_line = str(error).strip().partition("\n")[0]
             raise SourceError(
                 f"{self.publisher} cannot load the published weights of {variant}: {first_line[:300]}",
-                hint="Fetch them on a machine with access and give them with --checkpoint FILE.",
+                hint="Download them on a machine with access and give them with --checkpoint FILE.",
             ) from None
         tensors = {name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}
         digest = hashlib.sha256()
@@ -123,7 +123,7 @@ class LibraryFamily(Family):
         return Checkpoint(Path(variant), digest.hexdigest(), f"{self.publisher}'s own loading", tensors)
 
     def build_candidate(self, spec: Spec) -> keras.Model:
-        # The one that the rows were matched against is as fresh as any.
+        # Reuse the model that the rows were matched against: nothing has changed its weights.
         spare: dict[tuple[str, int], Any] = vars(self).setdefault("_spare", {})
         return spare.pop(_key(spec), None) or self.make_candidate(spec)
 
@@ -144,7 +144,7 @@ class LibraryFamily(Family):
         return shapes[_key(spec)]
 
     def synthetic_reference(self, spec: Spec) -> nn.Module:
-        """The PyTorch model with synthetic weights, on which mistakes show, for checks where no trained ones are."""
+        """Build the PyTorch model with synthetic weights that reveal mistakes, for checks without trained weights."""
         import torch
 
         from porting.models.inputs import make_inputs
@@ -168,7 +168,7 @@ class LibraryFamily(Family):
         return {name: tensor.numpy() for name, tensor in state.items() if name in dropped}
 
     def classes_in(self, variant: str, shapes: Iterable[Shape]) -> int | None:
-        """By what the file has beside the shapes of the body."""
+        """Deduce the number of classes from the shapes that the file has beside those of the body."""
         if not self.head:
             return 0
         key_map, layers = self._bound(self.spec(variant))
@@ -185,7 +185,7 @@ class LibraryFamily(Family):
         return found.pop() if len(found) == 1 else None
 
     def guess_variant(self, state_dict: Mapping[str, Array]) -> str | None:
-        """By the names and shapes of PyTorch's tensors alone: building every variant in Keras would take minutes."""
+        """Compare only names and shapes of PyTorch's tensors: building every variant in Keras would take minutes."""
         for variant in self.models:
             spec = Spec(variant, self.num_classes(variant, state_dict), self.namings[0])
             expected = self.tensor_shapes(spec)
@@ -194,12 +194,12 @@ class LibraryFamily(Family):
         return None
 
     def _key_map_under(self, variant: str, naming: Naming) -> KeyMap:
-        """For telling a checkpoint's form: PyTorch's names say that, and no Keras model is built."""
+        """A key map for recognising a checkpoint, which needs only PyTorch's names and no Keras model."""
         spec = self.spec(variant, None if naming.head or not self.head else 0, naming)
         return KeyMap.of((), [TensorEntry((name,), (), Constant(0.0)) for name in self.reference_names(spec)])
 
     def _bound(self, spec: Spec) -> tuple[KeyMap, dict[str, dict[str, Shape]]]:
-        """The rows in both live models, and the shapes of the Keras model."""
+        """The key map of the rows in both live models, and the shapes of the Keras model."""
         from porting.models.frameworks import start_tensorflow
 
         bound: dict[tuple[str, int], tuple[KeyMap, dict[str, dict[str, Shape]]]] = vars(self).setdefault("_maps", {})
@@ -222,7 +222,7 @@ class LibraryFamily(Family):
         return bound[_key(spec)]
 
     def _reference_without_memory(self, spec: Spec) -> nn.Module:
-        """On the meta device; some models compute with numbers while they are built, and cannot be built there."""
+        """Build the reference on the meta device, or normally if its constructor needs real numbers."""
         import torch
 
         try:
@@ -241,7 +241,7 @@ def _key(spec: Spec) -> tuple[str, int]:
 
 
 def library(name: str) -> Any:
-    """A package that only some families need; raises FamilyError, with what to install, where it is not there."""
+    """Import a package that only some families need; raises FamilyError, with what to install, if it is missing."""
     from porting.models.frameworks import import_library
 
     try:
@@ -254,19 +254,19 @@ def library(name: str) -> Any:
 
 
 def timm_model(spec: Spec, **options: Any) -> nn.Module:
-    """`timm.create_model`, without weights."""
+    """Build a timm model without weights."""
     return library("timm").create_model(spec.variant, num_classes=spec.num_classes, **options)  # type: ignore[no-any-return]
 
 
 def torchvision_model(spec: Spec, headless: Callable[[Any], nn.Module]) -> nn.Module:
-    """A model of torchvision, without weights; `headless` changes one that has a head into one without."""
+    """Build a torchvision model without weights. `headless` removes its head if the spec has none."""
     classes = {"num_classes": spec.num_classes} if spec.num_classes else {}
     model = library("torchvision.models").get_model(spec.variant, weights=None, **classes)
     return model if spec.num_classes else headless(model)
 
 
 def application(name: str, spec: Spec, /, **options: Any) -> keras.Model:
-    """A model of keras.applications that gives logits, or the mean of its features where there is no head."""
+    """Build a keras.applications model that returns logits or, without a head, the mean of its features."""
     import keras
 
     head = {"classes": spec.num_classes, "classifier_activation": None}
@@ -277,9 +277,9 @@ def application(name: str, spec: Spec, /, **options: Any) -> keras.Model:
 
 @contextlib.contextmanager
 def _numbered_afresh() -> Iterator[None]:
-    """While it lasts, Keras numbers layers without a name of their own as in a process that has built no other.
+    """Make Keras number unnamed layers as if no other model had been built in this process.
 
-    A file keeps those names, and the model that it is loaded into must have the same.
+    A weights file stores these names, and the model that loads it must have the same ones.
     """
     from keras.src.backend.common import global_state
 
@@ -292,7 +292,7 @@ def _numbered_afresh() -> Iterator[None]:
 
 
 def classifier(name: str, backbone: Any, spec: Spec, *, pooled: bool = True) -> keras.Model:
-    """An image classifier of keras-hub around a backbone; without a head the mean of its features, or all of them."""
+    """Build a keras-hub classifier on a backbone; without a head, return the mean of its features, or all of them."""
     import keras
 
     if spec.num_classes:
@@ -305,14 +305,14 @@ def classifier(name: str, backbone: Any, spec: Spec, *, pooled: bool = True) -> 
 
 
 def transformer_backbone(name: str, layers: int, heads: int, width: int, /, **options: Any) -> keras.Model:
-    """A backbone of keras-hub whose feedforward layers are four times as wide as the rest."""
+    """Build a keras-hub backbone whose feedforward layers are four times as wide as the rest."""
     owner = getattr(library("keras_hub.models"), name)
     sizes = {"num_layers": layers, "num_heads": heads, "hidden_dim": width, "intermediate_dim": 4 * width}
     return owner(**sizes, **options)
 
 
 def text_inputs(vocabulary: int, length: int = 16) -> dict[str, Array]:
-    """Two sequences of random tokens under keras-hub's names, the second with padding behind it; int32."""
+    """Two sequences of random int32 tokens under keras-hub's names. The second ends in padding."""
     tokens = np.random.default_rng(0).integers(0, vocabulary, (2, length)).astype(np.int32)
     mask = np.ones_like(tokens)
     mask[1, length - length // 4 :] = 0
@@ -320,7 +320,7 @@ def text_inputs(vocabulary: int, length: int = 16) -> dict[str, Array]:
 
 
 def last_hidden_state(output: Any) -> Any:
-    """What a body of transformers gives, without what is kept for the next token."""
+    """The last hidden state of a transformers model, without its cache for the next token."""
     return output.last_hidden_state
 
 
@@ -331,10 +331,10 @@ def transformers_model(
     prepare: Callable[[dict[str, Any]], dict[str, Any]] = dict,
     **options: Any,
 ) -> nn.Module:
-    """A model of transformers, without weights, that gives what `result` takes of its output.
+    """Build a transformers model without weights that returns `result` of its output.
 
-    `prepare` makes its arguments by name of those that it is called with. Its class derives from the package's own, so
-    that its tensors have the names that checkpoints have.
+    `prepare` converts the keyword arguments of each call. The model's class derives from the package's own, so its
+    tensors have the names that checkpoints use.
     """
     transformers = library("transformers")
     owner = getattr(transformers, name)
@@ -342,8 +342,8 @@ def transformers_model(
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return result(owner.forward(self, *args, **prepare(kwargs)))
 
-    # The signature says which inputs the model takes.
+    # Callers read the model's inputs from this signature.
     forward.__signature__ = inspect.signature(owner.forward)  # type: ignore[attr-defined]
     model = type(name, (owner,), {"forward": forward})
-    # The other kinds of attention have kernels of their own, which float64 and hooks do not go through.
+    # Other attention implementations use fused kernels that do not support float64 and hooks.
     return model(owner.config_class(**config, attn_implementation="eager"), **options)  # type: ignore[no-any-return]

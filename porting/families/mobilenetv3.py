@@ -1,4 +1,4 @@
-"""MobileNetV3: timm's `tf_` models, which pad as TensorFlow does, to keras.applications."""
+"""MobileNetV3, from timm's `tf_` models, which pad like TensorFlow, to keras.applications."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     import keras
     from torch import nn
 
-# Keras counts the blocks straight through, and the first has no number.
+# Keras numbers the blocks consecutively across stages, and the first has no number.
 _ROW, _BLOCK = "blocks.{s}.{j}", "expanded_conv_{s.j}"
 
 
 class MobileNetV3Family(LibraryFamily):
-    """MobileNetV3 large and small, of width 1 and 0.75, and without squeeze and excitation (arXiv 1905.02244)."""
+    """MobileNetV3 (arXiv 1905.02244): large and small, each with width 1, width 0.75, and minimalistic."""
 
     name = "mobilenetv3"
     models = {
@@ -56,7 +56,7 @@ class MobileNetV3Family(LibraryFamily):
 
         model: Any = timm_model(spec)
         if not spec.num_classes:
-            # Keras's model ends where the pooling stands.
+            # The Keras model ends after the pooling.
             model.conv_head, model.act2 = nn.Identity(), nn.Identity()
         return model  # type: ignore[no-any-return]
 

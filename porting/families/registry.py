@@ -1,6 +1,6 @@
-"""The families that can be ported: those of this package, and those that other packages offer as entry points.
+"""The registry of families: those of this package, and those that other packages provide as entry points.
 
-A package offers a family in its pyproject.toml:
+A package registers a family in its pyproject.toml:
 
     [project.entry-points."porting.families"]
     resnet = "my_package.resnet:ResNetFamily"
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from porting.families.base import Family
 
 ENTRY_POINTS = "porting.families"
-# Ours: a new one is a file in this folder and a line here.
+# The families of this package. To add one, add a file to this folder and a line here.
 _FAMILIES = {
     "van": "porting.families.van:VanFamily",
     "convnext": "porting.families.convnext:ConvNeXtFamily",
@@ -45,20 +45,20 @@ def _offered() -> dict[str, metadata.EntryPoint]:
 
 
 def family_names() -> tuple[str, ...]:
-    """All families, ours first; none is imported."""
+    """The names of all families, this package's first, without importing any."""
     return (*_FAMILIES, *sorted(_offered()))
 
 
 @cache
 def get_family(name: str) -> Family:
-    """The family of that name; raises FamilyError for one that is not there or cannot be imported."""
+    """The family with this name; raises FamilyError if it does not exist or cannot be imported."""
     if name in _FAMILIES:
         module, _, attribute = _FAMILIES[name].partition(":")
         family: Family = getattr(import_module(module), attribute)()
         return family
     point = _offered().get(name)
     if point is None:
-        raise FamilyError(f"there is no family {name!r}", hint=f"The families are {', '.join(family_names())}.")
+        raise FamilyError(f"unknown family {name!r}", hint=f"Choose from {', '.join(family_names())}.")
     try:
         offered: Family = point.load()()
         _ = offered.variants
@@ -66,6 +66,6 @@ def get_family(name: str) -> Family:
         package = point.dist.name if point.dist else point.value
         raise FamilyError(
             f"the family {name!r} of the package {package} cannot be used: {type(error).__name__}: {error}",
-            hint=f"Update or remove {package}; the other families are not affected.",
+            hint=f"Update or remove {package}. The other families are not affected.",
         ) from None
     return offered

@@ -1,4 +1,4 @@
-"""ResNet with the stride on the 3x3 convolution (v1.5): timm's, to keras-hub."""
+"""ResNet with the stride on the 3x3 convolution (v1.5), from timm to keras-hub."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class ResNetFamily(LibraryFamily):
 
 
 def resnet_backbone(block: str, depths: list[int], *, pre_activation: bool = False) -> keras.Model:
-    """keras-hub's backbone of four stages, v1.5 or, with `pre_activation`, v2."""
+    """Build keras-hub's backbone of four stages: v1.5, or v2 with `pre_activation`."""
     return library("keras_hub.models").ResNetBackbone(
         input_conv_filters=[64],
         input_conv_kernel_sizes=[7],

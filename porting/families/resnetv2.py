@@ -1,4 +1,4 @@
-"""ResNet with normalisation before the convolutions (v2): timm's, to keras-hub."""
+"""ResNet with normalisation before the convolutions (v2), from timm to keras-hub."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ResNetV2Family(LibraryFamily):
             KeyRule(f"{source}.conv{{n}}", f"{target}_{{n}}_conv", "conv"),
             KeyRule(f"{source}.downsample.conv", f"{target}_0_conv", "conv"),
             KeyRule("norm", f"{own}post_bn", "batch_norm"),
-            # A convolution of 1x1 in PyTorch, and a dense layer in Keras.
+            # A 1x1 convolution in PyTorch, and a dense layer in Keras.
             KeyRule("head.fc", "predictions", "conv"),
         )
 

@@ -1,4 +1,4 @@
-"""RoBERTa: transformers' encoder, to keras-hub, which lacks the positions of padding."""
+"""RoBERTa: the encoder of transformers, to keras-hub, which has no positions for padding."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _ATTENTION = f"{_TARGET}/self_attention_layer"
 
 
 class RobertaFamily(LibraryFamily):
-    """RoBERTa's encoder, and XLM-RoBERTa's (arXiv 1907.11692, 1911.02116)."""
+    """The encoders of RoBERTa (arXiv 1907.11692) and XLM-RoBERTa (arXiv 1911.02116)."""
 
     name = "roberta"
     publisher = "transformers"
-    # The vocabulary, the layers, the heads and the width.
+    # Per variant: the size of the vocabulary, the numbers of layers and heads, and the width.
     models = {
         "roberta-base": (50265, 12, 12, 768),
         "roberta-large": (50265, 24, 16, 1024),
@@ -48,7 +48,7 @@ class RobertaFamily(LibraryFamily):
         KeyRule(f"{_LAYER}.output.dense", f"{_TARGET}/feedforward_output_dense", "dense"),
         KeyRule(f"{_LAYER}.output.LayerNorm", f"{_TARGET}/feedforward_layer_norm", "layer_norm"),
     )
-    # It is added to every token; the published weights have zeros there.
+    # This is added to every token, and keras-hub lacks it. The published weights are zeros.
     zeros = ("embeddings.token_type_embeddings.weight",)
     foreign = ("lm_head.", "classifier.", "qa_outputs.", "pooler.")
 

@@ -1,4 +1,4 @@
-"""Models named on a command line: by the library that has them, or by the code that makes them."""
+"""Models named on the command line: by their library, or by the code that builds them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ FORMS = (
 
 
 def parse_arguments(pairs: tuple[str, ...]) -> dict[str, Any]:
-    """`name=value` as keyword arguments; a value is a Python literal, else text. Raises FamilyError."""
+    """Parse `name=value` pairs as keyword arguments. A value is a Python literal, else text. Raises FamilyError."""
     found: dict[str, Any] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals or not name.isidentifier():
-            raise FamilyError(f"{pair!r} is not an argument", hint="Its form is name=value, such as num_classes=10.")
+            raise FamilyError(f"{pair!r} is not an argument", hint="Use the form name=value, such as num_classes=10.")
         try:
             found[name] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
@@ -35,14 +35,14 @@ def parse_arguments(pairs: tuple[str, ...]) -> dict[str, Any]:
 
 
 def build_model(spec: str, arguments: Mapping[str, Any]) -> Any:
-    """The model that `spec` names, fresh, with random weights; raises FamilyError where there is none.
+    """Build the model that `spec` names, with random weights; raises FamilyError if there is none.
 
-    `file.py:callable` runs that file.
+    `FORMS` lists the forms of `spec`. `file.py:callable` runs that file.
     """
     library, _, rest = spec.partition(":")
     name, _, config = rest.partition(":")
     if not rest:
-        raise FamilyError(f"{spec!r} does not name a model", hint=f"Its forms are {FORMS}.")
+        raise FamilyError(f"{spec!r} does not name a model", hint=f"Use one of the forms {FORMS}.")
     try:
         return _build(library, name, config, dict(arguments))
     except FamilyError:
@@ -52,25 +52,28 @@ def build_model(spec: str, arguments: Mapping[str, Any]) -> Any:
             f"{spec}: the package {error.name} is not installed, or cannot be imported",
             hint=f"pip install {(error.name or library).partition('.')[0].replace('_', '-')}",
         ) from None
-    except Exception as error:  # whatever the code that makes it raises
+    except Exception as error:  # the code that builds the model may raise anything
         first_line = str(error).partition("\n")[0]
-        raise FamilyError(f"{spec}: cannot be made: {type(error).__name__}: {first_line[:300]}") from None
+        raise FamilyError(f"{spec}: cannot be built: {type(error).__name__}: {first_line[:300]}") from None
 
 
 def load_function(spec: str) -> Callable[..., Any]:
-    """The function that `file.py:function`, which is run, or `package.module:function` names; raises FamilyError."""
+    """Load the function that `file.py:function` or `package.module:function` names, running the file if needed.
+
+    Raises FamilyError if it cannot be loaded.
+    """
     place, _, name = spec.rpartition(":")
     if not place or not name:
-        raise FamilyError(f"{spec!r} names no function", hint="Its form is FILE.py:FUNCTION.")
+        raise FamilyError(f"{spec!r} does not name a function", hint="Use the form FILE.py:FUNCTION.")
     try:
         found = _callable(place, name)
     except FamilyError:
         raise
-    except Exception as error:  # whatever that code raises
+    except Exception as error:  # that code may raise anything
         first_line = str(error).partition("\n")[0]
         raise FamilyError(f"{spec}: cannot be loaded: {type(error).__name__}: {first_line[:300]}") from None
     if not callable(found):
-        raise FamilyError(f"{spec} is no function")
+        raise FamilyError(f"{spec} is not a function")
     return found
 
 
@@ -110,7 +113,7 @@ def _callable(place: str, name: str) -> Callable[..., Any]:
 
 def _attribute(owner: Any, name: str, place: str) -> Any:
     if not hasattr(owner, name):
-        raise FamilyError(f"{place} has no {name!r}", hint=f"The forms of a model's name are {FORMS}.")
+        raise FamilyError(f"{place} has no {name!r}", hint=f"Use one of the forms {FORMS}.")
     return getattr(owner, name)
 
 
@@ -120,7 +123,7 @@ def _config(path: str) -> dict[str, Any]:
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(found, dict):
-            raise ValueError("a JSON object was expected")
+            raise ValueError("expected a JSON object")
     except (OSError, ValueError) as error:
         raise FamilyError(f"{path}: not a configuration: {error}") from None
     return found

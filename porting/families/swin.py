@@ -1,4 +1,4 @@
-"""Swin Transformer: timm's, to keras-hub."""
+"""Swin Transformer, from timm to keras-hub."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import keras
     from torch import nn
 
-# The width of the first stage, the depths and the heads.
+# Per size: the width of the first stage, the depths, and the numbers of heads.
 _SIZES = {
     "tiny": (96, [2, 2, 6, 2], [3, 6, 12, 24]),
     "small": (96, [2, 2, 18, 2], [3, 6, 12, 24]),
@@ -23,7 +23,7 @@ _SIZES = {
 
 
 class SwinFamily(LibraryFamily):
-    """Swin of patches of 4 pixels, windows of 7 and images of 224 (arXiv 2103.14030)."""
+    """Swin with patches of 4 pixels, windows of 7 patches, and images of 224 pixels (arXiv 2103.14030)."""
 
     name = "swin"
     models = {f"swin_{size}_patch4_window7_224": shape for size, shape in _SIZES.items()}
@@ -42,7 +42,7 @@ class SwinFamily(LibraryFamily):
             KeyRule(f"{source}.attn.qkv", f"{target}/attn/attention_qkv", "dense"),
             KeyRule(f"{source}.attn.proj", f"{target}/attn/attention_projection", "dense"),
             KeyRule(f"{source}.mlp.fc{{n}}", f"{target}/mlp/fc{{n}}", "dense"),
-            # timm counts it to the stage behind it.
+            # timm assigns the downsampling to the stage that follows it.
             KeyRule("layers.{s}.downsample.reduction", f"{own}stage_{{s-1}}/downsample/reduction", "dense"),
             KeyRule("layers.{s}.downsample.norm", f"{own}stage_{{s-1}}/downsample/norm", "layer_norm"),
             KeyRule("norm", f"{own}norm", "layer_norm"),

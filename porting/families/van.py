@@ -1,4 +1,4 @@
-"""Visual Attention Network: the names of its tensors, its two models and its images."""
+"""Visual Attention Network (VAN): the names of its tensors, both models, and its preprocessing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import van_tf
     from porting.references.van import VanShape
 
-# s is the stage, from 1; j is the block in it, from 0.
+# s is the stage, from 1; j is the block within it, from 0.
 _BLOCK, _TARGET = "block{s}.{j}", "block{s}_{j}"
 RULES = (
     KeyRule("patch_embed{s}.proj", "patch_embed{s}/proj", "conv"),
@@ -53,7 +53,7 @@ RULES = (
 
 _STAGE = "van.encoder.stages.{s-1}"
 _LAYER = f"{_STAGE}.layers.{{j}}"
-# transformers 4.x, models/van/modeling_van.py; the misspelt name is theirs.
+# transformers 4.x, models/van/modeling_van.py. "normomalization" is misspelt there.
 _TRANSFORMERS = (
     f"{_STAGE}.embeddings.convolution",
     f"{_STAGE}.embeddings.normalization",
@@ -104,7 +104,7 @@ NAMINGS = (
         _TRANSFORMERS,
         head="classifier",
         prefix="van.",
-        # A LayerNorm that the class has and its forward pass never uses.
+        # A LayerNorm that the class defines but never uses.
         drops=("van.layernorm.weight", "van.layernorm.bias"),
         settings={"layer_norm_eps": 1e-6},
     ),
@@ -122,22 +122,22 @@ NAMINGS = (
 
 
 class VanFamily(Family):
-    """VAN B0 to B6 (arXiv 2202.09741) and this project's nano; the reference has the official code's names."""
+    """VAN B0 to B6 (arXiv 2202.09741) and this project's nano. The reference uses the official code's names."""
 
     name = "van"
     namings = NAMINGS
     sources: Path | tuple[Source, ...] = embedded_table()
-    # The official evaluation: crop fraction 0.9 of 248, mean and std 0.5, for all weights trained on 1K.
+    # The official evaluation of all weights trained on ImageNet-1K: crop fraction 0.9 (224 of 248), mean and std 0.5.
     inputs = Preprocessing(input_size=224, resize_size=248)
 
     def shape(self, variant: str) -> VanShape:
-        """PyTorch's side of the table of variants."""
+        """The shape of a variant, from PyTorch's table of variants."""
         from porting.references.van import VARIANTS
 
         return VARIANTS[variant]
 
     def config(self, variant: str) -> van_tf.VanConfig:
-        """Keras's side of the table of variants."""
+        """The configuration of a variant, from Keras's table of variants."""
         import van_tf
 
         return van_tf.VARIANTS[variant]
@@ -158,7 +158,7 @@ class VanFamily(Family):
 
         return stated_settings(variant, self.shape(variant), facts)
 
-    # What follows is quicker or more than the defaults.
+    # The methods below are faster than the defaults or do more.
 
     def build_with_dropout(self, spec: Spec) -> tuple[nn.Module, keras.Model]:
         import van_tf
@@ -188,7 +188,7 @@ class VanFamily(Family):
         return f"van_tf.van_{spec.variant}({', '.join(arguments)})"
 
     def weight_shapes(self, spec: Spec) -> dict[str, dict[str, Shape]]:
-        # Without Keras, so that a port without a check needs no TensorFlow.
+        # Computed without Keras, so that a port without a check does not need TensorFlow.
         shape = self.shape(spec.variant)
         layers: dict[str, dict[str, Shape]] = {}
         channels = shape.in_chans
@@ -209,13 +209,13 @@ class VanFamily(Family):
     def unused_tensors(self, spec: Spec) -> dict[str, Array]:
         tensors = super().unused_tensors(spec)
         for name in spec.naming.drops:
-            # The LayerNorm that transformers' class never uses, as it starts out.
+            # The LayerNorm that transformers' class never uses, with its initial values.
             value = 1.0 if name.endswith(".weight") else 0.0
             tensors[name] = np.full(self.shape(spec.variant).embed_dims[-1], value, np.float32)
         return tensors
 
     def classes_in(self, variant: str, shapes: Iterable[Shape]) -> int | None:
-        # Nothing but the head's kernel has two axes.
+        # Only the head's kernel has two axes.
         heads = {shape[1] for shape in shapes if len(shape) == 2 and shape[0] == self.shape(variant).embed_dims[-1]}
         return max(heads, default=0) if len(heads) < 2 else None
 
@@ -234,7 +234,7 @@ class VanFamily(Family):
         how = self.preprocessing(spec)
         mean, std = np.array(how.mean, np.float32), np.array(how.std, np.float32)
 
-        # Traced once for all sizes: operation by operation, an image takes several times as long.
+        # Traced once for all sizes: eager operations take several times as long per image.
         prepared = tf.function(
             partial(van_tf.prepare_images, size=how.input_size, crop_fraction=how.input_size / how.resize_size),
             input_signature=[tf.TensorSpec((None, None, 3), tf.uint8)],
@@ -257,7 +257,7 @@ class VanFamily(Family):
 
 
 def _top(spec: Spec) -> dict[str, Any]:
-    """Arguments for van_tf's head and order of axes."""
+    """Arguments of van_tf for the head and the data format."""
     top: dict[str, Any] = {"classes": spec.num_classes} if spec.num_classes else {"include_top": False}
     return {**top, "data_format": "channels_last"}
 
@@ -271,7 +271,7 @@ def _measured(name: str, dim: int) -> dict[str, Shape]:
 
 
 def _block_shapes(dim: int, hidden: int) -> dict[str, Shape]:
-    """A block's variables in Keras's order: its own, its layers', and last what is not trained."""
+    """A block's variables in Keras's order: its own, those of its layers, and the non-trainable ones last."""
     unit = "attn/spatial_gating_unit"
     return {
         "layer_scale_1": (dim,),

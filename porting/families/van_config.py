@@ -1,4 +1,4 @@
-"""A VAN of any size, by a file of its settings, as a family of one variant."""
+"""A family of one variant: a VAN of any size, configured by a file of settings."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _CROP = 0.9
 
 
 class ConfiguredVanFamily(VanFamily):
-    """The VAN that a JSON or TOML file describes: van_tf's own settings, or transformers' config.json.
+    """The VAN that a JSON or TOML file describes, with van_tf's settings or as transformers' config.json.
 
-    Raises FamilyError for a file of something else.
+    Raises FamilyError if the file is not the configuration of a VAN.
     """
 
     def __init__(self, path: Path) -> None:
@@ -67,9 +67,9 @@ class ConfiguredVanFamily(VanFamily):
         stated = super().stated_settings(variant, facts)
         if any(stated.get(name, value) != value for name, value in own.items()):
             raise KeyMapError(
-                f"{self._path} states layer_norm_eps {own['layer_norm_eps']:g}, and beside the checkpoint stands "
+                f"{self._path} states layer_norm_eps {own['layer_norm_eps']:g}, but the checkpoint states "
                 f"{stated['layer_norm_eps']:g}",
-                hint="Give the settings that the checkpoint was trained with.",
+                hint="Use the settings that the checkpoint was trained with.",
             )
         return {**stated, **own}
 
@@ -78,7 +78,7 @@ class ConfiguredVanFamily(VanFamily):
         return Preprocessing(input_size=side, resize_size=int(side / _CROP))
 
     def check_inputs(self, spec: Spec) -> Any:
-        """None for images in colour; else noise with as many channels as the model takes."""
+        """None for RGB images; else noise with the model's number of channels."""
         if self._config.in_chans == _RGB:
             return None
         noise: Array = np.random.default_rng(0).normal(size=(4, *[self._config.input_size] * 2, self._config.in_chans))
@@ -97,5 +97,5 @@ class ConfiguredVanFamily(VanFamily):
 
     def published(self, variant: str, progress: Progress | None = None) -> Checkpoint:
         raise SourceError(
-            f"{self._path}: its weights are not known", hint="Give them with --checkpoint FILE, a PyTorch checkpoint."
+            f"{self._path}: no published weights are known", hint="Give a PyTorch checkpoint with --checkpoint FILE."
         )

@@ -1,4 +1,4 @@
-"""What stands beside the weights of a VAN and says how it is built: configurations and training arguments."""
+"""Read how a VAN is built from configurations and training arguments stored with its weights."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _EPSILON = "layer_norm_eps"
 
 
 def stated_settings(variant: str, shape: VanShape, facts: Mapping[str, Any]) -> dict[str, float]:
-    """The settings that are stated; raises KeyMapError for one that no VAN of this project has.
+    """The stated settings; raises KeyMapError for a setting that contradicts this VAN.
 
-    Read are `config.json` of transformers, `hyper_parameters` of Lightning, `args` of timm's training script and the
-    configuration in mmengine's `meta`.
+    This reads `config.json` of transformers, `hyper_parameters` of Lightning, `args` of timm's training script, and
+    the configuration in mmengine's `meta`.
     """
     later = len(shape.depths) - 1
     known = {
@@ -30,7 +30,7 @@ def stated_settings(variant: str, shape: VanShape, facts: Mapping[str, Any]) -> 
         "num_channels": shape.in_chans,
         "in_chans": shape.in_chans,
         "in_channels": shape.in_chans,
-        # Equal in all code that publishes VAN; another value gives another function with the same tensors.
+        # All published VAN code uses these values; others would change the function but not the tensors.
         "hidden_act": "gelu",
         "strides": [4] + [2] * later,
         "patch_sizes": [7] + [3] * later,
@@ -52,8 +52,8 @@ def stated_settings(variant: str, shape: VanShape, facts: Mapping[str, Any]) -> 
 
 def _refused(variant: str, place: str, name: str, value: Any, expected: Any) -> KeyMapError:
     return KeyMapError(
-        f"{place} states {name} {value!r:.100}, and van_{variant} has {expected!r}: it is another model",
-        hint=f"Check --variant, or give the model's own settings with --config FILE, where {name} may be one of them.",
+        f"{place} states {name} {value!r:.100}, but van_{variant} has {expected!r}: this is a different model",
+        hint=f"Check --variant, or describe the model with --config FILE, if {name} is one of its settings.",
     )
 
 
@@ -64,7 +64,7 @@ def _statements(facts: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, An
             yield place, settings
         elif isinstance(settings, Mapping):
             raise KeyMapError(
-                f"{place} states the model type {settings['model_type']!r:.100}, and this family is van",
+                f"{place} states the model type {settings['model_type']!r:.100}, but this family is van",
                 hint="Give the checkpoint of a VAN.",
             )
     meta = facts.get("meta")
@@ -74,7 +74,7 @@ def _statements(facts: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, An
 
 
 def _of_mmengine(text: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The `dict(type='VAN', ...)` of a configuration, which is Python source; nothing of it is run."""
+    """Find `dict(type='VAN', ...)` in a configuration, which is Python source. The source is parsed but never run."""
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -90,14 +90,14 @@ def _of_mmengine(text: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         kind = _literal(norm["type"]) if "type" in norm else "BN"
         if kind not in {"BN", "SyncBN", "BN2d"}:
             raise KeyMapError(
-                f"the configuration in meta states norm_cfg of type {kind!r:.100}, and VAN has BN",
+                f"the configuration in meta states norm_cfg of type {kind!r:.100}, but VAN has BN",
                 hint="A VAN with another normalisation cannot be built here.",
             )
         yield "the configuration in meta", settings
 
 
 def _entries(node: ast.AST) -> dict[str, ast.expr]:
-    """Of `dict(a=1)` and of `{"a": 1}`."""
+    """The entries of `dict(a=1)` or `{"a": 1}`."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
         return {each.arg: each.value for each in node.keywords if each.arg is not None}
     if isinstance(node, ast.Dict):

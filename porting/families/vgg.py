@@ -1,4 +1,4 @@
-"""VGG: torchvision's, to keras.applications. Its first dense layer has rows in another order."""
+"""VGG, from torchvision to keras.applications. The rows of its first dense layer have a different order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import keras
     from torch import nn
 
-# How many convolutions each block has; an activation stands behind each in PyTorch, and a pooling behind each block.
+# The number of convolutions per block. In PyTorch, an activation follows each, and a pooling follows each block.
 _BLOCKS = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
 _TOP = (
     KeyRule("classifier.0", "fc1", "dense:512x7x7"),
@@ -22,7 +22,7 @@ _TOP = (
 
 
 class VGGFamily(LibraryFamily):
-    """VGG 16 and 19 without batch norm (arXiv 1409.1556); without a head, the mean of the last map."""
+    """VGG 16 and 19 without batch norm (arXiv 1409.1556). Without a head, they return the mean of the last map."""
 
     name = "vgg"
     publisher = "torchvision"

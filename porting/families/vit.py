@@ -1,4 +1,4 @@
-"""Vision Transformer: timm's, to keras-hub."""
+"""Vision Transformer, from timm to keras-hub."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     import keras
     from torch import nn
 
-# The heads, the width and the depth.
+# Per size: the number of heads, the width, and the depth.
 _SIZES = {"tiny": (3, 192, 12), "small": (6, 384, 12), "base": (12, 768, 12), "large": (16, 1024, 24)}
 
 
 class ViTFamily(LibraryFamily):
-    """ViT of patches of 16 pixels, for images of 224 and of 384 (arXiv 2010.11929)."""
+    """ViT with patches of 16 pixels, for images of 224 and 384 pixels (arXiv 2010.11929)."""
 
     name = "vit"
     models = {f"vit_{size}_patch16_{side}": (*_SIZES[size], side) for side in (224, 384) for size in _SIZES}
@@ -45,7 +45,7 @@ class ViTFamily(LibraryFamily):
         return Preprocessing(side, side * 10 // 9)
 
     def build_reference(self, spec: Spec) -> nn.Module:
-        # Without a head: all tokens, as keras-hub's backbone gives them.
+        # Without a head, return all tokens, as keras-hub's backbone does.
         return timm_model(spec) if spec.num_classes else timm_model(spec, global_pool="")
 
     def make_candidate(self, spec: Spec) -> keras.Model:

@@ -1,4 +1,4 @@
-"""Whisper: transformers' encoder and decoder, to keras-hub."""
+"""Whisper: the encoder and decoder of transformers, to keras-hub."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TABLES = "decoder_token_and_position_embedding"
 
 
 def _layers(side: str, target: str, attentions: dict[str, str]) -> list[KeyRule]:
-    """The rows of one side's layers; `attentions` are PyTorch's names of its attentions, and Keras's."""
+    """The rows of one side's layers. `attentions` maps PyTorch's names of its attentions to Keras's."""
     source, rows = f"{side}.layers.{{s}}", []
     for theirs, ours in attentions.items():
         parts = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "out_proj": "attention_output"}
@@ -36,11 +36,11 @@ def _layers(side: str, target: str, attentions: dict[str, str]) -> list[KeyRule]
 
 
 class WhisperFamily(LibraryFamily):
-    """Whisper without its head, which is the table of tokens again (arXiv 2212.04356)."""
+    """Whisper (arXiv 2212.04356) without its head, which shares the token embedding."""
 
     name = "whisper"
     publisher = "transformers"
-    # The layers, the heads, the width and the vocabulary.
+    # Per variant: the numbers of layers and heads, the width, and the size of the vocabulary.
     models = {
         f"openai/whisper-{size}{english}": (*shape, 51864 if english else 51865)
         for size, shape in {
@@ -87,12 +87,12 @@ class WhisperFamily(LibraryFamily):
 
 
 def _with_frames_last(arguments: dict[str, Any]) -> dict[str, Any]:
-    """keras-hub has the frames before the bands, as all that follows has on both sides."""
+    """Transpose the input for PyTorch: keras-hub has the frames before the frequency bands."""
     return {**arguments, "input_features": arguments["input_features"].transpose(1, 2)}
 
 
 def _results(output: Any) -> dict[str, Any]:
-    """Under keras-hub's names."""
+    """The outputs under keras-hub's names."""
     return {
         "encoder_sequence_output": output.encoder_last_hidden_state,
         "decoder_sequence_output": output.last_hidden_state,

@@ -68,9 +68,9 @@ def test_registered_families() -> None:
     assert registry.family_names()[0] == "van"
     assert registry.family_names() == tuple(registry._FAMILIES)
     assert isinstance(registry.get_family("van"), VanFamily)
-    with pytest.raises(FamilyError, match="there is no family 'lenet'") as caught:
+    with pytest.raises(FamilyError, match="unknown family 'lenet'") as caught:
         registry.get_family("lenet")
-    assert caught.value.hint.startswith("The families are van, convnext, ")
+    assert caught.value.hint.startswith("Choose from van, convnext, ")
 
 
 def test_families_of_other_packages_are_listed_and_a_broken_one_breaks_no_other(installed: Path) -> None:

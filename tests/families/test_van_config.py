@@ -119,7 +119,7 @@ def test_settings_go_with_no_variant_and_no_other_family(run_cli: RunCli, given_
     config, _ = given_files
     assert "--config replaces --variant" in run_cli("--config", config, "--variant", "b0").output
     assert "--config works only with the family van" in run_cli("--family", "resnet", "--config", config).output
-    assert "Give them with --checkpoint" in run_cli("--config", config).output
+    assert "Give a PyTorch checkpoint with --checkpoint" in run_cli("--config", config).output
 
 
 def test_toml_and_dicts_say_the_same(tmp_path: Path) -> None:

@@ -34,8 +34,8 @@ def saved_by_transformers(folder: Path, **settings: Any) -> Any:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"strides": [2, 2, 2, 2]}, r"config.json states strides \[2, 2, 2, 2\], and van_nano has \[4, 2, 2, 2\]"),
-        ({"hidden_act": "relu"}, r"config.json states hidden_act 'relu', and van_nano has 'gelu'"),
+        ({"strides": [2, 2, 2, 2]}, r"config.json states strides \[2, 2, 2, 2\], but van_nano has \[4, 2, 2, 2\]"),
+        ({"hidden_act": "relu"}, r"config.json states hidden_act 'relu', but van_nano has 'gelu'"),
     ],
     ids=["strides", "activation"],
 )
@@ -97,7 +97,7 @@ def test_hyperparameters_and_arguments_count(family: VanFamily, tmp_path: Path) 
         ({"hyper_parameters": {"depths": [1, 1, 1, 1]}}, "hyper_parameters states depths"),
         ({"hyper_parameters": {"layer_norm_eps": "small"}}, "a number between 0 and 1"),
         ({"hyper_parameters": {"layer_norm_eps": True}}, "a number between 0 and 1"),
-        ({"hyper_parameters": {"model_type": "swin"}}, "the model type 'swin', and this family is van"),
+        ({"hyper_parameters": {"model_type": "swin"}}, "the model type 'swin', but this family is van"),
     ):
         with pytest.raises(KeyMapError, match=message):
             stated(family, path, **beside)

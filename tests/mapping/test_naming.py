@@ -140,9 +140,9 @@ def test_names_of_two_publishers_whose_settings_differ_are_never_taken_for_one(
 ) -> None:
     """The official code and VAN-Segmentation use the same names for a body, with different epsilons."""
     torch.save(body(build_van("nano", 10).state_dict()), tmp_path / "x.pth")
-    with pytest.raises(KeyMapError, match="names are those of official .* and of segmentation .* nothing") as caught:
+    with pytest.raises(KeyMapError, match="names fit official .* and segmentation .* nothing") as caught:
         open_case(family, "nano", tmp_path / "x.pth")
-    assert caught.value.hint == "Say whose they are: --layout official or --layout segmentation."
+    assert caught.value.hint == "Choose one: --layout official or --layout segmentation."
 
 
 def test_a_forced_layout_settles_what_names_cannot(family: VanFamily, tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_openmmlab_names_the_beginning_of_the_hash() -> None:
 def test_a_variant_that_does_not_exist() -> None:
     with pytest.raises(SourceError, match="van has no variant 'b9'") as caught:
         family.source_of("b9")
-    assert caught.value.hint == "Its variants are nano, b0, b1, b2, b3, b4, b5, b6."
+    assert caught.value.hint == "Choose from nano, b0, b1, b2, b3, b4, b5, b6."
 
 
 def test_fetched_once_and_found_again_without_the_hub(hub: Hub, tmp_path: Path) -> None:
