@@ -1,4 +1,4 @@
-"""Other runtimes: each format in a file of its own, which writes it and runs it, and what their precision costs."""
+"""Export formats: one file per format, which writes it and runs it in its runtime."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 from porting.exporting.base import Exportable, Runtime, gelu_by_erf
 from porting.exporting.usage import Usage
 
-# What the artifact's name ends in, by format.
+# The suffix of the artifact's name, by format.
 FORMATS = {"saved_model": "", "litert": ".tflite", "onnx": ".onnx"}
-# The packages that it takes, besides those of every installation.
+# The packages that each format needs in addition to the regular dependencies.
 NEEDED = {
     "litert": ("ai_edge_litert", "flatbuffers"),
     "onnx": ("onnx", "onnx_ir", "onnxruntime", "onnxscript", "tf2onnx"),
@@ -29,12 +29,12 @@ def write(
     usage: Usage | None = None,
     split_kernels: bool = False,
 ) -> None:
-    """Writes a model to `path`, for inputs of the size of those given with it, to which int8 is fitted.
+    """Write a model to `path`, for inputs of the size in `given`, on which int8 also calibrates.
 
-    `usage` goes into the file's own metadata, where its format has any; a SavedModel has its signature alone.
+    `usage` is stored in the file's metadata; a SavedModel has only its signature.
 
-    `split_kernels` is for LiteRT: large depthwise kernels become sums of smaller ones. In int8 XNNPACK takes only
-    summands whose steps are of about one size. What the converters raise comes through as it is.
+    `split_kernels` is for LiteRT: large depthwise kernels become sums of smaller ones. In int8, XNNPACK accepts only
+    summands with similar quantisation steps. Errors of the converters are passed through.
     """
     settings = {"split_kernels": split_kernels} if form == "litert" else {}
     module = import_module(f"{__name__}.{form}")
@@ -46,7 +46,7 @@ def write(
 
 @contextlib.contextmanager
 def open_runtime(form: str, path: Path, layers: Sequence[str]) -> Iterator[Runtime]:
-    """The runtime of a format; `layers` are the names of the Keras layers to show. Raises ExportError."""
+    """Open the runtime of a format. `layers` are the names of the Keras layers to return. Raises ExportError."""
     if form == "saved_model":
         from porting.exporting.saved_model import SavedModelRuntime
 

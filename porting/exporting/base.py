@@ -1,4 +1,4 @@
-"""What the formats share: a model whose inputs and results have names, and the protocol of a runtime."""
+"""What the formats share: a model with named inputs and results, and the protocol of a runtime."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from porting.models.inputs import Inputs, leaves_by_key
 if TYPE_CHECKING:
     import keras
 
-# Operations that are also made of weights, and that change nothing where they are not.
+# Operations that converters also apply to weights. On activations, they do not change the values.
 OF_WEIGHTS = {"DEQUANTIZE", "DequantizeLinear", "QuantizeLinear", "Transpose", "Reshape"}
 
 
@@ -24,8 +24,8 @@ OF_WEIGHTS = {"DEQUANTIZE", "DequantizeLinear", "QuantizeLinear", "Transpose", "
 class Exportable:
     """A Keras model as a function of named inputs with named results, and inputs to run it on.
 
-    One image is called `images`, other inputs as Keras calls them. Results are `output_0`, `output_1` and so on, or
-    have the keys under which the model gives them.
+    A single image input is called `images`; other inputs have Keras's names. Results are called `output_0`, `output_1`
+    and so on, or by the keys of the model's output.
     """
 
     model: keras.Model
@@ -33,7 +33,7 @@ class Exportable:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the inputs, in order; each can be an argument's name."""
+        """The names of the inputs, in order. Each is a valid name of a Python argument."""
         if self.inputs.names is not None:
             found: Sequence[str] = self.inputs.names
         elif len(self.inputs.candidate) == 1 and self.inputs.candidate[0].ndim == 4:
@@ -43,7 +43,7 @@ class Exportable:
         return tuple(re.sub(r"\W", "_", name) for name in found)
 
     def specs(self, *, fixed: bool) -> dict[str, Any]:
-        """A tf.TensorSpec an input: of one sample when `fixed`, else of any number, and of sequences of any length."""
+        """A tf.TensorSpec per input: for one sample if `fixed`, else for any number, with sequences of any length."""
         import tensorflow as tf
 
         found = {}
@@ -53,7 +53,7 @@ class Exportable:
         return found
 
     def _stated_sides(self) -> list[tuple[int | None, ...]]:
-        """What Keras says of each input, in the order of these, which may not be its own."""
+        """The shape that Keras states for each input, in the order of `inputs`, which may differ from Keras's."""
         tensors = self.model.inputs
         if self.inputs.names is None:
             return [tuple(tensor.shape) for tensor in tensors]
@@ -65,16 +65,16 @@ class Exportable:
         return self.named(self.model(self.structured(given), training=False))
 
     def structured(self, given: Mapping[str, Any]) -> Any:
-        """Inputs by name in the structure that the model takes."""
+        """Convert inputs by name to the structure that the model takes."""
         return self.inputs.structured(self.model, [given[name] for name in self.names])
 
     def named(self, result: Any) -> dict[str, Any]:
-        """What the model gives, by the names that the results have in the file."""
+        """The model's output by the names that the results have in the file."""
         leaves = leaves_by_key(result)
         return dict(zip(self.result_names(list(leaves)).values(), leaves.values(), strict=True))
 
     def result_names(self, keys: Sequence[str] | None = None) -> dict[str, str]:
-        """Every result's name by its key in what the model gives."""
+        """The name of each result by its key in the model's output."""
         if keys is None:
             keys = list(leaves_by_key(self.model.output))
         digits = len(str(len(keys) - 1))  # runtimes sort by name
@@ -84,7 +84,7 @@ class Exportable:
         }
 
     def samples(self) -> Iterator[dict[str, Array]]:
-        """One after the other, each as a batch of one, by the inputs' names."""
+        """Yield each sample as a batch of one, by input name."""
         for index in range(len(self.inputs)):
             batch = self.inputs.batch(index, index + 1)
             yield dict(zip(self.names, batch.candidate, strict=True))
@@ -92,9 +92,9 @@ class Exportable:
 
 @contextmanager
 def gelu_by_erf() -> Iterator[None]:
-    """While a model is traced, Keras's GELU is computed by Erf: its own Erfc is an operation that ONNX lacks.
+    """Compute Keras's GELU with Erf while a model is traced, because ONNX lacks Erfc, which Keras uses.
 
-    It is what every way to Keras's GELU ends in: layers' activations, functions of their own and keras.ops.
+    This replaces the backend function, which all activations, functions and keras.ops call.
     """
     from keras.src import backend
 
@@ -116,21 +116,22 @@ def gelu_by_erf() -> Iterator[None]:
 
 
 class Runtime(Protocol):
-    """One loaded artifact."""
+    """A loaded artifact."""
 
     def run(self, sample: Mapping[str, Array]) -> tuple[Mapping[str, Array], Mapping[str, Array]]:
-        """A batch of one, by the inputs' names, to the results by name and the layers' results by Keras's names."""
+        """Run a batch of one, by input name. Return the results by name, and the layers' results by Keras name."""
         ...
 
     def operators(self) -> Counter[str]:
-        """How many operations of each kind the file has."""
+        """The number of operations of each kind in the file."""
         ...
 
 
 def last_of_each_layer(names: Sequence[str], layers: Sequence[str]) -> dict[str, int]:
-    """Where the last tensor of each layer is among `names`, which are paths with the layer's own somewhere in them.
+    """The index in `names` of each layer's last tensor. The names are paths that contain the layer's name.
 
-    Keras numbers the calls of a layer: `model_1/head_1/Add` is of `head`. A sublayer's tensor is the outer layer's.
+    Keras numbers the calls of a layer: `model_1/head_1/Add` belongs to `head`. A sublayer's tensor counts as that of
+    the outermost layer.
     """
     wanted = set(layers)
     found: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""LiteRT: written by TensorFlow's converter, and run by its interpreter."""
+"""LiteRT, written by TensorFlow's converter and run by LiteRT's interpreter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from porting.models.traverse import named_layers
 if TYPE_CHECKING:
     import keras
 
-# XNNPACK computes a depthwise convolution of up to so many taps in one pass; with more, each tap takes it five times as
+# XNNPACK computes a depthwise convolution of up to this many taps in one pass. With more, each tap takes five times as
 # long (measured for 25 and 49 taps on x86).
 _TAPS_AT_ONCE = 25
 
@@ -32,7 +32,7 @@ def write(given: Exportable, path: Path, precision: str, split_kernels: bool) ->
     with kernels_in_parts(given.model) if split_kernels else nullcontext():
         run = tf.function(given.__call__).get_concrete_function(**given.specs(fixed=True))
     specs, results = run.structured_input_signature[1], sorted(run.structured_outputs)
-    frozen = convert_variables_to_constants_v2(run)  # which takes and gives what it has in order, without names
+    frozen = convert_variables_to_constants_v2(run)  # its inputs and outputs are in order, without names
 
     def named(**inputs: Any) -> dict[str, Any]:
         return dict(zip(results, frozen(*(inputs[name] for name in sorted(inputs))), strict=True))
@@ -50,7 +50,7 @@ def write(given: Exportable, path: Path, precision: str, split_kernels: bool) ->
 
 
 def write_usage(path: Path, usage: Usage) -> None:
-    """As TFLite metadata, which MediaPipe's and ML Kit's image pipelines read."""
+    """Store the usage as TFLite metadata, which MediaPipe's and ML Kit's image pipelines read."""
     from porting.exporting.tflite_metadata import with_metadata
 
     path.write_bytes(with_metadata(path.read_bytes(), usage))
@@ -58,11 +58,11 @@ def write_usage(path: Path, usage: Usage) -> None:
 
 @contextmanager
 def kernels_in_parts(model: keras.Model) -> Iterator[None]:
-    """While the model is traced, its large depthwise kernels are sums of smaller ones, over the same positions.
+    """Split large depthwise kernels into sums of smaller ones while the model is traced.
 
-    Rows in the middle make one of them, and every two rows above and below that are as far away another, with so much
-    dilation that it reaches both. Each is padded alike on both sides, so nothing has to be cut or moved. Where a map is
-    so small that a part would only see padding, the kernel is left whole.
+    The middle rows form one part. Each pair of rows at equal distance above and below forms another, with a dilation
+    that reaches both. The padding of each part is symmetric, so no result needs to be cropped or shifted. If a map is
+    so small that a part would see only padding, the kernel stays whole.
     """
     import keras
 
@@ -84,7 +84,7 @@ def kernels_in_parts(model: keras.Model) -> Iterator[None]:
 def _can_split(layer: keras.layers.DepthwiseConv2D) -> bool:
     rows, columns = layer.kernel_size
     aligned = layer.padding == "same" and layer.data_format == "channels_last" and set(layer.strides) == {1}
-    # Two rows must be quick as well.
+    # A part of two rows must also fit into one pass.
     return aligned and rows % 2 == 1 and columns % 2 == 1 and rows * columns > _TAPS_AT_ONCE >= 2 * columns
 
 
@@ -111,7 +111,7 @@ def _call_in_parts(layer: keras.layers.DepthwiseConv2D, inputs: Any) -> Any:
 
 
 class LiteRTRuntime:
-    """LiteRT's interpreter with XNNPACK for the result, and without it, keeping all tensors, for the layers."""
+    """LiteRT's interpreter: one with XNNPACK for the results, and one without, which keeps all tensors, for layers."""
 
     def __init__(self, path: Path, layers: Sequence[str]) -> None:
         from ai_edge_litert.interpreter import Interpreter, OpResolverType
@@ -127,7 +127,7 @@ class LiteRTRuntime:
                 interpreter.allocate_tensors()
         except (ValueError, RuntimeError) as error:
             said = str(error).partition("\n")[0]
-            hint = "In int8, --no-split-kernels leaves out sums that XNNPACK refuses." if "XNNPACK" in said else ""
+            hint = "In int8, --no-split-kernels avoids sums that XNNPACK rejects." if "XNNPACK" in said else ""
             raise ExportError(f"LiteRT cannot load the file: {said}", hint=hint) from None
         details = [each for each in self._open.get_tensor_details() if each["name"] and each["shape"].size > 1]
         operations = [each for each in self._open._get_ops_details() if each["op_name"] not in OF_WEIGHTS]

@@ -1,4 +1,4 @@
-"""ONNX: written by tf2onnx, and run by ONNX Runtime."""
+"""ONNX, written by tf2onnx and run by ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from porting.exporting.base import OF_WEIGHTS, Exportable, last_of_each_layer
 from porting.exporting.usage import Usage
 from porting.kinds.transforms import Array
 
-# What tf2onnx writes at most, and the first that has Gelu.
+# The latest opset that tf2onnx writes, and the first that has Gelu.
 _OPSET_WRITTEN, _OPSET = 18, 20
-# What tf2onnx puts between two layers has the name of one of them and a number.
+# Nodes that tf2onnx inserts between two layers have the name of one of them and a number.
 _INSERTED = re.compile(r"__\d+(:\d+)?$")
 
 
@@ -41,7 +41,7 @@ def write(given: Exportable, path: Path, precision: str) -> None:
 
 
 def write_usage(path: Path, usage: Usage) -> None:
-    """As the file's metadata_props."""
+    """Store the usage in the file's metadata_props."""
     import onnx
 
     model = onnx.load(path)
@@ -50,9 +50,9 @@ def write_usage(path: Path, usage: Usage) -> None:
 
 
 def _polished(model: Any, inputs: Sequence[str]) -> Any:
-    """One Gelu for the five operations on the way through Erf, and the layers' names where tf2onnx has lost them.
+    """Replace the five operations of GELU by Erf with one Gelu, and restore layer names that tf2onnx loses.
 
-    Gelu makes the whole of a VAN a third quicker in ONNX Runtime.
+    Gelu makes a whole VAN a third faster in ONNX Runtime.
     """
     import onnx_ir
     from onnxscript import version_converter
@@ -74,13 +74,13 @@ def _polished(model: Any, inputs: Sequence[str]) -> Any:
         )
 
     polished = onnx_ir.from_proto(model)
-    # tf2onnx lists constants beside the inputs, which would be left without values where nothing reads them.
+    # tf2onnx lists constants among the inputs. Unused ones would become inputs without values.
     polished.graph.inputs[:] = [value for value in polished.graph.inputs if value.name in inputs]
     version_converter.convert_version(polished, _OPSET)
     pattern.RewriteRuleSet([pattern.RewriteRule(by_erf, gelu, is_gelu)], commute=True).apply_to_model(polished)
     for node in polished.graph:
-        # A convolution that has taken in a bias or a padding is called Conv__ and a number. The bias knows its layer,
-        # unless several layers share it because theirs are alike.
+        # A convolution with a fused bias or padding is called Conv__ and a number. The bias has its layer's name,
+        # unless several layers with equal biases share it.
         if node.op_type == "Conv" and node.outputs[0].name.startswith("Conv__") and len(node.inputs) == 3:
             bias = node.inputs[2]
             layer, _, _ = bias.name.rpartition("/")
@@ -102,7 +102,7 @@ def _quantize_onnx(path: Path, samples: Iterator[dict[str, Array]]) -> None:
 
 
 class OnnxRuntime:
-    """ONNX Runtime; a second session of the same file shows the layers' results."""
+    """ONNX Runtime, with a second session of the same file that returns the layers' results."""
 
     def __init__(self, path: Path, layers: Sequence[str]) -> None:
         import onnx
@@ -121,11 +121,11 @@ class OnnxRuntime:
             more = [onnx.ValueInfoProto(name=name) for name in self._layers.values() if name not in known]
             shown.graph.output.extend(more)
             self._open = onnxruntime.InferenceSession(shown.SerializeToString(), providers=["CPUExecutionProvider"])
-        except Exception as error:  # both libraries have many kinds
+        except Exception as error:  # both libraries raise many types
             raise ExportError(f"ONNX Runtime cannot load the file: {str(error).partition(chr(10))[0]}") from None
 
     def run(self, sample: Mapping[str, Array]) -> tuple[Mapping[str, Array], Mapping[str, Array]]:
-        given = {each.name: sample[each.name] for each in self._fast.get_inputs()}  # some are read by no operation
+        given = {each.name: sample[each.name] for each in self._fast.get_inputs()}  # unused inputs are not in this list
         results = [each.name for each in self._fast.get_outputs()]
         layers = self._open.run(list(self._layers.values()), given) if self._layers else []
         return _by_name(results, self._fast.run(results, given)), _by_name(self._layers, layers)

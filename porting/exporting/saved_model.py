@@ -1,4 +1,4 @@
-"""SavedModel: written by TensorFlow, and run in a TensorFlow process of its own, without Keras."""
+"""SavedModel, written by TensorFlow and run in a separate TensorFlow process without Keras."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from porting.exporting.base import Exportable, last_of_each_layer
 from porting.kinds.transforms import Array
 from porting.models.traverse import named_layers
 
-# Says which tensors depend on the input, in the order in which they are computed; is told which to show.
+# The script prints the tensors that depend on the input, in the order in which they are computed, and then reads which
+# of them to return.
 _RUN_SAVED_MODEL = """
 import json, os, sys
 answers = os.fdopen(os.dup(1), "w")
@@ -53,7 +54,7 @@ for line in sys.stdin:
 
 
 def write(given: Exportable, path: Path, precision: str) -> None:
-    """Weights are constants of the graph, so that TensorFlow can bring them into the order that its kernels like."""
+    """Write the model with its weights as constants, so that TensorFlow can reorder them once for its kernels."""
     import keras
     import tensorflow as tf
 
@@ -76,21 +77,21 @@ def write(given: Exportable, path: Path, precision: str) -> None:
         return given.named(output)
 
     path.unlink(missing_ok=True)
-    # As a signature alone: as a method too, all weights would be in the file twice.
+    # Only a signature: as a method, too, the file would contain all weights twice.
     run = tf.function(serve).get_concrete_function(**given.specs(fixed=False))
     tf.saved_model.save(tf.Module(), str(path), signatures={"serving_default": run})
 
 
 def stored(values: Array, precision: str, *, depthwise: bool) -> tuple[Array, Array | None]:
-    """A kernel in `precision`, and what it is to be multiplied by: in int8 it has 255 steps a channel.
+    """Round a kernel to `precision`. Return it and its scale, which int8 has per channel, with 255 steps.
 
-    What has one axis or none, such as a bias, stays in float32.
+    Weights with fewer than two axes, such as biases, stay in float32.
     """
     if precision == "float32" or values.ndim < 2 or values.dtype.kind != "f":
         return values, None
     if precision == "float16":
         return values.astype(np.float16), None
-    # A depthwise kernel is (height, width, channels, multiplier), others end in the channels of their output.
+    # A depthwise kernel is (height, width, channels, multiplier). In others, the last axis is the output channels.
     others = tuple(range(values.ndim - (2 if depthwise else 1)))
     scale = np.abs(values).max(axis=others, keepdims=True).clip(1e-12) / 127
     return np.rint(values / scale).astype(np.int8), scale.astype(np.float32)
@@ -106,7 +107,7 @@ def _restored(values: Array, scale: Array | None) -> Any:
 
 
 class SavedModelRuntime:
-    """TensorFlow in a process of its own, which knows nothing of Keras or of this package."""
+    """TensorFlow in a separate process, which uses neither Keras nor this package."""
 
     def __init__(self, path: Path, layers: Sequence[str]) -> None:
         self._path, self._wanted = path, layers
@@ -115,7 +116,7 @@ class SavedModelRuntime:
         self._folder = tempfile.TemporaryDirectory()
         self._given, self._taken = Path(self._folder.name, "in.npz"), Path(self._folder.name, "out.npz")
         command = [sys.executable, "-P", "-c", _RUN_SAVED_MODEL, str(self._path), str(self._taken)]
-        self._said = Path(self._folder.name, "stderr").open("w+")  # a pipe that nobody empties would fill up
+        self._said = Path(self._folder.name, "stderr").open("w+")  # a pipe that nobody reads would fill up
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True
         )

@@ -1,7 +1,7 @@
-"""TFLite metadata: what a LiteRT file says of its inputs and results.
+"""TFLite metadata, which describes the inputs and results of a LiteRT file.
 
-The tables are those of TensorFlow Lite's metadata schema, identifier M001, under which a file keeps them in a buffer
-called TFLITE_METADATA. Each field is written by its number there.
+The tables follow TensorFlow Lite's metadata schema, identifier M001. A file stores them in a buffer called
+TFLITE_METADATA. The code below writes each field by its number in the schema.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from porting.exporting.usage import Tensor, Usage
 
 _BUFFER = b"TFLITE_METADATA"
 _MODEL_IDENTIFIER, _IDENTIFIER = b"TFL3", b"M001"
-# Runtimes map weights from the file, which must lie there as their kernels read them.
+# Runtimes map weights from the file, so the weights need the alignment that their kernels expect.
 _ALIGNMENT = 16
-# The version of the reader that knows normalisation.
+# The first version of the reader that supports normalisation.
 _MIN_PARSER = "1.0.0"
-_NORMALIZATION, _IMAGE, _RGB = 1, 2, 1  # of the unions ProcessUnitOptions and ContentProperties, and of ColorSpaceType
+_NORMALIZATION, _IMAGE, _RGB = 1, 2, 1  # in the unions ProcessUnitOptions and ContentProperties, and in ColorSpaceType
 
 
 class _Aligned(flatbuffers.Builder):  # type: ignore[misc]
-    """A builder that keeps weights aligned, as TensorFlow's converter wrote them."""
+    """A builder that keeps weights aligned as TensorFlow's converter wrote them."""
 
     def StartVector(self, elemSize: int, numElems: int, alignment: int) -> Any:  # noqa: N802, N803
         aligned = _ALIGNMENT if elemSize == 1 and numElems >= _ALIGNMENT else alignment
@@ -32,11 +32,11 @@ class _Aligned(flatbuffers.Builder):  # type: ignore[misc]
 
 
 def with_metadata(content: bytes, usage: Usage) -> bytes:
-    """The file with what `usage` says; its tensors and operations stay as they are."""
+    """Add the metadata of `usage` to a file's content. Tensors and operations do not change."""
     model = schema.ModelT.InitFromPackedBuf(content, 0)
     graph = model.subgraphs[0]
     ours = {each.name: each for each in (*usage.inputs, *usage.results)}
-    # In the order of the file, which the signature relates to the names.
+    # Metadata follows the order of the file; the signature maps it to names.
     signature = model.signatureDefs[0]
     inputs, results = (
         _in_order(order, given, ours)
@@ -77,7 +77,7 @@ def _packed(inputs: list[Tensor], results: list[Tensor], usage: Usage) -> bytes:
 
 
 def _tensor(builder: Any, tensor: Tensor, usage: Usage | None) -> int:
-    """A TensorMetadata; with `usage`, that of an image, whose normalisation is for values from 0 to 255."""
+    """Write a TensorMetadata; with `usage`, that of an image, whose normalisation is for values from 0 to 255."""
     fields = {0: builder.CreateString(tensor.name), 1: builder.CreateString(str(tensor))}
     if usage is not None:
         assert usage.mean is not None

@@ -1,4 +1,4 @@
-"""How an exported file is to be used: what it takes and gives, said to people and written into the file."""
+"""How to use an exported file: its inputs, outputs and preprocessing, for people and for the file's metadata."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from porting.models.inputs import leaves_by_key
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input or a result: its name in the file, its sides, None for one that is open, and its type."""
+    """An input or a result: its name in the file, its shape (None for an open axis), and its type."""
 
     name: str
     shape: tuple[int | None, ...]
@@ -26,10 +26,10 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Usage:
-    """Inputs and results in order; how the images among them are prepared; and where the model comes from.
+    """The inputs and results in order, the preprocessing of images, and the origin of the model.
 
-    `mean` and `std`, a number a channel of red, green and blue, are for values from 0 to 1; None where the inputs are
-    no images. `facts` are the family, the variant, the checkpoint's sha256 and the like.
+    `mean` and `std` hold one number per RGB channel, for values from 0 to 1. They are None if the inputs are not
+    images. `facts` holds the family, the variant, the checkpoint's sha256 and so on.
     """
 
     inputs: tuple[Tensor, ...]
@@ -39,12 +39,12 @@ class Usage:
     facts: Mapping[str, Any]
 
     def lines(self) -> list[str]:
-        """For a terminal: `input images 1x64x64x3 float32, RGB, x / 127.5 - 1`."""
+        """Lines for the terminal, such as `input images 1x64x64x3 float32, RGB from 0 to 255, x / 127.5 - 1`."""
         how = f", RGB from 0 to 255, {self.formula()}" if self.mean is not None else ""
         return [f"input {each}{how}" for each in self.inputs] + [f"output {each}" for each in self.results]
 
     def formula(self) -> str:
-        """How values from 0 to 255 are prepared."""
+        """The normalisation of values from 0 to 255, as a formula."""
         assert self.mean is not None
         assert self.std is not None
         if set(self.mean) == {0.5} == set(self.std):
@@ -53,7 +53,7 @@ class Usage:
         return f"(x / 255 - [{', '.join(mean)}]) / [{', '.join(std)}]"
 
     def properties(self) -> dict[str, str]:
-        """For formats that keep pairs of text, such as ONNX's metadata_props."""
+        """Pairs of text for formats that store them, such as ONNX's metadata_props."""
         found = {key: value if isinstance(value, str) else json.dumps(value) for key, value in self.facts.items()}
         found["inputs"] = "; ".join(map(str, self.inputs))
         found["outputs"] = "; ".join(map(str, self.results))
@@ -64,7 +64,7 @@ class Usage:
 
 
 def usage_of(given: Exportable, *, fixed: bool, preprocessing: Preprocessing | None, facts: Mapping[str, Any]) -> Usage:
-    """Of a model that is written for one sample when `fixed`; `preprocessing` is that of its images, if it has any."""
+    """The usage of an exported model, which takes one sample if `fixed`. `preprocessing` is None without images."""
     inputs = [Tensor(spec.name, _sides(spec.shape), spec.dtype.name) for spec in given.specs(fixed=fixed).values()]
     leaves = leaves_by_key(given.model.output)
     results = [

@@ -1,1 +1,1 @@
-"""Reading and writing checkpoints, weights files and all else that lies on a disk."""
+"""Read and write checkpoints, weights files and other files."""

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written under a temporary name beside the final one, then moved into place."""
+"""Atomic file writes: a file is written under a temporary name beside its final one, then moved into place."""
 
 from __future__ import annotations
 
@@ -21,26 +21,24 @@ import filelock
 from porting.errors import ClashError, OutputError
 
 REPORT_SUFFIX = ".parity.json"
-# Of a temporary file's name; its lock is named so too, and held as long as the process lives that writes the file.
+# The name of a temporary file's lock. The process that writes the file holds it until it ends.
 _LOCK = re.compile(r"\..*\.[0-9a-f]{8}\.lock")
-# A file system allows 255 bytes, of which token and suffix need some.
+# File systems allow 255 bytes per name, including the token and the suffix.
 _LONGEST_STEM = 200
 
 
 def require_writable(path: Path) -> None:
-    """Raises OutputError when `path` could not be created, so that hours of work do not end in that.
+    """Raise OutputError if `path` cannot be created. Call this before hours of work.
 
-    Only a regular file is ever replaced: to put one in the place of a device or a pipe would break the system.
+    Only regular files are ever replaced, because replacing a device or a pipe would break the system.
     """
     with output_errors(path):
         if path.is_dir():
-            raise OutputError(
-                f"{path}: is a folder; a file name was expected", hint="Give the name of a file, or move the folder."
-            )
+            raise OutputError(f"{path}: is a folder, not a file", hint="Give a file name, or move the folder.")
         if path.exists() and not path.is_file():
             raise OutputError(
-                f"{path}: is a device, a pipe or a socket; a regular file was expected",
-                hint="Give another name. A report can be streamed: --report - writes JSON to standard output.",
+                f"{path}: is a device, a pipe or a socket, not a regular file",
+                hint="Choose another name. To stream a report, use --report -, which writes JSON to standard output.",
             )
         if not path.parent.is_dir():
             raise OutputError(f"{path}: the folder {path.parent} does not exist", hint=f"mkdir -p {path.parent}")
@@ -49,9 +47,9 @@ def require_writable(path: Path) -> None:
 
 
 def refuse_clashes(outputs: Mapping[str, Iterable[Path]], inputs: Mapping[str, Iterable[Path]]) -> None:
-    """Raises ClashError where an output is one of the inputs or another output, whatever the spelling of their paths.
+    """Raise ClashError if an output is the same file as an input or another output, even under another path.
 
-    Both are by what the user calls them, such as `--out`.
+    Both are keyed by the names that the user knows, such as `--out`.
     """
     written = [(label, path) for label, paths in outputs.items() for path in paths]
     read = [(label, path) for label, paths in inputs.items() for path in paths]
@@ -59,13 +57,13 @@ def refuse_clashes(outputs: Mapping[str, Iterable[Path]], inputs: Mapping[str, I
         for other_label, other in read:
             if _is_same_file(path, other):
                 raise ClashError(
-                    f"{label} {path} is the file that {other_label} reads: it would be overwritten",
+                    f"{label} {path} is also the file that {other_label} reads, and would overwrite it",
                     hint=f"Give {label} another name.",
                 )
         for other_label, other in written[:position]:
             if _is_same_file(path, other):
                 raise ClashError(
-                    f"{label} {path} is the file that {other_label} writes", hint=f"Give {label} another name."
+                    f"{label} {path} is also the file that {other_label} writes", hint=f"Give {label} another name."
                 )
 
 
@@ -83,16 +81,16 @@ def _is_same_file(one: Path, other: Path) -> bool:
 
 
 def reserve(path: Path, size: int) -> None:
-    """Raises OSError where there is no room for so many bytes beside `path`.
+    """Raise OSError if the disk has no space for `size` bytes beside `path`.
 
-    For writers of other libraries that answer a full disk with anything but an OSError, up to the end of the process.
+    Some libraries react to a full disk with other errors, or even end the process, so call this before they write.
     """
     reserved = path.with_name(f"{path.name}.room")
     try:
         with reserved.open("wb") as file:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)
-            elif shutil.disk_usage(path.parent).free < size:  # macOS and Windows can only be asked
+            elif shutil.disk_usage(path.parent).free < size:  # macOS and Windows cannot reserve space
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     finally:
         reserved.unlink(missing_ok=True)
@@ -100,7 +98,7 @@ def reserve(path: Path, size: int) -> None:
 
 @contextlib.contextmanager
 def interrupt_later() -> Iterator[None]:
-    """Puts off Ctrl-C until the end: for code of other libraries that an exception in its midst would bring down."""
+    """Delay Ctrl-C until the block ends, for library code that an exception in the middle would break."""
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
         yield
         return
@@ -115,33 +113,33 @@ def interrupt_later() -> Iterator[None]:
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder and those above it where they are missing; raises OutputError."""
+    """Create a folder and its missing parents; raises OutputError."""
     with output_errors(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
 def report_path_of(out: Path) -> Path:
-    """Where the JSON report of the check of `out` lies."""
+    """The path of the JSON report beside `out`."""
     return out.with_name(f"{out.name}{REPORT_SUFFIX}")
 
 
 @contextlib.contextmanager
 def temporary_file(path: Path, suffix: str = ".tmp") -> Iterator[Path]:
-    """A free name in the folder of `path`, hidden and ending in `suffix`; removed at the end if still there.
+    """A free hidden name in the folder of `path` that ends in `suffix`. The file is removed at the end if it exists.
 
-    A lock beside it, held until then, tells a file that is being written from what a killed run has left.
+    A lock beside it, held until then, distinguishes a file being written from a leftover of a killed run.
     """
     stem = f".{os.fsdecode(os.fsencode(path.name)[:_LONGEST_STEM])}.{secrets.token_hex(4)}"
     lock = filelock.FileLock(path.with_name(f"{stem}.lock"))
     try:
-        # Some network file systems have no locks; there, leftovers stay.
+        # Some network file systems have no locks. Leftovers stay there.
         with contextlib.suppress(OSError, NotImplementedError):
             lock.acquire(blocking=False)
         yield path.with_name(f"{stem}{suffix}")
     finally:
         try:
             _clean_up(lock, path.parent, stem)
-        except KeyboardInterrupt:  # in the midst of it
+        except KeyboardInterrupt:  # Ctrl-C interrupted the cleanup
             _clean_up(lock, path.parent, stem)
             raise
 
@@ -154,7 +152,7 @@ def _clean_up(lock: filelock.BaseFileLock, folder: Path, stem: str) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes temporary files of runs that were killed: those whose lock nobody holds."""
+    """Remove temporary files of killed runs, which are those whose lock nobody holds."""
     try:
         locks = [Path(entry.path) for entry in os.scandir(folder) if _LOCK.fullmatch(entry.name)]
     except OSError:
@@ -179,13 +177,14 @@ def _remove_all(folder: Path, stem: str) -> None:
 
 
 def move_into_place(temporary: Path, path: Path) -> None:
-    """Makes the written bytes durable and gives them their name in one step, replacing what had it.
+    """Make the written bytes durable and move the file to `path` atomically, replacing an existing file.
 
-    The file has the mode of the one that it replaces, or what the umask gives: some writers allow the owner alone.
+    The file gets the mode of the one that it replaces, or the default of the umask, because some writers restrict it to
+    the owner.
     """
     with output_errors(path):
         temporary.chmod(_mode_for(path, temporary))
-        with temporary.open("r+b") as file:  # Windows makes nothing durable that is open for reading alone
+        with temporary.open("r+b") as file:  # Windows syncs only files that are open for writing
             os.fsync(file.fileno())
         temporary.replace(path)
 
@@ -202,35 +201,35 @@ def _mode_for(path: Path, temporary: Path) -> int:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a whole text file or none; raises OutputError."""
+    """Write a text file atomically; raises OutputError."""
     with temporary_file(path) as temporary:
         with output_errors(path):
-            # The name of a file may hold bytes that are no text.
+            # A file name in the text may contain bytes that are not valid text.
             temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         move_into_place(temporary, path)
 
 
 @contextlib.contextmanager
 def output_errors(path: Path) -> Iterator[None]:
-    """Turns what the operating system says into an OutputError about `path`."""
+    """Turn an OSError into an OutputError about `path`."""
     try:
         yield
     except OSError as error:
         raise OutputError(
             f"{path}: cannot be written: {error.strerror or error}",
-            hint="Choose another place, or free space there; nothing was left behind.",
+            hint="Choose another place, or free space there. Nothing was left behind.",
         ) from None
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """The file, open to read; raises OSError for anything but a regular file: a pipe may block, or never end."""
+    """Open a regular file for reading; raises OSError for anything else, because a pipe may block or never end."""
     if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "is a device, a pipe, a socket or a folder; a regular file was expected")
+        raise OSError(errno.EINVAL, "is a device, a pipe, a socket or a folder, not a regular file")
     return path.open("rb")
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file's bytes; of a folder, over the names and the hashes of all files in it."""
+    """The SHA-256 of a file's bytes, or of the names and hashes of all files in a folder."""
     if not path.is_dir():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Building a model that a file describes, within a bound: a description of a few bytes can ask for any memory."""
+"""Limit the size of a model built from a file, because a few bytes of description can request any amount of memory."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import numpy as np
 
 from porting.errors import WeightsFileError
 
-# Weights hardly compress: a file that describes a model of more bytes than this for each of its own holds other things.
+# Weights hardly compress, so a file cannot hold the weights of a model that is larger than itself by this factor.
 GREATEST_EXPANSION = 16
 _ALWAYS_ALLOWED = 64 << 20
 
 
 @contextlib.contextmanager
 def bounded_building(path: Path) -> Iterator[None]:
-    """While a model is built from `path`, or for its weights; raises WeightsFileError where it gets too large.
+    """Limit a model that is built from `path` or for its weights. Raises WeightsFileError if it gets too large.
 
-    Each weight counts before it has memory.
+    Each weight is counted before its memory is allocated.
     """
     import keras
 
@@ -39,9 +39,9 @@ def bounded_building(path: Path) -> Iterator[None]:
         if used > bound:
             exceeded.append(
                 WeightsFileError(
-                    f"{path}: describes a model of more than {bound / 2**20:,.0f} MiB, and has "
-                    f"{path.stat().st_size:,} bytes: it cannot hold its weights",
-                    hint="The file is damaged, or its description was changed; get it again from where it was made.",
+                    f"{path}: describes a model of more than {bound / 2**20:,.0f} MiB, but has only "
+                    f"{path.stat().st_size:,} bytes, so it cannot hold the weights",
+                    hint="The file is damaged, or its description was changed. Get it again from its source.",
                 )
             )
             raise exceeded[0]
@@ -51,7 +51,7 @@ def bounded_building(path: Path) -> Iterator[None]:
         with mock.patch.object(keras.layers.Layer, "add_weight", counting):
             yield
     except Exception:
-        if exceeded:  # Keras puts an error of its own around it
+        if exceeded:  # Keras wraps it in an error of its own
             raise exceeded[0] from None
         raise
 
@@ -59,5 +59,5 @@ def bounded_building(path: Path) -> Iterator[None]:
 def _item_size(dtype: str) -> int:
     try:
         return np.dtype(dtype).itemsize
-    except TypeError:  # bfloat16 and other types that NumPy does not know
+    except TypeError:  # bfloat16 and other types that NumPy lacks
         return 4

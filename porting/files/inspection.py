@@ -1,4 +1,4 @@
-"""What is in a file: provenance and tensors of a checkpoint or of Keras weights."""
+"""Inspect the provenance and the tensors of a checkpoint or a file of Keras weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from porting.files.weights_file import is_weights_file
 
 @dataclass(frozen=True)
 class Inspection:
-    """Facts about the file as a whole, provenance where there is any, and `(name, shape, type)` of each tensor."""
+    """Facts about the file, its provenance if it has one, and `(name, shape, type)` of each tensor."""
 
     facts: dict[str, Any]
     provenance: dict[str, Any] | None
@@ -27,9 +27,10 @@ class Inspection:
 
 
 def inspect_file(path: Path, *, ema: bool = False, key: str | None = None, prefix: str | None = None) -> Inspection:
-    """Reads any file that the toolkit reads or writes, by its content.
+    """Inspect any checkpoint or weights file. The content, not the name, determines its kind.
 
-    Raises SourceError when there is none, CheckpointError or WeightsFileError when it is not a whole one.
+    Raises SourceError if there is no such file, and CheckpointError or WeightsFileError if it is incomplete or another
+    kind of file.
     """
     if not path.is_file():
         raise SourceError(f"{path}: no such file", hint="Give a checkpoint or a file of Keras weights.")

@@ -1,4 +1,4 @@
-"""Where weights come from, in the words that files and reports carry."""
+"""The provenance of weights, as stored in files and reports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _VERSIONED = ("van-port", "torch", "tensorflow", "tensorflow-cpu", "keras", "num
 
 
 def describe_source(source: Source | None, loaded: Checkpoint) -> dict[str, Any]:
-    """What is known of a checkpoint; `source` is its row in the table, None for a file that was given by path."""
+    """Describe a checkpoint. `source` is its row in the table, None for a file given by path."""
     return {
         "name": source.label if source else loaded.path.name,
         "sha256": loaded.sha256,
@@ -25,6 +25,6 @@ def describe_source(source: Source | None, loaded: Checkpoint) -> dict[str, Any]
 
 
 def versions() -> dict[str, str]:
-    """Versions of what took part; TensorFlow goes by several names, so a name that is not installed is left out."""
+    """The versions of the packages used. Missing ones are left out, because TensorFlow has several package names."""
     installed = {distribution.name.lower() for distribution in metadata.distributions() if distribution.name}
     return {name: metadata.version(name) for name in _VERSIONED if name in installed}

@@ -1,4 +1,4 @@
-"""A result and the report that vouches for it: two files that become visible together, or not at all."""
+"""A result and its report: two files that appear together or not at all."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from porting.files.atomic import (
 
 
 class PendingResult:
-    """A result that has no name yet; `path` is where to write it, a file or a folder.
+    """A result without its final name. Write it to `path`, a file or a folder.
 
-    What was there before stays until `commit`. A report names the hash of the file that it is of, so at no instant
-    does a report of an earlier run vouch for another file, whichever of the two is in place.
+    An existing result stays until `commit`. A report contains the hash of its file, so a report of an earlier run never
+    applies to another file, even between the two moves.
     """
 
     def __init__(self, out: Path, path: Path) -> None:
@@ -33,14 +33,14 @@ class PendingResult:
         self.path = path
 
     def identity(self) -> dict[str, Any]:
-        """What a report says of the file that it is of; ask when it is written to the end."""
+        """The name and hash that the report stores. Call this once the file is complete."""
         with output_errors(self.out):
             return {"name": self.out.name, "sha256": sha256_of(self.path)}
 
     def commit(self, report: str | None) -> Path | None:
-        """Gives the result and its report their names, and returns the report's; raises OutputError.
+        """Move the result and its report to their final names. Return the report's path. Raises OutputError.
 
-        Without a report, that of an earlier run goes. When anything fails, both are as they were.
+        Without a report, the report of an earlier run is deleted. If anything fails, both files are restored.
         """
         report_path = report_path_of(self.out)
         with (
@@ -72,7 +72,7 @@ class PendingResult:
         if not self.path.is_dir():
             move_into_place(self.path, self.out)
             return
-        # A folder cannot take another's place at once: the old one steps aside first.
+        # A folder cannot replace another atomically, so the old one is moved aside first.
         aside = _aside_of(self.out)
         shutil.rmtree(aside, ignore_errors=True)
         there = self.out.exists()
@@ -96,17 +96,17 @@ def pending_result(
     outputs: Mapping[str, Iterable[Path]] | None = None,
     folder: bool = False,
 ) -> Iterator[PendingResult]:
-    """A result to be written to `out`, whose temporary name ends in `suffix`, and the files that go with it.
+    """Open a result to be written to `out`. Its temporary name ends in `suffix`.
 
-    `inputs` and further `outputs` are by their options. Raises ClashError where one file would be two of these, and
-    OutputError where one cannot be written, both before any work.
+    `inputs` and further `outputs` map options to paths. Before any work, this raises ClashError if two of these are the
+    same file, and OutputError if one cannot be written.
     """
     refuse_result_clashes(out, inputs, outputs)
     if out.parent.is_dir():
         remove_leftovers(out.parent)
     if folder:
         aside = _aside_of(out)
-        if aside.exists() and not out.exists():  # of a run that was killed between two steps
+        if aside.exists() and not out.exists():  # a run was killed between two steps
             with output_errors(out):
                 aside.replace(out)
     else:
@@ -121,7 +121,7 @@ def pending_result(
 def refuse_result_clashes(
     out: Path, inputs: Mapping[str, Iterable[Path]], outputs: Mapping[str, Iterable[Path]] | None = None
 ) -> None:
-    """Raises ClashError where `out`, its report or one of the further outputs is one of the others or an input."""
+    """Raise ClashError if `out`, its report or another output is the same file as an input or another output."""
     refuse_clashes({"--out": [out], "the report of --out": [report_path_of(out)], **(outputs or {})}, inputs)
 
 

@@ -1,8 +1,7 @@
-"""What is in a file of Keras weights that somebody else may have made.
+"""List the contents of an untrusted file of Keras weights.
 
-HDF5's library is not made for hostile files: on a damaged one it may never come to an end, or take the process with it.
-So the file is first read, to the last number, in a process of its own with bounded time and memory; what that process
-has read without harm is then read again without fear.
+HDF5's library is not safe for hostile files: a damaged file can make it hang or crash the process. So the whole file is
+first read in a separate process with limited time and memory. Only if that succeeds, this process reads it.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from porting.files.bounds import GREATEST_EXPANSION
 PROVENANCE = "provenance"
 WEIGHTS_MEMBER = "model.weights.h5"
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
-# Reading is a matter of disk speed; a sound file of any size takes a fraction of this.
+# Reading is limited by disk speed. An intact file of any size takes a fraction of this time.
 _SECONDS, _BYTES_A_SECOND = 30.0, 10e6
 _MEMORY = 4 << 30
 _ROOM_BESIDE_WEIGHTS = 64 << 20
@@ -34,16 +33,16 @@ _CHILD = (
 
 @dataclass(frozen=True)
 class Survey:
-    """Provenance, where the file has any, and `(name, shape, type)` of each tensor."""
+    """The provenance, if the file has any, and `(name, shape, type)` of each tensor."""
 
     provenance: dict[str, Any] | None
     tensors: list[tuple[str, tuple[int, ...], str]]
 
 
 def survey_file(path: Path) -> Survey:
-    """Reads all of an HDF5 or `.keras` file in another process; raises WeightsFileError where that does harm."""
+    """Read a whole HDF5 or `.keras` file in another process; raises WeightsFileError if it fails, crashes or hangs."""
     seconds = _SECONDS + path.stat().st_size / _BYTES_A_SECOND
-    # -P: nothing in the working folder is taken for a module.
+    # -P: do not import modules from the working folder.
     command = [sys.executable, "-P", "-c", _CHILD, str(path), json.dumps(sys.path)]
     try:
         done = subprocess.run(command, capture_output=True, timeout=seconds, check=False)
@@ -60,7 +59,7 @@ def survey_file(path: Path) -> Survey:
 
 
 def main(path: str) -> None:
-    """The other process: prints the survey, or the error, as JSON."""
+    """Entry point of the other process: print the survey, or the error, as JSON."""
     _limit_memory(Path(path))
     try:
         answer = _survey(Path(path))
@@ -72,7 +71,7 @@ def main(path: str) -> None:
 
 
 def _limit_memory(path: Path) -> None:
-    with contextlib.suppress(ImportError, ValueError, OSError):  # not every system has such a limit
+    with contextlib.suppress(ImportError, ValueError, OSError):  # not every system has this limit
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY + 2 * path.stat().st_size,) * 2)
@@ -81,7 +80,7 @@ def _limit_memory(path: Path) -> None:
 def _survey(path: Path) -> dict[str, Any]:
     import h5py
 
-    # As what Keras will read it: by its name, or where that says nothing by how it begins.
+    # Decide as Keras does: by the suffix, or else by the first bytes.
     with path.open("rb") as raw:
         is_hdf5 = path.suffix != ".keras" and (path.suffix == ".h5" or raw.read(8) == HDF5_SIGNATURE)
     if is_hdf5:
@@ -93,7 +92,7 @@ def _survey(path: Path) -> dict[str, Any]:
     with zipfile.ZipFile(path) as archive:
         beside = sum(member.file_size for member in archive.infolist() if member.filename != WEIGHTS_MEMBER)
         if beside > _ROOM_BESIDE_WEIGHTS:
-            raise ValueError(f"it has {beside:,} bytes beside the weights")
+            raise ValueError(f"it contains {beside:,} bytes beside the weights")
         if damaged := archive.testzip():
             raise ValueError(f"its part {damaged} is damaged")
         name = f"{PROVENANCE}.json"
@@ -112,7 +111,7 @@ def _provenance(text: Any) -> dict[str, Any] | None:
 
 
 def _read_all(file: Any, size: int) -> list[tuple[str, tuple[int, ...], str]]:
-    """Name, shape and type of every dataset, each of which can be read; all attributes are read as well."""
+    """Read every dataset and attribute. Return the name, shape and type of each dataset."""
     import h5py
 
     links: list[str] = []
@@ -123,7 +122,7 @@ def _read_all(file: Any, size: int) -> list[tuple[str, tuple[int, ...], str]]:
 
     file.visititems_links(find_links)
     if links:
-        raise ValueError(f"{links[0]} leads out of the file, or to another place in it")
+        raise ValueError(f"{links[0]} is a link to another place in the file or outside it")
     rows: list[tuple[str, tuple[int, ...], str]] = []
     allowed = GREATEST_EXPANSION * size
     dict(file.attrs)
@@ -136,7 +135,7 @@ def _read_all(file: Any, size: int) -> list[tuple[str, tuple[int, ...], str]]:
         shape = tuple(item.shape or ())
         allowed -= math.prod(shape) * item.dtype.itemsize
         if allowed < 0 or item.external or item.is_virtual:
-            raise ValueError(f"{name} says it has the shape {shape}, and the file has no such data")
+            raise ValueError(f"{name} says it has the shape {shape}, but the file has no such data")
         item[()]
         rows.append((name, shape, str(item.dtype)))
 
@@ -146,5 +145,5 @@ def _read_all(file: Any, size: int) -> list[tuple[str, tuple[int, ...], str]]:
 
 def _unreadable(path: Path, why: str) -> WeightsFileError:
     return WeightsFileError(
-        f"{path}: not a whole HDF5 or .keras file: {why}", hint="The file is cut off or damaged; port it again."
+        f"{path}: not a whole HDF5 or .keras file: {why}", hint="The file is truncated or damaged. Port it again."
     )

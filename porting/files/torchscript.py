@@ -1,8 +1,8 @@
-"""The weights in a TorchScript archive, without running or compiling the code in it.
+"""Read the weights in a TorchScript archive without running or compiling its code.
 
-An archive of `torch.jit.save` is a zip: `data.pkl` pickles the modules as objects of classes that its `code/` defines,
-and tensors lie in `data/`. Here every such class becomes a plain record of attributes, tensors are rebuilt from their
-bytes, and nothing else can be built. Format: the torch.jit serialization notes of PyTorch's source.
+An archive of `torch.jit.save` is a zip: `data.pkl` pickles the modules as objects of classes that `code/` defines, and
+`data/` holds the tensors. This reader replaces each class with a plain record of attributes and rebuilds tensors from
+their bytes. It can build nothing else. Format: the torch.jit serialization notes in PyTorch's source.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _REFUSED_OPCODES = ("BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER", "EXT1", "EXT
 
 
 class _Record:
-    """An object of a class that the archive's code defines: its attributes, and nothing of what the class does."""
+    """An object of a class that the archive's code defines, reduced to its attributes."""
 
     def __init__(self, *_: Any) -> None:
         self.attributes: dict[str, Any] = {}
@@ -35,7 +35,10 @@ class _Record:
 
 
 class _Unpickler(pickle._Unpickler):
-    """Builds records, tensors and plain containers; its Python form is used because opcodes can be taken from it."""
+    """Builds records, tensors and plain containers.
+
+    It derives from the unpickler in Python, because opcodes can be removed from that one.
+    """
 
     dispatch = {  # noqa: RUF012  # the base class reads it so
         code: act
@@ -63,16 +66,16 @@ class _Unpickler(pickle._Unpickler):
             return known[module, name]
         if module == "torch" and name.endswith("Storage"):
             return name
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        raise pickle.UnpicklingError(f"it requests {module}.{name}")
 
     def persistent_load(self, pid: Any) -> Any:
         return pid
 
 
 def read_torchscript(path: Path, file: BinaryIO) -> dict[str, Any]:
-    """Every tensor attribute by its dotted name, as state_dict names it; raises CheckpointError.
+    """Read every tensor attribute, by the dotted name that a state_dict would use; raises CheckpointError.
 
-    The archive does not say which attributes are parameters: a buffer that is not persistent is among them.
+    The archive does not tell which attributes are parameters, so non-persistent buffers are included.
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -83,11 +86,11 @@ def read_torchscript(path: Path, file: BinaryIO) -> dict[str, Any]:
             module = _Unpickler(io.BytesIO(_stored(archive, f"{root}data.pkl")), reader.tensor).load()
     except CheckpointError:
         raise
-    except Exception as error:  # a hostile pickle fails in any way
+    except Exception as error:  # a hostile pickle can fail in any way
         reason = str(error).partition("\n")[0][:200] or type(error).__name__
         raise CheckpointError(
             f"{path}: not a readable TorchScript archive: {reason}",
-            hint="Load it where it was made and save only its weights: torch.save(module.state_dict(), FILE).",
+            hint="Load it where it was created and save only its weights: torch.save(module.state_dict(), FILE).",
         ) from None
     found: dict[str, Any] = {}
     pending = [("", module)]
@@ -103,13 +106,13 @@ def read_torchscript(path: Path, file: BinaryIO) -> dict[str, Any]:
     if not found:
         raise CheckpointError(
             f"{path}: a TorchScript archive without named weights; a frozen module has them as constants of its code",
-            hint="Take the checkpoint that the module was made of.",
+            hint="Use the checkpoint that the module was created from.",
         )
     return found
 
 
 class _Tensors:
-    """Tensors of an archive, each as large as the bytes that the archive has for it."""
+    """Tensors of an archive. None can be larger than the bytes that the archive holds for it."""
 
     def __init__(self, archive: zipfile.ZipFile, folder: str) -> None:
         self._archive = archive
@@ -129,13 +132,13 @@ class _Tensors:
         if not data:
             return torch.empty(tuple(size), dtype=dtype)
         flat = torch.frombuffer(data, dtype=dtype)
-        # Raises where the shape needs more than there is.
+        # This raises an error if the shape needs more data than there is.
         return flat.as_strided(tuple(size), tuple(stride), int(offset))
 
 
 def _stored(archive: zipfile.ZipFile, name: str) -> bytes:
-    """A member's bytes, whose checksum is verified; one that is compressed may unpack to any size."""
+    """Read a member and verify its checksum. Compressed members are refused, because they may unpack to any size."""
     info = archive.getinfo(name)
     if info.compress_type != zipfile.ZIP_STORED:
-        raise pickle.UnpicklingError(f"{name} is compressed, and torch compresses no tensors")
+        raise pickle.UnpicklingError(f"{name} is compressed, but torch never compresses tensors")
     return archive.read(info)

@@ -1,7 +1,7 @@
-"""Finding the weights in what a checkpoint file holds beside them: wrappers, averages, optimizers, counters.
+"""Find the weights in a checkpoint that also holds wrappers, averages, optimizers and counters.
 
-Training scripts and libraries put a state_dict under a key of their choice, next to other state. Every dict of tensors
-is a candidate here, whatever its key; what a state_dict is known to have of no use to a model is dropped by name.
+Training scripts and libraries store a state_dict under a key of their choice, next to other state. Every dict of
+tensors is a candidate, whatever its key. Known entries that no model uses are dropped by name.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from porting.errors import CheckpointError
 Fit = Callable[[Collection[str]], float]
 
 _DEEPEST = 3
-# Averages of weights by the names that timm, torchvision, mmengine, BasicSR and others give them.
+# The names of averaged weights in timm, torchvision, mmengine, BasicSR and others.
 _AVERAGED = re.compile(r"(^|[._])(ema|averaged?|swa|shadow)([._]|$)", re.IGNORECASE)
-# What torch.compile, FSDP and activation checkpointing put inside names.
+# What torch.compile, FSDP and activation checkpointing insert into names.
 _INFIXES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 # DataParallel, DistributedDataParallel, AveragedModel.
 _PREFIXES = ("module.",)
-# AveragedModel's counter, and what thop leaves in every module.
+# AveragedModel's counter, and the counters that thop leaves in each module.
 _BOOKKEEPING = re.compile(r"n_averaged|(.*\.)?total_(ops|params)")
-# A choice between several must be clear.
+# The least fit at which one of several dicts is chosen.
 _GOOD_FIT = 0.5
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A state_dict as it was found.
+    """A state_dict and where it was found.
 
-    `key` is the dotted entry of the file that held it, "" for the file itself; `prefixes` what was taken off all names;
-    `dropped` the entries beside the weights that no model has.
+    `key` is the dotted entry of the file that held it, or "" for the top level. `prefixes` were removed from all names.
+    `dropped` lists entries beside the weights that no model has. `others` lists the keys of other dicts of tensors.
     """
 
     tensors: dict[str, Any]
@@ -55,10 +55,10 @@ def find_weights(
     prefix: str | None = None,
     fit: Fit | None = None,
 ) -> Weights:
-    """The state_dict in `contents`; raises CheckpointError where there is none, or no telling which.
+    """Find the state_dict in `contents`; raises CheckpointError if there is none, or if the choice is ambiguous.
 
-    `key` and `prefix` decide; otherwise `fit`, the share of names that the model has, chooses among several dicts and
-    says whether a prefix that all names have is the file's or the model's.
+    `key` and `prefix` decide if given. Otherwise `fit`, the share of the model's names that a set of names has, chooses
+    among several dicts, and decides whether a prefix shared by all names belongs to the file or to the model.
     """
     if not isinstance(contents, Mapping):
         raise CheckpointError(
@@ -74,7 +74,7 @@ def find_weights(
 
 
 def _candidates(contents: Mapping[Any, Any]) -> dict[str, Mapping[str, Any]]:
-    """Every dict of tensors, by its dotted key."""
+    """All dicts of tensors, by dotted key."""
     found: dict[str, Mapping[str, Any]] = {}
 
     def visit(key: str, value: Mapping[Any, Any], depth: int) -> None:
@@ -89,7 +89,7 @@ def _candidates(contents: Mapping[Any, Any]) -> dict[str, Mapping[str, Any]]:
 
     visit("", contents, 0)
     if "" in found and len(found) > 1:
-        # A few tensors beside a state_dict, such as a mean, are not another.
+        # A few tensors beside a state_dict, such as a mean, are not a state_dict themselves.
         count = {name: sum(map(is_tensor, value.values())) for name, value in found.items()}
         if max(count[name] for name in count if name) >= count[""]:
             del found[""]
@@ -116,14 +116,14 @@ def _chosen(
     if ema and not averaged:
         raise CheckpointError(
             f"{path}: has no moving averages of weights: no key of a dict of tensors says ema, average, swa or shadow",
-            hint=f"Leave out --ema, or name the key with --key. It has tensors under {_listed(found) or 'no key'}.",
+            hint=f"Omit --ema, or name the key with --key. It has tensors under {_listed(found) or 'no key'}.",
         )
     plain = [name for name in found if name not in averaged]
     group = [name for name in found if name in averaged] if ema or not plain else plain
     if not group:
         held = ", ".join(f"{name!s:.60} ({type(value).__name__})" for name, value in list(contents.items())[:10])
         raise CheckpointError(
-            f"{path}: not a state_dict, and no dict of tensors is in it; it holds {held or 'nothing'}",
+            f"{path}: contains no state_dict or other dict of tensors; it holds {held or 'nothing'}",
             hint="Save `model.state_dict()` with torch.save.",
         )
     if len(group) == 1:
@@ -135,7 +135,7 @@ def _chosen(
             return order[0]
     raise CheckpointError(
         f"{path}: has several dicts of tensors: {_listed({name: found[name] for name in group})}",
-        hint="Name the one to take with --key.",
+        hint="Choose one with --key.",
     )
 
 
@@ -162,7 +162,7 @@ def _without_bookkeeping(entries: Mapping[str, Any]) -> tuple[dict[str, Any], tu
 
 
 def _without_wrappers(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Names without what wrappers of modules have put into them, again and again: they nest."""
+    """Remove what wrappers of modules insert into names, repeatedly, because wrappers nest."""
     taken: list[str] = []
     tensors = dict(tensors)
     while tensors:
@@ -182,7 +182,7 @@ def _without_wrappers(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], tuple
 
 
 def _stripped_forms(names: list[str]) -> list[tuple[str, list[str]]]:
-    """The names as they are, and without one, two, ... leading parts that all of them have."""
+    """The names unchanged, and without one, two, ... leading parts that all of them share."""
     forms = [("", names)]
     taken = ""
     while names:
@@ -205,12 +205,12 @@ def _without_prefixes(
         if not kept:
             starts = sorted({name.partition(".")[0] for name in tensors})
             raise CheckpointError(
-                f"{path}: no tensor's name begins with {prefix!r}", hint=f"They begin with {', '.join(starts[:10])}."
+                f"{path}: no tensor name starts with {prefix!r}", hint=f"The names start with {', '.join(starts[:10])}."
             )
         return kept, (*taken, prefix), tuple(name for name in tensors if not name.startswith(prefix))
     if fit is None or not tensors:
         return tensors, taken, ()
-    # The first of those that fit best: a prefix that the model's own names have is not taken off.
+    # max returns the first of the best fits, so a prefix that the model's own names have stays.
     best, _ = max(_stripped_forms(list(tensors)), key=lambda form: fit(form[1]))
     return (
         {name.removeprefix(best): tensor for name, tensor in tensors.items()},
@@ -220,7 +220,7 @@ def _without_prefixes(
 
 
 def is_tensor(value: Any) -> bool:
-    """Whether it is PyTorch's, which is imported only now."""
+    """Whether `value` is a PyTorch tensor. PyTorch is imported only here."""
     import torch
 
     return isinstance(value, torch.Tensor)

@@ -1,8 +1,8 @@
 """Files of Keras weights: `.h5`, `.weights.h5` and `.keras`, with the provenance of the weights inside.
 
-The `.h5` layout is the one that `load_weights` takes in order and by name; its datasets are named by the
-variables' paths, so `file["block1_0/attn/proj_1/kernel"]` is that kernel. Groups inside `.weights.h5` are named by
-class and counter, which is Keras's affair: that file and `.keras` are written and read by Keras alone.
+The `.h5` layout is the one that `load_weights` reads in order or by name. Its datasets are named by the variables'
+paths, so `file["block1_0/attn/proj_1/kernel"]` is that kernel. Inside `.weights.h5`, Keras names groups by class and
+counter, so only Keras writes and reads `.weights.h5` and `.keras` files.
 """
 
 from __future__ import annotations
@@ -31,34 +31,32 @@ if TYPE_CHECKING:
     import keras
 
 SUFFIXES = (".weights.h5", ".h5", ".keras")
-# What a file holds beside the weights' bytes: names, groups, the description of the model.
+# Space for what a file holds beside the weights: names, groups and the description of the model.
 _ROOM_BESIDE_WEIGHTS = 4 << 20
-# An HDF5 attribute holds less than 64 KiB; Keras splits a longer list of names over numbered attributes.
+# An HDF5 attribute holds less than 64 KiB. Keras splits a longer list of names into numbered attributes.
 _ATTRIBUTE_LIMIT = 64_000
-# So many names are shown of each list of differences.
+# The number of names shown of each list of differences.
 _SHOWN = 5
-# Kinds of NumPy's types; bfloat16 is of kind V.
+# NumPy kinds of real numbers; bfloat16 has kind V.
 _REAL = "fiuV"
 _NO_WEIGHTS = {"optimizer", "_metrics"}
-_CHECK_VARIANT = "Check --variant and the number of classes; `van-port inspect` shows what the file holds."
+_CHECK_VARIANT = "Check --variant and the number of classes. `van-port inspect` shows what the file holds."
 
 
 def suffix_of(path: Path) -> str:
-    """The one of `SUFFIXES` that says how `path` is written; raises OutputError for any other name."""
+    """The suffix of `path` among `SUFFIXES`, which determines its format; raises OutputError for other names."""
     for suffix in SUFFIXES:
         if path.name.endswith(suffix) and path.name != suffix:
             return suffix
-    raise OutputError(
-        f"{path}: the name does not say which format to write", hint=f"End it in one of {', '.join(SUFFIXES)}."
-    )
+    raise OutputError(f"{path}: the suffix does not name a format to write", hint=f"Use one of {', '.join(SUFFIXES)}.")
 
 
 def require_file(path: Path) -> None:
-    """Raises SourceError where there is no such file, and OutputError where its name does not say its format."""
+    """Raise SourceError if there is no such file, and OutputError if its suffix does not name a format."""
     if path.exists() and not path.is_file():
         what = "a folder" if path.is_dir() else "a device, a pipe or a socket"
         raise SourceError(
-            f"{path}: is {what}; a file was expected", hint="--weights takes a file of van-port or Keras."
+            f"{path}: is {what}, not a file", hint="--weights takes a file that van-port or Keras has written."
         )
     if not path.is_file():
         raise SourceError(f"{path}: no such file", hint="--weights takes a file that van-port or Keras has written.")
@@ -66,20 +64,20 @@ def require_file(path: Path) -> None:
 
 
 def variable_shapes(model: keras.Model) -> dict[str, tuple[int, ...]]:
-    """Shape of every weight by name; state of random generators is no weight."""
+    """The shape of every weight, by name. States of random generators are not weights."""
     return {name: tuple(variable.shape) for name, variable in named_variables(model).items()}
 
 
 def assign_weights(model: keras.Model, weights: Mapping[str, Array]) -> None:
-    """Gives every weight of the model its value by name; raises KeyError where one is missing."""
+    """Assign a value to every weight of the model, by name; raises KeyError if one is missing."""
     for name, variable in named_variables(model).items():
         variable.assign(weights[name])
 
 
 def write_weights(path: Path, model: keras.Model, weights: Mapping[str, Array]) -> None:
-    """Writes `weights`, by the variables' names and covering all of the model's, in the format that the suffix names.
+    """Write `weights`, which covers all variables of the model by name, in the format that the suffix names.
 
-    The model gets the weights itself where Keras is to write them.
+    If Keras writes the format, the weights are first assigned to the model.
     """
     suffix = suffix_of(path)
     if suffix == ".h5":
@@ -94,9 +92,9 @@ def write_weights(path: Path, model: keras.Model, weights: Mapping[str, Array]) 
 
 
 def weight_shapes(model: keras.Model) -> dict[str, dict[str, Shape]]:
-    """By top-level layer, each variable's name below it and its shape, in the order in which load_weights reads them.
+    """Each variable's name and shape by top-level layer, in the order in which load_weights reads them.
 
-    That is not the order of `layer.weights`.
+    Names are relative to the layer. The order differs from `layer.weights`.
     """
     names = {id(variable): name for name, variable in named_variables(model).items()}
     layers: dict[str, dict[str, Shape]] = {}
@@ -110,17 +108,17 @@ def weight_shapes(model: keras.Model) -> dict[str, dict[str, Shape]]:
 
 
 def load_model(path: Path, build: Callable[[], keras.Model], what: str = "the model") -> keras.Model:
-    """The model with the weights of `path`, read by Keras's own functions, but for `.h5`, which is read by name.
+    """Build the model and load the weights of `path` with Keras's own functions, but read `.h5` by name.
 
-    Keras reads a `.h5` in the order of the model's variables, which changes when a layer is frozen. `what` says in
-    errors what `build` makes. Raises WeightsFileError where the file's weights are not, one for one, those of it.
+    Keras reads a `.h5` in the order of the model's variables, which changes when a layer is frozen. `what` describes the
+    model in errors. Raises WeightsFileError unless the file's weights match those of the model one to one.
     """
     try:
         with bounded_building(path):
             return _load_model(path, build, what)
     except WeightsFileError:
         raise
-    except Exception as error:  # Keras has no error of its own: a file may end in any
+    except Exception as error:  # Keras raises any type of error for a bad file
         raise _keras_error(path, error, what) from None
 
 
@@ -128,7 +126,7 @@ def _load_model(path: Path, build: Callable[[], keras.Model], what: str) -> kera
     import keras
 
     suffix = suffix_of(path)
-    model = build()  # which registers the classes that a .keras file names
+    model = build()  # this registers the classes that a .keras file names
     if suffix == ".keras":
         loaded = keras.models.load_model(path, compile=False)
         if not isinstance(loaded, keras.Model):
@@ -145,14 +143,14 @@ def _load_model(path: Path, build: Callable[[], keras.Model], what: str) -> kera
 
 
 def _refuse_other_arrays(path: Path, model: keras.Model, what: str) -> None:
-    """Raises WeightsFileError where a `.weights.h5` has other arrays, by shape, than the model has weights.
+    """Raise WeightsFileError unless the arrays of a `.weights.h5` have the same shapes as the model's weights.
 
-    Its names are Keras's counters, and Keras passes over what it does not need.
+    Its names are only counters, and Keras ignores arrays that it does not need.
     """
     found: Counter[Shape] = Counter()
 
     def count(name: str, item: h5py.Dataset | h5py.Group) -> None:
-        # Also there: the state of optimizers and random generators. bfloat16 is of kind V.
+        # Skip the states of optimizers and random generators. bfloat16 has kind V.
         if isinstance(item, h5py.Dataset) and item.dtype.kind in "fV" and name.partition("/")[0] not in _NO_WEIGHTS:
             found[tuple(item.shape)] += 1
 
@@ -166,15 +164,15 @@ def _refuse_other_arrays(path: Path, model: keras.Model, what: str) -> None:
         if shapes
     )
     if details:
-        raise WeightsFileError(f"{path}: its arrays are not the weights of {what}: {details}", hint=_CHECK_VARIANT)
+        raise WeightsFileError(f"{path}: its arrays do not match the weights of {what}: {details}", hint=_CHECK_VARIANT)
 
 
 def _keras_error(path: Path, error: Exception, what: str) -> WeightsFileError:
     text = str(error)
-    if "safe_mode" in text or "Lambda" in text:  # Keras advises to run the code all the same
+    if "safe_mode" in text or "Lambda" in text:  # Keras's message advises running the code anyway
         return WeightsFileError(
-            f"{path}: holds code (a Lambda layer, say), which is never run; nothing in it was run",
-            hint="Save its weights alone where it was made: model.save_weights('x.weights.h5').",
+            f"{path}: holds code, such as a Lambda layer; nothing in it was run",
+            hint="Load it where it was created and save only its weights: model.save_weights('x.weights.h5').",
         )
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return WeightsFileError(
@@ -186,23 +184,23 @@ def _load_by_name(path: Path, model: keras.Model, what: str) -> None:
     variables = named_variables(model)
     found: dict[str, Array] = {}
     with h5py.File(path, "r") as file:
-        # A whole model saved as .h5 has its weights in a group of their own.
+        # A whole model saved as .h5 keeps its weights in a separate group.
         root = file["model_weights"] if "layer_names" not in file.attrs and "model_weights" in file else file
         for layer in _read_names(root, "layer_names"):
             if layer not in root:
-                raise WeightsFileError(f"{path}: lists the layer {layer}, and does not hold it", hint=_CHECK_VARIANT)
+                raise WeightsFileError(f"{path}: lists the layer {layer}, but does not hold it", hint=_CHECK_VARIANT)
             for name in _read_names(root[layer], "weight_names"):
                 if name not in root[layer]:
-                    raise WeightsFileError(f"{path}: lists {layer}/{name}, and does not hold it", hint=_CHECK_VARIANT)
-                short = name.removesuffix(":0")  # as Keras 2 wrote it
-                # van-port writes names below the layer, Keras the variable's whole path, which may begin elsewhere.
-                # Version 0.1 named a VAN's blocks block1.0; Keras's torch backend takes no dots.
+                    raise WeightsFileError(f"{path}: lists {layer}/{name}, but does not hold it", hint=_CHECK_VARIANT)
+                short = name.removesuffix(":0")  # Keras 2 wrote this suffix
+                # van-port writes names relative to the layer. Keras writes whole paths, which may start elsewhere.
+                # Version 0.1 named a VAN's blocks block1.0, but Keras's torch backend does not accept dots.
                 names = (f"{layer}/{short}", f"{layer.replace('.', '_')}/{short}", short, short.replace(".", "_"))
                 known = next((each for each in names if each in variables), names[0])
                 array = np.asarray(root[layer][name])
                 if array.dtype.kind not in _REAL:
                     raise WeightsFileError(
-                        f"{path}: {known} is of type {array.dtype}, and weights are real numbers", hint=_CHECK_VARIANT
+                        f"{path}: {known} is of type {array.dtype}, but weights are real numbers", hint=_CHECK_VARIANT
                     )
                 found[known] = array
     _refuse_other_variables(path, {name: array.shape for name, array in found.items()}, model, what)
@@ -211,7 +209,7 @@ def _load_by_name(path: Path, model: keras.Model, what: str) -> None:
 
 
 def _refuse_other_variables(path: Path, found: Mapping[str, Shape], model: keras.Model, what: str) -> None:
-    """Raises WeightsFileError, by name, for variables that one side lacks or has in another shape."""
+    """Raise WeightsFileError, with names, for variables that one side lacks or has in another shape."""
     expected = variable_shapes(model)
     lists = (
         ("missing", sorted(expected.keys() - found.keys())),
@@ -231,11 +229,11 @@ def _refuse_other_variables(path: Path, found: Mapping[str, Shape], model: keras
         if names
     )
     if details:
-        raise WeightsFileError(f"{path}: its variables are not those of {what}: {details}", hint=_CHECK_VARIANT)
+        raise WeightsFileError(f"{path}: its variables do not match those of {what}: {details}", hint=_CHECK_VARIANT)
 
 
 def _read_names(group: Any, attribute: str) -> list[str]:
-    """A list of names as `_write_names` and Keras write it, over one attribute or several numbered ones."""
+    """Read a list of names from one attribute or from several numbered ones, as `_write_names` and Keras write it."""
     if attribute in group.attrs:
         names = list(group.attrs[attribute])
     else:
@@ -247,7 +245,7 @@ def _read_names(group: Any, attribute: str) -> list[str]:
 
 
 def write_h5(path: Path, layers: Mapping[str, Mapping[str, Shape]], weights: Mapping[str, Array]) -> None:
-    """Writes the layout of `.h5` files without Keras; `layers` are what `weight_shapes` gives."""
+    """Write a `.h5` file without Keras. `layers` is the result of `weight_shapes`."""
     with _hdf5(path, "w") as file:
         _write_names(file, "layer_names", list(layers))
         file.attrs["backend"] = b"tensorflow"
@@ -260,10 +258,10 @@ def write_h5(path: Path, layers: Mapping[str, Mapping[str, Shape]], weights: Map
 
 
 class _Disk(io.RawIOBase):
-    """A file that HDF5 can write to without ever failing; `error` is what went wrong.
+    """A file whose writes never fail from HDF5's point of view. `error` holds the first failure.
 
-    HDF5 ends the process when a disk fills up while it closes a file. So it is told that all went well, and the error
-    is raised behind it.
+    HDF5 ends the process if the disk is full when it closes a file. So this class reports success to HDF5, and the
+    caller raises the error afterwards.
     """
 
     def __init__(self, file: io.FileIO) -> None:
@@ -283,7 +281,7 @@ class _Disk(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
         found = self._file.read(len(view)) or b""
-        view[:] = found.ljust(len(view), b"\0")  # what could not be written is missing
+        view[:] = found.ljust(len(view), b"\0")  # zeros replace bytes that could not be written
         return len(view)
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
@@ -311,7 +309,7 @@ class _Disk(io.RawIOBase):
 
 @contextlib.contextmanager
 def _hdf5(path: Path, mode: Literal["w", "r+"]) -> Iterator[h5py.File]:
-    """An HDF5 file to write to; raises OSError when that fails at any moment."""
+    """Open an HDF5 file for writing; raises OSError if any write fails."""
     with interrupt_later(), io.FileIO(path, "w+" if mode == "w" else "r+") as raw:
         disk = _Disk(raw)
         try:
@@ -334,7 +332,7 @@ def _write_names(group: h5py.Group, attribute: str, names: list[str]) -> None:
 
 
 def write_provenance(path: Path, provenance: Mapping[str, Any]) -> None:
-    """Adds the provenance, as JSON, to a file that `write_weights` has made; the weights stay as they are."""
+    """Add the provenance, as JSON, to a file that `write_weights` wrote. The weights do not change."""
     text = json.dumps(provenance, indent=1)
     if suffix_of(path) == ".keras":
         with zipfile.ZipFile(path, "a") as archive:
@@ -345,7 +343,7 @@ def write_provenance(path: Path, provenance: Mapping[str, Any]) -> None:
 
 
 def is_weights_file(path: Path) -> bool:
-    """Whether the content, not the name, is HDF5 or a `.keras` archive."""
+    """Whether a file is HDF5 or a `.keras` archive, by content rather than name."""
     with path.open("rb") as file:
         if file.read(len(HDF5_SIGNATURE)) == HDF5_SIGNATURE:
             return True

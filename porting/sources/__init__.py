@@ -1,1 +1,1 @@
-"""Where checkpoints come from."""
+"""Sources of checkpoints: the table of published files, downloads, and the Hugging Face hub."""

@@ -1,4 +1,4 @@
-"""Fetching a file by URL into a cache: resumed where it broke off, whole or absent, once for all processes."""
+"""Download a file by URL into a cache: resumable, atomic, and only once for all processes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     import httpx
 
 CACHE_VARIABLE = "VAN_PORT_CACHE"
-_ATTEMPTS = 5  # in a row, without a byte of progress
+_ATTEMPTS = 5  # consecutive failures without a byte of progress
 _CONNECT_TIMEOUT = 10.0  # seconds
 _STALL_TIMEOUT = 30.0  # seconds without a byte
-_LONGEST_WAIT = 60.0  # seconds, whatever a server asks for
-# Of a file whose length the server does not say: it may go on and on, and must not fill the disk.
+_LONGEST_WAIT = 60.0  # seconds, even if a server asks for more
+# The limit for a file whose length the server does not state, so that it cannot fill the disk.
 _GREATEST_UNKNOWN = 32 << 30
-# As RFC 9110 writes a strong validator; anything else could not be sent back.
+# A strong validator according to RFC 9110. Only these can be sent back in If-Range.
 _STRONG_ETAG = re.compile(r'"[\x21\x23-\x7e]*"')
 _USER = re.compile(r"//[^/?#\s]*@")
 _SECRET = re.compile(r"(://[^?#\s]*)[?#]\S*")
@@ -34,7 +34,7 @@ _GONE = {401: "asks for a login", 403: "refuses access", 404: "has no such file"
 
 
 class _TryAgainError(Exception):
-    """A failure that may pass; `wait` is in seconds, None for the usual."""
+    """A temporary failure. `wait` is in seconds, or None for the default."""
 
     def __init__(self, reason: str, wait: float | None = None) -> None:
         super().__init__(reason)
@@ -42,14 +42,14 @@ class _TryAgainError(Exception):
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: `VAN_PORT_CACHE`, or the user's cache folder."""
+    """The folder for downloads: `VAN_PORT_CACHE`, or the user's cache folder."""
     import platformdirs
 
     return Path(os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_path("van-port", appauthor=False))
 
 
 def shown(url: str) -> str:
-    """The URL, or a text with URLs in it, without what may be secret: name and password, query and fragment."""
+    """Remove possible secrets from a URL or from URLs in a text: user name, password, query and fragment."""
     return _SECRET.sub(r"\1", _USER.sub("//", url))
 
 
@@ -61,13 +61,13 @@ def download(
     stall_timeout: float = _STALL_TIMEOUT,
     progress: Progress = SILENT,
 ) -> Path:
-    """The file at `url`, from the cache where it is there already, without asking the server then.
+    """Return the file at `url` as a local path. If it is in the cache, the server is not contacted.
 
-    A download that breaks off goes on where it stopped, in this run or the next, if the server can. `verify` raises
-    a PortingError for contents that are not what was wanted; they are not kept, and neither are those of another
-    hash than `sha256`. Several processes at once fetch the file once.
+    An interrupted download resumes, in this run or the next, if the server supports it. `verify` raises a PortingError
+    for wrong contents. A file that fails it, or whose hash is not `sha256`, is deleted. Concurrent processes download
+    the file once.
 
-    Raises SourceError with the reason and what to do.
+    Raises SourceError with the reason and a hint.
     """
     import filelock
 
@@ -100,12 +100,12 @@ def _cache_errors(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise SourceError(
             f"the cache {folder} cannot be used: {error.strerror or error}",
-            hint=f"Set {CACHE_VARIABLE} to a folder with room that you may write to.",
+            hint=f"Set {CACHE_VARIABLE} to a writable folder with free space.",
         ) from None
 
 
 def _fetch(url: str, part: Path, stall_timeout: float, progress: Progress) -> None:
-    """Brings `part` to its whole length, over as many requests as that takes."""
+    """Complete `part`, with as many requests as necessary."""
     import httpx
 
     failures = 0
@@ -116,15 +116,15 @@ def _fetch(url: str, part: Path, stall_timeout: float, progress: Progress) -> No
             try:
                 return _request(client, url, part, progress)
             except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
-                raise SourceError(f"{shown(url)}: not a URL to fetch from: {shown(str(error))}") from None
+                raise SourceError(f"{shown(url)}: not a URL that can be downloaded: {shown(str(error))}") from None
             except (_TryAgainError, httpx.TransportError, httpx.DecodingError) as error:
                 failures = 0 if _size(part) > before else failures + 1
                 reason = shown(str(error)) or type(error).__name__
                 if failures >= _ATTEMPTS or (failures and isinstance(error, httpx.ConnectError)):
-                    kept = f"; the {_size(part):,} bytes that came are kept" if _size(part) else ""
+                    kept = f"; the {_size(part):,} bytes received so far are kept" if _size(part) else ""
                     raise SourceError(
                         f"cannot fetch {shown(url)}: {reason}{kept}",
-                        hint="Try again later, or fetch the file by other means and give it with --checkpoint FILE.",
+                        hint="Try again later, or download the file by other means and give it with --checkpoint FILE.",
                     ) from None
                 wait = getattr(error, "wait", None)
                 time.sleep(min(2.0**failures / 2 if wait is None else wait, _LONGEST_WAIT))
@@ -133,7 +133,7 @@ def _fetch(url: str, part: Path, stall_timeout: float, progress: Progress) -> No
 
 
 def _request(client: httpx.Client, url: str, part: Path, progress: Progress) -> None:
-    """One request for what is still missing of `part`; returns when that is whole."""
+    """Send one request for the rest of `part`; return once it is complete."""
     begin, etag = _size(part), _etag_of(part)
     headers = {"Accept-Encoding": "identity"}
     tag = etag.read_text(encoding="latin-1") if begin and etag.is_file() else ""
@@ -146,9 +146,9 @@ def _request(client: httpx.Client, url: str, part: Path, progress: Progress) -> 
         if status in _GONE:
             raise SourceError(
                 f"cannot fetch {shown(url)}: the server {_GONE[status]} (HTTP {status})",
-                hint="Check the address, or give a file that you have with --checkpoint FILE.",
+                hint="Check the address, or give a local file with --checkpoint FILE.",
             )
-        if status == 416:  # what there is does not fit the file any more
+        if status == 416:  # the bytes received so far no longer fit the file
             _forget(part)
             raise _TryAgainError("the file has changed on the server")
         if status == 429 or status >= 500:
@@ -158,23 +158,23 @@ def _request(client: httpx.Client, url: str, part: Path, progress: Progress) -> 
         if response.headers.get("Content-Type", "").startswith("text/html"):
             raise SourceError(
                 f"{shown(url)} is a web page, not a file",
-                hint="Perhaps it asks for a login, or shows the file with a link to it; use that link.",
+                hint="Perhaps it asks for a login, or links to the file. Use the direct link.",
             )
         if status == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {begin}-"):
             _forget(part)
-            raise _TryAgainError("the server sent another part of the file than was asked for")
+            raise _TryAgainError("the server sent a different part of the file than requested")
         if status == 200:
             begin = 0
             etag.unlink(missing_ok=True)
-            # Only a strong validator says that two answers are the same bytes.
+            # Only a strong validator guarantees that two responses have the same bytes.
             if _STRONG_ETAG.fullmatch(tag := response.headers.get("ETag", "")):
                 etag.write_text(tag, encoding="ascii")
         length = response.headers.get("Content-Length")
         total = begin + int(length) if length is not None and length.isdigit() else 0
         if total - begin > (free := shutil.disk_usage(part.parent).free):
             raise SourceError(
-                f"cannot fetch {shown(url)}: it has {total:,} bytes, and the cache {part.parent} has room for {free:,}",
-                hint=f"Free space there, or set {CACHE_VARIABLE} to a folder with room.",
+                f"cannot fetch {shown(url)}: it has {total:,} bytes, but {part.parent} has only {free:,} free",
+                hint=f"Free space there, or set {CACHE_VARIABLE} to a folder with more space.",
             )
         done = begin
         with part.open("ab" if begin else "wb") as file:
@@ -184,12 +184,12 @@ def _request(client: httpx.Client, url: str, part: Path, progress: Progress) -> 
                 if not total and done > _GREATEST_UNKNOWN:
                     _forget(part)
                     raise SourceError(
-                        f"{shown(url)} does not say how long it is, and went on beyond {_GREATEST_UNKNOWN >> 30} GiB",
-                        hint="Fetch it by other means and give the file with --checkpoint.",
+                        f"{shown(url)} states no length and exceeds {_GREATEST_UNKNOWN >> 30} GiB",
+                        hint="Download it by other means and give the file with --checkpoint.",
                     )
                 progress(f"fetching {done / 2**20:,.0f} MiB", done, total)
     if total and done != total:
-        raise _TryAgainError(f"{done:,} of {total:,} bytes came")
+        raise _TryAgainError(f"received only {done:,} of {total:,} bytes")
 
 
 def _retry_after(response: httpx.Response) -> float | None:
@@ -198,7 +198,7 @@ def _retry_after(response: httpx.Response) -> float | None:
 
 
 def require_sha256(name: str, found: str | Path, sha256: str | None) -> None:
-    """Raises SourceError where a file, or the hash that it has, does not begin as expected; None expects nothing."""
+    """Raise SourceError unless the hash of a file, given as a path or as its hash, starts with `sha256`, if any."""
     if sha256 is None:
         return
     if isinstance(found, Path):
@@ -206,8 +206,8 @@ def require_sha256(name: str, found: str | Path, sha256: str | None) -> None:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     if not found.startswith(sha256.lower()):
         raise SourceError(
-            f"{name} has the sha256 {found}, and {sha256.lower()} was expected",
-            hint="The file is another one than you want, or was changed on the way. Do not use it.",
+            f"{name} has the sha256 {found}, but {sha256.lower()} was expected",
+            hint="This is the wrong file, or it was changed in transit. Do not use it.",
         )
 
 

@@ -1,4 +1,4 @@
-"""A published checkpoint as a local file."""
+"""Get a published checkpoint as a local file."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def fetch(
     sha256: str | None = None,
     progress: Progress = SILENT,
 ) -> Path:
-    """The checkpoint as a local file: embedded, from a cache, or downloaded there with progress.
+    """Return the checkpoint as a local file: embedded, from a cache, or downloaded to it with progress.
 
-    `verify` raises a PortingError where what was downloaded is not a whole checkpoint.
+    `verify` raises a PortingError if the download is not a complete checkpoint.
 
-    Raises SourceError, with what was wanted and how to give it by hand, when that is not possible, or the file has
-    another hash than `sha256`.
+    Raises SourceError if the file cannot be obtained or its hash is not `sha256`. The message names the file and how to
+    provide it manually.
     """
     sha256 = sha256 or source.sha256 or None
     if source.kind == "url":
         return download(source.file, sha256=sha256, verify=verify, progress=progress)
-    with progress.paused():  # the hub's client draws a bar of its own
+    with progress.paused():  # the hub's client draws its own progress bar
         path = _fetch_without_progress(source)
     require_sha256(source.label, path, sha256)
     return path
@@ -43,5 +43,5 @@ def _fetch_without_progress(source: Source) -> Path:
     raise SourceError(
         f"no official checkpoint of {source.family} {source.variant} is known on the Hugging Face hub.\n"
         f"What is known: {source.note}.",
-        hint="Give a checkpoint that you have with --checkpoint FILE.",
+        hint="Give your own checkpoint with --checkpoint FILE.",
     )

@@ -1,4 +1,4 @@
-"""Fetching a file from the Hugging Face hub, by the hub's own client and into its own cache."""
+"""Download a file from the Hugging Face hub with the hub's own client and cache."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def fetch_from_hub(source: Source) -> Path:
     cached = huggingface_hub.try_to_load_from_cache(source.repo, source.file, revision=revision)
     if isinstance(cached, str):
         return Path(cached)
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # what it would warn of is said below, once
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # the messages below replace its warnings
     reason = _why_unreachable(huggingface_hub.constants.ENDPOINT)
     if not reason:
         try:
@@ -47,16 +47,16 @@ def fetch_from_hub(source: Source) -> Path:
             reason = f"{type(error).__name__}: {shown(first_line)[:200]}"
     raise SourceError(
         f"cannot get {source.file} from {source.repo} on the Hugging Face hub: {reason}",
-        hint=f"Fetch {source.file} on a machine with access and give it with --checkpoint {source.file}, "
+        hint=f"Download {source.file} on a machine with access and give it with --checkpoint {source.file}, "
         "or set HF_HOME to a cache that holds it.",
     )
 
 
 def _why_unreachable(endpoint: str) -> str:
-    """Why there is no way to a server, "" where there seems to be one.
+    """Why a server cannot be reached, or "" if it seems to be reachable.
 
-    The hub's client tries for half a minute before it says so. Only what it could not get around either counts:
-    no name, no connection, no answer, through the proxies that the environment names.
+    The hub's client would retry for half a minute first. Only failures that the client could not avoid either count: no
+    name, no connection or no answer, through the proxies that the environment sets.
     """
     try:
         request = urllib.request.Request(endpoint, method="HEAD")

@@ -1,4 +1,4 @@
-"""Which checkpoints are published for a family. The table is a TOML file, such as weights/sources.toml."""
+"""The table of checkpoints published for a family. It is a TOML file, such as weights/sources.toml."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ USUAL_CLASSES = 1000
 
 @dataclass(frozen=True)
 class Source:
-    """One row of a table; `top1` in percent, as stated by the source, 0 where it states none.
+    """One row of a table.
 
-    `classes` is how many the published head has. `sha256` may be no more than the beginning of the hash, as it stands
-    in OpenMMLab's file names. An embedded `file` lies in `folder`.
+    `top1` is in percent, as stated by the source, or 0 if it states none. `classes` is the number of classes of the
+    published head. `sha256` may be only the beginning of the hash, as in OpenMMLab's file names. An embedded `file` is
+    in `folder`.
     """
 
     family: str
@@ -40,20 +41,20 @@ class Source:
 
     @property
     def label(self) -> str:
-        """What to call the file where provenance is shown."""
+        """The name of the file in provenance."""
         if self.kind == "huggingface":
             return shown(f"hf://{self.repo}/{self.file}" + (f"@{self.revision}" if self.revision else ""))
         return shown(self.file) if self.kind == "url" else self.file
 
 
 def embedded_table() -> Path:
-    """The table that comes with this package."""
+    """The path of the table that comes with this package."""
     return weights_folder() / "sources.toml"
 
 
 @cache
 def read_table(path: Path, family: str) -> tuple[Source, ...]:
-    """A family's rows in the table at `path`; raises SourceError where that is no such table."""
+    """Read a family's rows in the table at `path`; raises SourceError if it is not such a table."""
     try:
         rows: list[dict[str, Any]] = tomllib.loads(path.read_text(encoding="utf-8"))["source"]
         known = {field.name for field in fields(Source)} - {"folder"}
@@ -65,9 +66,9 @@ def read_table(path: Path, family: str) -> tuple[Source, ...]:
 
 
 def parse_location(family: str, variant: str, location: str | Path) -> Source | Path:
-    """What a user gave for a checkpoint: a path, `https://...`, or `hf://owner/repo/file[@revision]`.
+    """Parse a checkpoint location: a path, `https://...`, or `hf://owner/repo/file[@revision]`.
 
-    Raises SourceError for an address of another form.
+    Raises SourceError for an address in any other form.
     """
     text = str(location)
     if isinstance(location, Path) or "://" not in text:
@@ -78,10 +79,10 @@ def parse_location(family: str, variant: str, location: str | Path) -> Source | 
         try:
             split = urlsplit(text)
             whole = bool(split.hostname) and split.port != 0
-        except ValueError:  # of brackets and ports
+        except ValueError:  # for bad brackets and ports
             whole = False
         if not whole or not text.isprintable():
-            raise SourceError(f"{shown(text)}: not an address", hint="Its form is https://host/path/file.")
+            raise SourceError(f"{shown(text)}: not an address", hint="Use the form https://host/path/file.")
         return Source(family, variant, "url", text, license=unknown)
     if scheme == "hf":
         address, _, revision = rest.partition("@")
@@ -90,9 +91,9 @@ def parse_location(family: str, variant: str, location: str | Path) -> Source | 
             repo = "/".join(parts[:2])
             return Source(family, variant, "huggingface", parts[2], repo, license=unknown, revision=revision)
         raise SourceError(
-            f"{shown(text)}: not an address on the hub", hint="Its form is hf://owner/repo/file[@revision]."
+            f"{shown(text)}: not an address on the hub", hint="Use the form hf://owner/repo/file[@revision]."
         )
     raise SourceError(
-        f"{shown(text)}: no way to fetch {scheme}://",
+        f"{shown(text)}: {scheme}:// is not supported",
         hint="A checkpoint is a path, https://... or hf://owner/repo/file.",
     )

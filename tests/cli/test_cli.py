@@ -113,7 +113,7 @@ def test_check_of_what_does_not_fit(run_cli: RunCli, checkpoint: Path, ported: P
     weights_file.write_weights(other, van_tf.van_nano(classes=3), zeros_of(van_tf.van_nano(classes=3)))
     result = run_cli("check", "--variant", "nano", "--weights", other, "--checkpoint", checkpoint)
     assert result.exit_code == 7
-    assert "its variables are not those of van_tf.van_nano(): 2 of another shape: head/kernel" in result.output
+    assert "its variables do not match those of van_tf.van_nano(): 2 of another shape: head/kernel" in result.output
     assert run_cli("check", "--variant", "nano").exit_code == 2
     assert run_cli("check", "--from", "x.json", "--variant", "nano").exit_code == 2
     assert run_cli("check", "--from", tmp_path / "no.json").exit_code == 8
@@ -147,7 +147,7 @@ def write_b0(path: Path) -> None:
 
 ERRORS = {
     "missing": (lambda path: None, 5, "no such file", "Check the path"),
-    "html": (write_html, 3, "not a checkpoint: a web page", "fetch the file itself"),
+    "html": (write_html, 3, "not a checkpoint: a web page", "Download the file itself"),
     "b0 as nano": (write_b0, 4, "are not those of the model", "use --variant b0"),
 }
 

@@ -129,8 +129,8 @@ REFUSED: dict[Callable[[Any, Path], Path], str] = {
     foreign: "2 not in the model: dense",
     extra_layer: "2 not in the model: extra/bias, extra/kernel",
     empty: "no item named 'model.weights.h5'",
-    code: "holds code .a Lambda layer, say., which is never run",
-    huge_description: "describes a model of more than .* MiB, and has .* bytes",
+    code: "holds code, such as a Lambda layer; nothing in it was run",
+    huge_description: "describes a model of more than .* MiB, but has only .* bytes",
     another_extension: r"1 arrays not in the model, of shape \(3,\)",
 }
 
@@ -164,7 +164,7 @@ def test_a_provenance_of_ten_million_classes_is_not_believed(family: VanFamily, 
         provenance = json.loads(file.attrs["provenance"])
         file.attrs["provenance"] = json.dumps({**provenance, "num_classes": 10_000_000})
         del file["head"]
-    with pytest.raises(WeightsFileError, match="lists the layer head, and does not hold it"):
+    with pytest.raises(WeightsFileError, match="lists the layer head, but does not hold it"):
         revert(family, "nano", changed, tmp_path / "x.pth", check=False)
 
 

@@ -99,7 +99,7 @@ def test_the_suffix_names_the_format(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["x.hdf5", "x.pth", "x", ".h5"])
 def test_other_suffixes_are_refused(name: str) -> None:
-    with pytest.raises(OutputError, match="does not say which format") as caught:
+    with pytest.raises(OutputError, match="the suffix does not name a format") as caught:
         suffix_of(Path(name))
     assert all(suffix in caught.value.hint for suffix in SUFFIXES)
 
@@ -186,7 +186,7 @@ def test_a_file_of_another_model_says_which_variables_differ(tmp_path: Path) -> 
     with pytest.raises(WeightsFileError) as caught:
         load_model(path, lambda: build(5, "c"))
     assert caught.value.message == (
-        f"{path}: its variables are not those of the model: 1 missing: c/kernel; 1 not in the model: b/kernel; "
+        f"{path}: its variables do not match those of the model: 1 missing: c/kernel; 1 not in the model: b/kernel; "
         "2 of another shape: a/kernel: (4, 3) instead of (4, 5), a/bias: (3,) instead of (5,)"
     )
 
