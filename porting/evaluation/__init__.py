@@ -1,1 +1,1 @@
-"""Two models over a whole data set: readers, metrics that merge in any order, and engines that run them."""
+"""Evaluate two models on a whole data set: readers, metrics that merge in any order, and engines that run them."""

@@ -1,4 +1,4 @@
-"""From the bytes of a file, which may be anything, to the pixels that PyTorch's loaders give."""
+"""Decode the bytes of an untrusted image file to the same pixels as PyTorch's loaders."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL import Image
 
-# About twice the area at which Pillow warns of a decompression bomb.
+# About twice the area above which Pillow warns of a decompression bomb.
 MAX_PIXELS = 178_956_970
 _ORIENTATION = 0x0112
 
-# What a sample is left out for, and what is remarkable of one that is used; each with what is done.
+# Reasons to leave out a sample, and remarks on samples that are used, each with an explanation.
 REFUSED = {
-    "empty": "a file of no bytes",
-    "not an image": "no format that Pillow reads",
+    "empty": "the file has no bytes",
+    "not an image": "Pillow does not recognise the format",
     "truncated": "the file ends before the image does, or is damaged",
-    "too large": f"more than {MAX_PIXELS:,} pixels, or more bytes than are read",
+    "too large": f"more than {MAX_PIXELS:,} pixels, or too many bytes",
     "cannot be read": "the file is missing, or its storage fails",
-    "cannot be prepared": "resizing or cropping fails at its size",
+    "cannot be prepared": "resizing or cropping fails for its size",
 }
 REMARKS = {
-    "grayscale": "its one channel is repeated",
-    "palette": "its colours are looked up",
+    "grayscale": "its channel is repeated",
+    "palette": "its colours are looked up in the palette",
     "CMYK": "converted to RGB by Pillow, without a colour profile",
     "16-bit": "divided by 256",
     "alpha": "transparency is dropped",
-    "EXIF-rotated": "the orientation is ignored, as PyTorch's and TensorFlow's loaders do",
+    "EXIF-rotated": "the orientation is ignored, as in PyTorch's and TensorFlow's loaders",
     "animated": "the first frame is used",
 }
 
 
 class RefusedImageError(Exception):
-    """A sample that is left out; `cause` is a key of `REFUSED`."""
+    """A sample must be left out. `cause` is a key of `REFUSED`."""
 
     def __init__(self, cause: str, detail: str) -> None:
         super().__init__(f"{cause}: {detail}")
@@ -47,21 +47,21 @@ class RefusedImageError(Exception):
 
 @dataclass(frozen=True)
 class Decoded:
-    """An image in RGB, and what is remarkable of its file: keys of `REMARKS`."""
+    """An RGB image, and remarks on its file, which are keys of `REMARKS`."""
 
     image: Image.Image
     remarks: tuple[str, ...]
 
 
 def decode(data: bytes) -> Decoded:
-    """Raises RefusedImageError for bytes that are no whole image."""
+    """Decode an image; raises RefusedImageError for bytes that are not a complete image."""
     from PIL import Image, UnidentifiedImageError
 
     if not data:
         raise RefusedImageError("empty", "0 bytes")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of sizes below the limit, and of odd transparency
+            warnings.simplefilter("ignore")  # about sizes below the limit, and about unusual transparency
             with Image.open(io.BytesIO(data)) as file:
                 width, height = file.size
                 if width * height > MAX_PIXELS:
@@ -75,7 +75,7 @@ def decode(data: bytes) -> Decoded:
         raise RefusedImageError("too large", str(error)) from None
     except RefusedImageError:
         raise
-    except Exception as error:  # whatever Pillow's plugins raise on damaged files
+    except Exception as error:  # Pillow's plugins raise anything on damaged files
         raise RefusedImageError("truncated", str(error) or type(error).__name__) from None
 
 
@@ -99,7 +99,7 @@ def _remarks(file: Image.Image) -> tuple[str, ...]:
 
 
 def _rgb(file: Image.Image) -> Image.Image:
-    """As `Image.convert` gives it, except where that would cut values off at 255."""
+    """Convert to RGB like `Image.convert`, which would clip 16-bit values at 255, so these are divided first."""
     from PIL import Image
 
     if file.mode.startswith("I"):

@@ -1,4 +1,4 @@
-"""Running an evaluation: in this process, or on Ray. Both judge the same blocks and give the same tally."""
+"""Run an evaluation in this process or on Ray. Both judge the same blocks and produce the same tally."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from porting.evaluation.tally import Tally
 from porting.models.frameworks import holding_back_stderr
 
 ENGINES = ("local", "ray")
-# Blocks that are on their way while Keras runs another.
+# The number of blocks in preparation while Keras runs another.
 _AHEAD = 2
 _CPUS_TO_LOAD = 0.5
-# Into so many parts Ray divides a data set at most.
+# The maximum number of parts into which Ray divides a data set.
 _MOST_PARTS = 2000
-# Of a cluster that is started here, by Ray's count, besides those of one process for each model.
+# CPUs of a local cluster, as counted by Ray, in addition to those of one process per model.
 _CPUS_TO_READ = 2
 
 
 class Arm(Protocol):
-    """One model: `prepare` makes what it alone takes; calling it puts its results into the batch."""
+    """One model. `prepare` computes inputs that only this model takes; a call stores its results in the batch."""
 
     def prepare(self, batch: Batch, pool: Executor | None = None) -> None: ...
 
@@ -41,7 +41,7 @@ class Arm(Protocol):
 
 
 class Plan(Protocol):
-    """What is run. Ray's processes get a pickled copy."""
+    """What to run. Ray's processes get a pickled copy."""
 
     def load(self, block: Block, pool: Executor | None = None) -> Batch: ...
 
@@ -51,9 +51,9 @@ class Plan(Protocol):
 
 
 def run_local(plan: Plan, blocks: Iterable[Block]) -> Iterator[tuple[int, Tally]]:
-    """Every block's number and tally, in order.
+    """Run all blocks in this process, and yield the number and tally of each, in order.
 
-    While Keras runs one block, PyTorch runs the next, and those behind it are read and prepared.
+    While Keras runs one block, PyTorch runs the next, and later ones are read and prepared.
     """
     with contextlib.ExitStack() as stack:
         pytorch, keras = [stack.enter_context(plan.arm(name)) for name in (PYTORCH, SAME)]
@@ -92,16 +92,16 @@ def _then_none(blocks: Iterable[Block]) -> Iterator[Block | None]:
 def run_on_ray(
     plan: Plan, blocks: Iterable[Block], *, address: str = "", workers: tuple[int, int] = (1, 1), threads: int = 1
 ) -> Iterator[tuple[int, Tally]]:
-    """The same on Ray Data, in the order in which blocks get done; each is given once.
+    """Run all blocks on Ray Data, and yield the number and tally of each once, in order of completion.
 
-    Reading and decoding are tasks. Each model has a pool of actors, from one to the number in `workers`, each in a
-    process of its own that counts as `threads` CPUs. What dies is run again. `address` is of a cluster that is running;
-    else one starts on this machine and ends with the run.
+    Reading and decoding are tasks. Each model has a pool of actors, from one to the number in `workers`. Each actor is
+    a separate process that counts as `threads` CPUs. Ray restarts what fails. `address` is that of a running cluster;
+    without it, one starts on this machine and ends with the run.
 
-    Raises EngineError where Ray is missing or cannot be reached, or where a block cannot be run.
+    Raises EngineError if Ray is missing or cannot be reached, or if a block cannot be run.
     """
     require_ray()
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing about a user's work leaves the machine
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # do not send usage data
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -130,7 +130,7 @@ def run_on_ray(
         done: set[int] = set()
         for row in found.iter_rows():
             number, tally = pickle.loads(row["tally"])
-            if number not in done:  # what was run again after a failure may come twice
+            if number not in done:  # blocks that were run again after a failure may arrive twice
                 done.add(number)
                 yield number, tally
     except PortingError:
@@ -143,7 +143,7 @@ def run_on_ray(
 
 
 def require_ray() -> None:
-    """Raises EngineError where Ray is not installed."""
+    """Raise EngineError if Ray is not installed."""
     if any(find_spec(name) is None for name in ("ray", "pyarrow", "pandas")):
         raise EngineError("--engine ray needs Ray", hint="pip install 'van-port[ray]'")
 
@@ -158,12 +158,12 @@ def _start(ray: Any, address: str, cpus: int) -> None:
             ray.init(**options, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise EngineError(
-            f"Ray: {_last_line(error)}", hint="Check --ray-address, or leave it out to start Ray on this machine."
+            f"Ray: {_last_line(error)}", hint="Check --ray-address, or omit it to start Ray on this machine."
         ) from None
 
 
 def _require_reachable(address: str) -> None:
-    """Ray itself tries for minutes, and ends the process."""
+    """Raise EngineError if nothing answers at the address. Ray itself would retry for minutes and end the process."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         return
@@ -172,7 +172,7 @@ def _require_reachable(address: str) -> None:
     except (OSError, OverflowError) as error:
         raise EngineError(
             f"Ray: nothing answers at {address}: {error}",
-            hint="Check --ray-address, or leave it out to start Ray on this machine.",
+            hint="Check --ray-address, or omit it to start Ray on this machine.",
         ) from None
 
 
@@ -192,7 +192,7 @@ def _load(shared: bytes, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _ArmOnRay:
-    """One model in a process of its own; the last one also judges, so that only tallies travel on."""
+    """One model in a separate process. The last model also judges, so that only tallies are sent on."""
 
     def __init__(self, shared: bytes, name: str) -> None:
         self._plan = _plan_of(shared)

@@ -1,4 +1,4 @@
-"""One sample of a data set, where its bytes lie, and the blocks that models take at once."""
+"""Samples of a data set, where their bytes are, and the blocks that models take as batches."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from typing import Any
 from porting.errors import SourceError
 from porting.files.atomic import open_regular
 
-# No photo of a data set is larger; a size that a file states is not believed.
+# No photo of a data set is larger. A size that a file states is not trusted.
 MAX_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
 class Item:
-    """One sample: `name` for people; `label`, a class's number or None; and where its bytes are.
+    """One sample.
 
-    That is the file at `address`, a path or an address of fsspec, or `size` bytes of it from `start`; or `data`, where
-    a reader had to read them. `tokens` are those of a text.
+    `name` is for people, and `label` is the number of a class or None. The bytes are the file at `address`, a path or
+    an fsspec address, or `size` bytes of it from `start`; or `data`, if the reader has already read them. `tokens` are
+    the token ids of a text.
     """
 
     name: str
@@ -32,7 +33,7 @@ class Item:
     tokens: tuple[int, ...] | None = None
 
     def read(self) -> bytes:
-        """Its bytes; raises OverflowError for more of them than `MAX_BYTES`, or what the storage's client raises."""
+        """Read the bytes; raises OverflowError beyond `MAX_BYTES`, and passes on errors of the storage client."""
         if self.data is not None:
             return self.data
         with _opened(self.address) as file:
@@ -45,7 +46,7 @@ class Item:
 
 
 def _opened(address: str) -> Any:
-    """A path as it is, whatever characters it has; an address by fsspec."""
+    """Open a path unchanged, with any characters; open an address with fsspec."""
     if "://" not in address:
         return open_regular(Path(address))
     import fsspec
@@ -55,7 +56,7 @@ def _opened(address: str) -> Any:
 
 @dataclass(frozen=True)
 class Block:
-    """Samples that both models take in one batch, always the same ones, whatever the engine."""
+    """Samples that both models take in one batch. The division into blocks does not depend on the engine."""
 
     number: int
     start: int
@@ -63,11 +64,13 @@ class Block:
 
 
 def blocks_of(items: Iterable[Item], size: int, *, limit: int | None = None) -> Iterator[Block]:
-    """The samples in order, `size` a block, at most `limit` of them; raises SourceError where there are none."""
+    """Yield blocks of `size` samples, in order, up to `limit` samples; raises SourceError if there are none."""
     rest = itertools.islice(items, limit)
     number = 0
     while found := tuple(itertools.islice(rest, size)):
         yield Block(number, number * size, found)
         number += 1
     if not number:
-        raise SourceError("the data set holds no samples", hint="--data takes a folder of class folders, among others.")
+        raise SourceError(
+            "the data set contains no samples", hint="Check --data, for example a folder of class folders."
+        )

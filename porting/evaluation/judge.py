@@ -1,4 +1,4 @@
-"""What one batch says of both models: the results of the arms, as counts, sums and lists that merge."""
+"""Judge one batch: turn the results of the arms into counts, sums and lists that merge."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from porting.evaluation.tally import Tally
 from porting.kinds.transforms import Array
 from porting.parity.report import DEFAULT_MAX_RATIO
 
-# The arms, by the names that results and reports have for them.
+# The names of the arms in results and reports.
 PYTORCH, SAME, OWN = "pytorch", "keras", "keras_own"
 ARMS = (PYTORCH, SAME, OWN)
 # Consecutive arms differ in one thing: the model, then the preprocessing.
 MODEL, PREPROCESSING = "model", "preprocessing"
 STEPS = dict(zip((MODEL, PREPROCESSING), pairwise(ARMS), strict=True))
 CALIBRATION_BINS = 15
-# Samples that a step changes most, as many as reports show.
+# The number of most-changed samples that reports show.
 WORST = 20
 _TOP = 5
 _THUMBNAIL = 96
@@ -30,13 +30,13 @@ _THUMBNAIL = 96
 
 @dataclass(frozen=True)
 class Judge:
-    """Judges batches; `noise` is PyTorch's float32 error, relative to the RMS of a sample's logits."""
+    """Judges batches. `noise` is PyTorch's float32 error, relative to the RMS of a sample's logits."""
 
     classes: int
     noise: float
 
     def judge(self, batch: Batch) -> Tally:
-        """The batch as a tally; `batch.results` has the logits or probabilities of each arm, `(N, classes)`."""
+        """Turn a batch into a tally. `batch.results` holds the logits or probabilities of each arm, `(N, classes)`."""
         tally = opened(batch)
         if not batch.samples:
             return tally
@@ -68,7 +68,7 @@ class Judge:
             tally.counts[f"{arm}:top1"] += right
             tally.counts[f"{arm}:top5"] += bool(right_at[place] < _TOP)
             tally.counts[f"{arm}:class:{label}"] += right
-            # Halves of the data set, so that what one half suggests can be tried on the other.
+            # Count both halves of the data set separately, so that a finding from one can be tested on the other.
             half = batch.samples[place].number % 2
             tally.counts[f"{arm}:answers:{half}:{label}:{answers[place]}"] += 1
             if arm == PYTORCH:
@@ -80,7 +80,7 @@ class Judge:
                 tally.add(f"{arm}:bin:{bin_}", float(confidence[place]))
 
     def _compare(self, tally: Tally, step: str, first: Array, second: Array, batch: Batch) -> None:
-        """Two arms on the same samples."""
+        """Compare two arms on the same samples."""
         arms = STEPS[step]
         answers = first.argmax(1), second.argmax(1)
         divergence = kl(first, second)
@@ -116,13 +116,13 @@ class Judge:
                 tally.keep(f"{step}:worst", -float(sizes[place]), sample.number, record | shown)
 
     def _margin(self, result: Array, one: int, other: int) -> float:
-        """How far PyTorch's, or the first arm's, answer is ahead of the other one, in units of float32's noise."""
+        """How far the first arm's answer is ahead of the other answer, in units of float32's noise."""
         noise = self.noise * max(float(np.sqrt(np.square(result, dtype=np.float64).mean())), 1e-30)
         return float((np.float64(result[one]) - np.float64(result[other])) / noise)
 
 
 def log_probabilities(result: Array) -> Array:
-    """Of logits, or of probabilities where all rows are such, float64."""
+    """Convert logits, or probabilities if all rows are probabilities, to log probabilities in float64."""
     values = result.astype(np.float64)
     finite = values[np.isfinite(values).all(1)]
     if (finite >= 0).all() and np.allclose(finite.sum(1), 1.0, atol=1e-3) and len(finite):
@@ -133,23 +133,23 @@ def log_probabilities(result: Array) -> Array:
 
 
 def ranks(scores: Array, labels: Array) -> Array:
-    """How many classes are ahead of each label; equal ones are, where they have a smaller number."""
+    """The number of classes ranked before each label. Of equal scores, the smaller class number ranks first."""
     own = scores[np.arange(len(scores)), np.maximum(labels, 0)][:, None]
     earlier = np.arange(scores.shape[1])[None] < np.maximum(labels, 0)[:, None]
     ahead = ((scores > own) | ((scores == own) & earlier)).sum(1)
-    # NaN is ahead of nothing and behind nothing.
+    # A label whose score is NaN ranks last, because comparisons with NaN are false.
     found: Array = np.where(np.isfinite(own[:, 0]), ahead, scores.shape[1])
     return found
 
 
 def kl(first: Array, second: Array) -> Array:
-    """KL divergence of the second distribution from the first, one number a row, in nats."""
+    """The KL divergence of the second distribution from the first, one number per row, in nats."""
     found: Array = np.maximum((np.exp(first) * (first - second)).sum(1), 0.0)
     return found
 
 
 def _pictures(batch: Batch, place: int, step: str) -> dict[str, Any]:
-    """What each arm saw, as data URIs; none for texts."""
+    """The input image of each arm, as data URIs; empty for texts."""
     if not isinstance(batch.same, np.ndarray) or batch.same.ndim != 4 or batch.same.shape[3] not in {1, 3}:
         return {}
     seen = {SAME: batch.same[place]}

@@ -1,4 +1,4 @@
-"""From what a data set calls a class to the number that the model has for it."""
+"""Map the class names of a data set to the class numbers of the model."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from porting.errors import SourceError
 
 IMAGENET_CLASSES = 1000
 _SYNSET = re.compile(r"n\d{8}")
-_HINT = "Give the model's classes in its order, one a line, with --labels FILE."
+_HINT = "List the model's classes in order, one per line, in a file, and give it with --labels FILE."
 
 
 @dataclass(frozen=True)
 class Labels:
-    """The model's classes in its order; `names` has for each the names it goes by, none where they are not known.
+    """The model's classes in order. `names` holds all names of each class, and is empty if they are unknown.
 
-    With `ignored`, no label is looked at.
+    With `ignored`, labels are not read.
     """
 
     classes: int
@@ -27,7 +27,7 @@ class Labels:
     ignored: bool = False
 
     def number(self, stated: int | str | None) -> int | None:
-        """The class's number, which may lie outside the head; raises SourceError for a name that is not known."""
+        """The number of a class, which may be outside the head; raises SourceError for an unknown name."""
         if self.ignored:
             return None
         if isinstance(stated, float) and stated.is_integer():
@@ -40,14 +40,14 @@ class Labels:
         found = self._by_name.get(_plain(text))
         if found is not None:
             return found
-        if re.fullmatch(r"-?\d{1,9}(\.0)?", text):  # pandas writes 3.0 where a value is missing elsewhere
+        if re.fullmatch(r"-?\d{1,9}(\.0)?", text):  # pandas writes 3.0 if other values are missing
             return int(float(text))
-        raise SourceError(f"the label {text!r} is none of the model's {self.classes} classes", hint=_HINT)
+        raise SourceError(f"the label {text!r} is not one of the model's {self.classes} classes", hint=_HINT)
 
     def of_folders(self, folders: Sequence[str]) -> dict[str, int]:
-        """The number of the class that each folder is of: by name, by number, or all of them in sorted order.
+        """The class number of each folder: by name, by number, or for all folders in sorted order.
 
-        Raises SourceError where none of these fits.
+        Raises SourceError if none of these applies.
         """
         if self.ignored:
             return {}
@@ -63,18 +63,18 @@ class Labels:
         if _SYNSET.fullmatch(unknown) and self.classes == IMAGENET_CLASSES:
             hint = f"timm knows ImageNet's synsets: pip install 'van-port[timm]'. {_HINT}"
         raise SourceError(
-            f"the folder {unknown!r} is none of the model's {self.classes} classes, and there are {len(folders)} "
+            f"the folder {unknown!r} is not one of the model's {self.classes} classes, and there are {len(folders)} "
             "class folders",
             hint=hint,
         )
 
     def name(self, number: int) -> str:
-        """For people."""
+        """The name of a class, for people."""
         return self.names[number][-1] if 0 <= number < len(self.names) else str(number)
 
     @cached_property
     def _by_name(self) -> dict[str, int]:
-        """Every name that one class alone goes by; a class's own name goes before a shortened one of another."""
+        """Every unambiguous name. The full name of a class takes precedence over the shortened name of another."""
         found: dict[str, int] = {}
         for place in range(max(map(len, self.names), default=0)):
             numbers: dict[str, set[int]] = {}
@@ -90,13 +90,13 @@ def _plain(name: str) -> str:
 
 
 def read_labels(path: Path, classes: int) -> Labels:
-    """From a text file with one class a line; a synset before the name counts as another name of it."""
+    """Read labels from a text file with one class per line. A synset before the name is an additional name."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{path}: not a list of classes: {error}", hint=_HINT) from None
     if len(lines) != classes:
-        raise SourceError(f"{path}: {len(lines)} classes, and the model has {classes}", hint=_HINT)
+        raise SourceError(f"{path}: lists {len(lines)} classes, but the model has {classes}", hint=_HINT)
     names = []
     for line in lines:
         first, _, rest = line.partition(" ")
@@ -105,7 +105,7 @@ def read_labels(path: Path, classes: int) -> Labels:
 
 
 def usual_labels(classes: int, names: Sequence[str]) -> Labels:
-    """Those of a family, or ImageNet's where there are 1000 and timm is installed, or numbers alone."""
+    """The family's labels, else ImageNet's if there are 1000 classes and timm is installed, else only numbers."""
     if len(names) == classes:
         return Labels(classes, tuple((name,) for name in names))
     if classes == IMAGENET_CLASSES:

@@ -1,4 +1,4 @@
-"""How far an evaluation has come, in a file, so that one that was interrupted goes on where it was."""
+"""The progress of an evaluation in a file, from which an interrupted evaluation resumes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _MOST_BLOCKS = 50_000_000
 
 
 class ProgressFile:
-    """Blocks that are done and their tally, written every ten seconds and in the end; None for the path: kept nowhere.
+    """The finished blocks and their tally, written every ten seconds and at the end, or never if the path is None.
 
-    `identity` is what must be the same for the two halves of a run to be of one evaluation. Raises ReportError where
-    the file is of another, or none.
+    `identity` must be unchanged for a run to resume. Raises ReportError if the file belongs to another evaluation, or
+    is not a progress file.
     """
 
     def __init__(self, path: Path | None, identity: Mapping[str, Any]) -> None:
@@ -34,7 +34,7 @@ class ProgressFile:
             self._read(path)
 
     def _read(self, path: Path) -> None:
-        hint = "Remove the file to start anew, or give --resume another one."
+        hint = "Delete the file to start again, or give --resume another file."
         try:
             with open_regular(path) as file:
                 document = json.loads(file.read(_MAX_BYTES))
@@ -45,7 +45,7 @@ class ProgressFile:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ReportError(f"{path}: not the progress of an evaluation: {error}", hint=hint) from None
         if different:
-            raise ReportError(f"{path}: is of an evaluation with another {', '.join(different)}", hint=hint)
+            raise ReportError(f"{path}: belongs to an evaluation with a different {', '.join(different)}", hint=hint)
         self.tally, self.done = tally, done
 
     def add(self, block: int, tally: Tally) -> None:
@@ -55,7 +55,7 @@ class ProgressFile:
             self.write()
 
     def write(self) -> None:
-        """Raises OutputError."""
+        """Write the file; raises OutputError."""
         if self._path is None or not self.done:
             return
         document = {"identity": self._identity, "done": _ranges(self.done), "tally": self.tally.to_document()}
@@ -63,7 +63,7 @@ class ProgressFile:
         self._written = time.monotonic()
 
     def remove(self) -> None:
-        """The evaluation is whole."""
+        """Delete the file once the evaluation is complete."""
         if self._path is not None:
             self._path.unlink(missing_ok=True)
 
@@ -75,7 +75,7 @@ def _range(first: int, last: int) -> range:
 
 
 def _ranges(numbers: set[int]) -> list[tuple[int, int]]:
-    """Runs of consecutive numbers, first and last."""
+    """Runs of consecutive numbers, as their first and last."""
     found: list[tuple[int, int]] = []
     for number in sorted(numbers):
         if found and found[-1][1] == number - 1:

@@ -1,6 +1,6 @@
-"""Data sets of every form that `--data` takes, as samples in an order that never changes.
+"""Read data sets in every form that `--data` accepts, as samples in a fixed order.
 
-Nothing is read ahead and no code of a data set is run. Files may lie at any address that fsspec knows.
+Readers do not read ahead and never run code of a data set. Files may be at any address that fsspec supports.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from porting.evaluation.labels import Labels
 from porting.models.images import IMAGE_SUFFIXES
 
 _SUFFIXES = (*IMAGE_SUFFIXES, ".jpe", ".gif", ".tif", ".tiff")
-# By what a column of a table may be called, the likeliest first.
+# Possible names of a table's columns, the most likely first.
 _IMAGE_COLUMNS = ("image", "path", "file", "filename", "file_name", "image_path", "img", "jpg", "png")
 _LABEL_COLUMNS = ("label", "class", "target", "cls", "labels", "category", "synset", "fine_label")
 _TEXT_COLUMNS = ("text", "sentence", "content")
 _TOKEN_COLUMNS = ("token_ids", "input_ids", "tokens", "ids")
-# What holds a sample's label in a shard, the surest first.
+# The files that may hold a sample's label in a shard, the most reliable first.
 _LABEL_FILES = ("cls", "label", "json", "txt")
 _LONGEST_LINE = 64 << 20
 Tokenizer = Callable[[str], "list[int]"]
@@ -34,7 +34,7 @@ Tokenizer = Callable[[str], "list[int]"]
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set: `items` gives its samples from the first on; `total` is their number where that is cheap to know."""
+    """A data set. `items` iterates over its samples from the start; `total` is their number if it is cheap to get."""
 
     described: str
     items: Callable[[], Iterator[Item]]
@@ -43,13 +43,19 @@ class Dataset:
 
 
 def open_data(spec: str, labels: Labels, *, tokenizer: Tokenizer | None = None) -> Dataset:
-    """As `_open_data`, whose every error becomes a SourceError; a local path is the same from any working folder."""
+    """Open the data set that `spec` names. Any error becomes a SourceError.
+
+    `spec` is one of: a folder of class folders, or of images without labels; a `.csv` or `.jsonl` file of paths and
+    labels, or of texts; a `.parquet` file; `.tar` shards of WebDataset, with `{000..009}` or `*`;
+    `tfds:NAME[/CONFIG][:SPLIT]`; `hf:NAME[:SPLIT]`; or a folder that datasets saved. A local path is made absolute, so
+    that it stays valid in other working folders.
+    """
     local = "://" not in spec and spec.partition(":")[0] not in {"tfds", "hf"}
     try:
         found = _open_data(str(Path(spec).absolute()) if local else spec, labels, tokenizer=tokenizer)
     except PortingError:
         raise
-    except Exception as error:  # of storage clients and of packages that read data sets
+    except Exception as error:  # storage clients and packages that read data sets may raise anything
         raise SourceError(f"{spec}: {_first_line(error)}") from None
 
     def items() -> Iterator[Item]:
@@ -64,12 +70,7 @@ def open_data(spec: str, labels: Labels, *, tokenizer: Tokenizer | None = None) 
 
 
 def _open_data(spec: str, labels: Labels, *, tokenizer: Tokenizer | None = None) -> Dataset:
-    """The data set that `spec` names.
-
-    A folder of class folders, or of images alone; a `.csv` or `.jsonl` of paths and labels, or of texts; a `.parquet`;
-    `.tar` shards of WebDataset, with `{000..009}` or `*`; `tfds:NAME[/CONFIG][:SPLIT]`; `hf:NAME[:SPLIT]`, or a folder
-    that datasets saved. Raises SourceError.
-    """
+    """Open the data set that `spec` names, as `open_data` explains, without handling all errors."""
     scheme, _, rest = spec.partition(":")
     if scheme == "tfds" and rest:
         return _tfds(rest, labels)
@@ -85,11 +86,11 @@ def _open_data(spec: str, labels: Labels, *, tokenizer: Tokenizer | None = None)
         return _table(spec, suffix, labels, tokenizer)
     try:
         is_folder = file_system.isdir(path)
-    except Exception as error:  # whatever the storage's client raises
+    except Exception as error:  # the storage client may raise anything
         raise SourceError(f"{spec}: {_first_line(error)}") from None
     if not is_folder:
         raise SourceError(
-            f"{spec}: no such folder, and no data set by its name",
+            f"{spec}: no such folder, and not a known form of data set",
             hint="--data takes a folder, .csv, .jsonl, .parquet, .tar shards, tfds:NAME or hf:NAME.",
         )
     if file_system.exists(posixpath.join(path, "dataset_info.json")) or file_system.exists(
@@ -106,7 +107,7 @@ def _file_system(spec: str) -> tuple[Any, str]:
         file_system, path = fsspec.core.url_to_fs(spec)
     except (ImportError, ValueError) as error:
         raise SourceError(
-            f"{spec}: {_first_line(error)}", hint="fsspec needs a package for that kind of storage, such as s3fs."
+            f"{spec}: {_first_line(error)}", hint="fsspec needs a package for this kind of storage, such as s3fs."
         ) from None
     return file_system, path
 
@@ -116,14 +117,14 @@ def _first_line(error: BaseException) -> str:
 
 
 def _address(spec: str, file_system: Any, path: str) -> str:
-    """A path of a file system as an address that any process can open."""
+    """Convert a path in a file system to an address that any process can open."""
     return str(file_system.unstrip_protocol(path)) if "://" in spec else path
 
 
 def _folder(spec: str, file_system: Any, path: str, labels: Labels) -> Dataset:
     entries = sorted(file_system.ls(path, detail=True), key=lambda entry: str(entry["name"]))
     names = {entry["name"]: posixpath.basename(str(entry["name"]).rstrip("/")) for entry in entries}
-    # A link is neither a file nor a folder to fsspec.
+    # For fsspec, a link is neither a file nor a folder.
     kinds = {
         e["name"]: "directory" if e["type"] != "file" and file_system.isdir(e["name"]) else "file" for e in entries
     }
@@ -139,14 +140,14 @@ def _folder(spec: str, file_system: Any, path: str, labels: Labels) -> Dataset:
         for folder in folders or [path]:
             number = numbers.get(names.get(folder, ""))
             for each in files_in(folder):
-                # In class folders every file is meant as an image; beside images, other files may lie.
+                # In class folders, every file counts as an image. In a plain folder, other files may lie beside images.
                 if folders or each.lower().endswith(_SUFFIXES):
                     yield Item(posixpath.relpath(each, path), number, _address(spec, file_system, each))
 
-    # Where labels are ignored only the first samples are looked at.
+    # With ignored labels, only the first samples are read, so counting is not worth the time.
     total = sum(len(files_in(folder)) for folder in folders) if folders and not labels.ignored else None
     by_order = bool(folders) and not labels.names and any(not names[each].isdigit() for each in folders)
-    note = "class folders were numbered in sorted order: the model's class names are not known"
+    note = "class folders were numbered in sorted order, because the model's class names are unknown"
     return Dataset(spec, items, total, (note,) if by_order else ())
 
 
@@ -172,7 +173,7 @@ def _table(spec: str, suffix: str, labels: Labels, tokenizer: Tokenizer | None) 
                     if line.strip():
                         row = json.loads(line)
                         if not isinstance(row, dict):
-                            raise ValueError(f"line {number} is no object")
+                            raise ValueError(f"line {number} is not an object")
                         yield number, row
         except (OSError, ValueError, csv.Error, RecursionError) as error:
             raise SourceError(f"{spec}: cannot be read: {_first_line(error)}") from None
@@ -190,12 +191,14 @@ def _table(spec: str, suffix: str, labels: Labels, tokenizer: Tokenizer | None) 
                 yield Item(name, label, tokens=_token_ids(row[tokens], f"{spec}, {name}"))
             elif text := _column(row, _TEXT_COLUMNS):
                 if tokenizer is None:
-                    raise SourceError(f"{spec} holds texts", hint="Give the model's tokenizer with --tokenizer FOLDER.")
+                    raise SourceError(
+                        f"{spec} contains texts", hint="Give the model's tokenizer with --tokenizer FOLDER."
+                    )
                 yield Item(name, label, tokens=tuple(tokenizer(str(row[text]))))
             else:
                 raise SourceError(
                     f"{spec}, {name}: no column of images, texts or token ids among {', '.join(map(str, row))}",
-                    hint=f"Images are expected under {', '.join(_IMAGE_COLUMNS[:4])}, labels under label.",
+                    hint=f"Name the column of images {', '.join(_IMAGE_COLUMNS[:4])}, and that of labels label.",
                 )
 
     return Dataset(spec, items)
@@ -203,12 +206,12 @@ def _table(spec: str, suffix: str, labels: Labels, tokenizer: Tokenizer | None) 
 
 def _token_ids(value: Any, where: str) -> tuple[int, ...]:
     if not isinstance(value, list) or not value or not all(type(each) is int and 0 <= each < 2**31 for each in value):
-        raise SourceError(f"{where}: token ids are a list of whole numbers that are not negative")
+        raise SourceError(f"{where}: token ids must be a list of non-negative integers")
     return tuple(value)
 
 
 def _shards(spec: str, labels: Labels) -> Dataset:
-    """WebDataset: files of one sample lie side by side in a tar and have one name up to the first dot."""
+    """Open WebDataset shards. Files of one sample are adjacent in a tar and share their name up to the first dot."""
     import fsspec
 
     paths = sorted(address for part in _braces(spec) for address in _expanded(part))
@@ -220,8 +223,8 @@ def _shards(spec: str, labels: Labels) -> Dataset:
             try:
                 with fsspec.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
                     yield from _samples(path, tar)
-            except (OSError, tarfile.TarError, ValueError) as error:  # the last for storage without ranges of bytes
-                raise SourceError(f"{path}: not a whole tar file: {_first_line(error)}") from None
+            except (OSError, tarfile.TarError, ValueError) as error:  # ValueError: storage without byte ranges
+                raise SourceError(f"{path}: not a complete tar file: {_first_line(error)}") from None
 
     def _samples(path: str, tar: tarfile.TarFile) -> Iterator[Item]:
         key, image, label, rank = None, None, None, len(_LABEL_FILES)
@@ -233,7 +236,7 @@ def _shards(spec: str, labels: Labels) -> Dataset:
                 yield Item(name, labels.number(label), path, image.offset_data, image.size)
 
         while (member := tar.next()) is not None:
-            vars(tar)["members"] = []  # it would keep every one
+            vars(tar)["members"] = []  # the tar object would keep all members in memory
             if not member.isfile():
                 continue
             stem, _, ending = posixpath.basename(member.name).partition(".")
@@ -242,7 +245,7 @@ def _shards(spec: str, labels: Labels) -> Dataset:
                 yield from made()
                 key, image, label, rank = own, None, None, len(_LABEL_FILES)
             suffix = f".{ending.lower()}"
-            if suffix in _SUFFIXES or (image is None and suffix.endswith(_SUFFIXES)):  # x.jpg, rather than x.mask.png
+            if suffix in _SUFFIXES or (image is None and suffix.endswith(_SUFFIXES)):  # prefer x.jpg to x.mask.png
                 image = member
             elif ending.lower() in _LABEL_FILES[:rank] and member.size <= 1 << 20:
                 handle = tar.extractfile(member)
@@ -274,7 +277,7 @@ def _label_of_json(text: str) -> Any:
 
 
 def _braces(spec: str) -> Iterator[str]:
-    """`a{00..02}.tar` and `a{x,y}.tar`, written out; at most a million names."""
+    """Expand `a{00..02}.tar` and `a{x,y}.tar`, to at most a million names."""
     before, found, rest = spec.partition("{")
     inside, closed, after = rest.partition("}")
     if not found or not closed:
@@ -304,13 +307,13 @@ def _parquet(spec: str, labels: Labels) -> Dataset:
     def opened() -> Any:
         try:
             return parquet.ParquetFile(fsspec.open(spec, "rb").open())
-        except Exception as error:  # pyarrow's own errors derive from several
+        except Exception as error:  # pyarrow's errors have several base classes
             raise SourceError(f"{spec}: not a Parquet file: {_first_line(error)}") from None
 
     names = opened().schema_arrow.names
     image, label = _column(dict.fromkeys(names), _IMAGE_COLUMNS), _column(dict.fromkeys(names), _LABEL_COLUMNS)
     if image is None:
-        raise SourceError(f"{spec}: no column of images among {', '.join(names)}", hint="Call it image.")
+        raise SourceError(f"{spec}: no column of images among {', '.join(names)}", hint="Name it image.")
     base = spec.rpartition("/")[0]
 
     def items() -> Iterator[Item]:
@@ -324,7 +327,7 @@ def _parquet(spec: str, labels: Labels) -> Dataset:
 
 
 def _item_of(value: Any, name: str, label: int | None, base: str = "") -> Item:
-    """An image as a table holds it: bytes, a path, or both in a struct."""
+    """Make an item of a table's image value: bytes, a path, or a struct of both."""
     if isinstance(value, Mapping):
         if value.get("bytes") is not None:
             return Item(value.get("path") or name, label, data=bytes(value["bytes"]))
@@ -344,9 +347,10 @@ def _tfds(rest: str, labels: Labels) -> Dataset:
         builder = tfds.builder(name)
         split = split or ("test" if "test" in builder.info.splits else next(iter(builder.info.splits), "train"))
         total = int(builder.info.splits[split].num_examples)
-    except Exception as error:  # unknown names, and whatever its downloader raises
+    except Exception as error:  # unknown names, or any error of the downloader
         raise SourceError(
-            f"tfds:{rest}: {_first_line(error)}", hint="Prepare it first: tfds build NAME, or check its name and split."
+            f"tfds:{rest}: {_first_line(error)}",
+            hint="Prepare it first with tfds build NAME, or check its name and split.",
         ) from None
     features = builder.info.features
     image, label = _column(features, _IMAGE_COLUMNS), _column(features, _LABEL_COLUMNS)
@@ -375,7 +379,7 @@ def _hugging_face(rest: str, labels: Labels) -> Dataset:
         image, label = _column(found.features, _IMAGE_COLUMNS), _column(found.features, _LABEL_COLUMNS)
         if image is not None and isinstance(found.features[image], datasets.Image):
             found = found.cast_column(image, datasets.Image(decode=False))
-    except Exception as error:  # its own errors, its client's, and those of the file system
+    except Exception as error:  # errors of datasets, its client or the file system
         raise SourceError(
             f"hf:{rest}: {_first_line(error)}", hint="Check the name and the split: hf:NAME:SPLIT."
         ) from None
@@ -391,14 +395,17 @@ def _hugging_face(rest: str, labels: Labels) -> Dataset:
 
 
 def _numbering(own: list[str] | None, labels: Labels) -> Callable[[Any], int | None]:
-    """By the data set's own names where the model's are known and all fit; else as the data set numbers them."""
+    """A function from a stated label to a class number.
+
+    It maps the data set's class names if the model has all of them, else it uses the data set's own numbers.
+    """
     numbers: list[int | None] = []
     if own and labels.names:
         try:
             numbers = [labels.number(name) for name in own]
         except SourceError:
             numbers = []
-        if len(set(numbers)) < len(numbers):  # two names for one class tell nothing
+        if len(set(numbers)) < len(numbers):  # two names of one class are ambiguous
             numbers = []
     return lambda stated: (
         numbers[stated] if isinstance(stated, int) and 0 <= stated < len(numbers) else labels.number(stated)
@@ -415,7 +422,7 @@ def _package(name: str) -> Any:
 
 
 def hugging_face_tokenizer(folder: str) -> Tokenizer:
-    """The tokenizer that transformers saved in a folder, or that a file of tokenizers holds; raises SourceError."""
+    """Load a tokenizer that transformers saved in a folder; raises SourceError."""
     transformers = _package("transformers")
     try:
         made = transformers.AutoTokenizer.from_pretrained(folder)

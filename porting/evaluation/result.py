@@ -1,4 +1,4 @@
-"""What an evaluation found, from its tally: accuracies with intervals, what flipped, and whose fault it is."""
+"""The result of an evaluation, computed from its tally: accuracies with intervals, changed answers, and their cause."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from porting.evaluation.tally import Tally
 from porting.kinds.transforms import Array
 
 SCHEMA_VERSION = 1
-# What reports call the arms.
+# The names of the arms in reports.
 TITLES = {PYTORCH: "PyTorch", SAME: "Keras, same tensors", OWN: "Keras, own preprocessing"}
-# An assignment of labels is looked for in a dense matrix up to so many classes.
+# The maximum number of classes for which a permutation of labels is searched, because its matrix is dense.
 _MOST_CLASSES = 2048
 _FEWEST_LABELLED = 40
 _LEAST_GAIN = 0.1
 _LARGEST_EXPONENT = 700.0
-# Perplexities that differ by less are the same.
+# Perplexities whose relative difference is smaller count as equal.
 _SAME = 1e-6
 
 
 @dataclass(frozen=True)
 class Share:
-    """`right` of `total`, with Wilson's interval of 95%; None where there are none."""
+    """`right` of `total`, with Wilson's 95% interval. The rate and interval are None if `total` is 0."""
 
     right: int
     total: int
@@ -39,10 +39,10 @@ class Share:
 
 @dataclass(frozen=True)
 class ArmResult:
-    """One arm over the data set.
+    """One arm on the whole data set.
 
-    `calibration_error` is the expected one of 15 bins of confidence, and `bins` are `(count, mean confidence, share
-    right)`. `perplexity` is a language model's. `seconds` are those spent in the model.
+    `calibration_error` is the expected calibration error over 15 bins of confidence, and `bins` are `(count, mean
+    confidence, share right)`. `perplexity` is that of a language model. `seconds` is the time spent in the model.
     """
 
     name: str
@@ -57,12 +57,12 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Two consecutive arms on the same samples: what the model, or what the preprocessing changes.
+    """Two consecutive arms on the same samples: the effect of the model, or of the preprocessing.
 
-    `answers` are compared; `flips` of them differ, of which `ties` are within float32's noise. `lost` and `won` are
-    samples that only the first, or only the second arm has right, and `p_value` is McNemar's. `points` is the
-    difference of the top-1 accuracies in points. `kl` is in nats. `exchanged` are pairs of classes: where the first
-    arm answers one of them, the second mostly answers the other.
+    Of `answers` compared, `flips` differ, of which `ties` are within float32's noise. `lost` counts samples that only
+    the first arm has right, `won` those that only the second has right, and `p_value` is McNemar's. `points` is the
+    difference of the top-1 accuracies in percentage points. `kl` is in nats. `exchanged` holds pairs of classes: where
+    the first arm answers one, the second mostly answers the other.
     """
 
     name: str
@@ -85,15 +85,16 @@ class StepResult:
 
     @property
     def blamed(self) -> bool:
-        """Whether it changes answers by more than rounding could."""
+        """Whether this step changes answers beyond float32's ties."""
         return self.flips > self.ties
 
 
 @dataclass(frozen=True)
 class LabelAdvice:
-    """Labels that a permutation explains: `mapping` of the data set's label to the model's class, where they differ.
+    """A permutation that explains the labels: `mapping` pairs the data set's labels with the model's classes.
 
-    `plain` and `permuted` are accuracies on the half of the samples that the permutation was not found on.
+    It lists only the labels that change. `plain` and `permuted` are accuracies on the half of the samples that the
+    permutation was not derived from.
     """
 
     plain: float
@@ -102,14 +103,14 @@ class LabelAdvice:
 
     @property
     def shift(self) -> int | None:
-        """By how much all labels are off, where that is the same for all."""
+        """The offset of the labels, if it is the same for all."""
         shifts = {model - label for label, model in self.mapping}
         return shifts.pop() if len(shifts) == 1 else None
 
 
 @dataclass(frozen=True)
 class ClassResult:
-    """One class: its samples, and how many of them each arm has right."""
+    """One class: the number of its samples, and how many of them each arm has right."""
 
     number: int
     samples: int
@@ -118,9 +119,9 @@ class ClassResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Both models over a data set. `flips` and `worst` are samples by step, `refused` and `remarks` counts by cause.
+    """Both models on a data set. `flips` and `worst` hold samples by step, `refused` and `remarks` counts by cause.
 
-    `refused_samples`, `remarked`, `outside` and `duplicates` name samples, the first ones of each.
+    `refused_samples`, `remarked`, `outside` and `duplicate_samples` name the first samples of each.
     """
 
     samples: int
@@ -155,17 +156,17 @@ class Evaluation:
 
     @property
     def blame(self) -> str:
-        """What changes answers: "the model", "the preprocessing", both, or "nothing"."""
+        """The cause of changed answers: "the model", "the preprocessing", both, or "nothing"."""
         return " and ".join(f"the {step.name}" for step in self.steps if step.blamed) or "nothing"
 
     def class_name(self, number: Any) -> str:
-        """A class's name where it is known, else its number."""
+        """The name of a class if it is known, else its number."""
         known = isinstance(number, int) and 0 <= number < len(self.class_names)
         return self.class_names[number] if known else str(number)
 
 
 def evaluation_of(tally: Tally, *, classes: int, names: tuple[str, ...], noise: float) -> Evaluation:
-    """The evaluation that a whole data set's tally amounts to; `names` are of all classes, or none."""
+    """Compute the evaluation from the tally of a whole data set. `names` holds all class names, or none."""
     counts = tally.counts
     labelled = counts["labelled"]
     arms = tuple(_arm(tally, name, labelled) for name in ARMS if tally.seconds.get(name) is not None)
@@ -197,7 +198,7 @@ def evaluation_of(tally: Tally, *, classes: int, names: tuple[str, ...], noise: 
 
 
 def share(right: int, total: int) -> Share:
-    """With Wilson's score interval of 95%."""
+    """A share with Wilson's 95% score interval."""
     from scipy.stats import binomtest
 
     if not total:
@@ -207,7 +208,7 @@ def share(right: int, total: int) -> Share:
 
 
 def mcnemar(lost: int, won: int) -> float | None:
-    """The exact two-sided p-value that samples change to one side only by chance; None where none changes."""
+    """McNemar's exact two-sided p-value for `lost` against `won` samples; None if both are 0."""
     from scipy.stats import binomtest
 
     return float(binomtest(lost, lost + won, 0.5).pvalue) if lost + won else None
@@ -267,7 +268,7 @@ def _perplexity(nll: float | None) -> float | None:
 
 
 def _exchanged(counts: Mapping[str, int], step: str) -> tuple[tuple[int, int], ...]:
-    """Where the second arm mostly answers another class than the first, and always the same."""
+    """Pairs of classes for which the second arm mostly answers one particular other class."""
     found = []
     for key, count in counts.items():
         if key.startswith(f"{step}:flip:"):
@@ -290,7 +291,7 @@ def _classes(counts: Mapping[str, int], arms: Iterable[str]) -> tuple[ClassResul
 
 
 def _label_advice(counts: Mapping[str, int], classes: int, labelled: int) -> LabelAdvice | None:
-    """A permutation of the labels, found on one half of the samples, that explains PyTorch's answers on the other."""
+    """Find a permutation of the labels on one half of the samples that explains PyTorch's answers on the other."""
     from scipy.optimize import linear_sum_assignment
 
     if labelled < _FEWEST_LABELLED or not 1 < classes <= _MOST_CLASSES:
@@ -301,7 +302,7 @@ def _label_advice(counts: Mapping[str, int], classes: int, labelled: int) -> Lab
             half, label, answer = map(int, key.rsplit(":", 3)[1:])
             halves[half, label, answer] += count
     found, tried = halves
-    # Of equally good assignments the one that leaves a label alone.
+    # Of equally good assignments, prefer the one that keeps labels unchanged.
     rows, columns = linear_sum_assignment(found + 0.5 * np.eye(classes), maximize=True)
     total = int(tried.sum())
     plain, permuted = share(int(np.trace(tried)), total), share(int(tried[rows, columns].sum()), total)
@@ -315,7 +316,7 @@ def _label_advice(counts: Mapping[str, int], classes: int, labelled: int) -> Lab
 
 
 def duplicates(hashes: Array) -> list[list[int]]:
-    """Groups of samples whose files are the same, by number; files that could not be read have no hash."""
+    """Groups of samples with identical files, by number. Files that could not be read have no hash."""
     order = np.argsort(hashes, kind="stable")
     ordered = hashes[order]
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
@@ -326,24 +327,22 @@ def duplicates(hashes: Array) -> list[list[int]]:
 def objections(
     found: Evaluation, *, max_flips: int | None = None, max_drop: float | None = None, earlier: Evaluation | None = None
 ) -> list[str]:
-    """Why an evaluation does not pass its gates, in words.
+    """The reasons why an evaluation fails its gates, as sentences.
 
-    `max_flips` bounds the answers that the model itself changes. `max_drop` bounds, in points of top-1, how far any
-    arm of Keras is below PyTorch. `earlier` is an evaluation that this one must not be worse than.
+    `max_flips` limits the answers that the model itself changes. `max_drop` limits by how many points of top-1 any
+    Keras arm is below PyTorch. This evaluation must not be worse than `earlier`.
     """
     said = []
     model, pytorch = found.step(MODEL), found.arm(PYTORCH)
     if max_flips is not None and (model is None or not model.answers):
-        said.append("no answers were compared, and --max-flips needs some")
+        said.append("--max-flips cannot be applied: no answers were compared")
     if max_drop is not None and not found.labelled:
-        said.append("no sample has a label of the head, and --max-drop needs some")
+        said.append("--max-drop cannot be applied: no sample has a label within the head")
     if earlier is not None and (found.samples, found.context.get("data")) != (
         earlier.samples,
         earlier.context.get("data"),
     ):
-        said.append(
-            f"the baseline is of {earlier.samples:,} samples of {earlier.context.get('data')}: not the same data"
-        )
+        said.append(f"the baseline used different data: {earlier.samples:,} samples of {earlier.context.get('data')}")
         earlier = None
     if max_flips is not None and model is not None and model.flips > max_flips:
         said.append(f"{model.flips:,} answers differ from PyTorch's on the same tensors; {max_flips:,} are allowed")
@@ -356,7 +355,7 @@ def objections(
         before = earlier.arm(arm.name) if earlier is not None else None
         if before is not None and (arm.perplexity or 0.0) > (before.perplexity or math.inf) * (1 + _SAME):
             said.append(
-                f"{TITLES[arm.name]}: perplexity is {arm.perplexity:.6g}, and the baseline's {before.perplexity:.6g}"
+                f"{TITLES[arm.name]}: perplexity is {arm.perplexity:.6g}, the baseline's is {before.perplexity:.6g}"
             )
         if before is not None and arm.top1.rate is not None and before.top1.rate is not None:
             loss = 100 * (before.top1.rate - arm.top1.rate)
@@ -376,7 +375,7 @@ def _drop(arm: ArmResult, pytorch: ArmResult | None) -> float | None:
 
 
 def explained(found: Evaluation) -> list[str]:
-    """What was found, in sentences, the most important first."""
+    """The findings as sentences, the most important first."""
     lines = []
     if (advice := found.label_advice) is not None:
         how = (
@@ -393,11 +392,11 @@ def explained(found: Evaluation) -> list[str]:
         lines.append(_step_text(step, found))
     if found.outside_the_head:
         lines.append(
-            f"Labels outside the head's {found.classes} classes: {found.outside_the_head:,}; those samples count in "
-            "agreement alone."
+            f"Labels outside the head's {found.classes} classes: {found.outside_the_head:,}; those samples count only "
+            "for agreement."
         )
     if found.duplicates:
-        lines.append(f"Copies of another file: {found.duplicates:,}; they count like all other samples.")
+        lines.append(f"Duplicate files: {found.duplicates:,}; they count like all other samples.")
     for cause, count in found.refused.items():
         were = "sample was" if count == 1 else "samples were"
         lines.append(f"{count:,} {were} left out: {cause} ({REFUSED.get(cause, 'not for this model')}).")

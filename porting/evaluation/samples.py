@@ -1,4 +1,4 @@
-"""A block as it goes through the stages of an evaluation: read, prepared for each arm, run, judged."""
+"""A block of samples on its way through an evaluation: read, prepared for each arm, run and judged."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from porting.kinds.transforms import Array
 if TYPE_CHECKING:
     from PIL import Image
 
-# An RGB image to `(H, W, C)` float32.
+# Maps an RGB image to `(H, W, C)` float32.
 Prepare = Callable[["Image.Image"], Array]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample of a block that both models take; `number` is its place in the data set."""
+    """A readable sample of a block. `number` is its position in the data set."""
 
     number: int
     name: str
@@ -34,12 +34,12 @@ class Sample:
 
 @dataclass
 class Batch:
-    """The samples of a block that could be read, and what each arm takes for them.
+    """The readable samples of a block, and the inputs of each arm.
 
-    `same` goes to both models, `(N, H, W, C)` float32 or token ids and a mask by name. `pixels` are the images before
-    any preparation, until `own`, prepared Keras's own way, is made of them. `refused` and `remarks` say what is
-    remarkable of a sample's file: its number, its name, the cause, and for a refusal its details. `results` are the
-    arms', by name.
+    `same` is the input of both models: `(N, H, W, C)` float32, or token ids and a mask by name. `pixels` holds the
+    images before preprocessing until `own`, with Keras's own preprocessing, is computed from them. `refused` holds the
+    number, name, cause and details of each sample left out, and `remarks` the number, name and remark of others.
+    `results` holds the results by arm.
     """
 
     block: int
@@ -55,7 +55,7 @@ class Batch:
 
 
 def load_images(block: Block, prepare: Prepare, pool: Executor | None = None, *, keep_pixels: bool = False) -> Batch:
-    """Reads, decodes and prepares a block's images as PyTorch takes them, several at once where there is a pool."""
+    """Read, decode and prepare a block's images for PyTorch, in parallel if there is a pool."""
 
     def one(item: Item) -> _Loaded:
         loaded = _Loaded(item)
@@ -76,7 +76,7 @@ def load_images(block: Block, prepare: Prepare, pool: Executor | None = None, *,
     for number, loaded in enumerate(found, block.start):
         name = loaded.item.name
         if loaded.same is None:
-            assert loaded.refusal is not None  # one of the two is there
+            assert loaded.refusal is not None  # one of the two is set
             batch.refused.append((number, name, loaded.refusal.cause, loaded.refusal.detail[:200]))
             continue
         batch.samples.append(Sample(number, name, loaded.item.label))
@@ -90,7 +90,7 @@ def load_images(block: Block, prepare: Prepare, pool: Executor | None = None, *,
 
 
 def opened(batch: Batch) -> Tally:
-    """A tally with all that is known of a batch before its results are: its files, and the time that it took."""
+    """A tally with what is known about a batch before its results: its files and its loading time."""
     tally = Tally()
     tally.remember(batch.block, batch.hashes)
     tally.seconds.update(batch.seconds)
@@ -105,14 +105,14 @@ def opened(batch: Batch) -> Tally:
 
 
 def prepare_own(batch: Batch, prepare: Prepare, pool: Executor | None = None) -> None:
-    """Prepares the images of a batch Keras's own way; what comes out the same is not kept twice."""
+    """Prepare the images of a batch with Keras's own preprocessing; if the result equals `same`, share the array."""
     if not batch.pixels:
         return
 
     def one(image: Image.Image) -> Array | str:
         try:
             return prepare(image)
-        except Exception as error:  # of the user's own code, on sizes that nobody tried
+        except Exception as error:  # the user's code may fail for some sizes
             return str(error) or type(error).__name__
 
     made = list(map(one, batch.pixels) if pool is None else pool.map(one, batch.pixels))
@@ -120,10 +120,12 @@ def prepare_own(batch: Batch, prepare: Prepare, pool: Executor | None = None) ->
     for place, each in enumerate(made):
         if isinstance(each, str):
             sample = batch.samples[place]
-            batch.refused.append((sample.number, sample.name, "cannot be prepared", f"Keras's own way: {each}"[:200]))
+            batch.refused.append(
+                (sample.number, sample.name, "cannot be prepared", f"Keras's own preprocessing: {each}"[:200])
+            )
     batch.samples = [batch.samples[place] for place in kept]
     batch.same = batch.same[kept]
-    # On Ray, PyTorch has run already.
+    # On Ray, PyTorch has already run.
     batch.results = {arm: result[kept] for arm, result in batch.results.items()}
     batch.pixels = []
     if kept:
@@ -132,12 +134,12 @@ def prepare_own(batch: Batch, prepare: Prepare, pool: Executor | None = None) ->
 
 
 def _stacked(images: Sequence[Any]) -> Array:
-    """Raises SourceError for images of several sizes."""
+    """Stack images; raises SourceError if their sizes differ."""
     shapes = sorted({np.shape(image) for image in images})
     if len(shapes) > 1:
         raise SourceError(
             f"prepared images have several shapes: {', '.join(map(str, shapes[:4]))}",
-            hint="A function for --keras-preprocessing or --pytorch-preprocessing gives one size for all images.",
+            hint="A function for --keras-preprocessing or --pytorch-preprocessing must return one size for all images.",
         )
     return np.stack(images)
 
@@ -157,20 +159,20 @@ def _read(item: Item) -> bytes:
         return item.read()
     except OverflowError as error:
         raise RefusedImageError("too large", str(error)) from None
-    except Exception as error:  # of the file system, or of a storage's client, whatever it raises
+    except Exception as error:  # the file system or a storage client may raise anything
         raise RefusedImageError("cannot be read", str(error) or repr(error)) from None
 
 
 def _prepared(found: Decoded, prepare: Prepare) -> Array:
     try:
         return prepare(found.image)
-    except Exception as error:  # the code of other packages, on sizes that nobody tried
+    except Exception as error:  # code of other packages may fail for some sizes
         size = "x".join(map(str, found.image.size))
         raise RefusedImageError("cannot be prepared", f"{size} pixels: {error}") from None
 
 
 def load_tokens(block: Block, longest: int, vocabulary: int) -> Batch:
-    """Token ids of a block's texts, cut at the `longest` that the model takes, with zeros and a mask behind others."""
+    """Load the token ids of a block's texts, truncated to `longest` tokens and padded with zeros and a mask."""
     batch = Batch(block.number, np.zeros(len(block.items), np.uint64))
     rows = []
     for place, (number, item) in enumerate(enumerate(block.items, block.start)):
@@ -179,7 +181,7 @@ def load_tokens(block: Block, longest: int, vocabulary: int) -> Batch:
         if not tokens:
             batch.refused.append((number, item.name, "empty", "no tokens"))
         elif max(tokens) >= vocabulary:
-            detail = f"token {max(tokens)}, and the model knows {vocabulary}"
+            detail = f"token {max(tokens)}, but the vocabulary has {vocabulary}"
             batch.refused.append((number, item.name, "unknown token", detail))
         else:
             if len(tokens) > longest:

@@ -1,7 +1,7 @@
-"""Counts, sums and lists that merge in any order and grouping into exactly the same result.
+"""Counts, sums and lists whose merge gives exactly the same result in any order and grouping.
 
-Counts are whole numbers. Sums are kept as whole multiples of 2^-80, so that adding them is associative. Lists keep the
-first of an order that samples have by themselves.
+Counts are integers. Sums are stored as integer multiples of 2^-80, so that addition is associative. Lists keep the
+first entries of an order that depends only on the samples.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import numpy as np
 from porting.kinds.transforms import Array
 
 _SCALE = 80
-# How many samples each list keeps.
+# The number of samples that each list keeps.
 KEPT = 200
 
 
 class Tally:
-    """What is known of some samples; `merge` adds those of others.
+    """Statistics of some samples. `merge` adds those of other samples.
 
-    `counts` and `sums` are by name. `lists` hold `(order, sample, record)` by name: the `KEPT` with the smallest order,
-    then the smallest number of the sample. `hashes` are 64 bits of each sample's bytes, by block.
+    `counts` and sums are by name. `lists` holds `(order, sample, record)` by name: the `KEPT` entries with the smallest
+    order, then the smallest sample number. `hashes` holds 64 bits of the hash of each sample's bytes.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Tally:
         self._hashes: list[tuple[int, bytes]] = []
 
     def add(self, name: str, value: float) -> None:
-        """To a sum; a value that is not finite is counted apart."""
+        """Add a value to a sum. Non-finite values are counted separately."""
         if not math.isfinite(value):
             self.counts[f"{name}.not_finite"] += 1
             return
@@ -46,7 +46,7 @@ class Tally:
         self._sums[name] += whole << shift if shift >= 0 else whole >> -shift
 
     def mean(self, name: str, count: int) -> float | None:
-        """Of `count` values that were added; infinite where one of them was not finite, None where there are none."""
+        """The mean of `count` added values: infinite if any was non-finite, None if there are none."""
         if self.counts[f"{name}.not_finite"]:
             return math.inf
         return self.sum(name) / count if count else None
@@ -56,14 +56,14 @@ class Tally:
         return math.ldexp(total, -_SCALE) if abs(total) < 2**53 else total / (1 << _SCALE)
 
     def keep(self, name: str, order: float, sample: int, record: Mapping[str, Any]) -> None:
-        """In a list, as long as it is among the first of it."""
+        """Add a record to a list, which keeps only its first entries."""
         found = self.lists.setdefault(name, [])
         found.append((order, sample, dict(record)))
         if len(found) > 2 * KEPT:
             self._shorten(name)
 
     def first(self, name: str, count: int = KEPT) -> list[dict[str, Any]]:
-        """Of a list, in its order."""
+        """The first records of a list, in order."""
         self._shorten(name)
         return [record for _, _, record in self.lists.get(name, [])[:count]]
 
@@ -72,17 +72,17 @@ class Tally:
             self.lists[name] = sorted(self.lists[name], key=lambda entry: entry[:2])[:KEPT]
 
     def remember(self, block: int, hashes: Array) -> None:
-        """Of all samples of a block, uint64."""
+        """Store the hashes of all samples of a block, uint64."""
         self._hashes.append((block, np.ascontiguousarray(hashes, "<u8").tobytes()))
 
     @property
     def hashes(self) -> Array:
-        """Of all samples, in the order of the data set."""
+        """The hashes of all samples, in the order of the data set."""
         return np.frombuffer(b"".join(data for _, data in sorted(self._hashes)), "<u8")
 
     def merge(self, other: Tally) -> None:
         self.counts += other.counts
-        for name, value in other._sums.items():  # `+=` would drop what is not positive
+        for name, value in other._sums.items():  # `+=` would drop values that are not positive
             self._sums[name] += value
         self.seconds.update(other.seconds)
         for name, entries in other.lists.items():
@@ -91,7 +91,7 @@ class Tally:
         self._hashes += other._hashes
 
     def to_document(self) -> dict[str, Any]:
-        """As plain values for JSON."""
+        """Convert to plain values for JSON."""
         return {
             "counts": dict(self.counts),
             "sums": {name: str(value) for name, value in self._sums.items()},
@@ -102,7 +102,7 @@ class Tally:
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> Tally:
-        """Raises ValueError, TypeError, KeyError or AttributeError for what `to_document` did not make."""
+        """Restore a tally; raises ValueError, TypeError, KeyError or AttributeError if the document is invalid."""
         made = cls()
         made.counts.update({str(name): int(value) for name, value in document["counts"].items()})
         for name, value in document["sums"].items():

@@ -1,4 +1,4 @@
-"""What one batch of texts says of both models: the next tokens that they expect, or the features that they give."""
+"""Judge one batch of texts: compare the next-token predictions of both models, or their features."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from porting.kinds.transforms import Array
 class TextJudge:
     """Judges batches of token ids.
 
-    Results are logits of the `vocabulary`'s next token, `(N, T, vocabulary)`, or features, `(N, T, width)`, which the
-    table `head`, `(vocabulary, width)`, turns into such logits where there is one.
+    Results are next-token logits, `(N, T, vocabulary)`, or features, `(N, T, width)`. If `head`, a token embedding of
+    shape `(vocabulary, width)`, is given, features are multiplied by it to get logits.
     """
 
     vocabulary: int
@@ -48,7 +48,7 @@ class TextJudge:
         return log_probabilities(features) if features.shape[-1] == self.vocabulary else None
 
     def _compare(self, tally: Tally, first: Array | None, second: Array | None, tokens: Array) -> dict[str, float]:
-        assert first is not None  # as the caller saw
+        assert first is not None  # the caller has checked
         assert second is not None
         divergence, change = kl(first, second), np.abs(np.exp(first) - np.exp(second)).max(1)
         same = int((first.argmax(1) == second.argmax(1)).sum())
@@ -65,6 +65,6 @@ class TextJudge:
 
 
 def _relative(first: Array, second: Array) -> float:
-    """RMS of the difference, relative to the first."""
+    """The RMS of the difference, relative to that of the first."""
     scale = float(np.sqrt(np.square(first).mean()))
     return float(np.sqrt(np.square(first - second).mean())) / (scale or 1.0)

@@ -108,7 +108,7 @@ def test_nothing_that_is_read_is_overwritten(run_cli: RunCli, arguments: list[st
     before = ported.read_bytes()
     result = run_cli(*arguments, "--resume", ported)
     assert result.exit_code == 2
-    assert "is the file that --weights reads" in result.output
+    assert "is also the file that --weights reads" in result.output
     assert ported.read_bytes() == before
 
 

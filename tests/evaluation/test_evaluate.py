@@ -193,7 +193,7 @@ def test_bad_data_is_named_and_counted(toy: Toy, tmp_path: Path) -> None:
     assert found.duplicates == 1
     assert found.duplicate_samples[0][0].startswith("2.png")
     text = " ".join(explained(found))
-    for word in ("empty", "truncated", "outside the head", "Copies", "grayscale"):
+    for word in ("empty", "truncated", "outside the head", "Duplicate files", "grayscale"):
         assert word in text
 
 
@@ -406,10 +406,10 @@ def test_gates_need_something_to_measure() -> None:
         noise=1e-7,
     )
     assert found.outside_the_head == 2
-    assert "--max-drop needs some" in objections(found, max_drop=0.0)[0]
+    assert "--max-drop cannot be applied" in objections(found, max_drop=0.0)[0]
     assert objections(found, max_flips=0) == []
     other = replace(found, samples=7)
-    assert "not the same data" in objections(found, earlier=other)[0]
+    assert "the baseline used different data" in objections(found, earlier=other)[0]
 
 
 def test_a_function_that_fails_on_an_image_leaves_it_out(toy: Toy, tmp_path: Path) -> None:

@@ -176,14 +176,14 @@ def test_folders_in_sorted_order_are_said(tmp_path: Path) -> None:
     ("name", "text", "message"),
     [
         ("a.csv", "picture,label\na.png,1\n", "no column of images"),
-        ("a.jsonl", "[1, 2]\n", "line 1 is no object"),
+        ("a.jsonl", "[1, 2]\n", "line 1 is not an object"),
         ("a.jsonl", '{"image": ', "cannot be read"),
         ("a.csv", "image,label\na.png,bird\n", "'bird' is none of the model's 3 classes"),
-        ("a.jsonl", '{"token_ids": [1, -2]}', "whole numbers that are not negative"),
-        ("a.jsonl", '{"text": "hello"}', "holds texts"),
-        ("a.csv", "", "holds no samples"),
+        ("a.jsonl", '{"token_ids": [1, -2]}', "non-negative integers"),
+        ("a.jsonl", '{"text": "hello"}', "contains texts"),
+        ("a.csv", "", "contains no samples"),
         ("a.parquet", "no such thing", "not a Parquet file"),
-        ("a.tar", "no such thing", "not a whole tar file"),
+        ("a.tar", "no such thing", "not a complete tar file"),
     ],
 )
 def test_what_is_wrong_with_a_table_is_said(tmp_path: Path, name: str, text: str, message: str) -> None:
@@ -223,7 +223,7 @@ def test_labels_of_a_file(tmp_path: Path) -> None:
     labels = read_labels(path, 2)
     assert labels.of_folders(["n01443537", "n01440764"]) == {"n01443537": 1, "n01440764": 0}
     assert labels.number("Goldfish") == 1
-    with pytest.raises(SourceError, match="2 classes, and the model has 3"):
+    with pytest.raises(SourceError, match="lists 2 classes, but the model has 3"):
         read_labels(path, 3)
 
 

@@ -102,10 +102,10 @@ def test_an_output_is_never_an_input_whatever_its_name(tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
     path.write_text("weights")
     for name, spelled in spellings(path).items():
-        with pytest.raises(ClashError, match="--out .* is the file that --checkpoint reads") as caught:
+        with pytest.raises(ClashError, match="--out .* is also the file that --checkpoint reads") as caught:
             refuse_clashes({"--out": [spelled]}, {"--checkpoint": [path]})
         assert caught.value.exit_code == 2, name
-        with pytest.raises(ClashError, match="--report .* is the file that --out writes"):
+        with pytest.raises(ClashError, match="--report .* is also the file that --out writes"):
             refuse_clashes({"--out": [path], "--report": [spelled]}, {})
 
 
