@@ -1,4 +1,4 @@
-"""A parity report in five forms: JSON, which is the report, and terminal, HTML, Markdown and JUnit, made from it."""
+"""Parity reports in five formats: JSON, which is the report, and terminal, HTML, Markdown and JUnit, made from it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FORMATS_BY_SUFFIX = {".json": "json", ".html": "html", ".md": "markdown", ".xml
 
 
 def render(report: ParityReport, form: str) -> str:
-    """The report as text in one of `FORMATS` but terminal; raises OutputError for another."""
+    """Render the report as text in any of `FORMATS` except terminal; raises OutputError for others."""
     if form == "json":
         from porting.reports.document import to_json
 
@@ -32,23 +32,23 @@ def render(report: ParityReport, form: str) -> str:
         from porting.reports.junit import to_junit
 
         return to_junit(report)
-    raise OutputError(f"no format {form!r}", hint=f"The formats are {', '.join(FORMATS)}.")
+    raise OutputError(f"unknown format {form!r}", hint=f"Choose from {', '.join(FORMATS)}.")
 
 
 def is_stream(path: Path) -> bool:
-    """Whether a report's name means standard output: `-`, or `/dev/stdout`."""
+    """Whether the path of a report means standard output: `-` or `/dev/stdout`."""
     return str(path) in {"-", "/dev/stdout"}
 
 
 def write_report(report: ParityReport, path: Path, form: str | None = None) -> None:
-    """Writes a report to a file, in the format that its suffix names, or to standard output; raises OutputError."""
+    """Write a report to a file, in the format of its suffix, or to standard output; raises OutputError."""
     write_rendered(partial(render, report), path, form, format_of)
 
 
 def write_rendered(
     render: Callable[[str], str], path: Path, form: str | None, format_of: Callable[[Path], str]
 ) -> None:
-    """Writes what `render` gives for a format, by default that of the file's name, or JSON on standard output."""
+    """Write the result of `render`. The default format is that of the suffix, or JSON on standard output."""
     from porting.files.atomic import write_text
 
     if is_stream(path):
@@ -58,12 +58,12 @@ def write_rendered(
 
 
 def format_of(path: Path) -> str:
-    """The format that a file's suffix names; raises OutputError for one that names none."""
+    """The format of a file's suffix; raises OutputError if there is none."""
     return format_among(_FORMATS_BY_SUFFIX, path, "which report to write")
 
 
 def format_among(forms: Mapping[str, str], path: Path, what: str) -> str:
-    """The one of `forms`, by suffix, that a file's name says; raises OutputError where it does not say `what`."""
+    """Look up a file's suffix in `forms`; raises OutputError, which mentions `what`, if it is not there."""
     if path.suffix not in forms:
-        raise OutputError(f"{path}: the name does not say {what}", hint=f"End it in {', '.join(forms)}.")
+        raise OutputError(f"{path}: the suffix does not say {what}", hint=f"Use one of {', '.join(forms)}.")
     return forms[path.suffix]

@@ -1,32 +1,32 @@
-"""The report as a versioned JSON document, out and in again.
+"""Write and read the report as a versioned JSON document.
 
-schema_version   3; a reader refuses any other
-passed           the verdict with the limits below; objections lists every reason why it is not parity
+schema_version   3; readers refuse other versions
+passed           the verdict with the limits below; objections lists every reason against parity
 name             "as ported", or the name of a stress run
 problem          why nothing could be compared, else ""
-layers           in data flow: {source, target, kind, shape, expected_dtype, actual_dtype, views, difference,
+layers           in order of data flow: {source, target, kind, shape, expected_dtype, actual_dtype, views, difference,
                  rewritten}
   views          exact, float32: {scale, expected_error, actual_error, problem, usual_rounding, roundoff, ratio}, the
-                 first three as {max, rms}; ratio is derived, and read by nobody
+                 first three as {max, rms}; ratio is derived, and ignored by readers
   difference     Keras in float32 against PyTorch in float64: see porting.parity.report.Difference
-  rewritten      how a layer was written in another way, else ""
-culprits         in data flow: {layer, target, reason, relative, is_input, culprit, diagnosis}
+  rewritten      how a layer is implemented differently, else ""
+culprits         in order of data flow: {layer, target, reason, relative, is_input, culprit, diagnosis}
   diagnosis      {layer, cause, confidence, unexplained, checked, pattern}, or null
 audit            {layers, settings, differences: [{layer, setting, expected, actual, advice, training, counts}]}, or
                  null
 verified         {weights, verified, unverified, differing, through_layers, compared_bits}, or null
 loud             {what, relative, limit}, or null
-exact_model      how the Keras model became float64; float32_inside names layers that compute in float32 all the same
-axes, notes      sentences on orders of axes, and on what was written in another way
-precision        what the Keras model computes in
+exact_model      how the Keras model became float64; float32_inside names layers that still compute in float32
+axes, notes      sentences on orders of axes, and on what is implemented differently
+precision        the precision in which the Keras model computes
 limits           {max_ratio, atol, rtol, per_layer, max_exact_ratio}
-input_shapes     one shape an input, with the number of samples first
+input_shapes     one shape per input, with the number of samples first
 logits           {samples, top1_agreement, top5_agreement, max_probability_change}, or null
-unpaired_source  PyTorch modules that ran and have no Keras tensor; unpaired_target the other way round
+unpaired_source  PyTorch modules that ran and have no Keras tensor; unpaired_target is the reverse
 stress           reports of the same form
 context          provenance: family, variant, source, versions, time
 
-Numbers that are not finite are the strings "NaN", "Infinity" and "-Infinity", so that the document is strict JSON.
+Non-finite numbers are the strings "NaN", "Infinity" and "-Infinity", so that the document is strict JSON.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ _MAX_BYTES = 64 << 20
 
 
 def to_json(report: ParityReport) -> str:
-    """The whole report; `from_json` gives it back."""
+    """Convert the whole report to JSON. `from_json` restores it."""
     return json.dumps(encoded(to_document(report)), indent=1, allow_nan=False) + "\n"
 
 
 def to_document(report: ParityReport) -> dict[str, Any]:
-    """The report as plain values, infinities and all."""
+    """Convert the report to plain values, including infinities."""
     own = asdict(report)
     own["limits"]["per_layer"] = dict(report.limits.per_layer)
     own["layers"] = [layer_document(layer) for layer in report.layers]
@@ -72,7 +72,7 @@ def to_document(report: ParityReport) -> dict[str, Any]:
 
 
 def layer_document(layer: LayerComparison) -> dict[str, Any]:
-    """One entry of `layers`, infinities and all."""
+    """Convert one entry of `layers` to plain values, including infinities."""
     document = asdict(layer)
     for name, view in layer.views.items():
         document["views"][name]["ratio"] = view.ratio
@@ -80,7 +80,7 @@ def layer_document(layer: LayerComparison) -> dict[str, Any]:
 
 
 def encoded(value: Any) -> Any:
-    """The same values with those that are not finite as strings."""
+    """Replace non-finite numbers with strings."""
     if isinstance(value, Mapping):
         return {key: encoded(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -94,19 +94,19 @@ _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def decoded(value: Any) -> Any:
-    """What `encoded` gave, with the numbers as they were."""
+    """Restore the numbers that `encoded` replaced."""
     if isinstance(value, dict):
         return {decoded(key): decoded(item) for key, item in value.items()}
     if isinstance(value, list):
         return [decoded(item) for item in value]
     if isinstance(value, str):
-        # A lone half of a pair of surrogates is no text that could be written again.
+        # A lone surrogate could not be written again.
         return _NOT_FINITE.get(value, value.encode("utf-8", "backslashreplace").decode())
     return value
 
 
 def read_report(path: Path) -> ParityReport:
-    """The report in a JSON file; raises ReportError when it is none, or of another schema."""
+    """Read a report from a JSON file; raises ReportError if it is not one, or has another schema version."""
     try:
         with open_regular(path) as file:
             text = file.read(_MAX_BYTES + 1)
@@ -117,7 +117,7 @@ def read_report(path: Path) -> ParityReport:
             )
         return from_json(text.decode("utf-8"))
     except FileNotFoundError:
-        raise ReportError(f"{path}: no such file", hint="A port and a check write one: OUT.parity.json.") from None
+        raise ReportError(f"{path}: no such file", hint="A port or a check writes it as OUT.parity.json.") from None
     except (OSError, ValueError) as error:
         raise ReportError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     except ReportError as error:
@@ -125,13 +125,13 @@ def read_report(path: Path) -> ParityReport:
 
 
 def from_json(text: str) -> ParityReport:
-    """The report that `to_json` wrote; raises ReportError for anything else."""
-    hint = "Make it again with this version: van-port check."
+    """Restore a report that `to_json` wrote; raises ReportError for anything else."""
+    hint = "Create it again with this version: van-port check."
     try:
         document = decoded(json.loads(text))
         version = document["schema_version"]
         if version != SCHEMA_VERSION:
-            raise ReportError(f"a report of schema {version}, this version reads {SCHEMA_VERSION}", hint=hint)
+            raise ReportError(f"a report of schema {version}; this version reads schema {SCHEMA_VERSION}", hint=hint)
         report = msgspec.convert(document, ParityReport)
         _refuse_unsound(report)
         return report
@@ -140,7 +140,7 @@ def from_json(text: str) -> ParityReport:
 
 
 def _refuse_unsound(report: ParityReport) -> None:
-    """Raises ValueError for numbers that no check gives, and that a comparison with a limit would let pass."""
+    """Raise ValueError for impossible numbers that would pass a comparison with a limit."""
     limits = report.limits
     if not all(number > 0 for number in (limits.max_ratio, limits.max_exact_ratio, *limits.per_layer.values())):
         raise ValueError("a limit is not a positive number")
@@ -149,34 +149,34 @@ def _refuse_unsound(report: ParityReport) -> None:
             distances = (view.scale, view.expected_error, view.actual_error)
             numbers = [number for each in distances for number in (each.max, each.rms)]
             if not view.problem and not all(number >= 0 for number in (*numbers, view.usual_rounding, view.roundoff)):
-                raise ValueError(f"the view {name} of {layer.source} has a distance that is no distance")
+                raise ValueError(f"the view {name} of {layer.source} has an invalid distance")
     for run in report.stress:
         _refuse_unsound(run)
 
 
 def file_beside(report: ParityReport, path: Path) -> str:
-    """What the report at `path` says of the file that lies beside it: "" where it is of that one, or says nothing.
+    """A remark if the report at `path` cannot be tied to the file beside it; "" if it belongs to that file.
 
-    Raises ReportError where that is another file than the report is of.
+    Raises ReportError if the file beside it is not the file that the report describes.
     """
     identity = report.context.get("file")
     if not isinstance(identity, Mapping) or not isinstance(identity.get("name"), str):
-        return "This report does not say which file it is of."
+        return "This report does not name its file."
     name, expected = str(identity["name"]), str(identity.get("sha256"))
     beside = path.with_name(name) if Path(name).name == name and name not in {"", ".", ".."} else None
     own = path.name.removesuffix(REPORT_SUFFIX)
-    if own.encode("utf-8", "backslashreplace").decode() == name:  # a name that is no text
+    if own.encode("utf-8", "backslashreplace").decode() == name:  # a name with invalid text
         beside = path.with_name(own)
     if beside is None or not beside.exists():
-        return f"The file that this report is of, {name}, is not beside it."
+        return f"The file of this report, {name}, is not beside it."
     try:
         found = sha256_of(beside)
     except OSError as error:
-        return f"The file that this report is of, {name}, cannot be read: {error.strerror or error}"
+        return f"The file of this report, {name}, cannot be read: {error.strerror or error}"
     if found != expected:
         raise ReportError(
-            f"{path}: this report is of another file than {beside}, whose sha256 is {found[:12]} and not "
-            f"{expected[:12]}: it proves nothing of it",
-            hint="Check the file as it is: van-port check --weights FILE.",
+            f"{path}: this report belongs to a file other than {beside}, whose sha256 is {found[:12]} and not "
+            f"{expected[:12]}: it proves nothing about it",
+            hint="Check the file again: van-port check --weights FILE.",
         )
     return ""

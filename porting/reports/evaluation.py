@@ -1,18 +1,18 @@
-"""An evaluation in four forms: JSON, which is the evaluation, and terminal, HTML and Markdown, made from it.
+"""Evaluations in four formats: JSON, which is the evaluation, and terminal, HTML and Markdown, made from it.
 
-schema_version   1; a reader refuses any other
+schema_version   1; readers refuse other versions
 kind             "evaluation"
 samples, labelled, classes, tokens
 arms             pytorch, keras (the same tensors), keras_own: {name, top1, top5, calibration_error, bins, not_finite,
-                 perplexity, seconds}; top1 and top5 are {right, total, rate, low, high}, with Wilson's interval of 95%
+                 perplexity, seconds}; top1 and top5 are {right, total, rate, low, high}, with Wilson's 95% interval
 steps            model, preprocessing: {name, arms, answers, flips, ties, lost, won, p_value, points, kl,
                  largest_change, distance, exchanged}
 flips            by step, the first 200 samples whose answer changes: {sample, label, answers, margin, tie, kl,
                  probability_change, pictures}; margin is in units of float32's noise
 worst            by step, the samples whose probabilities change most
-per_class        {number, samples, right}, right by arm; class_names are of all classes, where they are known
+per_class        {number, samples, right}, right by arm; class_names names all classes, if known
 label_advice     {plain, permuted, mapping}, or null
-refused, remarks counts by cause; refused_samples, remarked, outside and duplicate_samples name the first ones
+refused, remarks counts by cause; refused_samples, remarked, outside and duplicate_samples name the first samples
 context          provenance
 """
 
@@ -46,36 +46,38 @@ _PICTURE = re.compile(r"data:image/jpeg;base64,[A-Za-z0-9+/=]+")
 
 
 def format_of(path: Path) -> str:
-    """The format that a file's suffix names; raises OutputError for one that names none."""
+    """The format of a file's suffix; raises OutputError if there is none."""
     return format_among(FORMATS, path, "what to write")
 
 
 def render(found: Evaluation, form: str) -> str:
-    """As text in one of `FORMATS`' values."""
+    """Render the evaluation as text, in one of the values of `FORMATS`."""
     if form == "json":
         return to_json(found)
     return to_html(found) if form == "html" else to_markdown(found)
 
 
 def write_evaluation(found: Evaluation, path: Path, form: str | None = None) -> None:
-    """To a file, in the format that its suffix names, or to standard output; raises OutputError."""
+    """Write the evaluation to a file, in the format of its suffix, or to standard output; raises OutputError."""
     write_rendered(partial(render, found), path, form, format_of)
 
 
 def to_json(found: Evaluation) -> str:
-    """The whole evaluation; `from_json` gives it back."""
+    """Convert the whole evaluation to JSON. `from_json` restores it."""
     document = {"schema_version": SCHEMA_VERSION, "kind": KIND, "blame": found.blame, **msgspec.to_builtins(found)}
     return json.dumps(encoded(document), indent=1, allow_nan=False) + "\n"
 
 
 def from_json(text: str) -> Evaluation:
-    """The evaluation that `to_json` wrote; raises ReportError for anything else."""
+    """Restore an evaluation that `to_json` wrote; raises ReportError for anything else."""
     try:
         document = json.loads(text)
         if not isinstance(document, dict) or document.get("kind") != KIND:
             raise ReportError("not an evaluation", hint="Give the JSON that van-port evaluate wrote.")
         if document.get("schema_version") != SCHEMA_VERSION:
-            raise ReportError(f"an evaluation of schema {document.get('schema_version')}: this reads {SCHEMA_VERSION}")
+            raise ReportError(
+                f"an evaluation of schema {document.get('schema_version')}; this version reads {SCHEMA_VERSION}"
+            )
         found = msgspec.convert(decoded(document), Evaluation)
         _refuse_unsound(found)
         return found
@@ -84,16 +86,16 @@ def from_json(text: str) -> Evaluation:
 
 
 def _refuse_unsound(found: Evaluation) -> None:
-    """Raises ReportError for records that no evaluation has, and that cannot be shown."""
+    """Raise ReportError for invalid records, which cannot be rendered."""
     try:
         to_html(found)
         to_markdown(found)
-    except Exception as error:  # whatever a value of the wrong kind leads to
+    except Exception as error:  # a value of the wrong type can cause anything
         raise ReportError(f"not an evaluation: {type(error).__name__}: {error}") from None
 
 
 def read_evaluation(path: Path) -> Evaluation:
-    """The evaluation in a JSON file; raises ReportError."""
+    """Read an evaluation from a JSON file; raises ReportError."""
     try:
         with open_regular(path) as file:
             text = file.read(_MAX_BYTES + 1)
@@ -107,7 +109,7 @@ def read_evaluation(path: Path) -> Evaluation:
 
 
 def is_evaluation(path: Path) -> bool:
-    """Whether a JSON file says that it is an evaluation, and not a parity report."""
+    """Whether a JSON file is an evaluation rather than a parity report."""
     try:
         with open_regular(path) as file:
             return f'"kind": "{KIND}"'.encode() in file.read(200)
@@ -116,7 +118,7 @@ def is_evaluation(path: Path) -> bool:
 
 
 def title(found: Evaluation) -> str:
-    """What was evaluated, and on what."""
+    """The title: which model was evaluated, and on which data."""
     model = " ".join(str(found.context[key]) for key in ("family", "variant") if key in found.context)
     return f"Evaluation of {model or 'a port'} on {found.context.get('data', 'a data set')}"
 
@@ -133,7 +135,7 @@ def conclusion(found: Evaluation) -> str:
 
 
 def print_evaluation(found: Evaluation, console: Console) -> None:
-    """A table of the arms, what was found, and the first flips of the model."""
+    """Print a table of the arms, the findings, and the first changed answers."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
@@ -156,7 +158,7 @@ def print_evaluation(found: Evaluation, console: Console) -> None:
 def _headings(found: Evaluation) -> list[str]:
     if found.tokens:
         return ["", "perplexity", "seconds"]
-    return ["", "top-1", "95% interval", "top-5", "calibration error", "samples a second"]
+    return ["", "top-1", "95% interval", "top-5", "calibration error", "samples/s"]
 
 
 def _cells(arm: ArmResult, found: Evaluation) -> list[str]:
@@ -186,7 +188,7 @@ def _flip_text(flip: dict[str, Any], step: StepResult, found: Evaluation) -> str
 
 
 def to_markdown(found: Evaluation) -> str:
-    """A heading, the table of the arms, what was found, and the first flips."""
+    """Render a heading, the table of the arms, the findings, and the first changed answers."""
     headings = _headings(found)
     lines = [f"## {_escaped(title(found))}", "", _escaped(conclusion(found)), ""]
     lines += [f"| {' | '.join(headings)} |", f"|{'|'.join(['---', *['---:'] * (len(headings) - 1)])}|"]
@@ -194,7 +196,7 @@ def to_markdown(found: Evaluation) -> str:
     lines += ["", *(f"- {_escaped(line)}" for line in (*explained(found), *found.notes))]
     for step in found.steps:
         if flips := found.flips.get(step.name):
-            lines += ["", f"Answers that the {step.name} changes, the first {min(len(flips), _SHOWN)}:", ""]
+            lines += ["", f"Answers that the {step.name} changes (the first {min(len(flips), _SHOWN)}):", ""]
             lines += [f"- {_escaped(_flip_text(flip, step, found))}" for flip in flips[:_SHOWN]]
     return "\n".join(lines) + "\n"
 
@@ -205,7 +207,7 @@ def _escaped(text: str) -> str:
 
 
 def to_html(found: Evaluation) -> str:
-    """Renders porting/reports/evaluation.html; nothing in it is fetched from anywhere."""
+    """Render porting/reports/evaluation.html, which loads nothing from the network."""
     import jinja2
 
     template = resources.files("porting.reports").joinpath("evaluation.html").read_text(encoding="utf-8")
@@ -241,7 +243,7 @@ def _step_cells(step: StepResult, found: Evaluation) -> dict[str, Any]:
 
 
 def _shows(record: dict[str, Any]) -> bool:
-    """Whether a sample's results differ by more than float32's rounding usually does."""
+    """Whether a sample's results differ by more than float32's usual rounding error."""
     return max(record.get("probability_change") or 0.0, record.get("distance") or 0.0) > _ROUNDING
 
 

@@ -1,4 +1,4 @@
-"""The report as one HTML file that opens from disk: plot, searchable table, and a close look at any layer."""
+"""The report as one self-contained HTML file: plot, searchable table, and details of each layer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from porting.reports.terminal import findings, remarks, title, verdict
 
 
 def to_html(report: ParityReport) -> str:
-    """Renders porting/reports/report.html with the report's numbers; nothing in it is fetched from anywhere."""
+    """Render porting/reports/report.html with the report's numbers. The page loads nothing from the network."""
     import jinja2
 
     template = resources.files("porting.reports").joinpath("report.html").read_text(encoding="utf-8")
@@ -38,7 +38,7 @@ def to_html(report: ParityReport) -> str:
         rows=[_row(report, layer) for layer in report.layers],
         plot=_plot(report),
         facts=_facts(report.context),
-        # A layer's name could hold "</script>", and would end the element.
+        # A layer's name could contain "</script>", which would end the element.
         data=json.dumps(layers).replace("<", "\\u003c"),
     )
 
@@ -69,7 +69,7 @@ def _cell(layer: LayerComparison, name: str, failed: bool) -> dict[str, Any]:
 
 
 def _facts(context: dict[str, Any]) -> list[tuple[str, str]]:
-    """The provenance as rows, nested names joined."""
+    """The provenance as rows, with nested names joined."""
     rows: list[tuple[str, str]] = []
     for key, value in context.items():
         if isinstance(value, dict):
@@ -80,7 +80,7 @@ def _facts(context: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _plot(report: ParityReport) -> str:
-    """Relative error along depth, in both views."""
+    """Plot the relative error along depth, in both views."""
     series = [
         Series("Keras in float64", "#3b82f6", "dot", _points(report, EXACT, "actual_error")),
         Series("Keras in float32", "#e08a00", "square", _points(report, FLOAT32, "actual_error")),
@@ -98,7 +98,7 @@ def _plot(report: ParityReport) -> str:
         count=len(report.layers),
         lines=[("one float32 rounding", FLOAT32_ROUNDOFF), ("one float64 rounding", FLOAT64_ROUNDOFF)],
         x="tensor, in data flow",
-        y="RMS error / RMS of the truth",
+        y="RMS error / RMS of the reference",
     )
 
 

@@ -1,4 +1,4 @@
-"""The report as JUnit XML, one case a layer, for CI servers that list tests."""
+"""The report as JUnit XML, with one test case per layer, for CI servers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from porting.reports.terminal import verdict
 
 
 def to_junit(report: ParityReport) -> str:
-    """A suite for the port itself, with a case for each layer and for the settings, and a suite for each stress run."""
+    """Render one suite for the port, with a case for each layer and for the settings, and one for each stress run."""
     from junitparser import JUnitXml
 
     xml = JUnitXml("parity")
@@ -36,7 +36,7 @@ def _suite(report: ParityReport) -> object:
     for number, culprit in enumerate(report.culprits, start=1):
         case = TestCase(f"divergence {number}: {culprit.culprit or OUTPUT}", classname="parity.culprit", time=0)
         cause = f"; cause, {culprit.diagnosis.confidence}: {culprit.diagnosis.cause}" if culprit.diagnosis else ""
-        case.result = [Failure(f"{culprit}{cause}", "the models part here")]
+        case.result = [Failure(f"{culprit}{cause}", "the models diverge here")]
         suite.add_testcase(case)
     if not report.passed and not any(case.result for case in suite):
         case = TestCase("verdict", classname="parity", time=0)

@@ -1,4 +1,4 @@
-"""The report for the summary page of a CI run."""
+"""The report as Markdown, for the summary page of a CI run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ WORST = 10
 
 
 def to_markdown(report: ParityReport) -> str:
-    """A heading with the verdict, what is wrong, and a table of the worst layers."""
+    """Render a heading with the verdict, the findings, and a table of the worst layers."""
     lines = [f"## {'✅' if report.passed else '❌'} {_escaped(title(report))}", "", _escaped(verdict(report)), ""]
     lines += [f"- {_escaped(line)}" for line in findings(report)]
     if report.stress:
@@ -20,15 +20,15 @@ def to_markdown(report: ParityReport) -> str:
     worst = sorted(report.layers, key=lambda layer: (not report.failed(layer), -layer.ratio))[:WORST]
     lines += [
         "",
-        f"The {len(worst)} worst of {len(report.layers)} tensors: how far Keras is from PyTorch in float64, and in "
-        "float32 its error in units of PyTorch's own rounding.",
+        f"The {len(worst)} worst of {len(report.layers)} tensors. exact: Keras's distance from PyTorch in float64. "
+        "float32: Keras's error in units of PyTorch's own rounding error.",
         "",
         "| layer | shape | exact | float32 | parity |",
         "|---|---|---:|---:|---|",
     ]
     for layer in worst:
         shape = "x".join(map(str, layer.shape))
-        parity = "**no**" if report.failed(layer) else ("written otherwise" if layer.rewritten else "yes")
+        parity = "**no**" if report.failed(layer) else ("equivalent" if layer.rewritten else "yes")
         source = f"<code>{_escaped(layer.source)}</code>"
         cells = (source, shape, _escaped(exact_text(layer)), _escaped(ratio_text(layer, FLOAT32)), parity)
         lines.append(f"| {' | '.join(cells)} |")
@@ -38,7 +38,7 @@ def to_markdown(report: ParityReport) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Nothing from a file is Markdown or HTML."""
+    """Escape text from files, so that none of it is read as Markdown or HTML."""
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    # A link or an image would be fetched by who reads the page; emphasis would hide what stands in the name.
+    # A reader's browser would load links and images, and emphasis would hide characters of a name.
     return re.sub(r"([\\`*_\[\]|~#!])", r"\\\1", text).replace("\n", " ")

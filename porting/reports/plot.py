@@ -1,4 +1,4 @@
-"""Errors along depth as SVG text, in colours that are readable on light and dark ground."""
+"""Plot errors along depth as SVG, in colours that are readable on light and dark backgrounds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MOST_LABELS = 10
 
 @dataclass(frozen=True)
 class Series:
-    """Points `(x, y)` with y above 0; `marker` is dot, square, triangle or line."""
+    """Points `(x, y)` with y > 0. `marker` is dot, square, triangle or line."""
 
     label: str
     colour: str
@@ -24,9 +24,9 @@ class Series:
 
 
 def log_plot(series: Sequence[Series], *, count: int, lines: Sequence[tuple[str, float]], x: str, y: str) -> str:
-    """An SVG element with a logarithmic vertical axis; `count` is the number of places along the horizontal one.
+    """Draw an SVG element with a logarithmic vertical axis. `count` is the number of positions on the horizontal axis.
 
-    `lines` are horizontal lines, `(label, height)`; `x` and `y` say what the axes are.
+    `lines` are horizontal lines, `(label, height)`. `x` and `y` label the axes.
     """
     import jinja2
 

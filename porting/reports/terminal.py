@@ -1,4 +1,4 @@
-"""The report on a terminal, of any width, and in a pipe."""
+"""The report on a terminal of any width, or in a pipe."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ WORST = 10
 
 
 def print_report(report: ParityReport, console: Console, *, all_layers: bool = False) -> None:
-    """Prints a table of layers, what differs and why, and the verdict.
+    """Print a table of layers, what differs and why, and the verdict.
 
-    The table has the top-level layers and every one that failed, at most the first `WORST`; `all_layers` prints all.
+    The table contains the top-level layers and the first `WORST` that failed; `all_layers` prints all.
     """
     if report.layers:
         rows = report.layers if all_layers else _prominent(report)
         console.print(_layer_table(rows, report))
         left_out = len(report.layers) - len(rows)
         if left_out:
-            console.print(f"{left_out} more layers are not shown; --all-layers shows them.", style="dim")
+            console.print(f"{left_out} more layers are hidden; --all-layers shows them.", style="dim")
     for line in remarks(report):
         console.print(line, style="dim", markup=False)
     for line in findings(report):
@@ -37,27 +37,27 @@ def print_report(report: ParityReport, console: Console, *, all_layers: bool = F
 
 
 def title(report: ParityReport) -> str:
-    """What the report is about: the family and variant where its context has them."""
+    """The title, with the family and variant if the context has them."""
     model = " ".join(str(report.context[key]) for key in ("family", "variant") if key in report.context)
     return f"Parity of {model}" if model else "Parity"
 
 
 def remarks(report: ParityReport) -> list[str]:
-    """What is worth knowing and wrong in nothing: how things were compared, and what has no partner."""
+    """Remarks that are not errors: how tensors were compared, and what has no partner."""
     lines = list(report.axes)
     if report.exact_model:
-        lines.append(f"For the exact view the Keras model was {report.exact_model}.")
+        lines.append(f"For the exact view, the Keras model was {report.exact_model}.")
     if report.float32_inside:
-        lines.append(f"Computed in float32 inside, and judged so: {_listed(report.float32_inside)}")
+        lines.append(f"Compute in float32 internally, and were judged as such: {_listed(report.float32_inside)}")
     rewritten = Counter(layer.rewritten for layer in report.layers if layer.rewritten)
     for how, count in rewritten.items():
         those = [layer.source for layer in report.layers if layer.rewritten == how]
-        lines.append(f"Written in another way, {count}: {how}: {_listed(those)}")
+        lines.append(f"Implemented differently ({count}), {how}: {_listed(those)}")
     if report.notes:
-        lines.append(f"Written in another way, {len(report.notes)}: {_listed(report.notes, '; ')}")
+        lines.append(f"Implemented differently ({len(report.notes)}): {_listed(report.notes, '; ')}")
     for side, names in (("PyTorch only", report.unpaired_source), ("Keras only", report.unpaired_target)):
         if names:
-            lines.append(f"{side}, not compared by themselves: {_listed(names)}")
+            lines.append(f"{side}, not compared separately: {_listed(names)}")
     if report.verified is not None:
         lines.append(_verified(report))
     if report.audit is not None:
@@ -68,13 +68,13 @@ def remarks(report: ParityReport) -> list[str]:
 
 def _verified(report: ParityReport) -> str:
     verified = report.verified
-    assert verified is not None  # the caller has seen to it
+    assert verified is not None  # the caller has checked
     share = 100 * verified.verified / verified.weights if verified.weights else 100.0
-    line = f"Weights seen at work: {share:.4g} % of {verified.weights:,}"
+    line = f"Weights observed in use: {share:.4g} % of {verified.weights:,}"
     if verified.compared_bits:
         line += f"; {verified.compared_bits} tensors compared bit by bit"
     if not verified.through_layers:
-        line += "; the verdict rests on the outputs alone"
+        line += "; the verdict is based only on the outputs"
     if verified.unverified:
         line += f"; never used: {_listed(verified.unverified)}"
     return line
@@ -90,7 +90,7 @@ def _listed(names: tuple[str, ...] | list[str], separator: str = ", ") -> str:
 
 
 def findings(report: ParityReport) -> list[str]:
-    """What is wrong, in sentences: every culprit with its cause, settings that differ, and all that objects."""
+    """The findings against parity as sentences: each culprit with its cause, settings that differ, and the rest."""
     lines = []
     if report.problem:
         lines.append(f"Not compared: {report.problem}")
@@ -98,20 +98,20 @@ def findings(report: ParityReport) -> list[str]:
         lines.append(f"{'First divergence' if number == 0 else f'Divergence {number + 1}'}: {culprit}")
         if cause := culprit.diagnosis:
             if cause.pattern:
-                lines.append(f"What it looks like: {cause.cause} ({cause.unexplained:.2g} of the difference left over)")
+                lines.append(f"Looks like: {cause.cause} ({cause.unexplained:.2g} of the difference is unexplained)")
             else:
-                left = f" ({cause.unexplained:.2g} of the difference left over)" if cause.unexplained else ""
+                left = f" ({cause.unexplained:.2g} of the difference is unexplained)" if cause.unexplained else ""
                 lines.append(f"Cause, {cause.confidence}: {cause.cause}{left}")
     if not report.culprits and (first := report.first_divergence):
         lines.append(f"First divergence: {first}")
     if report.loud is not None and not report.loud.passed:
-        lines.append(f"On {report.loud.what} the outputs differ by {report.loud.relative:.2g} of their size")
+        lines.append(f"On {report.loud.what}, the outputs differ by {report.loud.relative:.2g} of their size")
     if report.verified is not None and report.verified.differing:
         names = _listed(report.verified.differing)
-        lines.append(f"Weights that are not the checkpoint's bit by bit, {len(report.verified.differing)}: {names}")
+        lines.append(f"Weights that differ from the checkpoint ({len(report.verified.differing)}): {names}")
     at_work = report.verified is None or not report.verified.weights or report.verified.verified
     if not at_work and not report.divergences:
-        lines.append("No weight of the Keras model was seen at work")
+        lines.append("No weight of the Keras model was observed in use")
     if report.audit:
         lines += [f"Setting: {line}" for line in grouped([str(each) for each in report.audit.failures])]
     for run in report.stress:
@@ -120,7 +120,7 @@ def findings(report: ParityReport) -> list[str]:
 
 
 def grouped(lines: list[str]) -> list[str]:
-    """Equal differences of many layers as one line with a count: what stands behind the first colon is the same."""
+    """Merge lines that differ only before the first colon, the layer, into one line with a count."""
     found: dict[str, list[str]] = {}
     for line in lines:
         layer, _, rest = line.partition(": ")
@@ -132,7 +132,7 @@ def grouped(lines: list[str]) -> list[str]:
 
 
 def verdict(report: ParityReport) -> str:
-    """One line: at parity or not, over how many layers, and by how much."""
+    """The verdict in one line: at parity or not, over how many layers, and by how much."""
     agreement = ""
     if logits := report.logits:
         agreement = f"; top-1 agrees on {logits.top1_agreement} of {logits.samples} samples"
@@ -161,7 +161,7 @@ def verdict(report: ParityReport) -> str:
 def _prominent(report: ParityReport) -> tuple[LayerComparison, ...]:
     failed = [layer for layer in report.layers if report.failed(layer)][:WORST]
     worst = report.worst
-    # A module in a list, block1.0, is as much at the top as patch_embed1: its Keras path has no slash.
+    # Decide by the Keras path, which has no slash at the top level: block1.0 counts as top-level like patch_embed1.
     return tuple(
         layer
         for layer in report.layers
@@ -176,8 +176,8 @@ def _layer_table(rows: tuple[LayerComparison, ...], report: ParityReport) -> Tab
     from rich.table import Table
 
     caption = (
-        "exact: RMS distance to PyTorch, both in float64, relative to the result; errors and ratio: in float32, "
-        "Keras's error in units of PyTorch's own"
+        "exact: RMS distance to PyTorch in float64, relative to the result; ratio: Keras's float32 error in units of "
+        "PyTorch's own"
     )
     table = Table(caption=caption)
     table.add_column("layer", overflow="fold", ratio=1, min_width=12)
@@ -195,14 +195,14 @@ def _layer_table(rows: tuple[LayerComparison, ...], report: ParityReport) -> Tab
             f"{view.expected_error.rms:.1e}" if view else "-",
             (view.problem or f"{view.actual_error.rms:.1e}") if view else "-",
             ratio_text(row, FLOAT32),
-            "NO" if failed else ("written otherwise" if row.rewritten else "yes"),
+            "NO" if failed else ("equivalent" if row.rewritten else "yes"),
             style="red" if failed else None,
         )
     return table
 
 
 def exact_text(layer: LayerComparison) -> str:
-    """The relative error in the exact view, or why there is none."""
+    """The relative error in the exact view, or the reason why there is none."""
     view = layer.views.get(EXACT)
     if view is None:
         return "-"
@@ -210,7 +210,7 @@ def exact_text(layer: LayerComparison) -> str:
 
 
 def ratio_text(layer: LayerComparison, name: str) -> str:
-    """A ratio in a few characters."""
+    """The ratio of a view as short text."""
     view = layer.views.get(name)
     if view is None or not math.isfinite(view.ratio):
         return "-"

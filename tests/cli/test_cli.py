@@ -70,7 +70,7 @@ def test_every_report_is_written_even_when_the_check_fails(run_cli: RunCli, chec
 def test_a_report_of_no_known_format_is_found_before_the_work(run_cli: RunCli, tmp_path: Path) -> None:
     result = run_cli("--variant", "nano", "--report", tmp_path / "r.pdf", "--checkpoint", tmp_path / "is never opened")
     assert result.exit_code == 6
-    assert "End it in .json, .html, .md, .xml" in result.output
+    assert "Use one of .json, .html, .md, .xml" in result.output
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_check_of_a_file(run_cli: RunCli, checkpoint: Path, ported: Path, tmp_pa
     loose = ("--max-ratio", 1e9, "--max-exact-ratio", 1e18)
     judged = run_cli("check", "--from", tmp_path / "r.json", *loose)
     assert judged.exit_code == 1
-    assert "Weights that are not the checkpoint's bit by bit, 1: block2_0/mlp/fc2/bias" in judged.output
+    assert "Weights that differ from the checkpoint (1): block2_0/mlp/fc2/bias" in judged.output
     assert run_cli("check", "--from", tmp_path / "r.json", "--limit", "block2.0.mlp.fc2:1e9").exit_code == 1
     # Compare with the report of the port.
     baseline = run_cli(

@@ -180,7 +180,7 @@ def test_a_report_of_another_file_does_not_count(run_cli: RunCli, checkpoint: Pa
     out.write_bytes(other)
     result = run_cli("check", "--from", report)
     assert result.exit_code == 8, result.output
-    assert "is of another file than" in result.output
+    assert "belongs to a file other than" in result.output
     assert "x.h5.parity.json: cannot be used" in run_cli("inspect", out).output
 
 

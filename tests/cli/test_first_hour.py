@@ -77,7 +77,7 @@ def test_a_report_shows_itself(report: ParityReport, tmp_path: Path) -> None:
     for suffix in ("html", "md", "xml", "json"):
         report.save(tmp_path / f"r.{suffix}")
         assert (tmp_path / f"r.{suffix}").stat().st_size > 0
-    with pytest.raises(porting.PortingError, match="does not say which report"):
+    with pytest.raises(porting.PortingError, match="the suffix does not say which report"):
         report.save(tmp_path / "r.doc")
 
 

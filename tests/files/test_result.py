@@ -187,9 +187,9 @@ def test_a_report_is_compared_with_the_file_beside_it(tmp_path: Path) -> None:
     weights.write_text("weights")
     own = replace(PASSED, context={"file": {"name": "x.h5", "sha256": sha256_of(weights)}})
     assert file_beside(own, path) == ""
-    assert "does not say" in file_beside(replace(PASSED, context={}), path)
+    assert "does not name its file" in file_beside(replace(PASSED, context={}), path)
     weights.write_text("others")
-    with pytest.raises(ReportError, match="is of another file than"):
+    with pytest.raises(ReportError, match="belongs to a file other than"):
         file_beside(own, path)
     weights.unlink()
     assert "is not beside it" in file_beside(own, path)

@@ -90,7 +90,7 @@ def test_a_healthy_port(browser: webdriver.Chrome, pages: dict[str, Path]) -> No
     rows = opened(browser, pages["healthy"])
     assert text_of(browser, "verdict").startswith("AT PARITY")
     assert browser.find_elements(By.CSS_SELECTOR, "tr.failed, td.failed") == []
-    assert text_of(browser, "hint") == "Choose a layer in the table."
+    assert text_of(browser, "hint") == "Select a layer in the table."
     assert text_of(browser, "count") == f"{len(rows)} of {len(rows)}"
     assert browser.find_element(By.CSS_SELECTOR, ".plot svg").size["height"] > 100
     assert complaints(browser) == []

@@ -118,10 +118,10 @@ def test_terminal_of_a_passed_report() -> None:
     assert "AT PARITY: 4 tensors, outputs exact to 1.0e-15 in float64, worst ratio in float32 1.50 " in text
     assert "(block1.0.attn), limit 64; top-1 agrees on 2 of 2 samples" in " ".join(text.split())
     assert "NOT" not in text
-    assert "Keras only, not compared by themselves: pool" in text
-    assert "For the exact view the Keras model was turned to float64 in place." in text
-    assert "Written in another way, 1: the same numbers in another order: flat" in text
-    assert "Weights seen at work: 100 % of 1,000; 7 tensors compared bit by bit" in text
+    assert "Keras only, not compared separately: pool" in text
+    assert "For the exact view, the Keras model was turned to float64 in place." in text
+    assert "Implemented differently (1), the same numbers in another order: flat" in text
+    assert "Weights observed in use: 100 % of 1,000; 7 tensors compared bit by bit" in text
     assert "1.25" in text
 
 
@@ -130,7 +130,7 @@ def test_terminal_of_a_failed_report() -> None:
     assert "First divergence: block2.0.mlp: differs by 0.125 of its size in float64" in text
     assert "Cause, certain: the <bias> is lost" in text
     assert "Divergence 2: head: differs by 0.25 of its size in float64" in text
-    assert "What it looks like: a constant factor" in text
+    assert "Looks like: a constant factor" in text
     assert "Setting: 2 layers (block1.0, block1.1): eps is 0.001 in Keras, 1e-05 in PyTorch" in text
     assert "Note: block1.1: momentum is 0.01 in Keras, 0.1 in PyTorch (set 0.9)" in text
     assert "stress, small variances: AT PARITY" in text
@@ -205,10 +205,10 @@ def test_json_is_strict_and_gives_the_report_back(report: ParityReport) -> None:
     ("text", "message"),
     [
         ("", "not a parity report: JSONDecodeError"),
-        ('{"schema_version": 2}', "a report of schema 2, this version reads 3"),
+        ('{"schema_version": 2}', "a report of schema 2; this version reads schema 3"),
         ("[]", "not a parity report: TypeError"),
         ("{}", "not a parity report: KeyError: 'schema_version'"),
-        ('{"schema_version": 99}', "a report of schema 99, this version reads 3"),
+        ('{"schema_version": 99}', "a report of schema 99; this version reads schema 3"),
         ('{"schema_version": 3, "logits": 3}', "not a parity report: ValidationError"),
     ],
     ids=["empty", "older", "list", "object", "version", "damaged"],
@@ -230,7 +230,7 @@ def test_markdown() -> None:
     assert text.startswith("## ❌ Parity of van b1\n")
     assert "- Cause, certain: the &lt;bias&gt; is lost" in text
     assert "| <code>block2.0.mlp</code> | 2x4 | 1.2e-01 | 900.00 | **no** |" in text
-    assert "| <code>flat</code> | 2x4 | 5.0e-01 | 1.00 | written otherwise |" in text
+    assert "| <code>flat</code> | 2x4 | 5.0e-01 | 1.00 | equivalent |" in text
     assert "| small variances | AT PARITY" in text
 
 
@@ -272,7 +272,7 @@ def test_formats_by_suffix() -> None:
         "markdown",
         "junit",
     ]
-    with pytest.raises(OutputError, match="does not say which report"):
+    with pytest.raises(OutputError, match="the suffix does not say which report"):
         format_of(Path("a.pdf"))
     with pytest.raises(OutputError, match="no format 'pdf'"):
         render(PASSED, "pdf")
