@@ -1,4 +1,4 @@
-"""What tells one VAN from another, and the table of variants."""
+"""The configuration of a VAN, and the table of variants."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-# Names that other code has for the same things: transformers' config.json, timm and mmpretrain.
+# Names of the same settings in other code: transformers' config.json, timm and mmpretrain.
 _OTHER_NAMES = {
     "hidden_sizes": "embed_dims",
     "num_channels": "in_chans",
@@ -21,7 +21,7 @@ _OTHER_NAMES = {
     "num_classes": "classes",
     "num_labels": "classes",
 }
-# What transformers takes where its config.json, which leaves out defaults, says nothing.
+# The default of transformers, whose config.json leaves out defaults.
 _TRANSFORMERS_LABELS = 2
 _MOST_STAGES = 9
 _MAX_BYTES = 16 << 20
@@ -29,15 +29,15 @@ _MAX_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class VanConfig:
-    """What tells one Visual Attention Network from another.
+    """The configuration of a Visual Attention Network.
 
-    `embed_dims`, `depths` and `mlp_ratios` have one number a stage. An MLP is `int(dim * ratio)` wide, as in the
-    official code. `input_size` is the height and width in pixels that the published weights were trained at; the
-    network itself takes any size from 32 up. `in_chans` is the number of an image's channels. `layer_norm_epsilon` is
-    1e-6 in the official classifier and 1e-5 in some other published code. `trained_on` is the data set of the published
-    weights, "" where there are none, and `classes` how many it has.
+    `embed_dims`, `depths` and `mlp_ratios` have one number per stage. The width of an MLP is `int(dim * ratio)`, as in
+    the official code. `input_size` is the height and width in pixels at which the published weights were trained; the
+    network accepts any size from 32. `in_chans` is the number of image channels. `layer_norm_epsilon` is 1e-6 in the
+    official classifier and 1e-5 in some other published code. `trained_on` is the data set of the published weights, or
+    "" if there are none, and `classes` is its number of classes.
 
-    Raises ValueError when the stages do not agree in number or a number is out of range.
+    Raises ValueError if the numbers of stages differ or a number is out of range.
     """
 
     name: str
@@ -54,7 +54,7 @@ class VanConfig:
         stages = {len(self.embed_dims), len(self.depths), len(self.mlp_ratios)}
         if len(stages) != 1 or not 1 <= max(stages) <= _MOST_STAGES:
             raise ValueError(
-                f"embed_dims, depths and mlp_ratios need one number a stage each, for 1 to {_MOST_STAGES} stages: "
+                f"embed_dims, depths and mlp_ratios need one number per stage each, for 1 to {_MOST_STAGES} stages: "
                 f"got {self.embed_dims}, {self.depths} and {self.mlp_ratios}"
             )
         whole = {
@@ -66,27 +66,27 @@ class VanConfig:
         }
         for field, numbers in whole.items():
             if not all(type(number) is int and number > 0 for number in numbers):
-                raise ValueError(f"{field} takes whole numbers above 0: got {numbers}")
+                raise ValueError(f"{field} must be positive integers: got {numbers}")
         if not all(
             _is_number(ratio) and int(dim * ratio) > 0
             for dim, ratio in zip(self.embed_dims, self.mlp_ratios, strict=True)
         ):
-            raise ValueError(f"mlp_ratios take an MLP to at least one channel: got {self.mlp_ratios}")
+            raise ValueError(f"mlp_ratios must give an MLP of at least one channel: got {self.mlp_ratios}")
         if not _is_number(self.layer_norm_epsilon) or not 0 < self.layer_norm_epsilon < 1:
-            raise ValueError(f"layer_norm_epsilon is between 0 and 1: got {self.layer_norm_epsilon}")
+            raise ValueError(f"layer_norm_epsilon must be between 0 and 1: got {self.layer_norm_epsilon}")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any], name: str = "custom") -> VanConfig:
-        """Of what `to_dict` gives, or transformers' `VanConfig.to_dict`; other keys of the latter do not matter.
+        """Create a config from the result of `to_dict`, or of transformers' `VanConfig.to_dict`, ignoring other keys.
 
-        `name` is the model's where the settings have none. Raises ValueError for settings of another network.
+        `name` is used if the settings have no name. Raises ValueError for settings of another network.
         """
         model_type = settings.get("model_type", "van")
         if model_type != "van":
-            raise ValueError(f"the settings are of the model type {model_type!r}, not of van")
+            raise ValueError(f"the settings are for the model type {model_type!r}, not for van")
         found: dict[str, Any] = {"trained_on": ""}
         for key, value in settings.items():
             field = _OTHER_NAMES.get(key, key)
@@ -97,7 +97,7 @@ class VanConfig:
         if "hidden_sizes" in settings:
             found.setdefault("classes", _TRANSFORMERS_LABELS)
         if missing := [field for field in ("embed_dims", "depths") if field not in found]:
-            raise ValueError(f"the settings have no {' and no '.join(missing)}")
+            raise ValueError(f"the settings lack {' and '.join(missing)}")
         stages = len(found["embed_dims"]) if isinstance(found["embed_dims"], tuple) else 0
         fixed = {"patch_sizes": [7] + [3] * (stages - 1), "strides": [4] + [2] * (stages - 1), "hidden_act": "gelu"}
         for key, expected in fixed.items():
@@ -105,16 +105,16 @@ class VanConfig:
                 raise ValueError(f"{key} is {settings[key]}; a VAN of {stages} stages has {expected}")
         found.setdefault("mlp_ratios", (8, 8, 4, 4))
         if not isinstance(found.setdefault("name", name), str):
-            raise ValueError(f"the name is text: got {found['name']!r}")
+            raise ValueError(f"the name must be text: got {found['name']!r}")
         if not all(isinstance(found[field], tuple) for field in ("embed_dims", "depths", "mlp_ratios")):
-            raise ValueError("embed_dims, depths and mlp_ratios are lists of numbers")
+            raise ValueError("embed_dims, depths and mlp_ratios must be lists of numbers")
         return cls(**found)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> VanConfig:
-        """Of a JSON or TOML file, such as transformers' config.json.
+        """Read a config from a JSON or TOML file, such as transformers' config.json.
 
-        Raises FileNotFoundError, or ValueError for a file of something else.
+        Raises FileNotFoundError, or ValueError if the file is not a configuration of a VAN.
         """
         path = Path(path)
         try:
@@ -124,7 +124,7 @@ class VanConfig:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """What a JSON or TOML file holds; raises FileNotFoundError, or ValueError for a file of something else."""
+    """Read the settings in a JSON or TOML file; raises FileNotFoundError, or ValueError for other contents."""
     try:
         with path.open("rb") as file:
             text = file.read(_MAX_BYTES).decode("utf-8")
@@ -134,7 +134,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     except (OSError, RecursionError) as error:
         raise ValueError(str(error)) from None
     if not isinstance(settings, dict):
-        raise ValueError("an object with the settings was expected")
+        raise ValueError("expected an object with the settings")
     return settings
 
 
@@ -142,7 +142,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e6
 
 
-# Paper, table 2; b4 to b6 from the official repositories. Nano is this project's own.
+# From the paper, table 2; b4 to b6 from the official repositories. nano is this project's own.
 VARIANTS: dict[str, VanConfig] = {
     config.name: config
     for config in (

@@ -1,15 +1,15 @@
-"""The same network in fewer operations, for inference.
+"""Fuse a VAN into fewer operations for inference.
 
-At inference a BatchNorm is a factor and a summand for each channel, and so is a layer scale. Both go into the
-convolutions beside them, which is exact algebra. With a and b for `norm1` of a block, its attention branch
+At inference, a BatchNorm is a factor and a summand per channel, and a layer scale is a factor. Both can be folded into
+the adjacent convolutions, which is algebraically exact. With a and b for `norm1` of a block, its attention branch
 
     x + layer_scale_1 * (proj_2(z) + a x + b)      is      (1 + layer_scale_1 a) x + (layer_scale_1 proj_2(z) + ...)
 
-and the factor of x is carried along: the stream is kept divided by it, channel by channel, until the stage's LayerNorm
-takes it in. So of a block remain its eight convolutions, two GELUs, one product and two sums.
+and the factor of x is carried along: the stream is stored divided by it, channel by channel, and multiplied by it
+before the stage's LayerNorm. Of a block, eight convolutions, two GELUs, one product and two sums remain.
 
-GELU is x / 2 * (1 + erf(x / sqrt(2))). Its two factors can go into the convolutions before and behind it as well, which
-leaves three passes over memory instead of five where a runtime has no GELU of its own.
+GELU is x / 2 * (1 + erf(x / sqrt(2))). Its two factors can also be folded into the convolutions before and after it. In
+a runtime without its own GELU, this leaves three passes over memory instead of five.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from keras import layers
 from van_tf.layers import BATCH_NORM_EPSILON, Block, OverlapPatchEmbed, folded_gelu, gelu, module_name
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
-# Where a channel's factor leaves these bounds, it is multiplied at once: dividing by it would cost digits.
+# If a channel's factor leaves these bounds, it is applied at once, because dividing by it would lose precision.
 _SMALLEST, _GREATEST = 0.1, 10.0
 
 
 def fuse(model: keras.Model, *, fold_gelu: bool = True) -> keras.Model:
-    """A model that gives what `model`, built by `van`, gives at inference, to rounding, without its normalisations.
+    """Return a model without normalisations that computes the same as `model`, built by `van`, up to rounding.
 
-    Takes and returns the same shapes. Made of Keras's own layers; where a result is PyTorch's, the layer has the
-    module's name, such as `block1.0.attn.proj_1`. It cannot be trained back into a checkpoint.
+    It is for inference, has the same input and output shapes, and consists of Keras's own layers. A layer whose result
+    equals PyTorch's has the module's name, such as `block1.0.attn.proj_1`. Its weights cannot be ported back.
 
-    `fold_gelu` takes GELU's factors into the convolutions too, which is the quickest for TensorFlow. Runtimes that
-    compute GELU in one operation, as LiteRT and ONNX Runtime do, are quicker without.
+    `fold_gelu` also folds GELU's factors into the convolutions, which is fastest in TensorFlow. Runtimes that compute
+    GELU in one operation, such as LiteRT and ONNX Runtime, are faster without it.
 
-    Raises ValueError for a model that `van` has not built, that takes channels first or does not compute in float32.
+    Raises ValueError if `model` was not built by `van`, takes channels first, or does not compute in float32.
     """
     if not _is_van(model):
-        raise ValueError(f"{model.name} is not a VAN, channels last and in float32, as van_tf builds it")
+        raise ValueError(f"{model.name} is not a VAN built by van_tf with channels last and in float32")
     inputs = keras.Input(model.input_shape[1:], name="images")
     stream = _Stream(inputs, fold_gelu)
     for layer in model.layers[1:]:
@@ -62,7 +62,7 @@ def fuse(model: keras.Model, *, fold_gelu: bool = True) -> keras.Model:
 
 
 def _is_van(model: keras.Model) -> bool:
-    """Whether the model is one chain of layers, with blocks among them."""
+    """Whether the model is a single chain of layers that contains blocks, in float32 and with channels last."""
     found = list(model.layers)
     if not any(isinstance(layer, Block) for layer in found) or len(model.inputs) != 1 or len(model.outputs) != 1:
         return False
@@ -73,12 +73,12 @@ def _is_van(model: keras.Model) -> bool:
 
 
 class _Stream:
-    """The network as far as it is built: `x` times `factor`, channel by channel, is what the model has there."""
+    """The network built so far. `x` times `factor`, channel by channel, equals the original model's tensor."""
 
     def __init__(self, inputs: Any, fold_gelu: bool) -> None:
         self.x = inputs
         self.gelu = folded_gelu if fold_gelu else gelu
-        # What GELU's input and its output are to be multiplied by, and what a result is called that is not PyTorch's.
+        # The factor for GELU's input and output, and the suffix of layers whose result differs from PyTorch's.
         self.gelu_factor = math.sqrt(0.5) if fold_gelu else 1.0
         self.folded = ".folded" if fold_gelu else ""
         self.factor: Array = np.ones(1)
@@ -138,13 +138,13 @@ class _Stream:
         self.x = layers.LayerNormalization(epsilon=layer.epsilon, name=layer.name)(self.x)
 
     def _into(self, conv: layers.Conv2D, name: str, scale: Array, shift: Array, times: float = 1.0) -> Any:
-        """A 1x1 convolution of the normalised stream, `times` a number."""
+        """Apply a 1x1 convolution to the normalised stream, multiplied by `times`."""
         kernel, bias = _kernel_and_bias(conv)
         bias = bias + shift @ kernel[0, 0]
         return self.conv(self.x, name, kernel * (scale * self.factor)[:, None] * times, bias * times)
 
     def _out_of(self, x: Any, name: str, kernel: Array, bias: Array, branch: Array, shortcut: Array) -> None:
-        """Adds a scaled 1x1 convolution to the stream, which goes on times `shortcut`."""
+        """Add a scaled 1x1 convolution to the stream, after multiplying the stream by `shortcut`."""
         factor = self.factor * shortcut
         if not ((np.abs(factor) > _SMALLEST) & (np.abs(factor) < _GREATEST)).all():
             self._multiply(f"{name}.factor", factor)
@@ -164,7 +164,7 @@ def _kernel_and_bias(layer: Any) -> tuple[Array, Array]:
 
 
 def _scale_and_shift(norm: layers.BatchNormalization) -> tuple[Array, Array]:
-    """What a BatchNorm is at inference: `scale * x + shift`."""
+    """A BatchNorm at inference, as `scale * x + shift`."""
     gamma, beta, mean, variance = (np.asarray(value, np.float64) for value in norm.get_weights())
     scale = gamma / np.sqrt(variance + BATCH_NORM_EPSILON)
     return scale, beta - mean * scale

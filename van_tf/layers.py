@@ -1,11 +1,11 @@
-"""The parts of a Visual Attention Network as Keras layers, channels last.
+"""The layers of a Visual Attention Network in Keras, with channels last.
 
-Each class stands for the class of the official PyTorch code that its docstring names
-(Visual-Attention-Network/VAN-Classification, `models/van.py`), and each sublayer carries PyTorch's attribute
-name, so `block1_0/attn/proj_1/kernel` here is `block1.0.attn.proj_1.weight` there.
+Each class corresponds to the class of the official PyTorch code that its docstring names
+(Visual-Attention-Network/VAN-Classification, `models/van.py`). Each sublayer has PyTorch's attribute name, so
+`block1_0/attn/proj_1/kernel` here is `block1.0.attn.proj_1.weight` there.
 
-Every composite layer builds its sublayers in `build`, by name and in the order in which they run; Keras then
-gives the variables these paths.
+Composite layers create their sublayers in `build`, with names and in the order in which they run. Keras derives the
+variables' paths from these names.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import keras
 from keras import layers, ops
 
-# PyTorch's BatchNorm2d: eps 1e-5, and momentum 0.1 there is the share of the new value, here that of the old.
+# As in PyTorch's BatchNorm2d, whose momentum of 0.1 is the share of the new value; in Keras, it is that of the old.
 BATCH_NORM_EPSILON = 1e-5
 BATCH_NORM_MOMENTUM = 0.9
 LAYER_SCALE_INIT = 1e-2
@@ -29,11 +29,11 @@ _register = keras.saving.register_keras_serializable(package="van_tf")
 
 @_register
 def gelu(x: Any) -> Any:
-    """The exact GELU, x times the normal distribution function, as PyTorch computes it; shape-preserving.
+    """The exact GELU, x times the normal distribution function, as in PyTorch. Shape-preserving.
 
-    Keras's own goes through erfc, which takes TensorFlow's CPU kernels longer. Of the ways to write this product,
-    LiteRT's converter knows this one for its GELU. Its sum cancels where x is negative, so types of fewer than 32 bits
-    go through float32, as in PyTorch.
+    Keras's own GELU uses erfc, which is slower in TensorFlow's CPU kernels. LiteRT's converter recognises this form of
+    the product as GELU. Its sum cancels for negative x, so types of fewer than 32 bits are computed in float32, as in
+    PyTorch.
     """
     dtype = keras.backend.standardize_dtype(x.dtype)
     if dtype in {"float16", "bfloat16"}:
@@ -43,29 +43,29 @@ def gelu(x: Any) -> Any:
 
 @_register
 def folded_gelu(x: Any) -> Any:
-    """sqrt(2) times the GELU of sqrt(2) x: what is left when the convolutions around it take its two factors."""
+    """sqrt(2) * GELU(sqrt(2) * x): what remains of GELU after the adjacent convolutions take over its two factors."""
     return x * (1.0 + ops.erf(x))
 
 
 def module_name(layer_name: str) -> str:
-    """PyTorch's name of a top-level layer: `block1_0` is `block1.0` there; Keras's torch backend takes no dots."""
+    """PyTorch's name of a top-level layer, such as `block1.0` for `block1_0`; Keras's torch backend allows no dots."""
     return re.sub(r"^(block\d+)_(\d+)$", r"\1.\2", layer_name)
 
 
 def _conv_initializer() -> keras.initializers.Initializer:
     """Normal with std sqrt(2 / (kernel height * kernel width * out_channels / groups)), as in the official code.
 
-    Keras counts a depthwise kernel's fan-out as height * width, which is that formula with groups = channels.
+    For a depthwise kernel, Keras's fan-out is height * width, which equals this formula with groups = channels.
     """
     return keras.initializers.VarianceScaling(2.0, "fan_out", "untruncated_normal")
 
 
 @_register
 class BatchNorm(layers.BatchNormalization):
-    """`BatchNorm2d` in PyTorch: its running variance takes a batch's unbiased one, n / (n - 1) times the other.
+    """BatchNormalization whose running variance uses the unbiased variance of a batch; `BatchNorm2d` in PyTorch.
 
-    Keras's own takes the biased one. What a batch is normalised with is the same on both sides, and so is inference.
-    n is the number of values a channel, of any axis; with a mask, those that it leaves.
+    The unbiased variance is n / (n - 1) times the biased one, which Keras's own layer uses. n is the number of values
+    per channel, without masked ones. The normalisation of a batch and inference are the same in both frameworks.
     """
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
@@ -73,23 +73,23 @@ class BatchNorm(layers.BatchNormalization):
             return super().call(inputs, training=training, mask=mask)
         kept = self.moving_variance * self.momentum
         outputs = super().call(inputs, training=training, mask=mask)
-        # What the batch has added, once more as far as it was too little.
+        # Keras added the biased variance: add the missing 1 / (n - 1) of that.
         added = self.moving_variance - kept
         others = ops.cast(self._values(inputs, mask), added.dtype) - 1
         self.moving_variance.assign_add(added / ops.maximum(others, 1))
         return outputs
 
     def _values(self, inputs: Any, mask: Any) -> Any:
-        """How many values of each channel the statistics are of."""
+        """The number of values per channel in the statistics."""
         channels = inputs.shape[self.axis]
         if mask is None:
             return ops.size(inputs) // channels
-        # As in Keras's own: each axis of the mask is one of the inputs', and those behind count whole.
+        # As in Keras: the mask covers the leading axes of the inputs, and the remaining axes count fully.
         return ops.sum(ops.cast(mask, "int32")) * (ops.size(inputs) // (ops.size(mask) * channels))
 
 
 class _Composite(layers.Layer):
-    """A layer that is made of named sublayers and runs them with its own dtype policy."""
+    """A layer of named sublayers, which run with its dtype policy."""
 
     def conv(self, name: str, filters: int, kernel_size: int = 1, strides: int = 1) -> layers.Conv2D:
         return layers.Conv2D(
@@ -104,7 +104,7 @@ class _Composite(layers.Layer):
         )
 
     def depthwise(self, name: str, kernel_size: int, dilation: int = 1) -> layers.DepthwiseConv2D:
-        # With stride 1 and an odd reach, "same" pads both sides alike, as PyTorch's padding= does.
+        # With stride 1 and an odd kernel, "same" pads both sides equally, like PyTorch's padding=.
         return layers.DepthwiseConv2D(
             kernel_size,
             padding="same",
@@ -131,7 +131,7 @@ class _Composite(layers.Layer):
 class OverlapPatchEmbed(_Composite):
     """Strided convolution with overlapping windows, then BatchNorm; `OverlapPatchEmbed` in PyTorch.
 
-    `(N, H, W, C)` to `(N, ceil(H / strides), ceil(W / strides), dim)`.
+    Maps `(N, H, W, C)` to `(N, ceil(H / strides), ceil(W / strides), dim)`.
     """
 
     def __init__(self, dim: int, kernel_size: int, strides: int, **kwargs: Any) -> None:
@@ -141,7 +141,7 @@ class OverlapPatchEmbed(_Composite):
         self.strides = strides
 
     def build(self, input_shape: Shape) -> None:
-        # PyTorch pads both sides alike; "same" would pad a strided convolution on the right and bottom first.
+        # PyTorch pads both sides equally; "same" would pad a strided convolution more on the right and bottom.
         self.pad = layers.ZeroPadding2D(
             self.kernel_size // 2, data_format="channels_last", dtype=self.dtype_policy, name="pad"
         )
@@ -167,7 +167,7 @@ class OverlapPatchEmbed(_Composite):
 class LKA(_Composite):
     """Large kernel attention (paper, section 3.1); `AttentionModule` in PyTorch. Shape-preserving.
 
-    A 21x21 kernel as 5x5 depthwise, 7x7 depthwise with dilation 3 and 1x1; the result gates the input.
+    It decomposes a 21x21 kernel into 5x5 depthwise, 7x7 depthwise with dilation 3, and 1x1. The result gates the input.
     """
 
     def build(self, input_shape: Shape) -> None:
@@ -201,7 +201,7 @@ class Attention(_Composite):
 
 @_register
 class DWConv(_Composite):
-    """3x3 depthwise convolution in a module of its own; `DWConv` in PyTorch. Shape-preserving."""
+    """3x3 depthwise convolution as a separate module; `DWConv` in PyTorch. Shape-preserving."""
 
     def build(self, input_shape: Shape) -> None:
         self.dwconv = self.depthwise("dwconv", 3)
@@ -242,9 +242,9 @@ class Mlp(_Composite):
 
 @_register
 class Block(_Composite):
-    """Attention and MLP, each behind a BatchNorm, scaled per channel and added; `Block` in PyTorch.
+    """Attention and MLP, each after a BatchNorm, scaled per channel and added; `Block` in PyTorch.
 
-    Shape-preserving. `drop_path_rate` is the chance that a sample loses a whole branch in training.
+    Shape-preserving. `drop_path_rate` is the probability that a sample skips a whole branch in training.
     """
 
     def __init__(self, mlp_ratio: float, drop_rate: float = 0.0, drop_path_rate: float = 0.0, **kwargs: Any) -> None:
@@ -257,7 +257,7 @@ class Block(_Composite):
         dim = _channels(input_shape)
         self.norm1 = self.batch_norm("norm1")
         self.attn = Attention(dtype=self.dtype_policy, name="attn")
-        # One mask value a sample, the same for every position and channel: stochastic depth.
+        # Stochastic depth: one mask value per sample, the same for all positions and channels.
         self.drop_path = layers.Dropout(
             self.drop_path_rate, noise_shape=(None, 1, 1, 1), dtype=self.dtype_policy, name="drop_path"
         )
@@ -286,5 +286,5 @@ class Block(_Composite):
 def _channels(shape: Shape) -> int:
     channels = shape[-1]
     if channels is None:
-        raise ValueError(f"the number of channels must be known, and is not in the input shape {shape}")
+        raise ValueError(f"the number of channels must be known, but the input shape is {shape}")
     return channels

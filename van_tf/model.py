@@ -1,4 +1,4 @@
-"""Visual Attention Network as functional Keras models, one constructor a variant.
+"""Visual Attention Network as functional Keras models, with one constructor per variant.
 
 Source: arXiv 2202.09741, section 3.2, and the official code, `models/van.py` in
 Visual-Attention-Network/VAN-Classification. The top-level layers are `patch_embed{s}`, `block{s}_{j}`,
@@ -38,33 +38,33 @@ def van(
     layer_norm_epsilon: float | None = None,
     dtype: Any = None,
 ) -> keras.Model:
-    """Builds the network that `config` describes, by the conventions of keras.applications.
+    """Build the network that `config` describes, with the conventions of keras.applications.
 
-    Two defaults differ from keras.applications. `weights` is None, because the published ones are ported on first use,
-    which takes PyTorch and a download. `classifier_activation` is None, because PyTorch's model gives logits and a port
-    is compared with it.
+    Two defaults differ from keras.applications. `weights` is None, because published weights are ported on first use,
+    which needs PyTorch and a download. `classifier_activation` is None, because PyTorch's model returns logits and a
+    port is compared with it.
 
-    Input: `(N, H, W, C)` images, scaled as `preprocess_input` does; `input_shape` gives `(H, W, C)`, where H and W may
-    be None, as they are by default, and otherwise are at least 32. With `data_format` "channels_first" (by default
-    Keras's global setting) it is `(N, C, H, W)`, and so is a map that the model returns. `input_tensor` takes the place
-    of the input.
+    Input: `(N, H, W, C)` images, scaled by `preprocess_input`. `input_shape` is `(H, W, C)`, where H and W are None
+    (the default) or at least 32. With `data_format` "channels_first", the input is `(N, C, H, W)`, and so is a feature
+    map that the model returns; the default is Keras's global setting. `input_tensor` replaces the input.
 
-    Output: `(N, classes)` logits as PyTorch gives them; `classifier_activation="softmax"` makes them probabilities.
-    With `include_top=False` it is the last stage's map, `(N, ceil(H / 32), ceil(W / 32), embed_dims[-1])`, or with
-    `pooling` "avg" or "max" that over all positions, `(N, embed_dims[-1])`; with a head `pooling` changes nothing.
+    Output: `(N, classes)` logits, as in PyTorch; `classifier_activation="softmax"` returns probabilities. With
+    `include_top=False`, the output is the last stage's feature map, `(N, ceil(H / 32), ceil(W / 32), embed_dims[-1])`,
+    or with `pooling` "avg" or "max" its mean or maximum over all positions, `(N, embed_dims[-1])`. With a head,
+    `pooling` has no effect.
 
-    `weights` is None for fresh ones, the path of a file that van-port or Keras has written, or the name of the data
-    set that the published weights were trained on: "imagenet", for nano "cifar10". These are ported on first use, by
-    van-port in a process of its own, and kept in `VAN_PORT_CACHE` or the user's cache folder. A file with another
-    number of classes loads everything except the head, with a warning.
+    `weights` is None for random initialisation, the path of a file that van-port or Keras has written, or the name of
+    the data set of the published weights: "imagenet", or "cifar10" for nano. Published weights are ported on first
+    use, by van-port in a separate process, and stored in `VAN_PORT_CACHE` or the user's cache folder. A file with
+    another number of classes loads everything except the head, with a warning.
 
-    `classes` is by default the config's. `drop_rate` is the dropout rate in the MLPs. `drop_path_rate` is the last
-    block's rate of stochastic depth; it grows linearly over all blocks, from 0. `layer_norm_epsilon` is by default the
-    one that the weights were trained with, where their file says so, else the config's. `dtype` is a Keras dtype or
-    policy, by default the global.
+    `classes` defaults to that of the config. `drop_rate` is the dropout rate in the MLPs. `drop_path_rate` is the rate
+    of stochastic depth in the last block; it grows linearly from 0 over all blocks. `layer_norm_epsilon` defaults to
+    the one in the weights file, if stated there, else to that of the config. `dtype` is a Keras dtype or policy; the
+    default is the global one.
 
-    Raises ValueError for arguments out of range and for a file that does not fit, FileNotFoundError for one that is not
-    there, and RuntimeError, with the command to run, when published weights cannot be had.
+    Raises ValueError for arguments out of range and for a file that does not fit, FileNotFoundError for a missing file,
+    and RuntimeError, with the command to run, if published weights cannot be obtained.
     """
     channels_first = _is_channels_first(data_format)
     shape = _input_shape(input_shape, input_tensor, channels_first, config.in_chans)
@@ -96,8 +96,8 @@ def van(
     elif channels_first:
         x = _to_channels_first(x, "channels_first")
     if include_top:
-        # The official code truncates this normal at a hundred standard deviations, which is not at all;
-        # Keras's TruncatedNormal would cut at two.
+        # The official code truncates this normal distribution at a hundred standard deviations, so in effect not at
+        # all. Keras's TruncatedNormal would truncate at two.
         initializer = keras.initializers.RandomNormal(stddev=0.02)
         x = layers.Dense(classes, classifier_activation, kernel_initializer=initializer, dtype=dtype, name="head")(x)
     sources = keras.utils.get_source_inputs(inputs)
@@ -108,18 +108,18 @@ def van(
 
 
 def features(model: keras.Model, stages: Sequence[int] | None = None) -> keras.Model:
-    """A model with the same input and weights that returns the maps of some stages, for detection and segmentation.
+    """A model with the same input and weights that returns the feature maps of stages, for detection and segmentation.
 
-    Stage s of a VAN gives `(N, ceil(H / r), ceil(W / r), embed_dims[s - 1])` with r = 4, 8, 16, 32, behind its
-    LayerNorm, as in VAN-Segmentation; channels first where the model takes them so. The output is a list in the order
-    of `stages`, by default of all. `model` is any that `van` has built, with its head or without.
+    Stage s of a VAN returns `(N, ceil(H / r), ceil(W / r), embed_dims[s - 1])` with r = 4, 8, 16, 32, after its
+    LayerNorm, as in VAN-Segmentation; channels come first if the model takes them first. The output is a list in the
+    order of `stages`, by default of all stages. `model` is any model that `van` has built, with or without its head.
 
     Raises ValueError for a stage that the model does not have.
     """
     known = [stage for stage in range(1, 100) if any(layer.name == f"norm{stage}" for layer in model.layers)]
     stages = known if stages is None else stages
     if not stages or not set(stages) <= set(known):
-        raise ValueError(f"stages are some of {known}: got {list(stages)}")
+        raise ValueError(f"stages must be among {known}: got {list(stages)}")
     maps = [model.get_layer(f"norm{stage}").output for stage in stages]
     if any(layer.name == "channels_last" for layer in model.layers):
         maps = [_to_channels_first(x, f"stage{stage}") for stage, x in zip(stages, maps, strict=True)]
@@ -133,7 +133,7 @@ def _to_channels_first(x: Any, name: str) -> Any:
 def _is_channels_first(data_format: str | None) -> bool:
     data_format = data_format or keras.config.image_data_format()
     if data_format not in {"channels_first", "channels_last"}:
-        raise ValueError(f"data_format is channels_first or channels_last: got {data_format!r}")
+        raise ValueError(f"data_format must be channels_first or channels_last: got {data_format!r}")
     return data_format == "channels_first"
 
 
@@ -142,9 +142,11 @@ def _input_shape(
 ) -> tuple[int | None, ...]:
     if input_tensor is not None:
         if not keras.backend.is_keras_tensor(input_tensor):
-            raise ValueError("input_tensor is the output of a Keras layer or of keras.Input")
+            raise ValueError("input_tensor must be the output of a Keras layer or of keras.Input")
         if input_shape is not None and tuple(input_tensor.shape[1:]) != tuple(input_shape):
-            raise ValueError(f"input_shape {input_shape} is not input_tensor's, {tuple(input_tensor.shape[1:])}")
+            raise ValueError(
+                f"input_shape {input_shape} differs from that of input_tensor, {tuple(input_tensor.shape[1:])}"
+            )
         return tuple(input_tensor.shape[1:])
     if input_shape is None:
         return (channels, None, None) if channels_first else (None, None, channels)
@@ -162,16 +164,16 @@ def _check_arguments(
 ) -> None:
     if len(shape) != 3:
         order = "(channels, height, width)" if channels_first else "(height, width, channels)"
-        raise ValueError(f"input_shape is {order}: got {shape}")
+        raise ValueError(f"input_shape must be {order}: got {shape}")
     if any(size is not None and size < MIN_INPUT_SIZE for size in (shape[1:] if channels_first else shape[:2])):
-        raise ValueError(f"height and width are at least {MIN_INPUT_SIZE} pixels, or None: got {shape}")
+        raise ValueError(f"height and width must be at least {MIN_INPUT_SIZE} pixels, or None: got {shape}")
     if pooling not in {None, "avg", "max"}:
-        raise ValueError(f"pooling is None, 'avg' or 'max': got {pooling!r}")
+        raise ValueError(f"pooling must be None, 'avg' or 'max': got {pooling!r}")
     if classes < 1:
-        raise ValueError(f"classes is a positive number: got {classes}; for no head, use include_top=False")
+        raise ValueError(f"classes must be a positive number: got {classes}; for no head, use include_top=False")
     for label, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
         if not 0.0 <= rate < 1.0:
-            raise ValueError(f"{label} is at least 0 and below 1: got {rate}")
+            raise ValueError(f"{label} must be at least 0 and below 1: got {rate}")
 
 
 def _constructor(variant: str, about: str) -> Callable[..., keras.Model]:
@@ -202,11 +204,11 @@ def _constructor(variant: str, about: str) -> Callable[..., keras.Model]:
         )
 
     build.__name__ = build.__qualname__ = f"van_{variant}"
-    build.__doc__ = f"{about}; arguments as for `van`."
+    build.__doc__ = f"Build {about}. The arguments are those of `van`."
     return build
 
 
-van_nano = _constructor("nano", "This project's own small variant for 64x64 images, with CIFAR-10's ten classes")
+van_nano = _constructor("nano", "this project's own small variant for 64x64 images, with CIFAR-10's ten classes")
 van_b0 = _constructor("b0", "VAN-B0 (Tiny), 4.1 M parameters")
 van_b1 = _constructor("b1", "VAN-B1 (Small), 13.9 M parameters")
 van_b2 = _constructor("b2", "VAN-B2 (Base), 26.6 M parameters")

@@ -1,9 +1,9 @@
-"""Images as the published weights want them, and names for what comes out.
+"""Preprocess images for the published weights, and decode predictions.
 
-The official evaluation (VAN-Classification, `validate.py` with timm's transforms) decodes and resizes with Pillow:
-the shorter side to 248 pixels, bicubic with antialiasing, then the central 224, then mean = std = 0.5. Pillow rounds
-to whole pixel values after each of the two passes, along rows and along columns. Resized so, TensorFlow's pixels are
-Pillow's but for one in some thousands; `scripts/compare_preprocessing.py` measures that, and what other ways do.
+The official evaluation (VAN-Classification, `validate.py` with timm's transforms) decodes and resizes with Pillow: the
+shorter side to 248 pixels, bicubic with antialiasing, then the central 224 pixels, then mean = std = 0.5. Pillow rounds
+to integer pixel values after each of its two passes, along rows and along columns. With the same rounding, TensorFlow's
+pixels equal Pillow's except for one in some thousands. `scripts/compare_preprocessing.py` measures this and other ways.
 """
 
 from __future__ import annotations
@@ -20,54 +20,54 @@ _IMAGENET_CLASSES = 1000
 
 
 def preprocess_input(images: Any, data_format: str | None = None) -> Any:
-    """Pixel values from 0 to 255 to the range [-1, 1], as the official B0 to B3 and nano were trained.
+    """Scale pixel values from 0 to 255 to the range [-1, 1], as in the training of the official B0 to B3 and of nano.
 
-    That is mean = std = 0.5 on values from 0 to 1, for every channel, so that `data_format` changes nothing; it is an
-    argument as in keras.applications. Arrays and tensors of any shape and dtype; returns float32.
+    This is mean = std = 0.5 on values from 0 to 1 for every channel, so `data_format` has no effect; it is accepted as
+    in keras.applications. Takes arrays and tensors of any shape and dtype, and returns float32.
 
     Raises ValueError for an unknown `data_format`.
     """
     if data_format not in {None, "channels_first", "channels_last"}:
-        raise ValueError(f"data_format is channels_first or channels_last: got {data_format!r}")
+        raise ValueError(f"data_format must be channels_first or channels_last: got {data_format!r}")
     return keras.ops.cast(images, "float32") / 127.5 - 1.0
 
 
 def load_image(path: str | os.PathLike[str] | Any) -> Any:
-    """The pixels of a JPEG or PNG file, `(H, W, 3)` uint8, the same as Pillow's; `path` may be a string tensor.
+    """Load a JPEG or PNG file as `(H, W, 3)` uint8, with the same pixels as Pillow. `path` may be a string tensor.
 
-    Works inside tf.data. TensorFlow's errors for a file that is missing or no image are not caught.
+    Works inside tf.data. TensorFlow's errors for missing files or files that are not images are passed on.
     """
     import tensorflow as tf
 
     contents = tf.io.read_file(os.fspath(path) if isinstance(path, os.PathLike) else path)
-    # This decoder takes PNG too. Its usual, faster transform is off by up to 24 of 255.
+    # This decoder also reads PNG. Its default, faster transform is off by up to 24 of 255.
     return tf.io.decode_jpeg(contents, channels=3, dct_method="INTEGER_ACCURATE")
 
 
 def prepare_images(images: Any, size: int = 224, crop_fraction: float = 0.9) -> Any:
-    """Resizes, crops and normalises as the official evaluation does; for tf.data, and for use before a model.
+    """Resize, crop and normalise as in the official evaluation. For tf.data, or before a model.
 
-    `(H, W, 3)` or `(N, H, W, 3)` with values from 0 to 255, of any dtype and any size, to `(size, size, 3)` or
+    Maps `(H, W, 3)` or `(N, H, W, 3)` with values from 0 to 255, of any dtype and size, to `(size, size, 3)` or
     `(N, size, size, 3)` float32 from -1 to 1. The shorter side becomes `size / crop_fraction` pixels, rounded down.
-    Nano was trained with `size=64, crop_fraction=1`.
+    nano was trained with `size=64, crop_fraction=1`.
 
     Raises ValueError for a fraction outside (0, 1].
     """
     import tensorflow as tf
 
     if not 0.0 < crop_fraction <= 1.0:
-        raise ValueError(f"crop_fraction is above 0 and at most 1: got {crop_fraction}")
+        raise ValueError(f"crop_fraction must be above 0 and at most 1: got {crop_fraction}")
     resized_side = int(size / crop_fraction)
     images = tf.cast(tf.convert_to_tensor(images), tf.float32)
     height, width = tf.shape(images)[-3], tf.shape(images)[-2]
     # The longer side is rounded down, as in torchvision's Resize.
     shorter = tf.minimum(height, width)
     new_height, new_width = resized_side * height // shorter, resized_side * width // shorter
-    # Rows before columns, and whole numbers in between: so does Pillow.
+    # Like Pillow: horizontally first, then vertically, with rounding in between.
     for shape in ((height, new_width), (new_height, new_width)):
         images = tf.image.resize(images, shape, method="bicubic", antialias=True)
-        images = tf.clip_by_value(tf.floor(images + 0.5), 0.0, 255.0)  # halves go up
-    # Halves go to the even number, as in torchvision's CenterCrop.
+        images = tf.clip_by_value(tf.floor(images + 0.5), 0.0, 255.0)  # halves round up
+    # Halves round to even, as in torchvision's CenterCrop.
     top, left = (tf.cast(tf.round((side - size) / 2), tf.int32) for side in (new_height, new_width))
     images = images[..., top : top + size, left : left + size, :]
     images.set_shape([*images.shape[:-3], size, size, images.shape[-1]])
@@ -76,9 +76,9 @@ def prepare_images(images: Any, size: int = 224, crop_fraction: float = 0.9) -> 
 
 @keras.saving.register_keras_serializable(package="van_tf")
 class Preprocessing(keras.layers.Layer):
-    """`prepare_images` as a layer: `(N, H, W, 3)` pixels from 0 to 255 to `(N, size, size, 3)` from -1 to 1.
+    """`prepare_images` as a layer, from `(N, H, W, 3)` pixels in [0, 255] to `(N, size, size, 3)` in [-1, 1].
 
-    A model with it is not compiled by XLA, which has no kernel for TensorFlow's antialiased resize.
+    Keras does not compile a model that contains it with XLA, which has no kernel for TensorFlow's antialiased resize.
     """
 
     def __init__(self, size: int = 224, crop_fraction: float = 0.9, **kwargs: Any) -> None:
@@ -100,17 +100,17 @@ class Preprocessing(keras.layers.Layer):
 def decode_predictions(
     predictions: Any, top: int = 5, class_names: Sequence[str] | None = None
 ) -> list[list[tuple[str, str, float]]]:
-    """For each row of logits or probabilities, `(N, classes)`, the `top` classes as `(id, name, probability)`.
+    """Decode each row of logits or probabilities, `(N, classes)`, to its `top` classes as `(id, name, probability)`.
 
-    Without `class_names` the classes are ImageNet's 1000, and Keras fetches their names on first use; with them, the id
-    is the class's number. `van_tf.CIFAR10_CLASSES` are nano's.
+    Without `class_names`, the classes are ImageNet's 1000, whose names Keras downloads on first use. With them, the id
+    is the number of the class. nano's are `van_tf.CIFAR10_CLASSES`.
 
-    Raises ValueError when names and columns do not agree in number.
+    Raises ValueError if the number of names differs from the number of columns.
     """
     scores = np.asarray(predictions, np.float64)
     count = _IMAGENET_CLASSES if class_names is None else len(class_names)
     if scores.ndim != 2 or scores.shape[1] != count:
-        raise ValueError(f"predictions are of shape (N, {count}) for {count} class names: got {scores.shape}")
+        raise ValueError(f"predictions must have the shape (N, {count}) for {count} class names: got {scores.shape}")
     if (scores < 0).any() or not np.allclose(scores.sum(axis=1), 1.0, atol=1e-3):
         exponentials = np.exp(scores - scores.max(axis=1, keepdims=True))
         scores = exponentials / exponentials.sum(axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Files of weights for a model: found or ported, looked into, and loaded even where the head is another."""
+"""Find, port, inspect and load weights files of a model, including files with another head."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ import platformdirs
 from van_tf.config import VARIANTS, VanConfig
 
 SUFFIXES = (".h5", ".keras")
-# Weights hardly compress: a file with more numbers than this for its bytes holds other things, and could fill memory.
+# Weights hardly compress, so a file whose arrays exceed its size by this factor is not a weights file and could exhaust
+# the memory.
 _GREATEST_EXPANSION = 16
 _MAX_PROVENANCE = 16 << 20  # bytes
 
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A file of Keras weights; `classes` is 0 where it has no head, `layer_norm_epsilon` None where it says none."""
+    """A file of Keras weights. `classes` is 0 without a head; `layer_norm_epsilon` is None if the file states none."""
 
     path: Path
     classes: int
@@ -38,9 +39,9 @@ class WeightsFile:
     def load_into(
         self, model: keras.Model, config: VanConfig, build: Callable[..., keras.Model], *, whole: bool
     ) -> None:
-        """Gives the model these weights, all but the head where that is another one, and warns of that.
+        """Load these weights into the model. If the number of classes differs, skip the head and warn.
 
-        `whole` is whether the model has no other layers than VAN's. Raises ValueError for the weights of another model.
+        `whole` says that the model consists only of VAN's layers. Raises ValueError for weights of another model.
         """
         head = next((layer for layer in model.layers if layer.name == "head"), None)
         classes = head.units if head is not None else 0
@@ -48,7 +49,8 @@ class WeightsFile:
             if whole and classes == self.classes:
                 _load(model, self.path)
                 return
-            # Files are read in the order of a whole model's layers; so such a model reads this one, and hands on.
+            # Keras reads files in the order of a whole model's layers, so a whole model loads the file and passes on
+            # the weights.
             top = self.classes > 0
             donor = build(config, include_top=top, classes=self.classes or None, data_format="channels_last")
             _load(donor, self.path)
@@ -62,13 +64,14 @@ class WeightsFile:
         if head is not None and classes != self.classes:
             has = f"has {self.classes} classes" if self.classes else "has no head"
             warnings.warn(
-                f"{self.path.name} {has} and the model has {classes}: its head starts afresh, all else is loaded",
+                f"{self.path.name} {has}, but the model has {classes}: the head keeps its initial weights, and "
+                "everything else is loaded",
                 stacklevel=4,
             )
 
 
 def _load(model: keras.Model, path: Path) -> None:
-    """Loads all weights of a VAN; those of a plain `.h5` by name, since their order depends on what was frozen.
+    """Load all weights of a VAN. A plain `.h5` is read by name, because its order depends on which layers were frozen.
 
     Raises ValueError, OSError or KeyError for a file with other variables.
     """
@@ -77,50 +80,53 @@ def _load(model: keras.Model, path: Path) -> None:
         return
     values = {}
     with h5py.File(path) as file:
-        # A whole model saved as .h5 has its weights in a group of their own.
+        # A whole model saved as .h5 keeps its weights in a separate group.
         root = file.get("model_weights", file)
         for layer in root.values():
 
             def visit(name: str, item: h5py.Dataset | h5py.Group, layer: h5py.Group = layer) -> None:
                 if isinstance(item, h5py.Dataset):
-                    # Keras writes a variable's whole path inside the layer's group, van-port what follows its name.
+                    # Inside a layer's group, Keras writes a variable's whole path, and van-port the path below the
+                    # layer.
                     own = layer.name.rpartition("/")[2]
                     path = name if name.startswith(f"{own}/") else f"{own}/{name}"
-                    # Version 0.1 named blocks block1.0; Keras's torch backend takes no dots.
+                    # Version 0.1 named blocks block1.0, but Keras's torch backend allows no dots.
                     values[re.sub(r"^(block\d+)\.(\d+/)", r"\1_\2", path)] = item[()]
 
             if isinstance(layer, h5py.Group):
                 layer.visititems(visit)
     variables = {variable.path: variable for variable in model.weights}
     if differing := sorted(variables.keys() ^ values.keys()):
-        raise ValueError(f"{len(differing)} variables are only in one of the two, first {differing[0]}")
+        raise ValueError(f"{len(differing)} variables are in only one of the two; the first is {differing[0]}")
     for name, variable in variables.items():
         variable.assign(values[name])
 
 
 def cache_folder() -> Path:
-    """Where ported weights are kept: in `VAN_PORT_CACHE`, or in the user's cache folder."""
+    """The folder of ported weights: in `VAN_PORT_CACHE`, or in the user's cache folder."""
     return Path(os.environ.get("VAN_PORT_CACHE") or platformdirs.user_cache_path("van-port", appauthor=False)) / "keras"
 
 
 def find_weights(config: VanConfig, weights: str | os.PathLike[str]) -> WeightsFile:
-    """The file at a path, or with the published weights that `weights` names, which are ported where need be.
+    """Find the file at a path, or the file of the published weights that `weights` names, porting them if necessary.
 
-    A file is opened as Keras opens it, which is not safe for one from a stranger; `van-port inspect` is.
+    A file is opened as Keras opens it, which is not safe for untrusted files. `van-port inspect` is safe.
 
-    Raises FileNotFoundError, ValueError for a name of other weights or a file of another kind, and RuntimeError when
-    published weights cannot be had.
+    Raises FileNotFoundError, ValueError for the name of other weights or another kind of file, and RuntimeError if
+    published weights cannot be obtained.
     """
     names = {each.trained_on for each in VARIANTS.values()}
     if weights in names:
         if weights != config.trained_on:
-            raise ValueError(f"the published weights of van_{config.name} are {config.trained_on!r}: got {weights!r}")
+            raise ValueError(
+                f"the published weights of van_{config.name} are named {config.trained_on!r}: got {weights!r}"
+            )
         return _look_into(_published(config), config)
     path = Path(weights)
     if not path.is_file():
         raise FileNotFoundError(
-            f"no such file of weights: {path}. Expected None, {config.trained_on!r} or a file that van-port has "
-            f"written: van-port --variant {config.name} --out van_{config.name}.h5"
+            f"no such weights file: {path}. Expected None, {config.trained_on!r} or a file written by "
+            f"van-port --variant {config.name} --out van_{config.name}.h5"
         )
     return _look_into(path, config)
 
@@ -133,13 +139,13 @@ def _published(config: VanConfig) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RuntimeError(
-            f"{path.parent} cannot be made: {error.strerror}. Set VAN_PORT_CACHE to a folder of your own."
+            f"cannot create {path.parent}: {error.strerror}. Set VAN_PORT_CACHE to a writable folder."
         ) from None
-    # In a process of its own: that needs PyTorch, which whoever uses the model does not.
-    # -P and the path as it is here: nothing else in the working folder is taken for a module.
+    # A separate process, because porting needs PyTorch and using the model does not.
+    # -P and this process's path: do not import modules from the working folder.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-P", "-m", "porting.cli.main", "--variant", config.name, "--out", str(path)]
-    shown = sys.stderr is not None and sys.stderr.isatty()  # then it shows its progress there
+    shown = sys.stderr is not None and sys.stderr.isatty()  # if so, van-port shows its progress there
     stderr = None if shown else subprocess.PIPE
     done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=stderr, check=False)
     if done.returncode:
@@ -147,15 +153,15 @@ def _published(config: VanConfig) -> Path:
         why = next((line for line in said if line.startswith("Error: ")), said[-1] if said else "see above")
         raise RuntimeError(
             f"the published weights of van_{config.name} are not in {path.parent}, and porting them failed: "
-            f"{why.removeprefix('Error: ')}\nRun this where they can be had, with --checkpoint FILE if you have them, "
-            f"and bring the file here: van-port --variant {config.name} --out {path}"
+            f"{why.removeprefix('Error: ')}\nRun this on a machine with access, with --checkpoint FILE if you have a "
+            f"checkpoint, and copy the file here: van-port --variant {config.name} --out {path}"
         )
     return path
 
 
 def _look_into(path: Path, config: VanConfig) -> WeightsFile:
     if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path}: weights are a file that ends in .h5, .weights.h5 or .keras")
+        raise ValueError(f"{path}: a weights file must end in .h5, .weights.h5 or .keras")
     try:
         with _open(path) as (file, text):
             heads: set[int] = set()
@@ -167,17 +173,17 @@ def _look_into(path: Path, config: VanConfig) -> WeightsFile:
                 if isinstance(item, h5py.Dataset):
                     allowed -= math.prod(item.shape or ()) * item.dtype.itemsize
                     if allowed < 0 or item.external or item.is_virtual:
-                        raise ValueError(f"{name} says it has the shape {item.shape}, and the file has no such data")
+                        raise ValueError(f"{name} says it has the shape {item.shape}, but the file has no such data")
                     if item.dtype.kind == "c":
-                        raise ValueError(f"{name} is of type {item.dtype}, and weights are real numbers")
-                # Nothing but the head's kernel has two axes.
+                        raise ValueError(f"{name} is of type {item.dtype}, but weights are real numbers")
+                # Only the head's kernel has two axes.
                 if isinstance(item, h5py.Dataset) and item.ndim == 2 and item.shape[0] == config.embed_dims[-1]:
                     heads.add(item.shape[1])
 
             file.visititems(visit)
             provenance = json.loads(text) if text and len(text) <= _MAX_PROVENANCE else {}
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not a whole file of Keras weights: {error}") from None
+        raise ValueError(f"{path}: not a complete file of Keras weights: {error}") from None
     settings = provenance.get("settings") if isinstance(provenance, dict) else None
     epsilon = settings.get("layer_norm_eps") if isinstance(settings, dict) else None
     return WeightsFile(path, max(heads, default=0), epsilon if isinstance(epsilon, float) else None)
@@ -185,7 +191,7 @@ def _look_into(path: Path, config: VanConfig) -> WeightsFile:
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[tuple[h5py.File, str | bytes | None]]:
-    """The HDF5 file, or the one inside a `.keras` archive, and its provenance as JSON."""
+    """Open the HDF5 file, or the one inside a `.keras` archive, and read its provenance as JSON."""
     if path.suffix == ".h5":
         with h5py.File(path) as file:
             yield file, file.attrs.get("provenance")

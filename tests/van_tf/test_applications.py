@@ -43,7 +43,7 @@ def test_weights_from_a_path(model: keras.Model, folder: Path, suffix: str) -> N
 @pytest.mark.parametrize("suffix", [".h5", ".weights.h5", ".keras"])
 def test_another_number_of_classes_keeps_the_rest_and_says_so(model: keras.Model, folder: Path, suffix: str) -> None:
     with pytest.warns(
-        UserWarning, match=rf"x{suffix} has 10 classes and the model has 3: its head starts afresh"
+        UserWarning, match=rf"x{suffix} has 10 classes, but the model has 3: the head keeps its initial weights"
     ) as caught:
         other = van_tf.van_nano(weights=folder / f"x{suffix}", classes=3)
     assert caught[0].filename == __file__
@@ -140,9 +140,9 @@ def test_published_weights_that_cannot_be_had(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("weights", "error", "message"),
     [
-        ("imagenet", ValueError, "the published weights of van_nano are 'cifar10': got 'imagenet'"),
+        ("imagenet", ValueError, "the published weights of van_nano are named 'cifar10': got 'imagenet'"),
         ("nowhere.h5", FileNotFoundError, "van-port --variant nano --out van_nano.h5"),
-        (__file__, ValueError, "weights are a file that ends in .h5, .weights.h5 or .keras"),
+        (__file__, ValueError, "a weights file must end in .h5, .weights.h5 or .keras"),
     ],
 )
 def test_weights_that_are_none(weights: str, error: type[Exception], message: str) -> None:
@@ -154,17 +154,17 @@ def test_a_file_of_another_model(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="x.h5: not the weights of van_b0: "):
         van_tf.van_b0(weights=folder / "x.h5")
     (tmp_path / "cut.h5").write_bytes((folder / "x.h5").read_bytes()[:5000])
-    with pytest.raises(ValueError, match="cut.h5: not a whole file of Keras weights"):
+    with pytest.raises(ValueError, match="cut.h5: not a complete file of Keras weights"):
         van_tf.van_nano(weights=tmp_path / "cut.h5")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"pooling": "sum", "include_top": False}, "pooling is None, 'avg' or 'max'"),
+        ({"pooling": "sum", "include_top": False}, "pooling must be None, 'avg' or 'max'"),
         ({"data_format": "NHWC"}, "channels_first or channels_last"),
-        ({"input_tensor": np.zeros((1, 64, 64, 3))}, "input_tensor is the output of a Keras layer"),
-        ({"input_tensor": keras.Input((64, 64, 3)), "input_shape": (32, 32, 3)}, "is not input_tensor's"),
+        ({"input_tensor": np.zeros((1, 64, 64, 3))}, "input_tensor must be the output of a Keras layer"),
+        ({"input_tensor": keras.Input((64, 64, 3)), "input_shape": (32, 32, 3)}, "differs from that of input_tensor"),
     ],
 )
 def test_arguments_that_do_not_go(arguments: dict[str, Any], message: str) -> None:
@@ -199,7 +199,7 @@ def test_features_feed_a_small_head_that_learns(model: keras.Model) -> None:
 
 @pytest.mark.parametrize("stages", [[], [0], [5], [1, 5]])
 def test_features_of_stages_that_there_are_not(model: keras.Model, stages: list[int]) -> None:
-    with pytest.raises(ValueError, match=r"stages are some of \[1, 2, 3, 4\]"):
+    with pytest.raises(ValueError, match=r"stages must be among \[1, 2, 3, 4\]"):
         van_tf.features(model, stages)
 
 

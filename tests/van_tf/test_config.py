@@ -19,9 +19,9 @@ def test_to_dict_has_all_that_builds_it_again() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (((8, 16), (1,), (4, 4)), "one number a stage each"),
-        (((), (), ()), "one number a stage each"),
-        (((8, 0), (1, 1), (4, 4)), "embed_dims takes whole numbers above 0"),
+        (((8, 16), (1,), (4, 4)), "one number per stage each"),
+        (((), (), ()), "one number per stage each"),
+        (((8, 0), (1, 1), (4, 4)), "embed_dims must be positive integers"),
     ],
     ids=["uneven", "none", "zero"],
 )

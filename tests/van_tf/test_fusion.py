@@ -107,7 +107,7 @@ def test_without_a_head_and_saved(family: VanFamily, reference: VAN, tmp_path: P
     ],
 )
 def test_other_models_are_refused(model: Any) -> None:
-    with pytest.raises(ValueError, match="is not a VAN, channels last and in float32, as van_tf builds it"):
+    with pytest.raises(ValueError, match="is not a VAN built by van_tf with channels last and in float32"):
         van_tf.fuse(model())
 
 

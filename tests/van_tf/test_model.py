@@ -230,8 +230,8 @@ def test_fixed_input_shape_and_other_channels() -> None:
         ({"input_shape": (31, 64, 3)}, "at least 32 pixels"),
         ({"input_shape": (64, 64)}, r"\(height, width, channels\)"),
         ({"classes": 0}, "use include_top=False"),
-        ({"drop_rate": 1.0}, "drop_rate is at least 0 and below 1"),
-        ({"drop_path_rate": -0.1}, "drop_path_rate is at least 0 and below 1"),
+        ({"drop_rate": 1.0}, "drop_rate must be at least 0 and below 1"),
+        ({"drop_path_rate": -0.1}, "drop_path_rate must be at least 0 and below 1"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -85,7 +85,7 @@ def test_as_a_layer_in_front_of_a_model(photos: list[Path], tmp_path: Path) -> N
 
 
 def test_a_fraction_out_of_range() -> None:
-    with pytest.raises(ValueError, match="crop_fraction is above 0 and at most 1: got 1.5"):
+    with pytest.raises(ValueError, match="crop_fraction must be above 0 and at most 1: got 1.5"):
         van_tf.prepare_images(np.zeros((40, 40, 3)), crop_fraction=1.5)
 
 
