@@ -1,12 +1,12 @@
-"""Checks the ports that a published converter makes, and prints a table: exact or not, and where the two part.
+"""Check the ports of a published converter, and print a table: exact or not, and where the models diverge.
 
     python scripts/audit_ports.py                          # every port
     python scripts/audit_ports.py --port timm/densenet121  # one of them
 
-keras-hub converts checkpoints of timm and of transformers as it loads them. Each PyTorch model here gets synthetic
-weights and is saved by its own package's function; keras-hub then loads that folder by `from_preset`, as its users
-load a published one. Nothing is downloaded, and nothing of this project takes part in the port: it only judges. Every
-port runs in a process of its own.
+keras-hub converts checkpoints of timm and of transformers when it loads them. This script gives each PyTorch model
+synthetic weights, saves it with its own package's function, and loads that folder with keras-hub's `from_preset`, as
+users load a published checkpoint. Nothing is downloaded. This project takes no part in the port; it only judges the
+result. Every port runs in a separate process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 import click
 
-# One small configuration of each of transformers' text models.
+# Small configurations of transformers' models.
 _NARROW = {
     "vocab_size": 500,
     "hidden_size": 64,
@@ -67,10 +67,10 @@ _WINDOWED = {
 
 @dataclass(frozen=True)
 class Port:
-    """A body of transformers: its class, what its configuration holds, and the side of its images, 0 for tokens.
+    """A transformers model without its head: its class, its configuration, and its image size, or 0 for tokens.
 
-    `saved_as` is the class that published checkpoints are of, where the converter wants its names. `zeros` is
-    a tensor that holds zeros in what is published.
+    `saved_as` is the class of published checkpoints, if the converter needs its names. `zeros` is a tensor that is zero
+    in published checkpoints.
     """
 
     model: str
@@ -122,7 +122,7 @@ PORTS = (*(f"timm/{name}" for name in TIMM), *(f"transformers/{name}" for name i
 
 
 def of_timm(name: str, folder: Path) -> tuple[Any, Any, Any]:
-    """A classifier of timm, and what keras-hub makes of its folder."""
+    """A timm classifier, and keras-hub's conversion of its folder."""
     import keras_hub
     import timm
     import torch
@@ -135,14 +135,14 @@ def of_timm(name: str, folder: Path) -> tuple[Any, Any, Any]:
     fill_with_synthetic_weights(reference, 0, run=lambda model: model(images))
     timm.models.save_for_hf(reference, folder, safe_serialization=True)
     if hasattr(reference, "head_hidden_size"):
-        # Published configurations count the features behind the head's first layer; later versions of timm do not.
+        # Published configurations count the features after the head's first layer; later versions of timm do not.
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "num_features": reference.head_hidden_size}))
     return reference, keras_hub.models.ImageClassifier.from_preset(str(folder)), images[:1].permute(0, 2, 3, 1).numpy()
 
 
 def of_transformers(name: str, folder: Path) -> tuple[Any, Any, Any]:
-    """A body of transformers, and the backbone that keras-hub makes of its folder."""
+    """A transformers model without its head, and keras-hub's backbone converted from its folder."""
     import keras_hub
     import numpy as np
     import torch
@@ -159,15 +159,17 @@ def of_transformers(name: str, folder: Path) -> tuple[Any, Any, Any]:
         fill_with_synthetic_weights(reference, 0, run=lambda model: model(images))
     else:
         given = text_inputs(port.config["vocab_size"])
-        given["token_ids"] = np.maximum(given["token_ids"], 5)  # none of the special ones
+        given["token_ids"] = np.maximum(given["token_ids"], 5)  # avoid special tokens
         tokens = torch.from_numpy(given["token_ids"])
         fill_with_synthetic_weights(reference, 0, run=lambda model: model(input_ids=tokens))
     if port.zeros:
         reference.get_parameter(port.zeros).data.zero_()
-    plain = getattr(transformers, port.saved_as or port.model)(reference.config)  # its name goes into the folder
+    plain = getattr(transformers, port.saved_as or port.model)(
+        reference.config
+    )  # the class name is stored in the folder
     body = getattr(plain, plain.base_model_prefix) if port.saved_as else plain
     state = reference.state_dict()
-    body.load_state_dict({name: state[name] for name in body.state_dict()})  # some keep no pooler
+    body.load_state_dict({name: state[name] for name in body.state_dict()})  # some lack the pooler
     plain.save_pretrained(folder)
     backbone = keras_hub.models.Backbone.from_preset(str(folder))
     if isinstance(given, dict):
@@ -178,7 +180,7 @@ def of_transformers(name: str, folder: Path) -> tuple[Any, Any, Any]:
 
 
 def judge(port: str) -> dict[str, Any]:
-    """What the check says of one port."""
+    """Check one port."""
     from porting.models.frameworks import start_tensorflow
 
     start_tensorflow()
@@ -189,7 +191,7 @@ def judge(port: str) -> dict[str, Any]:
         try:
             make = of_timm if package == "timm" else of_transformers
             reference, candidate, inputs = make(name, Path(folder))
-        except Exception as error:  # whatever a package raises on what it does not carry
+        except Exception as error:  # packages raise anything for unsupported models
             lines = str(error).strip().splitlines()
             return {"failed": f"{type(error).__name__}: {lines[0] if lines else ''}"}
     report = porting.check_parity(reference, candidate, inputs, strict_settings=False)
@@ -221,13 +223,13 @@ def _row(port: str, found: Mapping[str, Any]) -> str:
 
 
 @click.command(help=__doc__)
-@click.option("--port", "wanted", multiple=True, type=click.Choice(PORTS), help="A port.  [default: all]")
+@click.option("--port", "wanted", multiple=True, type=click.Choice(PORTS), help="Port to check.  [default: all]")
 @click.option("--one", hidden=True)
 def main(wanted: tuple[str, ...], one: str | None) -> None:
     if one:
         print(json.dumps(judge(one)))
         return
-    click.echo("| port | verdict | error of the outputs | in units of float32's rounding | where the two part |")
+    click.echo("| port | verdict | error of the outputs | in units of float32's rounding | where the models diverge |")
     click.echo("|---|---|---|---|---|")
     for port in wanted or PORTS:
         run = subprocess.run([sys.executable, __file__, "--one", port], capture_output=True, text=True)

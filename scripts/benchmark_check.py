@@ -1,10 +1,10 @@
-"""Measures what the parity check costs against the bare forward passes that it contains.
+"""Measure the cost of the parity check relative to the forward passes that it contains.
 
     python scripts/benchmark_check.py b0 b1
 
-The passes are PyTorch and Keras in float32 and in float64, over as many images as a port checks, one by one. They and
-the check take turns in one process, with loud weights and without; the table gives medians and ratios. The peak of
-memory is that of a whole `van-port` process on the same variant, its check on one image included.
+The passes are PyTorch and Keras in float32 and in float64, on as many images as a port checks, one by one. The passes
+and the check, with and without loud weights, take turns in one process. The table contains medians and ratios. The peak
+memory is that of a whole `van-port` process for the same variant, including its check on one image.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def time_of(run: Callable[[], Any]) -> float:
 
 
 def measure_times(variant: str, rounds: int) -> dict[str, float]:
-    """Median seconds of each pass and of the check; to be called in a process of its own."""
+    """The median seconds of each pass and of the check. Call this in a separate process."""
     from porting.models.frameworks import start_tensorflow
 
     start_tensorflow()
@@ -103,7 +103,7 @@ def measure_times(variant: str, rounds: int) -> dict[str, float]:
 
 
 def measure_memory(variant: str, folder: Path) -> float:
-    """GiB of memory at the peak of a whole port with its check."""
+    """The peak memory, in GiB, of a whole port with its check."""
     make = Path(__file__).with_name("make_checkpoint.py")
     checkpoint = folder / f"{variant}.pth.tar"
     subprocess.run([sys.executable, str(make), variant, str(checkpoint)], check=True, stdout=subprocess.DEVNULL)
@@ -117,12 +117,14 @@ def measure_memory(variant: str, folder: Path) -> float:
     if process.returncode:
         raise click.ClickException(f"van-port of {variant} exited {process.returncode}")
     checkpoint.unlink()
-    return usage.ru_maxrss / 2**20  # Linux gives it in KiB
+    return usage.ru_maxrss / 2**20  # in KiB on Linux
 
 
 @click.command(help=__doc__)
 @click.argument("variants", nargs=-1, required=True)
-@click.option("--rounds", default=ROUNDS, show_default=True, help="Measurements of each, of which the median counts.")
+@click.option(
+    "--rounds", default=ROUNDS, show_default=True, help="Number of measurements of each, whose median is used."
+)
 @click.option("--times-of", is_flag=True, hidden=True, help="Print the times of one variant as JSON.")
 def main(variants: tuple[str, ...], rounds: int, times_of: bool) -> None:
     if times_of:

@@ -1,12 +1,12 @@
-"""What an evaluation costs a sample, beside the bare passes that it contains, and how its memory grows.
+"""Measure the cost of an evaluation per sample, relative to the work that it contains, and its memory.
 
     van-port --variant nano
     python scripts/benchmark_evaluate.py --weights van_nano.h5 --data FOLDER_OF_CLASS_FOLDERS
 
-Every figure of ours is the slope between two numbers of samples, each run in a process of its own, so that starting
-the frameworks does not count. The bare passes run in this process, on batches in memory, with all threads; decoding and
-both preparations run with as many threads as there are cores. With --ray the same on Ray, with one and with two workers
-for each model. Samples are the folder's files, again and again, listed in a CSV.
+Each of our figures is the slope between runs of two numbers of samples, each in a separate process, so that the start
+of the frameworks does not count. The bare passes run in this process, on batches in memory, with all threads; decoding
+and both preprocessings run with as many threads as there are cores. --ray also measures Ray, with one and with two
+workers per model. The samples are the folder's files, repeated, listed in a CSV file.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def write_table(folder: Path, count: int, path: Path) -> None:
 
 
 def run_ours(arguments: list[str], data: Path, report: Path) -> tuple[float, float]:
-    """Seconds without the start, and peak memory in MiB, of one evaluation in a process of its own."""
+    """The seconds without the start, and the peak memory in MiB, of one evaluation in a separate process."""
     command = [sys.executable, "-m", "porting.cli.main", "evaluate", *arguments, "--data", str(data)]
     process = subprocess.Popen([*command, "--report", str(report)], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -54,7 +54,7 @@ def run_ours(arguments: list[str], data: Path, report: Path) -> tuple[float, flo
 
 
 def a_sample(run: Callable[[], object], samples: int) -> float:
-    """Milliseconds, the best of three."""
+    """Milliseconds per sample, the best of three."""
     times = []
     for _ in range(3):
         start = time.perf_counter()
@@ -64,7 +64,7 @@ def a_sample(run: Callable[[], object], samples: int) -> float:
 
 
 def bare_costs(plan: Plan, files: list[Path], batch_size: int) -> dict[str, float]:
-    """Milliseconds a sample of everything that an evaluation has to do, one thing at a time."""
+    """Milliseconds per sample of each step of an evaluation, one at a time."""
     items = tuple(Item(str(each), 0, str(each)) for each in itertools.islice(itertools.cycle(files), 4 * batch_size))
     blocks = [Block(n, n * batch_size, items[n * batch_size : (n + 1) * batch_size]) for n in range(4)]
     batches: list[Batch] = []
@@ -95,8 +95,14 @@ def bare_costs(plan: Plan, files: list[Path], batch_size: int) -> dict[str, floa
 @click.option("--weights", type=click.Path(exists=True, path_type=Path), required=True)
 @click.option("--checkpoint", default=None)
 @click.option("--data", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True)
-@click.option("--samples", type=(int, int), default=(2000, 10_000), show_default=True, help="Both numbers of a slope.")
-@click.option("--many", default=0, show_default=True, help="Also run so many samples, for the memory.")
+@click.option(
+    "--samples",
+    type=(int, int),
+    default=(2000, 10_000),
+    show_default=True,
+    help="The two numbers of samples of a slope.",
+)
+@click.option("--many", default=0, show_default=True, help="Also run this many samples, to measure the memory.")
 @click.option("--batch-size", default=64, show_default=True)
 @click.option("--ray", "with_ray", is_flag=True)
 def main(

@@ -1,4 +1,4 @@
-"""Measures inference on a CPU: PyTorch, our Keras model and its exports, and their rivals, side by side.
+"""Measure inference on a CPU: PyTorch, our Keras model and its exports, and alternatives, side by side.
 
     pip install '.[bench]'
     python scripts/benchmark_inference.py b0 b1
@@ -6,16 +6,17 @@
     python scripts/benchmark_inference.py nano b0 --exports
     pip install litert-torch && python scripts/benchmark_inference.py b0 --converters
 
-Each contender is a process of its own, with as many threads as there are cores. They take turns, so that what else the
-machine does meets all of them, and run twice each turn: the first time the caches are full of the others' data, as in a
-program that does other things as well, the second time ("again") of their own, as where one inference follows the
-other. The table has medians, and ratios to the quicker of PyTorch's eager memory formats. ONNX Runtime and OpenVINO run
-the ONNX file that `van-port export` writes, LiteRT and TensorFlow without Keras the files that it writes for them.
-`--trials` measures the parts of what makes ours quick, and what was tried and did not. `--exports` makes a table of
-every format and precision: size, operations, parity with PyTorch over the images of the check, and speed, the first
-time of a turn. `--converters` compares our LiteRT file with the one that litert-torch makes of the PyTorch model: size,
-operations, the worst distance from PyTorch in float64 over four images, and speed. nano has its trained weights, the
-others have synthetic ones.
+Each contender is a separate process with as many threads as there are cores. They take turns, so that other load on the
+machine affects all of them, and run twice per turn. In the first run, the caches hold the data of the other contenders,
+as in a program that also does other work. In the second run ("again"), they hold the contender's own data, as in
+consecutive inferences. The table contains medians, and ratios to the faster of PyTorch's eager memory formats. ONNX
+Runtime and OpenVINO run the ONNX file that `van-port export` writes; LiteRT and TensorFlow without Keras run the files
+that it writes for them.
+
+`--trials` measures each optimisation separately, and others that were tried without benefit. `--exports` prints a table
+of every format and precision: size, operations, parity with PyTorch on the images of the check, and the speed of first
+runs. `--converters` compares our LiteRT file with that of litert-torch: size, operations, the largest distance from
+PyTorch in float64 on four images, and speed. nano has its trained weights; the others have synthetic ones.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 ON, OFF = {"TF_ENABLE_ONEDNN_OPTS": "1"}, {"TF_ENABLE_ONEDNN_OPTS": "0"}
-# Name, environment, and what it runs: a kind, and for exported files "kind=file".
+# The name, the environment, and what to run: a kind, or "kind=file" for exported files.
 Contender = tuple[str, dict[str, str], str]
 PYTORCH: tuple[Contender, ...] = (("PyTorch", {}, "torch"), ("PyTorch, channels last", {}, "torch_last"))
 CONTENDERS: tuple[Contender, ...] = (
@@ -74,7 +75,7 @@ TRIALS: tuple[Contender, ...] = (
 )
 CORES = len(os.sched_getaffinity(0))
 SIZES = {"nano": 64}
-_NOT = [math.nan, math.nan]  # the times of what does not run
+_NOT = [math.nan, math.nan]  # the times of contenders that do not run
 
 
 def images_of(variant: str, batch: int) -> np.ndarray:
@@ -124,12 +125,12 @@ def make_keras(variant: str, file: Path, batch: int, kind: str) -> Callable[[], 
 
 
 def changed(model: Any, kind: str) -> Any:
-    """The same function with some layers computed in another way."""
+    """Rebuild the model with some layers computed in another way."""
     import keras
     import tensorflow as tf
 
     class Product(keras.layers.Conv2D):  # type: ignore[misc]
-        """A 1x1 convolution."""
+        """A 1x1 convolution as a matrix product."""
 
         def call(self, inputs: Any) -> Any:
             positions = tf.reshape(inputs, (-1, inputs.shape[-1]))
@@ -137,7 +138,7 @@ def changed(model: Any, kind: str) -> Any:
             return tf.reshape(found, tf.concat([tf.shape(inputs)[:-1], [self.filters]], 0))
 
     class Dilated(keras.layers.DepthwiseConv2D):  # type: ignore[misc]
-        """One operation, which only oneDNN's kernel can dilate."""
+        """A dilated depthwise convolution as one operation, which only oneDNN's kernel supports."""
 
         def call(self, inputs: Any) -> Any:
             found = tf.raw_ops.DepthwiseConv2dNative(
@@ -159,7 +160,7 @@ def changed(model: Any, kind: str) -> Any:
 
     made = keras.models.clone_model(model, clone_function=clone)
     weights = [
-        # The last stage's map is 7x7: a tap that is 9 positions away only ever sees padding.
+        # The last stage's map is 7x7, so a tap that is 9 positions away sees only padding.
         values if values.shape == tuple(variable.shape) else values[1:-1, 1:-1]
         for values, variable in zip(model.get_weights(), made.weights, strict=True)
     ]
@@ -223,7 +224,7 @@ MAKERS = {
 
 
 def convert_by_litert_torch(variant: str, file: Path) -> None:
-    """Writes what litert-torch makes of the PyTorch model, which takes channels last, as our file does."""
+    """Convert the PyTorch model with litert-torch, with channels last as in our file."""
     from porting.models.frameworks import load_triton
 
     load_triton()
@@ -251,7 +252,7 @@ def reference_of(variant: str, folder: Path) -> Any:
 
 
 def work(variant: str, folder: Path, batch: int, kind: str) -> None:
-    """A contender: prints the first of its logits; for each line that it reads runs twice, and prints the seconds."""
+    """Run a contender: print its first logits; then, for each line on standard input, run twice and print the times."""
     kind, _, file = kind.partition("=")
     if kind == "convert":
         convert_by_litert_torch(variant, folder / file)
@@ -274,12 +275,12 @@ def work(variant: str, folder: Path, batch: int, kind: str) -> None:
 
 
 def prepare(variant: str, folder: Path, exports: Iterable[tuple[str, list[str]]], samples: int = 1) -> list[str]:
-    """Writes the checkpoint, the ported file and exports, given by name and options; the names of those refused."""
+    """Write the checkpoint, the ported file and the exports, given by name and options. Return the refused exports."""
     make = Path(__file__).with_name("make_checkpoint.py")
     port = [sys.executable, "-c", "import sys; from porting.cli.main import main; sys.argv[0] = 'van-port'; main()"]
     same, weights = ["--variant", variant], str(folder / "x.h5")
     commands = []
-    if variant != "nano":  # whose trained checkpoint is embedded
+    if variant != "nano":  # nano's trained checkpoint is embedded
         same += ["--checkpoint", str(folder / "x.pth.tar")]
         commands.append([sys.executable, str(make), variant, same[-1]])
     commands.append([*port, *same, "--out", weights, "--no-check"])
@@ -296,7 +297,7 @@ def prepare(variant: str, folder: Path, exports: Iterable[tuple[str, list[str]]]
 
 
 def failure_of(command: list[str]) -> str:
-    """Runs a command; the exit code and the end of what it printed where that is not 0."""
+    """Run a command. Return "" if it succeeds, else its exit code and the end of its output."""
     done = subprocess.run(command, capture_output=True, text=True)
     return f"exit code {done.returncode}: {done.stdout[-500:]}{done.stderr[-500:]}" if done.returncode else ""
 
@@ -304,7 +305,7 @@ def failure_of(command: list[str]) -> str:
 def measure(
     contenders: Iterable[Contender], variant: str, folder: Path, batch: int, rounds: int, same: bool = True
 ) -> dict[str, list[float]]:
-    """Median seconds of each contender that starts, first and again; they all must give the `same` logits."""
+    """The median seconds of each contender that starts, first and again. With `same`, all logits must agree."""
     with contextlib.ExitStack() as stack:
         processes: dict[str, subprocess.Popen[str]] = {}
         results: dict[str, list[float]] = {}
@@ -326,7 +327,7 @@ def measure(
                 process.wait()
                 said.seek(0)
                 lines = said.read().strip().splitlines()
-                click.echo(f"{name} does not run: {lines[-1] if lines else 'no word'}", err=True)
+                click.echo(f"{name} does not run: {lines[-1] if lines else 'no message'}", err=True)
                 continue
             processes[name], results[name] = process, json.loads(line)
         if not results:
@@ -334,7 +335,9 @@ def measure(
         reference = np.array(next(iter(results.values())))
         for name, found in results.items():
             if same and not np.allclose(found, reference, atol=1e-4 * float(np.abs(reference).max()) + 1e-5):
-                raise click.ClickException(f"{name} computes something else: {found} instead of {reference.tolist()}")
+                raise click.ClickException(
+                    f"{name} computes a different result: {found} instead of {reference.tolist()}"
+                )
         taken: dict[str, list[list[float]]] = {name: [] for name in processes}
         for _ in range(rounds):
             for name, process in processes.items():
@@ -352,10 +355,10 @@ def measure(
 
 @click.command(help=__doc__)
 @click.argument("variants", nargs=-1, required=True)
-@click.option("--rounds", default=15, show_default=True, help="Inferences of each, of which the median counts.")
-@click.option("--trials", is_flag=True, help="Other ways to compute the same instead.")
-@click.option("--exports", is_flag=True, help="A table of every format and precision instead.")
-@click.option("--converters", is_flag=True, help="Our LiteRT file beside litert-torch's instead.")
+@click.option("--rounds", default=15, show_default=True, help="Number of inferences of each, whose median is used.")
+@click.option("--trials", is_flag=True, help="Measure other ways to compute the same instead.")
+@click.option("--exports", is_flag=True, help="Print a table of every format and precision instead.")
+@click.option("--converters", is_flag=True, help="Compare our LiteRT file with litert-torch's instead.")
 @click.option("--worker", hidden=True)
 @click.option("--folder", type=click.Path(path_type=Path), hidden=True)
 @click.option("--batch", type=int, hidden=True)
@@ -373,9 +376,9 @@ def main(
         work(variants[0], folder, batch, worker)
         return
     if trials + exports + converters > 1:
-        raise click.UsageError("--trials, --exports and --converters are tables: give one of them")
+        raise click.UsageError("give only one of --trials, --exports and --converters")
     if "nano" in variants and not exports:
-        raise click.UsageError("nano is for --exports; the others are compared with PyTorch on synthetic weights")
+        raise click.UsageError("nano works only with --exports: all else compares with PyTorch on synthetic weights")
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 140)
@@ -424,7 +427,7 @@ def exports_table(variant: str, folder: Path, rounds: int) -> Table:
     hows = [(file, ["--format", form, "--precision", precision]) for (form, precision), file in made.items()]
     refused = prepare(variant, folder, hows, samples=40 if variant == "nano" else 4)
     contenders = [(file, ON, f"{form}={file}") for (form, _), file in made.items() if file not in refused]
-    times = measure(contenders, variant, folder, 1, rounds, same=False)  # each has its report
+    times = measure(contenders, variant, folder, 1, rounds, same=False)  # each export has its own report
     table = Table(variant, "MiB", "operations", "layers", "worst ratio", "same class", "ms, batch 1")
     for (form, precision), file in made.items():
         if file in refused:

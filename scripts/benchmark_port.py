@@ -1,11 +1,11 @@
-"""Measures a port's time and memory beside those of a plain porting script.
+"""Compare the time and memory of a port with those of a plain porting script.
 
     python scripts/benchmark_port.py b0 b1 b3
 
-The plain script is what one writes in an hour: build the Keras model, go through its variables, look each one's name up
-in the checkpoint, transpose, set, save; it checks nothing. All runs are whole processes on the same synthetic
-checkpoint and take turns; times are medians. Memory is the peak above what a process has after importing torch and
-h5py alone, and TensorFlow where the run needs it, as a multiple of the checkpoint's size.
+The plain script is what one writes in an hour: build the Keras model, look up each variable in the checkpoint,
+transpose, set, save. It checks nothing. All runs are whole processes on the same synthetic checkpoint and take turns;
+times are medians. Memory is the peak above that of a process that only imports torch and h5py, and TensorFlow if the
+run needs it, as a multiple of the checkpoint's size.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ WITHOUT = "import torch, h5py"
 
 
 def run(arguments: list[str]) -> tuple[float, float]:
-    """Seconds and MiB of memory at the peak of one process."""
+    """The seconds and the peak memory, in MiB, of one process."""
     begin = time.perf_counter()
     command = [sys.executable, "-c", *arguments]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
@@ -70,9 +70,9 @@ def run(arguments: list[str]) -> tuple[float, float]:
 
 @click.command(help=__doc__)
 @click.argument("variants", nargs=-1, required=True)
-@click.option("--rounds", default=3, show_default=True, help="Runs of each, of which the median counts.")
+@click.option("--rounds", default=3, show_default=True, help="Number of runs of each, whose median is used.")
 def main(variants: tuple[str, ...], rounds: int) -> None:
-    table = Table("variant", "checkpoint", "run", "seconds", "of the plain script's", "memory above imports")
+    table = Table("variant", "checkpoint", "run", "seconds", "relative to the plain script", "memory above imports")
     with tempfile.TemporaryDirectory() as folder, Console(stderr=True).status("") as status:
         imports = {
             with_tensorflow: run([code])[1] for with_tensorflow, code in ((True, WITH_TENSORFLOW), (False, WITHOUT))

@@ -1,10 +1,10 @@
-"""Which checkpoints people have, and what becomes of each: a table, made from files of the real libraries' writers.
+"""Port every common kind of checkpoint, written by the library that usually writes it, and print a table.
 
     python scripts/checkpoint_kinds.py            # the table, as Markdown
-    python scripts/checkpoint_kinds.py --keep DIR # and the files
+    python scripts/checkpoint_kinds.py --keep DIR # also keep the files
 
-Each file holds the weights of VAN nano in the way of one library or tool, made by that library itself where it is
-installed. It is then ported as `van-port --variant nano --checkpoint FILE` does, without the check of parity.
+Each file holds the weights of VAN nano in the format of one library or tool, written by that library if it is
+installed. The script ports it like `van-port --variant nano --checkpoint FILE --no-check`.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from typing import Any
 
 import click
 
-# What a port says of a file that it takes.
+# The outcome of a file that is ported.
 TAKEN = "ported"
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of checkpoint: `make` writes it into a folder, with the given model, and returns its path.
+    """A kind of checkpoint. `make` writes the given model to a folder and returns the path.
 
-    `needs` is the package that writes it; `arguments` are those of `port`; `expected` is TAKEN, or a part of the
-    message that it must end in.
+    `needs` is the package that writes it. `arguments` are passed to `port`. `expected` is TAKEN, or part of the
+    expected error message.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Kind:
 
 
 def build() -> Any:
-    """VAN nano with weights on which mistakes show."""
+    """Build VAN nano with weights that reveal mistakes."""
     from porting.models.synthetic import fill_with_synthetic_weights
     from porting.references.van import build_van
 
@@ -56,7 +56,7 @@ def build() -> Any:
 
 
 def wrapped(make: Callable[[Any], Any]) -> Callable[[Path, Any], Path]:
-    """Whatever `make` gives for a model, saved by torch."""
+    """Save the result of `make` for a model with torch.save."""
 
     def write(folder: Path, model: Any) -> Path:
         import torch
@@ -157,7 +157,7 @@ def counted(folder: Path, model: Any) -> Path:
 
     model = copy.deepcopy(model)
     thop.profile(model, inputs=(torch.zeros(1, 3, 64, 64),), verbose=False)
-    # thop takes its counters away again; scripts that save inside its hooks, and older versions, keep them.
+    # thop removes its counters again, but scripts that save inside its hooks, and older versions, keep them.
     tensors = model.state_dict()
     for module, _ in model.named_modules():
         stem = f"{module}." if module else ""
@@ -286,7 +286,7 @@ def prefixed(prefix: str, tensors: dict[str, Any]) -> dict[str, Any]:
 
 
 def kinds() -> list[Kind]:
-    """Every kind of the table, the usual ones first."""
+    """All kinds of the table, the most common first."""
     made = [
         Kind("a state_dict", wrapped(lambda m: m.state_dict())),
         Kind("safetensors", safetensors_file),
@@ -358,7 +358,7 @@ def old_format(folder: Path, model: Any) -> Path:
 
 
 def fsdp(model: Any) -> dict[str, Any]:
-    """FSDP wraps modules inside the model, and its names say so."""
+    """The names of a model whose modules FSDP has wrapped."""
     tensors = model.state_dict().items()
     return {
         "model": {f"_fsdp_wrapped_module.{name.replace('.0.', '.0._fsdp_wrapped_module.')}": t for name, t in tensors}
@@ -372,7 +372,7 @@ def two_models(model: Any) -> dict[str, Any]:
 
 
 def outcome(kind: Kind, folder: Path, model: Any) -> str:
-    """TAKEN where the weights in the file written are those of the model, else what the port says."""
+    """TAKEN if the ported weights equal those of the model, else the error message of the port."""
     from porting.errors import PortingError
     from porting.families.registry import get_family
     from porting.tasks.port import port
@@ -394,7 +394,7 @@ def outcome(kind: Kind, folder: Path, model: Any) -> str:
 
 
 @click.command(help=__doc__)
-@click.option("--keep", type=click.Path(path_type=Path), help="Folder to keep the files in.")
+@click.option("--keep", type=click.Path(path_type=Path), help="Keep the files in this folder.")
 def main(keep: Path | None) -> None:
     rows, wrong = [], []
     model = build()
@@ -409,10 +409,12 @@ def main(keep: Path | None) -> None:
             if kind.expected not in found:
                 wrong.append(kind.name)
             rows.append((kind.name, found.partition("\n")[0]))
-    click.echo("| checkpoint | what becomes of it |\n|---|---|")
+    click.echo("| checkpoint | outcome |\n|---|---|")
     for name, found in rows:
         click.echo(f"| {name} | {found} |")
-    click.echo(f"\n{len(rows)} kinds, {len(wrong)} unlike what is expected{': ' if wrong else ''}{json.dumps(wrong)}")
+    click.echo(
+        f"\n{len(rows)} kinds, {len(wrong)} with an unexpected outcome{': ' if wrong else ''}{json.dumps(wrong)}"
+    )
     sys.exit(1 if wrong else 0)
 
 

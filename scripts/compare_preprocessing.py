@@ -1,9 +1,9 @@
-"""Measures how far TensorFlow's ways to prepare an image are from the official one, in pixels and in logits.
+"""Measure how far ways to preprocess images in TensorFlow are from the official way, in pixels and in logits.
 
     python scripts/compare_preprocessing.py PHOTOS --weights van_nano.h5 --picture preprocessing.png
 
-The official way is timm's evaluation transform on Pillow images. PHOTOS is a folder, searched at all depths. Pixels are
-compared at 224 as levels of 255; logits are those of the model of --variant, which gets each image at its own size.
+The official way is timm's evaluation transform on Pillow images. PHOTOS is a folder, which is searched recursively.
+Pixels are compared at 224x224, in levels of 255. Logits are those of the model of --variant at its own input size.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png"}
 
 
 def official(contents: bytes, size: int, crop_fraction: float) -> np.ndarray:
-    """As timm prepares it, `(size, size, 3)`."""
+    """Preprocess with timm, to `(size, size, 3)`."""
     import io
 
     from PIL import Image
@@ -53,7 +53,7 @@ def ours(contents: bytes, size: int, crop_fraction: float, dct_method: str = "IN
 def resized_at_once(
     contents: bytes, size: int, crop_fraction: float, *, method: str = "bicubic", antialias: bool = True
 ) -> np.ndarray:
-    """One call of tf.image.resize, nothing rounded, the same crop."""
+    """Resize with one call of tf.image.resize, without rounding, and crop as usual."""
     import tensorflow as tf
 
     import van_tf
@@ -67,7 +67,7 @@ def resized_at_once(
 
 
 def squashed(contents: bytes, size: int, crop_fraction: float) -> np.ndarray:
-    """Straight to the size, whatever the shape of the image: no crop."""
+    """Resize directly to the target size, without keeping the aspect ratio and without a crop."""
     import tensorflow as tf
 
     import van_tf
@@ -88,7 +88,7 @@ WAYS: dict[str, Way] = {
 
 
 def draw(contents: bytes, path: Path) -> None:
-    """The official image beside the others' differences from it, twenty times as strong."""
+    """Draw the official image and the differences of the other ways from it, amplified twenty times."""
     from matplotlib.figure import Figure
 
     expected = official(contents, 224, 0.9)
@@ -99,7 +99,7 @@ def draw(contents: bytes, path: Path) -> None:
     for axis, (name, way) in zip(axes[1:], WAYS.items(), strict=True):
         levels = np.abs(way(contents, 224, 0.9) - expected) * 127.5
         axis.imshow((levels * 20 / 255).clip(0, 1))
-        axis.set_title(f"{name}\nmean {levels.mean():.3f}, greatest {levels.max():.0f}", fontsize=9)
+        axis.set_title(f"{name}\nmean {levels.mean():.3f}, largest {levels.max():.0f}", fontsize=9)
     for axis in axes:
         axis.axis("off")
     figure.suptitle("Difference from the official preprocessing, times 20")
@@ -118,7 +118,7 @@ def main(photos: Path, variant: str, weights: Path, picture: Path | None) -> Non
 
     files = sorted(path for path in photos.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not files:
-        raise click.ClickException(f"{photos} holds no JPEG or PNG files")
+        raise click.ClickException(f"{photos} contains no JPEG or PNG files")
     config = van_tf.VARIANTS[variant]
     crop_fraction = 1.0 if variant == "nano" else 0.9
     model: Any = getattr(van_tf, f"van_{variant}")(weights=weights)
@@ -136,7 +136,7 @@ def main(photos: Path, variant: str, weights: Path, picture: Path | None) -> Non
         name: keras.ops.convert_to_numpy(model.predict(np.stack(batch), verbose=0)) for name, batch in inputs.items()
     }
     expected = logits["official"]
-    table = Table("way", "pixels: greatest", "mean", "share off", f"{variant}'s logits: greatest", "other class")
+    table = Table("way", "pixels: largest", "mean", "share off", f"{variant}'s logits: largest", "other class")
     for name in WAYS:
         found = np.array(levels[name])
         change = np.abs(logits[name] - expected).max()

@@ -1,8 +1,8 @@
-"""Writes the default parity inputs: the first test images of every CIFAR-10 class, as PNG files.
+"""Write the default parity inputs: the first test images of every CIFAR-10 class, as PNG files.
 
     python scripts/embed_images.py --data cifar10.tar.gz --out weights/parity_images
 
-The class is the first part of each file's name.
+Each file name starts with the class.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main(data: Path, out: Path, per_class: int) -> None:
             *_, split, label, name = ("", "", *Path(member.name).parts)
             if member.isfile() and split == "test" and Path(name).stem.isdigit() and int(Path(name).stem) < per_class:
                 handle = tar.extractfile(member)
-                assert handle is not None  # isfile() has just said so
+                assert handle is not None  # true after isfile()
                 image = Image.open(io.BytesIO(handle.read())).convert("RGB")
                 image.save(out / f"{label}_{Path(name).stem}.png", optimize=True)
                 written += 1

@@ -1,9 +1,9 @@
-"""Ports the smallest variant of every family on synthetic weights, proves it both ways, and prints a table.
+"""Port the smallest variant of every family with synthetic weights, check the port and the revert, and print a table.
 
     python scripts/family_table.py                       # every family whose packages are installed
-    python scripts/family_table.py --family vit --all    # every variant of one
+    python scripts/family_table.py --family vit --all    # every variant of one family
 
-Nothing is downloaded. A family in its turn runs in a process of its own, so that its memory is its own.
+Nothing is downloaded. Each port runs in a separate process, so that its memory can be measured.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _size(family: LibraryFamily, variant: str) -> int:
 
 
 def measure(name: str, variant: str, classes: int) -> dict[str, object]:
-    """One port and its way back; what it found."""
+    """Run one port and its revert, and return the measurements."""
     import torch
 
     from porting.models.frameworks import start_tensorflow
@@ -70,7 +70,7 @@ def measure(name: str, variant: str, classes: int) -> dict[str, object]:
 
 @click.command(help=__doc__)
 @click.option("--family", "wanted", multiple=True, help="Name of a family.  [default: all]")
-@click.option("--all", "every", is_flag=True, help="Every variant, not the smallest alone.")
+@click.option("--all", "every", is_flag=True, help="Port every variant, not only the smallest.")
 @click.option("--one", nargs=3, hidden=True)
 def main(wanted: tuple[str, ...], every: bool, one: tuple[str, str, str] | None) -> None:
     if one:

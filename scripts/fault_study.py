@@ -1,10 +1,10 @@
-"""Plants known porting mistakes into a healthy port, one at a time, and prints which are found and named.
+"""Plant known porting mistakes into a healthy port, one at a time, and print which are found and named.
 
     python scripts/fault_study.py                  # the faults
-    python scripts/fault_study.py --healthy 50     # healthy ports only: is there a false alarm?
+    python scripts/fault_study.py --healthy 50     # only healthy ports: are there false alarms?
 
-Every fault is checked as `van-port check` does it: the layers in all views, then the settings, and, where the numbers
-of ordinary weights do not show it, the stress run on small variances. Set TF_ENABLE_ONEDNN_OPTS to 0 or 1 beforehand to
+Every fault is checked like in `van-port check`: the layers in all views, then the settings, and, if the numbers with
+ordinary weights do not reveal it, a stress run with small variances. Set TF_ENABLE_ONEDNN_OPTS to 0 or 1 beforehand to
 try both.
 """
 
@@ -41,7 +41,7 @@ Plant = Callable[[Any], Any]
 
 @dataclass(frozen=True)
 class Fault:
-    """`plant` changes a Keras model in place, or returns another; `culprits` are the names that are right."""
+    """A mistake. `plant` changes a Keras model in place or returns another; `culprits` are the correct names."""
 
     kind: str
     name: str
@@ -62,7 +62,7 @@ def variable_at(model: Any, path: str) -> Any:
 
 
 def value(path: str, change: Callable[[np.ndarray], np.ndarray]) -> Plant:
-    """Changes the numbers of a weight."""
+    """Change the numbers of a weight."""
 
     def plant(model: Any) -> None:
         variable = variable_at(model, path)
@@ -72,7 +72,7 @@ def value(path: str, change: Callable[[np.ndarray], np.ndarray]) -> Plant:
 
 
 def swap(*pairs: tuple[str, str]) -> Plant:
-    """Exchanges weights."""
+    """Exchange weights."""
 
     def plant(model: Any) -> None:
         for pair in pairs:
@@ -85,7 +85,7 @@ def swap(*pairs: tuple[str, str]) -> Plant:
 
 
 def setting(path: str, **changes: Any) -> Plant:
-    """Sets attributes of a layer."""
+    """Set attributes of a layer."""
 
     def plant(model: Any) -> None:
         for name, new in changes.items():
@@ -95,7 +95,7 @@ def setting(path: str, **changes: Any) -> Plant:
 
 
 def calls(path: str, call: Callable[..., Any]) -> Plant:
-    """Gives a layer another `call`."""
+    """Replace the `call` of a layer."""
 
     def plant(model: Any) -> None:
         layer = layer_at(model, path)
@@ -120,7 +120,7 @@ def same_padding(stage: int) -> Plant:
 
 
 def rounded(bits: int) -> Callable[[Any], Any]:
-    """Rounds float32 values to `bits` bits of mantissa after the point."""
+    """Round float32 values to `bits` bits of mantissa after the point."""
 
     def to_nearest(x: Any) -> Any:
         mantissa, exponent = np.frexp(np.asarray(x, np.float64))
@@ -131,7 +131,7 @@ def rounded(bits: int) -> Callable[[Any], Any]:
 
 
 def computes_in(path: str, bits: int) -> Plant:
-    """Rounds a layer's kernel and inputs, as hardware with short mantissas does."""
+    """Round a layer's kernel and inputs, like hardware with short mantissas."""
 
     def plant(model: Any) -> None:
         layer = layer_at(model, path)
@@ -174,7 +174,7 @@ def live_dropout(path: str) -> Plant:
 
 
 def rewired(build: Callable[[Any, Any], Any]) -> Plant:
-    """Another functional model out of the same layers."""
+    """Build another functional model from the same layers."""
 
     def plant(model: Any) -> Any:
         import keras
@@ -213,7 +213,7 @@ def blocks_exchanged(model: Any) -> None:
 
 
 def block_call(attention: Callable[[Any, Any], Any] | None = None, **wrong: bool) -> Callable[..., Any]:
-    """A block's `call` with one mistake in its wiring."""
+    """The `call` of a block with one mistake in its wiring."""
 
     def call(self: Any, x: Any, training: Any = None) -> Any:
         u = self.norm1(x)
@@ -381,7 +381,7 @@ def make_candidate(family: VanFamily, variant: str, reference: VAN) -> Any:
 
 @dataclass(frozen=True)
 class Finding:
-    """How a fault was found ("" if not), whom the check names, and the cause that it tells."""
+    """How a fault was found ("" if not), which layer the check names, and which cause it reports."""
 
     by: str
     culprit: str = ""
@@ -412,7 +412,7 @@ def run(family: VanFamily, reference: VAN, images: np.ndarray, fault: Fault) -> 
 
 
 def check_healthy(family: VanFamily, count: int) -> int:
-    """Checks healthy ports over seeds, variants and input sizes; prints the greatest ratio and counts false alarms."""
+    """Check healthy ports over seeds, variants and input sizes; print the largest ratios and count false alarms."""
     rng = np.random.default_rng(0)
     alarms, worst, exact, greatest = 0, (0.0, ""), (0.0, ""), 0.0
     for seed in track(range(count), "healthy ports", transient=True):
@@ -430,14 +430,14 @@ def check_healthy(family: VanFamily, count: int) -> int:
         greatest = max(greatest, max(layer.views[EXACT].ratio for layer in report.layers))
     onednn = os.environ.get("TF_ENABLE_ONEDNN_OPTS", "unset")
     click.echo(f"{count} healthy ports, TF_ENABLE_ONEDNN_OPTS {onednn}: {alarms} false alarms")
-    click.echo(f"greatest ratio in float32 {worst[0]:.2f} ({worst[1]})")
-    click.echo(f"greatest exact ratio of the outputs {exact[0]:.2f} ({exact[1]}), of any tensor {greatest:.2f}")
+    click.echo(f"largest ratio in float32: {worst[0]:.2f} ({worst[1]})")
+    click.echo(f"largest exact ratio of the outputs: {exact[0]:.2f} ({exact[1]}); of any tensor: {greatest:.2f}")
     return alarms
 
 
 @click.command(help=__doc__)
-@click.option("--healthy", default=0, help="Check so many healthy ports instead.")
-@click.option("--only", default="", help="Study only faults whose name has this in it.")
+@click.option("--healthy", default=0, help="Check this many healthy ports instead.")
+@click.option("--only", default="", help="Study only faults whose name contains this.")
 def main(healthy: int, only: str) -> None:
     start_tensorflow()
     family = VanFamily()
@@ -450,7 +450,7 @@ def main(healthy: int, only: str) -> None:
     assert isinstance(small, VAN)  # a copy of the reference
     faults = [fault for fault in fault_list() if only in fault.name]
     table = Table()
-    for heading in ("kind", "fault", "found by", "named", "cause told"):
+    for heading in ("kind", "fault", "found by", "named", "reported cause"):
         table.add_column(heading, overflow="fold")
     found = named = 0
     for fault in track(faults, "faults", transient=True):

@@ -1,16 +1,17 @@
-"""Fine-tunes ported weights on a folder of images, by the paper's recipe (arXiv 2202.09741, section 4.1).
+"""Fine-tune ported weights on a folder of images, with the paper's recipe (arXiv 2202.09741, section 4.1).
 
     python scripts/finetune.py IMAGES --variant nano --weights van_nano.h5 --out run
     tensorboard --logdir run/log
 
-IMAGES has the folders train and test (or val), each with one folder of JPEG or PNG files a class. AdamW, a cosine
-schedule with warm-up, label smoothing, random crop and flip, MixUp or CutMix, random erasing, stochastic depth: all but
-the optimiser's arithmetic are Keras's own parts. A run that was stopped goes on with the last whole epoch when it is
-started again. OUT gets best.weights.h5, tuned.keras at the end (which `van-port revert` takes), and TensorBoard's log.
+IMAGES contains the folders train and test (or val), each with one folder of JPEG or PNG files per class. The recipe is
+AdamW, a cosine schedule with warm-up, label smoothing, random crop and flip, MixUp or CutMix, random erasing, and
+stochastic depth. All of these are Keras's own, except the arithmetic of the optimiser. A stopped run resumes after the
+last complete epoch when it is started again. The script writes best.weights.h5, TensorBoard's log and, at the end,
+tuned.keras (which `van-port revert` accepts) to OUT.
 
---strategy mirrored uses all GPUs of a machine. Several machines are not possible: fit of Keras 3.15 fails under
-tf.distribute.MultiWorkerMirroredStrategy, "Attempt to convert a value (PerReplica...) with an unsupported type", when
-it averages the first batch (keras issue 20585; tried here as two processes with TensorFlow 2.21).
+--strategy mirrored uses all GPUs of a machine. Several machines are not supported: with Keras 3.15, fit fails under
+tf.distribute.MultiWorkerMirroredStrategy when it averages the first batch, with "Attempt to convert a value
+(PerReplica...) with an unsupported type" (keras issue 20585; tested as two processes with TensorFlow 2.21).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png"}
 
 
 def find_images(folder: Path, limit: int | None) -> tuple[list[str], np.ndarray, list[str]]:
-    """Paths, class numbers and class names; with `limit`, as many of each class."""
+    """Find paths, class numbers and class names. With `limit`, use equally many images of each class."""
     names = sorted(path.name for path in folder.iterdir() if path.is_dir())
     paths: list[str] = []
     labels: list[int] = []
@@ -38,12 +39,12 @@ def find_images(folder: Path, limit: int | None) -> tuple[list[str], np.ndarray,
         paths += found
         labels += [number] * len(found)
     if not paths:
-        raise click.ClickException(f"{folder} has no folders with JPEG or PNG files, one folder a class")
+        raise click.ClickException(f"{folder} has no folders of JPEG or PNG files, one per class")
     return paths, np.array(labels), names
 
 
 def training_data(paths: list[str], labels: np.ndarray, classes: int, size: int, batch: int, recipe: Any) -> Any:
-    """Batches of augmented images from -1 to 1 and soft labels, reshuffled each epoch."""
+    """Batches of augmented images in [-1, 1] and soft labels, reshuffled each epoch."""
     import keras
     import tensorflow as tf
 
@@ -77,7 +78,7 @@ def training_data(paths: list[str], labels: np.ndarray, classes: int, size: int,
 
 
 def test_data(paths: list[str], labels: np.ndarray, classes: int, size: int, fraction: float, batch: int) -> Any:
-    """Batches of images prepared as for evaluation, and labels."""
+    """Batches of images, preprocessed as for evaluation, and labels."""
     import tensorflow as tf
 
     import van_tf
@@ -97,19 +98,24 @@ def make_strategy(name: str) -> Any:
 @click.command(help=__doc__)
 @click.argument("images", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--variant", default="nano", show_default=True)
-@click.option("--weights", help="Ported file, or the data set's name for published weights.  [default: fresh ones]")
+@click.option("--weights", help="Ported file, or the name of the data set of published weights.  [default: untrained]")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True)
-@click.option("--size", type=click.IntRange(min=32), help="Side of the images.  [default: the variant's]")
+@click.option("--size", type=click.IntRange(min=32), help="Image size.  [default: the variant's]")
 @click.option("--epochs", default=30, show_default=True)
 @click.option("--batch-size", default=64, show_default=True)
-@click.option("--learning-rate", default=5e-4, show_default=True, help="At a batch of 1024; scaled with the batch.")
+@click.option(
+    "--learning-rate",
+    default=5e-4,
+    show_default=True,
+    help="Learning rate for a batch of 1024; it is scaled with the batch size.",
+)
 @click.option("--weight-decay", default=0.05, show_default=True)
 @click.option("--warmup-epochs", default=1.0, show_default=True)
 @click.option("--label-smoothing", default=0.1, show_default=True)
 @click.option("--drop-path", default=0.1, show_default=True)
-@click.option("--erasing", default=0.25, show_default=True, help="Chance that an image loses a rectangle.")
-@click.option("--mix/--no-mix", default=True, show_default=True, help="MixUp or CutMix.")
-@click.option("--limit", type=click.IntRange(min=1), help="Use so many images of each set.  [default: all]")
+@click.option("--erasing", default=0.25, show_default=True, help="Probability that a rectangle of an image is erased.")
+@click.option("--mix/--no-mix", default=True, show_default=True, help="Use MixUp or CutMix.")
+@click.option("--limit", type=click.IntRange(min=1), help="Use this many images of each set.  [default: all]")
 @click.option("--strategy", type=click.Choice(["one", "mirrored"]), default="one", show_default=True)
 def main(
     images: Path,
@@ -128,14 +134,14 @@ def main(
     strategy: str,
     **recipe: Any,
 ) -> None:
-    # Before anything else asks TensorFlow to compute.
+    # This must come before TensorFlow's first operation.
     distribution = make_strategy(strategy)
     import keras
 
     import van_tf
 
     if variant not in van_tf.VARIANTS:
-        raise click.UsageError(f"--variant is one of {', '.join(van_tf.VARIANTS)}")
+        raise click.UsageError(f"--variant must be one of {', '.join(van_tf.VARIANTS)}")
     keras.utils.set_random_seed(0)
     config = van_tf.VARIANTS[variant]
     size = size or config.input_size
@@ -163,24 +169,24 @@ def main(
         except (ValueError, RuntimeError, FileNotFoundError) as error:
             raise click.ClickException(str(error)) from None
         optimizer = van_tf.AdamW(schedule, weight_decay=weight_decay)
-        # As timm does: only what multiplies decays.
+        # As in timm, only kernels decay.
         optimizer.exclude_from_weight_decay(var_names=["gamma", "beta", "bias", "layer_scale"])
         loss = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=label_smoothing)
         model.compile(optimizer, loss, metrics=["accuracy"])
     out.mkdir(parents=True, exist_ok=True)
     click.echo(
-        f"{len(paths)} images of {len(names)} classes, {steps} steps an epoch; greatest learning rate {rate:.2g}"
+        f"{len(paths)} images of {len(names)} classes, {steps} steps per epoch; maximum learning rate {rate:.2g}"
     )
     best = out / "best.weights.h5"
     goes_on = best.is_file() and (out / "backup").is_dir()
     if goes_on:
-        model.load_weights(best)  # to know what is to be beaten; the backup takes their place
+        model.load_weights(best)  # to measure the accuracy to beat; the backup then replaces them
     before = model.evaluate(testing, verbose=0, return_dict=True)["accuracy"]
     click.echo(f"{'best so far' if goes_on else 'before'}: {100 * before:.2f}% of {len(test_paths)} test images")
     model.fit(
         training,
         epochs=epochs,
-        shuffle=False,  # the data set does that
+        shuffle=False,  # the data set shuffles itself
         validation_data=testing,
         verbose=1 if os.isatty(1) else 2,
         callbacks=[

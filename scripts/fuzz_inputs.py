@@ -1,14 +1,14 @@
-"""Feeds broken and hostile files to every reader, and counts what must not happen.
+"""Feed broken and hostile files to every reader, and count failures.
 
     python scripts/fuzz_inputs.py                 # 2,400 cases
     python scripts/fuzz_inputs.py --cases 20000 --seed 7
 
 Each case is a checkpoint (torch zip, nested dicts, old torch pickle, TorchScript, safetensors, index of shards), a
-configuration beside one, a weights file (HDF5, .keras) or a report, made wrong by chance or by design, and is read as
-`van-port` reads it; a report that can be read is shown in every form. A case is a failure when it ends in anything but
-success or a message, takes the process down, runs code, changes its input, leaves a file behind, or needs more memory
-than its size and `MEMORY_BOUND_MIB` together. (Files of Keras weights are first read by a process with a bound of its
-own, 4 GiB of addresses; see `porting.files.survey`.) Cases run in other processes, so that a crash is counted.
+configuration beside one, a weights file (HDF5, .keras) or a report. It is damaged at random or by design, and read as
+`van-port` reads it; a readable report is also rendered in every format. A case fails if it ends in anything other than
+success or an error message, crashes the process, runs code, changes its input, leaves a file behind, or needs more
+memory than its size plus `MEMORY_BOUND_MIB`. (A process with its own limit, 4 GiB of address space, first reads files
+of Keras weights; see `porting.files.survey`.) Cases run in other processes, so that crashes are counted.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ _BATCH = 600
 _SECONDS_A_BATCH = 600
 _CANARY = "canary"
 
-Case = tuple[str, str, bytes]  # what it is, the file's name, its content
+Case = tuple[str, str, bytes]  # the description, the file name, and the content
 
 
 class _Call:
-    """Pickles as a call of anything with anything."""
+    """Pickles as a call of any function with any arguments."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self._reduced = function, arguments
@@ -51,7 +51,7 @@ class _Call:
 
 
 def keras_model() -> Any:
-    """The model whose weights files are damaged."""
+    """Build the model whose weights files are damaged."""
     import keras
 
     inputs = keras.Input((4,))
@@ -60,7 +60,7 @@ def keras_model() -> Any:
 
 
 def healthy() -> dict[str, bytes]:
-    """One small file of each kind."""
+    """One small intact file of each kind."""
     import safetensors.torch
     import torch
 
@@ -104,7 +104,7 @@ def healthy() -> dict[str, bytes]:
 
 
 def a_report() -> str:
-    """The report of a port with a mistake in it, as JSON: nothing in it is empty."""
+    """The JSON report of a port with a mistake, in which no part is empty."""
     import keras
     import numpy as np
     import torch
@@ -123,7 +123,7 @@ def a_report() -> str:
 
 
 def retyped(rng: random.Random, content: bytes) -> bytes:
-    """JSON with a few values, anywhere, of another type or size."""
+    """Replace a few random values of a JSON document with values of another type or size."""
     document = json.loads(content)
     others: list[Any] = [
         None,
@@ -154,7 +154,7 @@ def retyped(rng: random.Random, content: bytes) -> bytes:
 
 
 def damaged(rng: random.Random, content: bytes, other: bytes) -> tuple[str, bytes]:
-    """The file after one or several accidents."""
+    """Damage a file in one or several random ways."""
     data = bytearray(content)
     names = []
     for _ in range(rng.choice([1, 1, 1, 2, 5])):
@@ -186,7 +186,7 @@ def damaged(rng: random.Random, content: bytes, other: bytes) -> tuple[str, byte
 def torch_zip(
     pickled: bytes, storages: dict[str, bytes], compression: int = zipfile.ZIP_STORED, *, script: bool = False
 ) -> bytes:
-    """An archive of torch.save, or with `script` one of torch.jit.save, around a pickle."""
+    """Wrap a pickle in an archive of torch.save, or of torch.jit.save with `script`."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", compression) as archive:
         archive.writestr("archive/data.pkl", pickled)
@@ -200,7 +200,7 @@ def torch_zip(
 
 
 def pickled_tensor(size: Any, stride: Any, offset: Any = 0, numel: Any = 4, dtype: str = "FloatStorage") -> bytes:
-    """A state_dict with one tensor of any shape that the pickle format can express."""
+    """Pickle a state_dict with one tensor of any shape that the format can express."""
     import torch
 
     class Storage:
@@ -220,7 +220,7 @@ def pickled_tensor(size: Any, stride: Any, offset: Any = 0, numel: Any = 4, dtyp
 
 
 def hostile_calls(canary: Path) -> list[tuple[str, bytes]]:
-    """Pickles that call something in each way that the format knows."""
+    """Pickles that call a function in each way that the format allows."""
     import builtins
     import os
 
@@ -264,7 +264,7 @@ def hostile_calls(canary: Path) -> list[tuple[str, bytes]]:
 
 
 def hostile(canary: Path) -> list[Case]:
-    """Files that are wrong on purpose."""
+    """Files that are invalid by design."""
     storage = {"0": struct.pack("<4f", 1, 2, float("nan"), float("inf"))}
     cases: list[Case] = []
     for name, code in hostile_calls(canary):
@@ -339,7 +339,7 @@ def _safetensors_headers() -> list[tuple[str, Any]]:
 
 
 def make_case(number: int, seed: int, files: dict[str, bytes], fixed: list[Case]) -> Case:
-    """The case of a number: first those by design, then accidents."""
+    """Make the case with this number: first those by design, then random damage."""
     if number < len(fixed):
         return fixed[number]
     rng = random.Random(f"{seed} {number}")
@@ -351,7 +351,7 @@ def make_case(number: int, seed: int, files: dict[str, bytes], fixed: list[Case]
 
 
 def read(path: Path) -> None:
-    """Reads a file by all means that its name calls for."""
+    """Read a file with all readers that apply to its name."""
     from porting.families.registry import get_family
     from porting.files.checkpoint import read_checkpoint
     from porting.files.inspection import inspect_file
@@ -378,7 +378,7 @@ def read(path: Path) -> None:
 
 
 def show(report: Any, path: Path) -> None:
-    """In every form, and as to the file that it is of."""
+    """Render a report in every format, and compare it with the file beside it."""
     from rich.console import Console
 
     from porting.reports import FORMATS, render
@@ -393,12 +393,12 @@ def show(report: Any, path: Path) -> None:
 
 
 def work(first: int, last: int, seed: int, folder: Path) -> None:
-    """Runs cases and writes one JSON line each; the number of a case stands before it is tried."""
+    """Run cases and write JSON lines: one with the number before each case, and one with its outcome after it."""
     from porting.errors import PortingError
     from porting.models.frameworks import start_tensorflow
 
     start_tensorflow()
-    import torch  # noqa: F401  # both before memory is measured
+    import torch  # noqa: F401  # import both before measuring memory
 
     files = healthy()
     canary = folder / _CANARY
@@ -437,7 +437,7 @@ def work(first: int, last: int, seed: int, folder: Path) -> None:
 
 
 def run_batch(first: int, last: int, seed: int, report: Callable[[dict[str, Any]], None]) -> None:
-    """Cases in a process; one that takes it down is a failure, and the next process goes on behind it."""
+    """Run cases in a process. A case that crashes it is a failure, and a new process continues with the next case."""
     while first < last:
         with tempfile.TemporaryDirectory() as place:
             command = [
@@ -464,7 +464,7 @@ def run_batch(first: int, last: int, seed: int, report: Callable[[dict[str, Any]
                 first = line["number"] + 1
         if first < last:
             if not lines:
-                raise click.ClickException(f"the process with the cases does not start: {ended}")
+                raise click.ClickException(f"the worker process does not start: {ended}")
             what = lines[-1]["what"]
             report({"number": first, "what": what, "outcome": f"CRASH: {ended}"})
             first += 1
@@ -472,7 +472,7 @@ def run_batch(first: int, last: int, seed: int, report: Callable[[dict[str, Any]
 
 @click.command(help=__doc__)
 @click.option("--cases", default=2400, show_default=True)
-@click.option("--seed", default=0, show_default=True, help="Of the accidents.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the random damage.")
 @click.option("--worker", type=int, nargs=2, hidden=True)
 @click.option("--folder", type=click.Path(path_type=Path), hidden=True)
 def main(cases: int, seed: int, worker: tuple[int, int] | None, folder: Path | None) -> None:

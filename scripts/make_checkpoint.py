@@ -1,8 +1,8 @@
-"""Writes a checkpoint of any variant in the official layout, with synthetic weights.
+"""Write a checkpoint of any variant in the official format, with synthetic weights.
 
     python scripts/make_checkpoint.py b1 van_b1.pth.tar
 
-For trying a port where the official file cannot be fetched: no number in it is trained, and none is trivial.
+Use it to try a port if the official file cannot be downloaded. The weights are untrained, but none is trivial.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main(variant: str, out: Path, classes: int, seed: int) -> None:
     torch.manual_seed(seed)
     model = build_van(variant, classes)
     fill_with_synthetic_weights(model, seed)
-    # The official files carry their training arguments as an argparse.Namespace.
+    # The official files store their training arguments as an argparse.Namespace.
     contents = {
         "epoch": 0,
         "arch": f"van_{variant}",

@@ -1,13 +1,12 @@
-"""Plants porting mistakes into healthy ports of several small models, and looks for false alarms in healthy ones.
+"""Plant porting mistakes into healthy ports of several small models, and look for false alarms in healthy ones.
 
     python scripts/model_study.py                    # every fault of every model, in a table by model and kind
-    python scripts/model_study.py --sample 40        # so many, drawn by the date
-    python scripts/model_study.py --healthy 100      # healthy ports, written in several ways
+    python scripts/model_study.py --sample 40        # 40 faults, drawn with the date as seed
+    python scripts/model_study.py --healthy 100      # healthy ports in several styles
     python scripts/model_study.py --together 30      # two and three mistakes at once
 
-Models and ways of writing are those of `studied_models.py`. A fault counts as named where the first culprit is its
-layer, and its cause as told where the report says it; a cause that is called certain and is another one is counted
-apart.
+Models and styles are those of `studied_models.py`. A fault counts as named if the first culprit is its layer, and its
+cause counts as told if the report states it. A wrong cause that the report calls certain is counted separately.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Fault:
-    """One mistake in one layer; `causes` are parts of what may be told, any of them, none where it does not matter."""
+    """One mistake in one layer. The report should contain one of `causes`; if empty, the cause does not matter."""
 
     kind: str
     module: str
@@ -69,7 +68,7 @@ def attribute(name: str, value: Callable[[Any], Any]) -> Callable[[Any], None]:
 
 
 def scaled(size: float) -> Callable[[Array], Array]:
-    """One number, the greatest, by a share; at least by one unit in the last place."""
+    """Change the largest number by a relative `size`, but by at least one unit in the last place."""
 
     def change(values: Array) -> Array:
         values = values.copy()
@@ -100,7 +99,7 @@ def gates(count: int, one: int, other: int) -> Callable[[Array], Array]:
 
 
 def faults_of(studied: Studied) -> Iterator[Fault]:
-    """The mistakes that each layer of a model can have, by its kind."""
+    """The possible mistakes of each layer of a model, by its kind."""
     import keras
 
     for module, layer in studied.layers.items():
@@ -160,7 +159,7 @@ def check(studied: Studied) -> ParityReport:
 
 
 def who(report: ParityReport) -> list[str]:
-    """The culprits' names; where only a setting differs, its layer."""
+    """The names of the culprits, or the layers whose settings differ if there are no culprits."""
     if report.culprits:
         return [culprit.culprit for culprit in report.culprits]
     return [difference.layer for difference in report.audit.failures] if report.audit else []
@@ -217,7 +216,7 @@ def study(sample: int, seed: int) -> int:
 
 
 def together(count: int, seed: int) -> int:
-    """Two and three mistakes at once, in layers that differ; how many of them are all named."""
+    """Plant two or three mistakes at once in different layers, and count how often all of them are named."""
     rng = np.random.default_rng(seed)
     named = found = 0
     for number in track(range(count), "mistakes together", transient=True):
@@ -256,15 +255,15 @@ def healthy(count: int, seed: int) -> int:
         exact = max(exact, (max(results, default=0.0), label))
         rounding = max(rounding, (max(rounded, default=0.0), label))
     click.echo(f"{count} healthy ports: {alarms} false alarms")
-    click.echo(f"greatest exact ratio of the outputs {exact[0]:.1f} ({exact[1]})")
-    click.echo(f"greatest ratio in float32 {rounding[0]:.1f} ({rounding[1]})")
+    click.echo(f"largest exact ratio of the outputs: {exact[0]:.1f} ({exact[1]})")
+    click.echo(f"largest ratio in float32: {rounding[0]:.1f} ({rounding[1]})")
     return alarms
 
 
 @click.command(help=__doc__)
-@click.option("--sample", default=0, help="Study so many faults, drawn by --seed.")
-@click.option("--healthy", "healthy_count", default=0, help="Check so many healthy ports instead.")
-@click.option("--together", "together_count", default=0, help="Plant two and three mistakes at once, so many times.")
+@click.option("--sample", default=0, help="Study this many faults, drawn with --seed.")
+@click.option("--healthy", "healthy_count", default=0, help="Check this many healthy ports instead.")
+@click.option("--together", "together_count", default=0, help="Plant two or three mistakes at once, this many times.")
 @click.option("--seed", default=int(datetime.date.today().strftime("%Y%m%d")), help="[default: the date]")
 def main(sample: int, healthy_count: int, together_count: int, seed: int) -> None:
     start_tensorflow()

@@ -1,7 +1,7 @@
-"""Small models of several kinds in both frameworks, for the studies: each is ported in several ways of writing it.
+"""Small models of several kinds in both frameworks, for the studies. Each is implemented in several styles in Keras.
 
-A style says how the Keras side is written: `named` has PyTorch's names, `renamed` names that say nothing, and `folded`
-has activations and norms inside the layers before them.
+The style is that of the Keras model: `named` uses PyTorch's names, `renamed` uses meaningless names, and `folded` also
+puts activations and norms into the layers before them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ STYLES = ("named", "renamed", "folded")
 
 @dataclass
 class Studied:
-    """Both models, what they are given, and the Keras layer that stands for each PyTorch module."""
+    """Both models, their inputs, and the Keras layer of each PyTorch module."""
 
     name: str
     style: str
@@ -34,7 +34,7 @@ class Studied:
 
 
 class Writer:
-    """Makes Keras layers under names of a style and gives them the weights of PyTorch's modules."""
+    """A factory of Keras layers with the names of a style and the weights of PyTorch's modules."""
 
     def __init__(self, reference: nn.Module, style: str) -> None:
         self.reference, self.style = reference, style
@@ -54,7 +54,7 @@ class Writer:
         return self.reference.get_submodule(name)
 
     def conv(self, name: str, x: Any, activation: str | None = None, norm: str | None = None) -> Any:
-        """A convolution, padded in a layer of its own; with `norm` folded and the activation fused."""
+        """A convolution with a separate padding layer, optionally with `norm` folded and the activation fused."""
         from keras import layers
 
         module = self.module(name)
@@ -110,7 +110,7 @@ class Writer:
         return self.keep(name, layers.Activation(function, name=self.name(name)))(x)
 
     def conv_norm_act(self, prefix: str, x: Any, function: Any) -> Any:
-        """`prefix`conv, `prefix`bn and, with a function, `prefix`act, in the style's way of writing."""
+        """`prefix`conv, `prefix`bn and, with a function, `prefix`act, in the current style."""
         conv, norm, act = (f"{prefix}{part}" for part in ("conv", "bn", "act"))
         if self.style == "folded":
             return self.conv(conv, x, activation=function, norm=norm)
@@ -123,7 +123,7 @@ class Writer:
         model = keras.Model(inputs, outputs)
         for layer, weights in self._pending:
             layer.set_weights([np.asarray(each, np.float32) for each in weights()])
-        # A layer of no PyTorch name pairs by content alone; others by the name that its style gave it.
+        # In other styles than `named`, layers pair only by content.
         pairs = {module: layer.name for module, layer in self.layers.items()} if self.style == "named" else None
         return Studied(name, self.style, self.reference, model, given, self.layers, {"pairs": pairs, **arguments})
 
@@ -160,7 +160,7 @@ class _Residual(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A stem, four residual blocks in two stages, and a head."""
+    """A stem, three residual blocks in two stages, and a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -301,7 +301,7 @@ def recurrent(seed: int, style: str) -> Studied:
 
 
 class Detector(nn.Module):
-    """Three maps of a small backbone, and one head called on each."""
+    """A small backbone with three feature maps, and one head that is called on each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -327,7 +327,7 @@ def detector(seed: int, style: str) -> Studied:
     for level in ("c1.", "c2.", "c3."):
         x = write.conv_norm_act(level, x, "silu")
         maps.append(x)
-    # One head for all maps: a model of its own, called in another order than PyTorch does.
+    # One head for all maps: a separate model, called in another order than in PyTorch.
     within = keras.Input((None, None, 12))
     head = keras.Model(within, write.conv("predict", write.conv_norm_act("tower.", within, "silu")), name="head")
     last, middle, first = (head(each) for each in reversed(maps))

@@ -1,11 +1,11 @@
-"""Trains the embedded checkpoint, van_nano, on CIFAR-10 and writes it in the official file format.
+"""Train the embedded checkpoint, van_nano, on CIFAR-10 and write it in the official file format.
 
     python scripts/train_nano.py --data cifar10.tar.gz --out van_nano.pth.tar
 
-The archive holds `train/CLASS/*.jpg` and `test/CLASS/*.jpg`. The recipe is the paper's (arXiv 2202.09741,
-section 4.1) where it makes sense at this size: AdamW, cosine schedule with warm-up, label smoothing, random
-crop and flip, mixup, CutMix, random erasing and drop path. The image size grows from 32 to 64 during
-training, which halves its cost. The weights of the last epoch are written: no test image takes part in any choice.
+The archive contains `train/CLASS/*.jpg` and `test/CLASS/*.jpg`. The recipe is the paper's (arXiv 2202.09741, section
+4.1) where it makes sense at this size: AdamW, cosine schedule with warm-up, label smoothing, random crop and flip,
+mixup, CutMix, random erasing and drop path. The image size grows from 32 to 64 during training, which halves the cost.
+The script writes the weights of the last epoch, so the test images influence no choice.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ IMAGE_SIZE = 64
 
 
 def read_cifar(archive: Path, split: str) -> tuple[Tensor, Tensor]:
-    """Images `(N, 3, 32, 32)` as uint8 and labels `(N,)`, in the order of their names in the archive."""
+    """Read images, `(N, 3, 32, 32)` uint8, and labels, `(N,)`, sorted by their names in the archive."""
     rows: list[tuple[str, np.ndarray]] = []
     with tarfile.open(archive) as tar:
         for member in track(tar, description=f"reading {split}", total=60_000, transient=True):
             parts = Path(member.name).parts
             if member.isfile() and split in parts and parts[-2] in CLASSES:
                 handle = tar.extractfile(member)
-                assert handle is not None  # isfile() has just said so
+                assert handle is not None  # true after isfile()
                 pixels = np.asarray(Image.open(io.BytesIO(handle.read())).convert("RGB"))
                 rows.append(("/".join(parts[-2:]), pixels))
     rows.sort(key=lambda row: row[0])
@@ -53,7 +53,7 @@ def read_cifar(archive: Path, split: str) -> tuple[Tensor, Tensor]:
 
 
 def enlarge(images: Tensor, size: int) -> Tensor:
-    """uint8 images to float in [-1, 1], enlarged as PIL's bicubic does it."""
+    """Convert uint8 images to floats in [-1, 1], enlarged with bicubic interpolation as in PIL."""
     x = images.float()
     if size != x.shape[-1]:
         x = F.interpolate(x, size=(size, size), mode="bicubic", antialias=True).round_().clamp_(0, 255)
@@ -61,7 +61,7 @@ def enlarge(images: Tensor, size: int) -> Tensor:
 
 
 def crop_and_flip(images: Tensor, padding: int = 4) -> Tensor:
-    """Each image moved by up to `padding` pixels behind a reflected border, and mirrored half of the time."""
+    """Shift each image by up to `padding` pixels, with a reflected border, and mirror it with probability 0.5."""
     n, _, height, width = images.shape
     padded = F.pad(images.float(), (padding,) * 4, mode="reflect").to(torch.uint8)
     top, left = torch.randint(0, 2 * padding + 1, (2, n))
@@ -74,10 +74,10 @@ def crop_and_flip(images: Tensor, padding: int = 4) -> Tensor:
 
 
 def dilated_by_phases(self: nn.Conv2d, x: Tensor) -> Tensor:
-    """The dilated depthwise convolution as nine plain ones, one for each phase of the dilation.
+    """Compute a dilated depthwise convolution as nine plain ones, one per phase of the dilation.
 
-    Equal to the convolution it stands for; its gradient runs three times as fast on a CPU, where dilated
-    kernels have no fast backward pass. Taps that could only ever see padding are cut away.
+    The result equals that of the original convolution. Its gradient is three times as fast on a CPU, where dilated
+    kernels have no fast backward pass. Taps that can see only padding are removed.
     """
     n, channels, height, width = x.shape
     step = self.dilation[0]
@@ -95,7 +95,7 @@ def dilated_by_phases(self: nn.Conv2d, x: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, images: Tensor, labels: Tensor, size: int) -> float:
-    """Top-1 accuracy, 0 to 1."""
+    """The top-1 accuracy, from 0 to 1."""
     model.eval()
     hits = 0
     for start in range(0, len(labels), 250):
@@ -113,7 +113,9 @@ def save(contents: dict[str, Any], path: Path) -> None:
 @click.command(help=__doc__)
 @click.option("--data", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True)
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True)
-@click.option("--epochs", type=(int, int, int), default=(20, 14, 8), show_default=True, help="At 32, 48, 64 pixels.")
+@click.option(
+    "--epochs", type=(int, int, int), default=(20, 14, 8), show_default=True, help="Epochs at 32, 48 and 64 pixels."
+)
 @click.option("--batch-size", default=128, show_default=True)
 @click.option("--lr", default=2e-3, show_default=True)
 @click.option("--weight-decay", default=0.05, show_default=True)
@@ -150,7 +152,7 @@ def main(
     erase = RandomErasing(probability=0.25, max_area=0.2, mode="const", device="cpu")
     loss_of = SoftTargetCrossEntropy()
 
-    # One file holds all that the next epoch needs, so an interrupted run goes on where it was.
+    # One file holds everything that the next epoch needs, so an interrupted run resumes after the last epoch.
     progress_file = out.with_name(out.name + ".resume")
     first = 0
     if progress_file.exists():
@@ -160,7 +162,7 @@ def main(
         optimizer.load_state_dict(saved["optimizer"])
         torch.set_rng_state(saved["rng"])
         np.random.seed(seed + first)
-        click.echo(f"going on after epoch {first} from {progress_file}")
+        click.echo(f"resuming after epoch {first} from {progress_file}")
 
     for epoch in range(first, len(sizes)):
         size = sizes[epoch]

@@ -30,7 +30,7 @@ _THUMBNAIL = 96
 
 @dataclass(frozen=True)
 class Judge:
-    """Judges batches. `noise` is PyTorch's float32 error, relative to the RMS of a sample's logits."""
+    """A judge of batches of images. `noise` is PyTorch's float32 error, relative to the RMS of a sample's logits."""
 
     classes: int
     noise: float

@@ -14,7 +14,7 @@ from porting.kinds.transforms import Array
 
 @dataclass(frozen=True)
 class TextJudge:
-    """Judges batches of token ids.
+    """A judge of batches of token ids.
 
     Results are next-token logits, `(N, T, vocabulary)`, or features, `(N, T, width)`. If `head`, a token embedding of
     shape `(vocabulary, width)`, is given, features are multiplied by it to get logits.

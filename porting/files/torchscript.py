@@ -35,7 +35,7 @@ class _Record:
 
 
 class _Unpickler(pickle._Unpickler):
-    """Builds records, tensors and plain containers.
+    """An unpickler that builds only records, tensors and plain containers.
 
     It derives from the unpickler in Python, because opcodes can be removed from that one.
     """

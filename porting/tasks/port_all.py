@@ -30,7 +30,7 @@ class Outcome:
 
 
 class _Prefixed(Progress):
-    """Prefixes each step with the variant."""
+    """A progress callback that prefixes each step with the variant."""
 
     def __init__(self, progress: Progress, variant: str) -> None:
         self._progress, self._variant = progress, variant

@@ -60,7 +60,7 @@ def test_a_stopped_run_goes_on_and_learns(images: Path, tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--variant", "b9"), "--variant is one of nano, b0"),
+        (("--variant", "b9"), "--variant must be one of nano, b0"),
         (("--weights", "nowhere.h5"), "no such weights file: nowhere.h5"),
         (("--batch-size", "1000"), "32 images do not make one batch of 1000"),
     ],
