@@ -24,7 +24,7 @@ from porting.models.traverse import named_layers
 _RUN_SAVED_MODEL = """
 import json, os, sys
 answers = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)  # whatever else is printed is no answer
+os.dup2(2, 1)  # other output must not mix with the answers
 import numpy as np
 import tensorflow as tf
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
@@ -35,7 +35,7 @@ run = model.signatures["serving_default"]
 names_of_inputs = sorted(run.structured_input_signature[1])
 inlined = convert_variables_to_constants_v2(run)
 reached, names = {each.op for each in inlined.inputs}, []
-for each in inlined.graph.get_operations():  # an imported graph has every operation behind those that it takes from
+for each in inlined.graph.get_operations():  # in an imported graph, operations follow their inputs
     if any(given.op in reached for given in each.inputs):
         reached.add(each)
         if len(each.outputs) == 1 and each.outputs[0].dtype == tf.float32 and each.outputs[0].shape.rank:

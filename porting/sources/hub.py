@@ -42,7 +42,7 @@ def fetch_from_hub(source: Source) -> Path:
             reason = "it is not in the cache, and the hub does not answer"
         except EntryNotFoundError:
             reason = "the hub's repository has no such file"
-        except Exception as error:  # the client lets through whatever its HTTP library raises
+        except Exception as error:  # the client passes on any error of its HTTP library
             first_line = str(error).partition("\n")[0]
             reason = f"{type(error).__name__}: {shown(first_line)[:200]}"
     raise SourceError(
