@@ -351,12 +351,12 @@ thoroughness_options = option_group(
     click.option(
         "--max-ratio",
         type=click.FloatRange(min=0, min_open=True),
-        help="Limit for layers in float32, in units of PyTorch's own rounding error.  [default: 64]",
+        help="Limit in float32, in units of PyTorch's own rounding error.  [default: 64]",
     ),
     click.option(
         "--max-exact-ratio",
         type=click.FloatRange(min=0, min_open=True),
-        help="Limit for outputs in float64, in units of float64's rounding error.  [default: 256]",
+        help="Limit of the outputs in float64, in units of float64's rounding error.  [default: 256]",
     ),
     click.option("--atol", type=click.FloatRange(min=0), help="Also limit the largest absolute difference."),
     click.option(
@@ -375,7 +375,9 @@ thoroughness_options = option_group(
         help="Also fail on settings that matter only in training, such as a momentum.",
     ),
     click.option("--waive", multiple=True, metavar="MODULE[:SETTING]", help="Accept a difference in this setting."),
-    click.option("--limit", "layer_limits", type=LayerLimit(), multiple=True, help="Limit for one layer."),
+    click.option(
+        "--limit", "layer_limits", type=LayerLimit(), multiple=True, help="Limit of one layer, in place of --max-ratio."
+    ),
 )
 
 

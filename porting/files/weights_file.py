@@ -108,7 +108,7 @@ def weight_shapes(model: keras.Model) -> dict[str, dict[str, Shape]]:
 
 
 def load_model(path: Path, build: Callable[[], keras.Model], what: str = "the model") -> keras.Model:
-    """Build the model and load the weights of `path` with Keras's own functions, but read `.h5` by name.
+    """Build the model and load the weights of `path`: `.h5` by name, other formats with Keras's own functions.
 
     Keras reads a `.h5` in the order of the model's variables, which changes when a layer is frozen. `what` describes
     the model in errors. Raises WeightsFileError unless the file's weights match those of the model one to one.
