@@ -24,7 +24,7 @@ from porting.errors import INTERRUPTED
     default="own",
     show_default=True,
     metavar="own|tensorflow|none|FILE.py:FUNCTION",
-    help="Preprocessing of the third arm: the family's, TensorFlow's defaults, none, or your own function.",
+    help="Preprocessing of the third arm: the family's, TensorFlow's defaults or your own; none skips that arm.",
 )
 @click.option(
     "--pytorch-preprocessing",

@@ -274,7 +274,10 @@ class Family:
         return Spec(variant, self.num_classes(variant, state_dict, naming), naming, stated)
 
     def fit(self, variant: str, names: Collection[str]) -> float:
-        """The share, from 0 to 1, of this variant's names that a checkpoint has under the best-fitting naming."""
+        """How well names agree with those of this variant under the best-fitting naming, from 0 to 1.
+
+        This is the number of common names over the number of all names.
+        """
         return self._recognition(variant, names, None).fit
 
     def _recognition(self, variant: str, names: Collection[str], forced: str | None) -> Recognition:

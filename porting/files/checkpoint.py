@@ -120,8 +120,8 @@ def read_checkpoint(
 
     `ema` chooses the moving averages if a file has both; by default, the plain weights are used, or the averages if
     there is nothing else. `key` is the dotted entry of the file that holds the weights. `prefix` is removed from names,
-    and all names without it are dropped. By default, both are found with the help of `fit`, the share of the model's
-    names that a set of names has.
+    and all names without it are dropped. By default, both are found with the help of `fit`, which says how well names
+    agree with the model's, from 0 to 1.
 
     Raises SourceError if there is no such file, and CheckpointError if it is not a complete checkpoint, contains
     anything that would run code, or has no state_dict.

@@ -57,8 +57,8 @@ def find_weights(
 ) -> Weights:
     """Find the state_dict in `contents`; raises CheckpointError if there is none, or if the choice is ambiguous.
 
-    `key` and `prefix` decide if given. Otherwise `fit`, the share of the model's names that a set of names has, chooses
-    among several dicts, and decides whether a prefix shared by all names belongs to the file or to the model.
+    `key` and `prefix` decide if given. Otherwise `fit`, which says how well names agree with the model's (0 to 1),
+    chooses among several dicts, and decides whether a prefix shared by all names belongs to the file or to the model.
     """
     if not isinstance(contents, Mapping):
         raise CheckpointError(
