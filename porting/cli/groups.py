@@ -413,7 +413,7 @@ class ReportChoice:
         for path in files:
             require_writable(path)
 
-    def show(self, report: ParityReport | None, *, without: str = "Not checked, as asked.") -> None:
+    def show(self, report: ParityReport | None, *, without: str = "Not checked, as requested.") -> None:
         """Print a report and write it to the requested files, or print `without` if there is no report."""
         from porting.cli.terminal import make_console, say
         from porting.reports import is_stream, write_report

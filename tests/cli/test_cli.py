@@ -43,7 +43,7 @@ def test_the_name_of_the_file_has_a_default(
     monkeypatch.chdir(tmp_path)
     result = run_cli("--variant", "nano", "--checkpoint", checkpoint, "--no-check")
     assert result.exit_code == 0, result.output
-    assert "Not checked, as asked" in result.output
+    assert "Not checked, as requested" in result.output
     assert (tmp_path / "van_nano.h5").is_file()
 
 

@@ -178,7 +178,7 @@ def test_folders_in_sorted_order_are_said(tmp_path: Path) -> None:
         ("a.csv", "picture,label\na.png,1\n", "no column of images"),
         ("a.jsonl", "[1, 2]\n", "line 1 is not an object"),
         ("a.jsonl", '{"image": ', "cannot be read"),
-        ("a.csv", "image,label\na.png,bird\n", "'bird' is none of the model's 3 classes"),
+        ("a.csv", "image,label\na.png,bird\n", "'bird' is not one of the model's 3 classes"),
         ("a.jsonl", '{"token_ids": [1, -2]}', "non-negative integers"),
         ("a.jsonl", '{"text": "hello"}', "contains texts"),
         ("a.csv", "", "contains no samples"),
@@ -196,7 +196,7 @@ def test_what_is_wrong_with_a_table_is_said(tmp_path: Path, name: str, text: str
 def test_unknown_folders_are_refused(tmp_path: Path) -> None:
     for name in ("cat", "cow"):
         (tmp_path / name).mkdir()
-    with pytest.raises(SourceError, match="'cow' is none of the model's 3 classes") as caught:
+    with pytest.raises(SourceError, match="'cow' is not one of the model's 3 classes") as caught:
         open_data(str(tmp_path), LABELS)
     assert "--labels" in caught.value.hint
 
@@ -340,7 +340,7 @@ def test_links_are_what_they_point_to(tmp_path: Path) -> None:
 def test_a_folder_of_another_name_does_not_renumber_the_rest(tmp_path: Path) -> None:
     for name in ("cat", "dog", "kitty"):
         (tmp_path / name).mkdir()
-    with pytest.raises(SourceError, match="'kitty' is none of the model's 3 classes"):
+    with pytest.raises(SourceError, match="'kitty' is not one of the model's 3 classes"):
         open_data(str(tmp_path), LABELS)
 
 

@@ -13,7 +13,7 @@ from porting.references.van import VARIANTS, build_van
 def test_registered_families() -> None:
     assert "van" in family_names()
     assert isinstance(get_family("van"), VanFamily)
-    with pytest.raises(FamilyError, match="no family 'lenet'"):
+    with pytest.raises(FamilyError, match="unknown family 'lenet'"):
         get_family("lenet")
 
 

@@ -97,7 +97,7 @@ def test_export(run_cli: RunCli, given_files: tuple[Path, Path], tmp_path: Path,
     [
         ("", "not the configuration of a VAN"),
         ("[1, 2]", "expected an object with the settings"),
-        ('{"depths": [1, 1]}', "have no embed_dims"),
+        ('{"depths": [1, 1]}', "settings lack embed_dims"),
         ('{"embed_dims": [8, 8], "depths": [1]}', "one number per stage each"),
         ('{"embed_dims": [8, 8], "depths": [1, 1], "mlp_ratios": [0.01, 1]}', "at least one channel"),
         ('{"embed_dims": [8, 8.5], "depths": [1, 1], "mlp_ratios": [1, 1]}', "must be positive integers"),

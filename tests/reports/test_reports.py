@@ -274,7 +274,7 @@ def test_formats_by_suffix() -> None:
     ]
     with pytest.raises(OutputError, match="the suffix does not say which report"):
         format_of(Path("a.pdf"))
-    with pytest.raises(OutputError, match="no format 'pdf'"):
+    with pytest.raises(OutputError, match="unknown format 'pdf'"):
         render(PASSED, "pdf")
 
 

@@ -68,7 +68,7 @@ def test_without_top(model: keras.Model, folder: Path) -> None:
 def test_a_file_without_a_head_into_a_model_with_one(folder: Path, tmp_path: Path) -> None:
     backbone = van_tf.van_nano(include_top=False, weights=folder / "x.h5")
     backbone.save_weights(tmp_path / "x.weights.h5")
-    with pytest.warns(UserWarning, match="has no head and the model has 10"):
+    with pytest.warns(UserWarning, match="has no head, but the model has 10"):
         whole = van_tf.van_nano(weights=tmp_path / "x.weights.h5")
     np.testing.assert_array_equal(
         van_tf.van_nano(include_top=False, weights=tmp_path / "x.weights.h5")(IMAGES), backbone(IMAGES)

@@ -113,7 +113,7 @@ def test_decode_imagenet_takes_kerass_names(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_decode_refuses_another_number_of_columns() -> None:
-    with pytest.raises(ValueError, match=r"of shape \(N, 1000\) for 1000 class names: got \(1, 10\)"):
+    with pytest.raises(ValueError, match=r"have the shape \(N, 1000\) for 1000 class names: got \(1, 10\)"):
         van_tf.decode_predictions(np.zeros((1, 10)))
 
 
