@@ -225,7 +225,7 @@ def test_what_was_interrupted_goes_on(toy: Toy, healthy: Evaluation, tmp_path: P
     document = json.loads(kept.read_text())
     assert document["done"] == [[0, 2]]
     assert document["tally"]["counts"]["samples"] == 48
-    with pytest.raises(ReportError, match="another limit"):
+    with pytest.raises(ReportError, match="a different limit"):
         run(toy, own="none", resume=kept, limit=7)
     seen: list[int] = []
 
@@ -477,7 +477,7 @@ def test_other_content_under_the_same_name_does_not_go_on(toy: Toy, tmp_path: Pa
             progress=Stopping(),
         )
     table.write_text("\n".join(["image,label", *reversed(rows)]))
-    with pytest.raises(ReportError, match="another content of the data"):
+    with pytest.raises(ReportError, match="a different content of the data"):
         run(toy, data=table, own="none", resume=kept)
 
 
