@@ -41,7 +41,7 @@ def map_models(
         return propose_map(
             reference, candidate, given, pairs=pairs, rows=rows, absorb_epsilon=absorb_epsilon, progress=progress
         )
-    except (RuntimeError, TypeError, ValueError) as error:  # a model that does not take these inputs
+    except (RuntimeError, TypeError, ValueError) as error:  # a model rejects these inputs
         first_line = str(error).strip().partition("\n")[0]
         raise FamilyError(
             f"the models cannot be run on these inputs: {first_line[:300]}",
