@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,14 @@ from PIL import Image
 from torch import nn
 
 from porting.families.van import VanFamily
+from porting.kinds import KINDS
 from porting.tasks.port import port
+from tests.documents import GUIDES, ROOT, python_blocks, python_files
 
-ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 BLOCKS = [
     pytest.param(block, id=f"{page.name}-{number}")
-    for page in PAGES
-    for number, block in enumerate(BLOCK.findall(page.read_text()))
+    for page in GUIDES
+    for number, block in enumerate(python_blocks(page))
 ]
 
 
@@ -67,6 +66,10 @@ def test_the_block_runs(
     block: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assert_parity: Callable[..., Any]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for file, text in python_files().items():
+        (tmp_path / file).write_text(text)
+        monkeypatch.delitem(sys.modules, file.removesuffix(".py"), raising=False)
     torch.manual_seed(0)
     images = np.random.default_rng(0).normal(size=(3, 12, 12, 3)).astype(np.float32)
     names: dict[str, Any] = {"torch_model": Net().eval(), "keras_model": small_keras(), "images": images}
@@ -74,6 +77,10 @@ def test_the_block_runs(
         port(VanFamily(), "nano", tmp_path / "van_nano.h5", checkpoint=checkpoint, check=False)
         pixels = np.random.default_rng(0).integers(0, 255, (70, 90, 3)).astype(np.uint8)
         Image.fromarray(pixels).save(tmp_path / "photo.jpg")
+    if "own.pth" in block:
+        made: dict[str, Any] = {}
+        exec(python_files()["models.py"], made)
+        torch.save(made["torch_net"]().state_dict(), "own.pth")
     if "def test_" in block:  # a gate, on a correct port
         import porting
 
@@ -86,3 +93,34 @@ def test_the_block_runs(
         assert len(names["maps"]) == 4
     if "ported" in names:
         assert names["ported"].report.passed
+    for file in python_files():
+        sys.modules.pop(file.removesuffix(".py"), None)
+
+
+def test_the_kind_of_the_guide_ports_and_names_its_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    import porting
+
+    def init(self: Any) -> None:
+        nn.Module.__init__(self)
+        self.factor = nn.Parameter(torch.tensor([0.5, 2.0, 3.0]))
+
+    def build(self: Any, shape: Any) -> None:
+        self.scale = self.add_weight(shape=(shape[-1],), initializer="ones", name="scale")
+
+    # The guide's kind goes by the name that the classes have in both frameworks.
+    module = type("ChannelScale", (nn.Module,), {"__init__": init, "forward": lambda self, x: x * self.factor})
+    layer = type("ChannelScale", (keras.layers.Layer,), {"build": build, "call": lambda self, x: x * self.scale})
+    [block] = python_blocks(ROOT / "docs" / "add-a-kind.md")
+    names: dict[str, Any] = {}
+    exec(block, names)
+    monkeypatch.setitem(KINDS, "channel_scale", names["KIND"])
+    reference = nn.Sequential(module(), nn.Linear(3, 2)).eval()
+    inputs = keras.Input((3,))
+    candidate = keras.Model(inputs, keras.layers.Dense(2, name="head")(layer(name="factors")(inputs)))
+    data = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    rows = [porting.KeyRule("0", "factors", "channel_scale"), porting.KeyRule("1", "head", "dense")]
+    porting.port_weights(reference, candidate, rows, inputs=data).require_parity()
+    candidate.get_layer("factors").scale.assign(1 / np.array([0.5, 2.0, 3.0]))
+    broken = porting.check_parity(reference, candidate, data, pairs={"0": "factors", "1": "head"})
+    assert broken.diagnosis is not None
+    assert broken.diagnosis.cause == "its factors divide instead of multiply"

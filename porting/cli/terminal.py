@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Self
@@ -43,6 +44,7 @@ def printable(text: str) -> str:
 
 def say(text: str, *, err: bool = False, colour: str | None = None, end: str = "\n") -> None:
     """Print a line of results, or of an error with `err`."""
+    colour = None if os.environ.get("NO_COLOR") else colour  # rich checks NO_COLOR itself, Click does not
     click.secho(printable(text) + end, fg=colour, err=err or not _results_on_stdout, nl=False)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -41,6 +43,19 @@ def test_printable(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     console = make_console()
     console.print(text)
     assert capsys.readouterr().out.rstrip("\n") == shown
+
+
+@pytest.mark.parametrize(("value", "coloured"), [("", True), ("1", False)])
+def test_no_color_is_honoured_on_a_terminal(tmp_path: Path, value: str, coloured: bool) -> None:
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-m", "porting.cli.main", "inspect", "nowhere.pth"]
+    environment = {**os.environ, "NO_COLOR": value, "TERM": "xterm"}
+    subprocess.run(command, cwd=tmp_path, env=environment, stdout=theirs, stderr=theirs, timeout=60, check=False)
+    os.close(theirs)
+    printed = os.read(ours, 10_000)
+    os.close(ours)
+    assert b"nowhere.pth: no such file" in printed
+    assert (b"\x1b[31m" in printed) is coloured
 
 
 def test_lines_stay_lines() -> None:
