@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def on_files(files: Files, config: Any) -> Files:
-    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").replace("](docs/", "](")
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    changelog = re.sub(r"\[docs/([\w-]+)\.(\w+)\]\(docs/", r"[\1.\2](", changelog)
     files.append(File.generated(config, "changelog.md", content=changelog))
     return files
 
@@ -60,11 +62,26 @@ def _description(text: str) -> Iterator[str]:
 
 
 def _reference(package: str) -> str:
-    """A heading for each public name."""
-    tree = ast.parse((ROOT / package / "__init__.py").read_text(encoding="utf-8"))
-    [names] = [
-        ast.literal_eval(node.value)
-        for node in tree.body
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "__all__"
-    ]
-    return f"\n## {package}\n\n" + "".join(f"::: {package}.{name}\n\n" for name in names)
+    """A heading for each public name, and a table of the constructors that a factory makes."""
+    names = ast.literal_eval(_assigned(ROOT / package / "__init__.py")["__all__"])
+    made = {}
+    if package == "van_tf":
+        calls = _assigned(ROOT / "van_tf" / "model.py").items()
+        made = {
+            name: ast.literal_eval(call.args[1]) for name, call in calls if name in names and isinstance(call, ast.Call)
+        }
+    lines = [f"\n## {package}\n", *(f"::: {package}.{name}\n" for name in names if name not in made)]
+    if made:
+        lines.append("### Variants\n\nTheir arguments are those of `van_tf.van`, without `config`.\n")
+        lines.append("| constructor | model |\n|---|---|")
+        lines += [f'| <code id="{package}.{name}">{package}.{name}</code> | {about} |' for name, about in made.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _assigned(path: Path) -> dict[str, ast.expr]:
+    """What a module assigns to names at its top level."""
+    return {
+        node.targets[0].id: node.value
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }

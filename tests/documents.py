@@ -59,7 +59,7 @@ def commands(page: Path) -> list[Command]:
     found = []
     for lines in text_blocks(page):
         for line in lines:
-            if match := _CALL.match(line):
+            if match := _CALL.match(line := line.strip()):
                 for part in line[match.end() :].split(" && "):
                     found.append(Command(page, tuple(shlex.split(part, comments=True))))
     return found
