@@ -15,7 +15,7 @@ import click
 import numpy as np
 import pytest
 import torch
-from click.testing import Result
+from click.testing import CliRunner, Result
 
 from porting.cli.main import cli
 from porting.data import weights_folder
@@ -213,3 +213,14 @@ def without_numbers(text: str) -> str:
     """On one line, with `#` for every number and for a layer in brackets: they are not the same on all machines."""
     text = re.sub(r"\([a-z]\w+(\.\w+)+\)", "(#)", " ".join(text.split()))
     return re.sub(r"\d[\d.]*(e[+-]?\d+)?", "#", text)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_completion_that_is_documented_exists(shell: str) -> None:
+    guide = (ROOT / "docs" / "getting-started.md").read_text()
+    assert f"_VAN_PORT_COMPLETE={shell}_source van-port" in guide
+    runner = CliRunner()
+    script = runner.invoke(cli, prog_name="van-port", env={"_VAN_PORT_COMPLETE": f"{shell}_source"})
+    assert f"_VAN_PORT_COMPLETE={shell}_complete" in script.output
+    asked = {"_VAN_PORT_COMPLETE": "bash_complete", "COMP_WORDS": "van-port check --variant ", "COMP_CWORD": "3"}
+    assert "plain,nano" in runner.invoke(cli, prog_name="van-port", env=asked).output.splitlines()

@@ -91,8 +91,8 @@ def test_the_installed_wheel_works_from_another_folder(wheel: Path, tmp_path: Pa
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sdist")
-    command = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", folder]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d"]
+    subprocess.run([*command, folder], cwd=ROOT, check=True, capture_output=True, timeout=300)
     return next(folder.glob("*.tar.gz"))
 
 
