@@ -81,6 +81,8 @@ def _is_plain_depthwise(module: nn.Conv2d) -> bool:
 
 def _depthwise(module: nn.Conv2d, images: Tensor) -> Tensor:
     """Compute the result of `module` for `(N, C, H, W)`, tap by tap. The zero padding is skipped, not added."""
+    import torch
+
     assert isinstance(module.padding, tuple)  # `_is_plain_depthwise` rules out a string
     weight = module.weight[:, 0, :, :, None, None]
     sides = [
@@ -101,9 +103,11 @@ def _depthwise(module: nn.Conv2d, images: Tensor) -> Tensor:
             sides, images.shape[-2:], module.padding, module.dilation, module.kernel_size, strict=True
         )
     )
-    for i, (to_rows, from_rows) in enumerate(rows):
-        for j, (to_columns, from_columns) in enumerate(columns):
-            result[..., to_rows, to_columns].addcmul_(images[..., from_rows, from_columns], weight[:, i, j])
+    # Everything here is in float64: `staying_in_float64` need not look at each of the many small operations.
+    with torch._C.DisableTorchFunction():
+        for i, (to_rows, from_rows) in enumerate(rows):
+            for j, (to_columns, from_columns) in enumerate(columns):
+                result[..., to_rows, to_columns].addcmul_(images[..., from_rows, from_columns], weight[:, i, j])
     return result
 
 

@@ -166,8 +166,7 @@ def _turned(model: keras.Model, doubles: list[tuple[Any, Any]]) -> Iterator[None
     if not doubles:
         for variable in _all_variables(layers):
             if keras.backend.is_float_dtype(variable.dtype) and variable.dtype != "float64":
-                values = np.asarray(variable).astype(np.float64)
-                doubles.append((variable, keras.Variable(values, dtype="float64", trainable=False)))
+                doubles.append((variable, _double(np.asarray(variable).astype(np.float64))))
     held = [(variable, variable._value, variable._dtype) for variable, _ in doubles]
     # A functional model casts its inputs to the types that it was built for, and so does a nested one.
     inputs: list[Any] = [
@@ -186,19 +185,35 @@ def _turned(model: keras.Model, doubles: list[tuple[Any, Any]]) -> Iterator[None
     dtypes = [(tensor, tensor._dtype) for tensor in inputs]
     try:
         for layer, _ in policies:
-            layer._dtype_policy = policy
+            _set_policy(layer, policy)
         for tensor in inputs:
             tensor._dtype = "float64"
         for variable, double in doubles:
-            variable._value, variable._dtype = double._value, "float64"
+            variable._value, variable._dtype = double, "float64"
         yield
     finally:
         for layer, own in policies:
-            layer._dtype_policy = own
+            _set_policy(layer, own)
         for tensor, own in dtypes:
             tensor._dtype = own
         for variable, value, dtype in held:
             variable._value, variable._dtype = value, dtype
+
+
+def _double(values: Array) -> Any:
+    """What a Keras variable holds on this backend, in float64."""
+    import keras
+
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.Variable(values, trainable=False)  # a Keras variable takes seven times as long to make
+    return keras.Variable(values, dtype="float64", trainable=False)._value
+
+
+def _set_policy(layer: Any, policy: Any) -> None:
+    # Not by assignment, for which Keras looks through all that it tracks.
+    object.__setattr__(layer, "_dtype_policy", policy)
 
 
 def _all_variables(layers: list[Any]) -> list[Any]:

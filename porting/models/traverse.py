@@ -63,10 +63,13 @@ def owned_variables(model: keras.Model) -> dict[str, list[keras.Variable]]:
 
 def _sublayers(owner: Any) -> Iterator[keras.layers.Layer]:
     """Yield the layers directly inside a model or layer: those in its `layers` first, then those in attributes."""
+    import keras
+
+    layer_class = keras.layers.Layer
     listed = list(getattr(owner, "layers", ())) if hasattr(owner, "layers") else []
     # Keras has no public list of a layer's sublayers; its own summary uses `_layers` too.
     for layer in (*listed, *getattr(owner, "_layers", ())):
-        if hasattr(layer, "name") and hasattr(layer, "weights"):
+        if isinstance(layer, layer_class):
             yield layer
 
 

@@ -125,7 +125,14 @@ class DifferenceSum:
         self.ulps += other.ulps
         self.worst = max(self.worst, other.worst, key=lambda worst: worst[0])
 
-    def add(self, actual: Tensor, expected: Tensor, expected_error: Tensor | None, limit: float) -> DistanceSum:
+    def add(
+        self,
+        actual: Tensor,
+        expected: Tensor,
+        expected_error: Tensor | None,
+        limit: float,
+        expected_power: float | None = None,
+    ) -> DistanceSum:
         """Add one batch and return the distance of `actual` to the truth. Elements over `limit` are counted.
 
         `expected_error` is `expected` minus the truth; None if it is zero. All tensors are in Keras's order of axes.
@@ -134,7 +141,7 @@ class DifferenceSum:
         if not actual.numel():
             return distance
         actual, expected = (side if side.is_floating_point() else side.float() for side in (actual, expected))
-        worst, place = -1.0, 0
+        worst, worst_error, begin = -1.0, None, 0
         step = -(-actual.numel() // ULP_SAMPLE)
         samples: list[tuple[Tensor, Tensor]] = []
         done = 0
@@ -148,7 +155,8 @@ class DifferenceSum:
                 self.distance.add_chunk(difference)
             else:
                 self.distance._take(greatest, power, error.numel())
-            self.expected_power += _power(theirs)
+            if expected_power is None:
+                self.expected_power += _power(theirs)
             self.actual_power += _power(mine)
             self.sum_of_absolutes += float(difference.abs().sum())
             if not greatest <= limit:
@@ -158,12 +166,14 @@ class DifferenceSum:
                 self.nonfinite[1] += int((~mine.isfinite()).sum())
                 greatest = math.inf
             if greatest > worst:
-                worst, place = greatest, done + int(error.abs().nan_to_num(math.inf, math.inf).argmax())
+                worst, worst_error, begin = greatest, error, done
             # Every step-th element of the whole tensor, wherever its chunks begin.
             samples.append((mine[-done % step :: step], theirs[-done % step :: step]))
             done += mine.numel()
+        self.expected_power += expected_power or 0.0
         self.ulps.append(_ulp_distance(*(_joined(side) for side in zip(*samples, strict=True))))
-        if worst > self.worst[0]:
+        if worst > self.worst[0] and worst_error is not None:
+            place = begin + int(worst_error.abs().nan_to_num(math.inf, math.inf).argmax())
             index = [int(each) for each in np.unravel_index(place, tuple(actual.shape))]
             index[:1] = [index[0] + self.samples_before] if index else []
             self.worst = (worst, tuple(index), _value_at(expected, place), _value_at(actual, place))

@@ -265,7 +265,8 @@ class RoundingObserver:
             total = truth.noise.total()
             limit = self.limits.of(pair.source) * max(total.max, FLOAT32_ROUNDOFF * truth.size.total().max)
             difference = DifferenceSum(self.samples_before)
-            size = difference.add(actual, expected.contiguous(), None, limit)
+            power = truth.size.sum_of_squares
+            size = difference.add(actual, expected.contiguous(), None, limit, expected_power=power)
             self._known[id(output), id(truth)] = weakref.ref(output), difference, size
         sums.actual_error.include(size)
         pair.difference.include(difference)
