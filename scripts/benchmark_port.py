@@ -22,7 +22,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-PLAIN = """
+PLAIN = r"""
+import re
 import sys
 import numpy as np
 import torch
@@ -41,7 +42,8 @@ for layer in model.layers:
     values = []
     for variable in layer.weights:
         head, _, leaf = variable.path.rpartition("/")
-        name = f"{head.replace('/', '.')}.{leaves.get(leaf, leaf)}"
+        module = re.sub(r"^(block\d)_", r"\1.", head.replace("/", "."))
+        name = f"{module}.{leaves.get(leaf, leaf)}"
         array = tensors[name].numpy()
         if array.ndim == 4:
             array = array.transpose((2, 3, 0, 1) if array.shape[1] == 1 else (2, 3, 1, 0))

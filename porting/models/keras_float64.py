@@ -116,7 +116,7 @@ def _item_set(table: dict[str, str], key: str, value: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _exact_functions() -> Iterator[None]:
-    """Replace functions in which TensorFlow rounds constants to float32 even in float64."""
+    """Replace functions in which TensorFlow rounds constants to float32 even in float64, or takes very long."""
     import keras
 
     if keras.backend.backend() != "tensorflow":
@@ -125,7 +125,7 @@ def _exact_functions() -> Iterator[None]:
     import tensorflow as tf
     from keras.src.backend import nn
 
-    cast = tf.cast
+    cast, convolution = tf.cast, nn.conv
 
     def leaky_relu(x: Any, negative_slope: float = 0.2) -> Any:
         x = keras.ops.convert_to_tensor(x)
@@ -142,8 +142,27 @@ def _exact_functions() -> Iterator[None]:
         exact = isinstance(x, float) and tf.as_dtype(dtype).is_floating
         return tf.constant(x, dtype) if exact else cast(x, dtype, name)
 
+    def conv(
+        inputs: Any,
+        kernel: Any,
+        strides: Any = 1,
+        padding: str = "valid",
+        data_format: str | None = None,
+        dilation_rate: Any = 1,
+    ) -> Any:
+        # TensorFlow has no fast grouped convolution in float64. A depthwise one computes the same sums.
+        channels = inputs.shape[1 if data_format == "channels_first" else -1]
+        if kernel.shape[-2] == 1 and kernel.shape[-1] == channels > 1 and len(kernel.shape) == 4:
+            kernel = keras.ops.transpose(kernel, (0, 1, 3, 2))
+            strides, dilation_rate = (
+                each if isinstance(each, int) else tuple(each) for each in (strides, dilation_rate)
+            )
+            return nn.depthwise_conv(inputs, kernel, strides, padding, data_format, dilation_rate)
+        return convolution(inputs, kernel, strides, padding, data_format, dilation_rate)
+
     with contextlib.ExitStack() as stack:
         for module, name, function in (
+            (nn, "conv", conv),
             (nn, "leaky_relu", leaky_relu),
             (nn, "gelu", gelu),
             (tf, "cast", exact_cast),

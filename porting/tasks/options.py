@@ -12,7 +12,7 @@ from porting.kinds.transforms import Array
 from porting.models.images import Preprocessing, find_images, load_images
 from porting.parity.report import Limits
 
-SAMPLES_OF_LARGE_IMAGES = 4
+SAMPLES_OF_LARGE_IMAGES = 2
 
 
 @dataclass(frozen=True)
