@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+import cloup
 
 from porting.cli.groups import (
     FILE,
@@ -19,19 +20,25 @@ from porting.cli.groups import (
     model_options,
     report_options,
     thoroughness_options,
+    titled,
 )
 
 if TYPE_CHECKING:
     from porting.tasks.options import CheckOptions
 
 
-@click.command(short_help="Compare a file of Keras weights with its checkpoint.")
+@cloup.command(short_help="Compare a file of Keras weights with its checkpoint.")
 @model_options(required=False)
-@click.option("--weights", type=FILE, help=WEIGHTS_HELP)
+@titled("Files", click.option("--weights", type=FILE, help=WEIGHTS_HELP))
 @checkpoint_options
-@click.option("--from", "from_report", type=FILE, help="Judge this JSON report again without running a model.")
-@click.option("--baseline", type=FILE, help="Fail if a layer is worse than in this earlier JSON report.")
-@click.option("--factor", default=2.0, show_default=True, help="Factor by which an error may exceed the baseline's.")
+@titled(
+    "Earlier reports",
+    click.option("--from", "from_report", type=FILE, help="Judge this JSON report again without running a model."),
+    click.option("--baseline", type=FILE, help="Fail if a layer is worse than in this earlier JSON report."),
+    click.option(
+        "--factor", default=2.0, show_default=True, help="Factor by which an error may exceed the baseline's."
+    ),
+)
 @thoroughness_options
 @report_options
 def check(

@@ -6,60 +6,96 @@ import sys
 from pathlib import Path
 
 import click
+import cloup
 
-from porting.cli.groups import FILE, CheckpointChoice, Model, checkpoint_options, model_options
+from porting.cli.groups import (
+    FILE,
+    JSON,
+    CheckpointChoice,
+    Model,
+    checkpoint_options,
+    model_options,
+    output_options,
+    titled,
+)
 from porting.errors import INTERRUPTED
 
 
-@click.command(short_help="Compare the original and its port on a data set.")
+@cloup.command(short_help="Compare the original and its port on a data set.")
 @model_options(required=False)
-@click.option("--weights", type=FILE, required=True, help="Keras weights, or an exported .tflite, .onnx or SavedModel.")
+@titled(
+    "Files",
+    click.option(
+        "--weights", type=FILE, required=True, help="Keras weights, or an exported .tflite, .onnx or SavedModel."
+    ),
+)
 @checkpoint_options
-@click.option("--data", required=True, metavar="SPEC", help="Data set, in one of the forms listed above.")
-@click.option("--labels", type=FILE, help="The model's classes in order, one per line.  [default: the family's]")
-@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Samples per batch.")
-@click.option("--limit", type=click.IntRange(min=1), help="Use only this many samples, from the start.  [default: all]")
-@click.option(
-    "--keras-preprocessing",
-    default="own",
-    show_default=True,
-    metavar="own|tensorflow|none|FILE.py:FUNCTION",
-    help="Preprocessing of the third arm: the family's, TensorFlow's defaults or your own; none skips that arm.",
+@titled(
+    "Data",
+    click.option("--data", required=True, metavar="SPEC", help="Data set, in one of the forms listed above."),
+    click.option("--labels", type=FILE, help="The model's classes in order, one per line.  [default: the family's]"),
+    click.option(
+        "--limit", type=click.IntRange(min=1), help="Use only this many samples, from the start.  [default: all]"
+    ),
+    click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Samples per batch."),
+    click.option("--tokenizer", default="", metavar="FOLDER", help="Tokenizer for texts, as saved by transformers."),
+    click.option(
+        "--tokens",
+        type=click.IntRange(min=2),
+        default=128,
+        show_default=True,
+        help="Truncate texts to this many tokens.",
+    ),
 )
-@click.option(
-    "--pytorch-preprocessing",
-    default="",
-    metavar="FILE.py:FUNCTION",
-    help="Preprocessing that both models share.  [default: that of the checkpoint's publisher]",
+@titled(
+    "Preprocessing",
+    click.option(
+        "--keras-preprocessing",
+        default="own",
+        show_default=True,
+        metavar="own|tensorflow|none|FILE.py:FUNCTION",
+        help="Preprocessing of the third arm: the family's, TensorFlow's defaults or your own; none skips that arm.",
+    ),
+    click.option(
+        "--pytorch-preprocessing",
+        default="",
+        metavar="FILE.py:FUNCTION",
+        help="Preprocessing that both models share.  [default: that of the checkpoint's publisher]",
+    ),
 )
-@click.option("--tokenizer", default="", metavar="FOLDER", help="Tokenizer for texts, as saved by transformers.")
-@click.option(
-    "--tokens", type=click.IntRange(min=2), default=128, show_default=True, help="Truncate texts to this many tokens."
+@titled(
+    "Engine",
+    click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True),
+    click.option("--threads", type=click.IntRange(min=1), help="Threads per model.  [default: half the cores]"),
+    click.option(
+        "--workers",
+        type=(click.IntRange(min=1), click.IntRange(min=1)),
+        default=(1, 1),
+        show_default=True,
+        help="Maximum number of Ray processes for PyTorch and for Keras.",
+    ),
+    click.option("--ray-address", default="", help="Ray cluster to run on.  [default: start one on this machine]"),
+    click.option("--resume", type=FILE, help="Save progress in this file, and resume from it."),
 )
-@click.option("--threads", type=click.IntRange(min=1), help="Threads per model.  [default: half the cores]")
-@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True)
-@click.option("--ray-address", default="", help="Ray cluster to run on.  [default: start one on this machine]")
-@click.option(
-    "--workers",
-    type=(click.IntRange(min=1), click.IntRange(min=1)),
-    default=(1, 1),
-    show_default=True,
-    help="Maximum number of Ray processes for PyTorch and for Keras.",
+@titled(
+    "Limits",
+    click.option(
+        "--max-flips", type=click.IntRange(min=0), help="Fail if the model itself changes more answers than this."
+    ),
+    click.option(
+        "--max-drop", type=click.FloatRange(min=0), help="Fail if Keras's top-1 is lower by more than this many points."
+    ),
+    click.option("--baseline", type=FILE, help="Fail if this evaluation is worse than this earlier JSON one."),
 )
-@click.option("--resume", type=FILE, help="Save progress in this file, and resume from it.")
-@click.option(
-    "--max-flips", type=click.IntRange(min=0), help="Fail if the model itself changes more answers than this."
-)
-@click.option(
-    "--max-drop", type=click.FloatRange(min=0), help="Fail if Keras's top-1 is lower by more than this many points."
-)
-@click.option("--baseline", type=FILE, help="Fail if this evaluation is worse than this earlier JSON one.")
-@click.option(
-    "--report",
-    "report_files",
-    type=FILE,
-    multiple=True,
-    help="Also write the report: .html, .md or .json; - writes JSON to standard output.",
+@output_options(
+    JSON,
+    click.option(
+        "--report",
+        "report_files",
+        type=FILE,
+        multiple=True,
+        help="Also write the report: .html, .md or .json; - writes JSON to standard output.",
+    ),
 )
 def evaluate(
     model: Model,
@@ -81,6 +117,7 @@ def evaluate(
     max_flips: int | None,
     max_drop: float | None,
     baseline: Path | None,
+    as_json: bool,
     report_files: tuple[Path, ...],
 ) -> None:
     """Run the original and its port side by side on a data set, and report which answers change and why.
@@ -111,6 +148,8 @@ def evaluate(
     from porting.tasks.evaluate import EvaluateOptions
     from porting.tasks.evaluate import evaluate as run
 
+    if as_json and not any(map(is_stream, report_files)):
+        report_files = (*report_files, Path("-"))
     files = [path for path in report_files if not is_stream(path)]
     route_results(to_stderr=len(files) < len(report_files))
     for path in files:

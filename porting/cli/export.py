@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+import cloup
 
 from porting.cli.groups import (
     CHECK,
@@ -21,43 +22,49 @@ from porting.cli.groups import (
     result_paths,
     show_written,
     thoroughness_options,
+    titled,
 )
 
 if TYPE_CHECKING:
     from porting.tasks.options import CheckOptions
 
 
-@click.command(short_help="Export to SavedModel, LiteRT or ONNX, with proof.")
+@cloup.command(short_help="Export to SavedModel, LiteRT or ONNX, with proof.")
 @model_options(required=False)
-@click.option("--weights", type=FILE, required=True, help=WEIGHTS_HELP)
-@click.option("--out", type=FILE, required=True, help="File to write: .tflite or .onnx; or a folder for a SavedModel.")
-@click.option(
-    "--format",
-    "form",
-    type=click.Choice(["saved_model", "litert", "onnx"]),
-    help="Format to write.  [default: from the suffix of --out]",
-)
-@click.option(
-    "--precision",
-    type=click.Choice(["float32", "float16", "int8"]),
-    default="float32",
-    show_default=True,
-    help="Precision to write; int8 calibrates on the images of the check.",
-)
-@click.option(
-    "--input-size",
-    type=click.IntRange(min=1),
-    help="Image size, or number of tokens in LiteRT.  [default: the variant's, or the check's]",
-)
-@click.option("--fused/--no-fused", default=True, show_default=True, help="Fold normalisations into convolutions.")
-@click.option(
-    "--split-kernels/--no-split-kernels",
-    default=None,
-    help="LiteRT: split depthwise kernels of more than 25 taps into smaller ones, which is faster on a CPU.  "
-    "[default: on, except in int8]",
+@titled(
+    "Files",
+    click.option("--weights", type=FILE, required=True, help=WEIGHTS_HELP),
+    click.option(
+        "--out", type=FILE, required=True, help="File to write: .tflite or .onnx; or a folder for a SavedModel."
+    ),
+    click.option(
+        "--format",
+        "form",
+        type=click.Choice(["saved_model", "litert", "onnx"]),
+        help="Format to write.  [default: from the suffix of --out]",
+    ),
+    click.option(
+        "--precision",
+        type=click.Choice(["float32", "float16", "int8"]),
+        default="float32",
+        show_default=True,
+        help="Precision to write; int8 calibrates on the images of the check.",
+    ),
+    click.option(
+        "--input-size",
+        type=click.IntRange(min=1),
+        help="Image size, or number of tokens in LiteRT.  [default: the variant's, or the check's]",
+    ),
+    click.option("--fused/--no-fused", default=True, show_default=True, help="Fold normalisations into convolutions."),
+    click.option(
+        "--split-kernels/--no-split-kernels",
+        default=None,
+        help="LiteRT: split depthwise kernels of more than 25 taps into smaller ones, which is faster on a CPU.  "
+        "[default: on, except in int8]",
+    ),
 )
 @plain_checkpoint_options
-@CHECK
+@titled("Parity check", CHECK)
 @thoroughness_options
 @report_options
 def export(

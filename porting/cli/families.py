@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import click
+import cloup
 
+from porting.cli.groups import JSON, output_options
 from porting.errors import PortingError
 from porting.families.registry import family_names, get_family
 
 
-@click.command(short_help="List the model families and their variants.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@cloup.command(short_help="List the model families and their variants.")
+@output_options(JSON)
 def families(as_json: bool) -> None:
     """List the model families and their variants, including those from other installed packages."""
     from porting.cli.terminal import say, say_json

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+import cloup
 
 from porting.errors import PortingError
 from porting.families.registry import get_family
@@ -27,10 +28,29 @@ Paths = Mapping[str, Iterable[Path | None]]
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
+def titled(title: str, *options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """A decorator that adds these options to a command and lists them under a title in its help."""
+
+    def decorate(command: Command) -> Command:
+        earlier = list(getattr(command, "__click_params__", ()))
+        own = len(earlier)
+        for option in reversed(options):
+            command = option(command)
+        groups = (getattr(parameter, "group", None) for parameter in earlier)
+        group = next((each for each in groups if each is not None and each.title == title), None)
+        for parameter in command.__click_params__[own:]:  # type: ignore[attr-defined]
+            if getattr(parameter, "group", None) is None:
+                parameter.group = group if group is not None else cloup.OptionGroup(title)
+                group = parameter.group
+        return command
+
+    return decorate
+
+
 def option_group(
-    argument: str, make: Callable[..., Any], *options: Callable[[Command], Command]
+    title: str, argument: str, make: Callable[..., Any], *options: Callable[[Command], Command]
 ) -> Callable[[Command], Command]:
-    """A decorator that adds these options to a command and passes them on as `argument=make(**options)`."""
+    """A decorator that adds options, under a title, to a command, which gets them as `argument=make(**options)`."""
 
     def decorate(command: Command) -> Command:
         def probe() -> None:
@@ -38,17 +58,16 @@ def option_group(
 
         for option in options:
             option(probe)  # type: ignore[arg-type]
-        names = {parameter.name for parameter in probe.__click_params__}  # type: ignore[attr-defined]
+        parameters = probe.__click_params__  # type: ignore[attr-defined]
+        names = {parameter.name for parameter in parameters if parameter.expose_value}
 
         @functools.wraps(command)
         def collecting(*args: Any, **values: Any) -> Any:
             own = {name: values.pop(name) for name in names}
             return command(*args, **values, **{argument: make(**own)})
 
-        decorated: Any = collecting
-        for option in reversed(options):
-            decorated = option(decorated)
-        return decorated  # type: ignore[no-any-return]
+        decorate_all: Any = titled(title, *options)
+        return decorate_all(collecting)  # type: ignore[no-any-return]
 
     return decorate
 
@@ -185,6 +204,7 @@ def family_option(command: Command) -> Command:
 def model_options(*, required: bool = True) -> Callable[[Command], Command]:
     """Add `--family` and `--variant`, or `--source`, `--target` and `--map`, passed on as `model`."""
     return option_group(
+        "Model",
         "model",
         functools.partial(_model, required),
         family_option,
@@ -289,6 +309,7 @@ EMA = click.option(
 KEY = click.option("--key", help="Entry of the file that holds the weights, such as model or ema.module.")
 PREFIX = click.option("--prefix", help="Use only tensors whose names start with this, and strip it.")
 checkpoint_options = option_group(
+    "Checkpoint",
     "checkpoint",
     lambda **arguments: CheckpointChoice(arguments),
     CHECKPOINT,
@@ -299,7 +320,7 @@ checkpoint_options = option_group(
     PREFIX,
 )
 plain_checkpoint_options = option_group(
-    "checkpoint", lambda **arguments: CheckpointChoice(arguments), CHECKPOINT, LAYOUT_OF_CHECKPOINT
+    "Checkpoint", "checkpoint", lambda **arguments: CheckpointChoice(arguments), CHECKPOINT, LAYOUT_OF_CHECKPOINT
 )
 
 CHECK = click.option(
@@ -335,11 +356,12 @@ def _lazy_options(
 
 
 thoroughness_options = option_group(
+    "Parity check",
     "make_options",
     _lazy_options,
     click.option("--images", type=FILE, help="Folder of images for the check.  [default: embedded ones]"),
     click.option(
-        "--samples", type=click.IntRange(min=1), help="Number of images.  [default: 4, or all for sizes up to 64]"
+        "--samples", type=click.IntRange(min=1), help="Number of images.  [default: 2, or all for sizes up to 64]"
     ),
     click.option(
         "--locate/--no-locate", default=True, show_default=True, help="Find the layers where the two models diverge."
@@ -450,10 +472,45 @@ class ReportChoice:
             raise
 
 
+def _report_choice(all_layers: bool, as_json: bool, report_files: tuple[Path, ...]) -> ReportChoice:
+    stream = [Path("-")] if as_json and Path("-") not in report_files else []
+    return ReportChoice(all_layers, (*report_files, *stream))
+
+
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON to standard output, and nothing else there.")
+QUIET = click.option(
+    "--quiet",
+    "-q",
+    is_flag=True,
+    expose_value=False,
+    callback=lambda ctx, _, value: _be_quiet(ctx) if value else None,
+    help="Print only errors, and no progress.",
+)
+
+
+def _be_quiet(ctx: click.Context) -> None:
+    from porting.cli.terminal import be_quiet
+
+    be_quiet()
+    ctx.call_on_close(functools.partial(be_quiet, quiet=False))
+
+
+def all_option(*names: str, help: str) -> Callable[[Command], Command]:
+    """`--verbose`, under the names that say what more a command prints with it."""
+    return click.option("--verbose", "-v", *names, is_flag=True, help=help)
+
+
+def output_options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Options of what a command prints; `--quiet` is always among them."""
+    return titled("Output", *options, QUIET)
+
+
 report_options = option_group(
+    "Output",
     "reporting",
-    ReportChoice,
-    click.option("--all-layers", is_flag=True, help="Print every layer, not only the top level and failures."),
+    _report_choice,
+    all_option("--all-layers", "all_layers", help="Print every layer, not only the top level and failures."),
+    JSON,
     click.option(
         "--report",
         "report_files",
@@ -462,6 +519,7 @@ report_options = option_group(
         help="Also write the report, even if the check fails: .html, .md, .xml (JUnit) or .json; - writes JSON to "
         "standard output.",
     ),
+    QUIET,
 )
 
 

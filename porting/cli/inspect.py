@@ -5,16 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+import cloup
 
-from porting.cli.groups import EMA, FILE, KEY, PREFIX
+from porting.cli.groups import EMA, FILE, JSON, KEY, PREFIX, output_options, titled
 
 
-@click.command(short_help="Print the origin and the tensors of a file.")
+@cloup.command(short_help="Print the origin and the tensors of a file.")
 @click.argument("file", type=FILE)
-@EMA
-@KEY
-@PREFIX
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@titled("Checkpoint", EMA, KEY, PREFIX)
+@output_options(JSON)
 def inspect(file: Path, ema: bool, key: str | None, prefix: str | None, as_json: bool) -> None:
     """Print the provenance and the tensors of FILE, which is a checkpoint or a file of Keras weights."""
     from porting.cli.terminal import make_console, say_json

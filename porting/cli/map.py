@@ -6,25 +6,36 @@ import sys
 from pathlib import Path
 
 import click
+import cloup
 
-from porting.cli.groups import FILE, SOURCE_ARGUMENTS, TARGET_ARGUMENTS
+from porting.cli.groups import FILE, JSON, SOURCE_ARGUMENTS, TARGET_ARGUMENTS, all_option, output_options, titled
 
 
-@click.command("map", short_help="Find the key map between any two models.")
+@cloup.command("map", short_help="Find the key map between any two models.")
 @click.argument("source")
 @click.argument("target")
-@click.option("--out", type=FILE, help="Write the rows to this file, .toml.  [default: none]")
-@SOURCE_ARGUMENTS
-@TARGET_ARGUMENTS
-@click.option("--inputs", type=FILE, help="Inputs of the Keras model by name, .npz.  [default: random]")
-@click.option("--pair", "pairs", multiple=True, metavar="TORCH.NAME=KERAS/PATH", help="A row that you already know.")
-@click.option("--map", "known", type=FILE, help="A half-finished file of rows to complete, .toml.  [default: none]")
-@click.option("--family", metavar="NAME", help="Also write NAME.py, a family file to complete.  [default: none]")
-@click.option(
-    "--absorb-epsilon", is_flag=True, help="Where batch norm epsilons differ, add the difference to the variances."
+@titled(
+    "Models",
+    SOURCE_ARGUMENTS,
+    TARGET_ARGUMENTS,
+    click.option("--inputs", type=FILE, help="Inputs of the Keras model by name, .npz.  [default: random]"),
 )
-@click.option("--all-rows", is_flag=True, help="Print each row with its confidence, instead of the short rules.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@titled(
+    "Map",
+    click.option(
+        "--pair", "pairs", multiple=True, metavar="TORCH.NAME=KERAS/PATH", help="A row that you already know."
+    ),
+    click.option("--map", "known", type=FILE, help="A half-finished file of rows to complete, .toml."),
+    click.option(
+        "--absorb-epsilon", is_flag=True, help="Where batch norm epsilons differ, add the difference to the variances."
+    ),
+)
+@output_options(
+    click.option("--out", type=FILE, help="Write the rows to this file, .toml."),
+    click.option("--family", metavar="NAME", help="Also write NAME.py, a family file to complete."),
+    all_option("--all-rows", "all_rows", help="Print each row with its confidence, instead of the short rules."),
+    JSON,
+)
 def map_command(
     source: str,
     target: str,

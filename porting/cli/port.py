@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import cloup
 
 from porting.cli.groups import (
     CHECK,
@@ -22,6 +23,7 @@ from porting.cli.groups import (
     show_non_finite,
     show_written,
     thoroughness_options,
+    titled,
 )
 
 if TYPE_CHECKING:
@@ -31,13 +33,18 @@ if TYPE_CHECKING:
 def port_options(command: Command) -> Command:
     """Add the options of a port to a command."""
     for option in (
-        click.option("--keep-failed", type=FILE, help="Keep a file that fails the check here.  [default: delete it]"),
         report_options,
         thoroughness_options,
-        CHECK,
+        titled("Parity check", CHECK),
         checkpoint_options,
-        click.option(
-            "--out", type=FILE, help="File to write: .h5, .weights.h5 or .keras.  [default: FAMILY_VARIANT.h5]"
+        titled(
+            "Files",
+            click.option(
+                "--out", type=FILE, help="File to write: .h5, .weights.h5 or .keras.  [default: FAMILY_VARIANT.h5]"
+            ),
+            click.option(
+                "--keep-failed", type=FILE, help="Keep a file that fails the check here, instead of deleting it."
+            ),
         ),
         model_options(required=False),
     ):
@@ -45,7 +52,7 @@ def port_options(command: Command) -> Command:
     return command
 
 
-@click.command("port", short_help="Port a checkpoint to Keras, with proof.")
+@cloup.command("port", short_help="Port a checkpoint to Keras, with proof.")
 @port_options
 def port_command(**arguments: Any) -> None:
     """Port a PyTorch checkpoint to Keras, prove parity, and write the file.

@@ -8,8 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import cloup
 
-from porting.cli.groups import CHECK, FILE, VARIANT, family_of, family_option, thoroughness_options
+from porting.cli.groups import (
+    CHECK,
+    FILE,
+    VARIANT,
+    family_of,
+    family_option,
+    output_options,
+    thoroughness_options,
+    titled,
+)
 
 if TYPE_CHECKING:
     from porting.families.base import Family
@@ -30,7 +40,7 @@ class VariantCheckpoint(click.ParamType):  # type: ignore[type-arg]
         return variant, location
 
 
-@click.command("port-all", short_help="Port several variants.")
+@cloup.command("port-all", short_help="Port several variants.")
 @family_option
 @click.option("--out-dir", type=FILE, required=True, help="Folder for the files, which are named FAMILY_VARIANT.")
 @click.option(
@@ -54,8 +64,9 @@ class VariantCheckpoint(click.ParamType):  # type: ignore[type-arg]
     show_default=True,
     help="File format.",
 )
-@CHECK
+@titled("Parity check", CHECK)
 @thoroughness_options
+@output_options()
 def port_all(
     family: Family,
     out_dir: Path,

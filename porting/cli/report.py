@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+import cloup
 
-from porting.cli.groups import FILE
+from porting.cli.groups import FILE, all_option, output_options
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-@click.command(short_help="Render a JSON report in another format.")
+@cloup.command(short_help="Render a JSON report in another format.")
 @click.argument("file", type=FILE)
 @click.option(
     "--format",
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     help="Format to render.  [default: from the suffix of --out, else terminal]",
 )
 @click.option("--out", type=FILE, help="File to write.  [default: standard output]")
-@click.option("--all-layers", is_flag=True, help="Print every layer (terminal format only).")
+@output_options(all_option("--all-layers", "all_layers", help="Print every layer (terminal format only)."))
 def report(file: Path, form: str | None, out: Path | None, all_layers: bool) -> None:
     """Render FILE, the JSON report of a check or an evaluation, in another format.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+import cloup
 
 from porting.cli.groups import (
     CHECK,
@@ -20,34 +21,38 @@ from porting.cli.groups import (
     result_paths,
     show_written,
     thoroughness_options,
+    titled,
 )
 
 if TYPE_CHECKING:
     from porting.tasks.options import CheckOptions
 
 
-@click.command(short_help="Port Keras weights back to PyTorch, with proof.")
+@cloup.command(short_help="Port Keras weights back to PyTorch, with proof.")
 @model_options(required=False)
-@click.option("--weights", type=FILE, required=True, help=WEIGHTS_HELP)
-@click.option("--out", type=FILE, required=True, help="File to write: .pth, .pth.tar, .pt, .bin or .safetensors.")
-@click.option(
-    "--layout",
-    type=LAYOUT,
-    help="Publisher whose tensor names to write.  [default: as in the ported checkpoint, else the family's first]",
+@titled(
+    "Files",
+    click.option("--weights", type=FILE, required=True, help=WEIGHTS_HELP),
+    click.option("--out", type=FILE, required=True, help="File to write: .pth, .pth.tar, .pt, .bin or .safetensors."),
+    click.option(
+        "--layout",
+        type=LAYOUT,
+        help="Publisher whose tensor names to write.  [default: as in the ported checkpoint, else the family's first]",
+    ),
+    click.option(
+        "--classes",
+        type=click.IntRange(min=0),
+        help="Number of classes of the head; 0 means no head.  [default: read from the file]",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["float32", "float16", "bfloat16"]),
+        default="float32",
+        show_default=True,
+        help="Data type.",
+    ),
 )
-@click.option(
-    "--classes",
-    type=click.IntRange(min=0),
-    help="Number of classes of the head; 0 means no head.  [default: read from the file]",
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "float16", "bfloat16"]),
-    default="float32",
-    show_default=True,
-    help="Data type.",
-)
-@CHECK
+@titled("Parity check", CHECK)
 @thoroughness_options
 @report_options
 def revert(

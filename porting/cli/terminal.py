@@ -25,6 +25,13 @@ _PIPE_WIDTH = 140
 
 
 _results_on_stdout = True
+_quiet = False
+
+
+def be_quiet(quiet: bool = True) -> None:
+    """Print no results for people, and no progress. Errors and JSON are printed all the same."""
+    global _quiet
+    _quiet = quiet
 
 
 def route_results(*, to_stderr: bool) -> None:
@@ -44,6 +51,8 @@ def printable(text: str) -> str:
 
 def say(text: str, *, err: bool = False, colour: str | None = None, end: str = "\n") -> None:
     """Print a line of results, or of an error with `err`."""
+    if _quiet and not err:
+        return
     colour = None if os.environ.get("NO_COLOR") else colour  # rich checks NO_COLOR itself, Click does not
     click.secho(printable(text) + end, fg=colour, err=err or not _results_on_stdout, nl=False)
 
@@ -69,7 +78,12 @@ def make_console(*, stderr: bool = False) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     on_terminal = stream is not None and stream.isatty()
     return PlainConsole(
-        stderr=stderr, width=None if on_terminal else _PIPE_WIDTH, highlight=False, markup=False, emoji=False
+        quiet=_quiet,
+        stderr=stderr,
+        width=None if on_terminal else _PIPE_WIDTH,
+        highlight=False,
+        markup=False,
+        emoji=False,
     )
 
 
@@ -83,7 +97,7 @@ class ProgressBar(Progress):
         console = make_console(stderr=True)
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn())
         left = (TextColumn("left", style="dim"), TimeRemainingColumn(compact=True))
-        self._bar = Bar(*columns, *left, console=console, transient=True, disable=not console.is_terminal)
+        self._bar = Bar(*columns, *left, console=console, transient=True, disable=_quiet or not console.is_terminal)
         self._task = self._bar.add_task("starting", total=None)
 
     def __call__(self, description: str, done: int = 0, total: int = 0) -> None:

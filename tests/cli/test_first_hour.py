@@ -10,6 +10,7 @@ import pytest
 from click.testing import Result
 
 import porting
+from porting.cli.main import cli
 from porting.parity.report import Limits, ParityReport
 from porting.reports.document import to_json
 
@@ -91,3 +92,39 @@ def test_a_report_is_rendered_as_its_new_name_ends(run_cli: RunCli, report: Pari
     broken.write_text(json.dumps({"schema_version": 3}))
     assert run_cli("report", broken, "--out", tmp_path / "b.html").exit_code == 8
     assert not (tmp_path / "b.html").exists()
+
+
+def test_options_are_in_groups_under_titles(run_cli: RunCli) -> None:
+    text = run_cli("check", "--help").output
+    titles = [line[:-1] for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert titles == ["Model", "Files", "Checkpoint", "Earlier reports", "Parity check", "Output", "Other options"]
+
+
+@pytest.mark.parametrize("command", [name for name in cli.commands if name not in {"port-all", "report"}])
+def test_every_command_that_prints_results_has_quiet_and_json(command: str) -> None:
+    options = {option for param in cli.commands[command].params for option in param.opts}
+    assert {"--quiet", "-q", "--json"} <= options
+
+
+def test_quiet_prints_nothing_and_json_alone_is_on_standard_output(run_cli: RunCli, tmp_path: Path) -> None:
+    out = tmp_path / "van.h5"
+    result = run_cli("--variant", "nano", "--out", out, "--samples", "1", "--quiet")
+    assert result.exit_code == 0
+    assert result.output == ""
+    result = run_cli("check", "--weights", out, "--samples", "1", "--json", "-q")
+    assert result.exit_code == 0
+    assert json.loads(result.output)["passed"]
+    # Quiet lasts for one command alone, and never hides an error.
+    assert "van: nano" in run_cli("families").output
+    result = run_cli("check", "--weights", tmp_path / "none.h5", "--variant", "nano", "--quiet")
+    assert result.exit_code == 5
+    assert "Error: " in result.output
+
+
+def test_verbose_is_all_that_there_is(run_cli: RunCli, tmp_path: Path) -> None:
+    out = tmp_path / "van.h5"
+    few = run_cli("--variant", "nano", "--out", out, "--samples", "1").output
+    shown = run_cli("report", f"{out}.parity.json", "-v").output
+    assert "block1.0.attn.proj_1" in shown
+    assert "block1.0.attn.proj_1 " not in few
+    assert shown == run_cli("report", f"{out}.parity.json", "--all-layers").output

@@ -120,7 +120,7 @@ def test_a_half_finished_map_is_completed(run_cli: RunCli, models: Path, tmp_pat
     before = rows.read_text()
     result = run_cli(*arguments, "--out", rows)
     assert result.exit_code == 2
-    assert "is the file that --map reads" in result.output
+    assert "is also the file that --map reads" in result.output
     assert rows.read_text() == before
 
 
