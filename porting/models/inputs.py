@@ -163,6 +163,8 @@ def equal_inputs(inputs: Any) -> Inputs:
     arrays = tuple(_array(each) for each in _listed(inputs))
     if not arrays or not all(len(array) if array.ndim else 0 for array in arrays):
         raise ValueError("at least one input is needed")
+    if len({len(array) for array in arrays}) > 1:
+        raise ValueError(f"inputs need the same number of samples: got {[len(array) for array in arrays]}")
     return Inputs(arrays, arrays, tuple(tuple(range(array.ndim)) for array in arrays), names, names)
 
 

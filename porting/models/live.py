@@ -89,7 +89,7 @@ def assign_tensors(model: nn.Module, values: Mapping[str, Array]) -> None:
         ):
             raise ValueError(f"{full} is computed by the module, and cannot be set: remove its parametrization first")
         settable[full] = (module, name)
-    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     with torch.no_grad():
         for full, array in values.items():
             tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))

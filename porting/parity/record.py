@@ -73,7 +73,7 @@ class _Recorder:
                 self.recording.outputs[key] = self._keep(leaf, (output_name(key), True, 0))
 
     def _keep(self, tensor: Tensor, place: tuple[str, bool, int]) -> Truth:
-        key = id(tensor), _version(tensor)
+        key = id(tensor), version(tensor)
         if key not in self._kept:
             detached = tensor.detach()
             self._kept[key] = tensor, Truth(as_real(detached.clone() if self._copies else detached))
@@ -88,10 +88,11 @@ class _Recorder:
         `x += y` and an in-place ReLU make such changes.
         """
         kept, self._kept = self._kept, {}
-        return self._copies or all(_version(tensor) == version for (_, version), (tensor, _) in kept.items())
+        return self._copies or all(version(tensor) == seen for (_, seen), (tensor, _) in kept.items())
 
 
-def _version(tensor: Tensor) -> int:
+def version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place."""
     return 0 if tensor.is_inference() else tensor._version
 
 

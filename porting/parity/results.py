@@ -14,8 +14,12 @@ def pair_results(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[di
     if common and "" not in common and not all(key.startswith("[") for key in common):
         left = [key for key in (*theirs, *ours) if key not in common]
         return {key: key for key in common}, [f"results that only one side has: {', '.join(left)}"]
+    pairs = dict(zip(theirs, ours, strict=False))
     notes = []
+    if len(pairs) > 1:
+        said = ", ".join(f"{key or 'the result'} with {own or 'the result'}" for key, own in pairs.items())
+        notes = [f"the results of the two models have other names and are paired by place: {said}"]
     if len(theirs) != len(ours):
         count = min(len(theirs), len(ours))
-        notes = [f"PyTorch gives {len(theirs)} results and Keras {len(ours)}; the first {count} are compared"]
-    return dict(zip(theirs, ours, strict=False)), notes
+        notes += [f"PyTorch gives {len(theirs)} results and Keras {len(ours)}; the first {count} are compared"]
+    return pairs, notes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,7 +14,7 @@ from porting.kinds import kind_called, kind_of_layer
 from porting.kinds.transforms import VECTOR, Array, Constant, Shape
 from porting.mapping.key_map import TensorEntry
 from porting.models.rows import entries_of
-from porting.parity.content import Match, Truth
+from porting.parity.content import Truth
 from porting.parity.record import Recording
 from porting.proposing.sides import KerasSide, Side, TorchSide
 
@@ -79,6 +79,9 @@ class Options:
         for call, found in recording.calls.items():
             for truth in found.inputs:
                 self._takers.setdefault(id(truth), []).append(call)
+        self._calls: dict[str, list[str]] = {}
+        for call in recording.calls:
+            self._calls.setdefault(call.partition("#")[0], []).append(call)
         self._plain = {name for name in self.modules if not source.holds_tensors(name)}
         self.order = {call.partition("#")[0]: place for call, place in reversed(list(recording.order.items()))}
 
@@ -101,14 +104,14 @@ class Options:
 
     def calls(self, module: str) -> list[str]:
         """The calls of a module in the recorded run."""
-        return [call for call in self.recording.calls if call.partition("#")[0] == module]
+        return self._calls.get(module, [])
 
     def modules_like(self, layer_name: str) -> list[Option]:
         """Every module whose kind and shapes fit a layer, in the order of execution."""
         ran = sorted((name for name in self.order if self.kinds.get(name) is not None), key=self.order.__getitem__)
-        return [option for name in ran for option in self.fitting(layer_name, name, [])]
+        return [option for name in ran for option in self.fitting(layer_name, name)]
 
-    def fitting(self, layer_name: str, module_name: str, matches: list[Match]) -> Iterator[Option]:
+    def fitting(self, layer_name: str, module_name: str, sides: Sequence[str] = ()) -> Iterator[Option]:
         """Yield the ways in which the tensors of a module can fill all variables of a layer."""
         raise NotImplementedError
 
@@ -128,12 +131,16 @@ class Options:
                 row_kind = f"parameter:+{more}"
                 entry = TensorEntry.one(name, variable, kind_called(row_kind).leaves[0].transform)
                 options.append(Option(name, row_kind, (entry,)))
-        owners = {call.partition("#")[0] for truth in truths for call in self._takers.get(id(truth), ())}
-        # The innermost module counts, since all modules around it take the same tensor.
+        owners = [call.partition("#")[0] for truth in truths for call in self._takers.get(id(truth), ())]
         separator = self.source.separator
-        for owner in sorted(owners, key=lambda each: -each.count(separator)):
-            if near := [option for option in options if option.source.startswith(f"{owner}{separator}")]:
-                return near
+        near: dict[int, list[Option]] = {}
+        for owner in dict.fromkeys(owners):
+            own = [option for option in options if option.source.startswith(f"{owner}{separator}")]
+            near.setdefault(owner.count(separator), []).extend(own)
+        # The innermost modules count, since all modules around them take the same tensor.
+        for depth in sorted(near, reverse=True):
+            if near[depth]:
+                return list(dict.fromkeys(near[depth]))
         return options
 
     def _rows_more(self, name: str, variable: str) -> int:
@@ -173,13 +180,6 @@ class Options:
         sources = [self.tensors[name].shape for name in entry.sources]
         return entry.transform.accepts(sources, [self.shapes[name] for name in entry.targets])
 
-    def _flattened(self, matches: list[Match]) -> Iterator[str]:
-        """Yield the sides of maps whose numbers come in another order, as after a Flatten."""
-        if any(match.reordered and match.truth.tensor.ndim == 2 for match in matches):
-            for match in matches:
-                if match.truth.tensor.ndim > 2:
-                    yield "x".join(map(str, match.truth.tensor.shape[1:]))
-
 
 class AcrossFrameworks(Options):
     """A PyTorch model and a Keras one: the kinds say how tensors move."""
@@ -187,7 +187,7 @@ class AcrossFrameworks(Options):
     source: TorchSide
     target: KerasSide
 
-    def fitting(self, layer_name: str, module_name: str, matches: list[Match]) -> Iterator[Option]:
+    def fitting(self, layer_name: str, module_name: str, sides: Sequence[str] = ()) -> Iterator[Option]:
         layer, module = self.layers[layer_name], self.modules[module_name]
         kind, names = self.kinds[module_name], self.target.names
         if kind is None:
@@ -196,7 +196,7 @@ class AcrossFrameworks(Options):
         if kind.name == "recurrent":
             details = [kind.name, *(f"{kind.name}:l{index}" for index in range(1, module.num_layers))]
         if kind.name == "dense":
-            details = [*(f"dense:{sides}" for sides in self._flattened(matches)), *details]
+            details = [*(f"dense:{each}" for each in sides), *details]
         if getattr(kind_of_layer(layer), "name", "") == "attention" and kind.name in {"dense", "dense_in_first"}:
             details = ["qkv" if kind.name == "dense" else "qkv:in_first"]
         if self._absorbs and kind.name == "batch_norm" and getattr(layer, "epsilon", module.eps) != module.eps:
@@ -241,7 +241,7 @@ class WithinFramework(Options):
     # Kinds that compute the same product, with axes of size 1 or split axes between their kernels.
     _PRODUCTS = frozenset({"dense", "conv"})
 
-    def fitting(self, layer_name: str, module_name: str, matches: list[Match]) -> Iterator[Option]:
+    def fitting(self, layer_name: str, module_name: str, sides: Sequence[str] = ()) -> Iterator[Option]:
         kind, other = self.kinds[module_name], self.target.kind(layer_name)
         same = type(self.modules[module_name]) is type(self.layers[layer_name])
         if kind is None or other is None:

@@ -16,7 +16,7 @@ from porting.mapping.key_map import KeyMap, LayerPair, TensorEntry, expand
 from porting.mapping.rules import KeyRule, join_name
 from porting.models.float64 import in_float64
 from porting.models.inputs import Axes
-from porting.models.live import effective_tensors
+from porting.models.live import assign_tensors, effective_tensors
 from porting.models.traverse import named_variables
 from porting.parity.compare import check_parity
 from porting.parity.content import Library
@@ -87,28 +87,30 @@ class Proposal:
         """The same rows, compressed by placeholders for the numbers in names."""
         return compress_rows(self.rules, self.names)
 
-    def move(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
-        """The candidate's tensors by name, made from the reference's, as far as rows write them.
+    def copy_weights(self, reference: Any, candidate: Any) -> None:
+        """Copy the weights of one model into another of the same framework, as far as rows write them.
 
-        For two PyTorch models: `new.load_state_dict(proposal.move(old.state_dict()))`. Torch tensors give torch
-        tensors, arrays give arrays. Raises KeyError for a tensor that is missing.
+        For a Keras model that takes a PyTorch model's weights, use `porting.port_weights`. Raises TypeError for two
+        models of two frameworks.
         """
-        found: dict[str, Any] = {}
-        for entry in self.key_map.entries:
-            given = [tensors[name] for name in entry.sources]
-            in_torch = any(hasattr(each, "detach") for each in given)
-            arrays = {
-                name: each.detach().cpu().numpy() if in_torch else np.asarray(each)
-                for name, each in zip(entry.sources, given, strict=True)
-            }
-            for name, array in entry.to_keras(arrays, self.shapes).items():
-                if in_torch:
-                    import torch
+        from torch import nn
 
-                    found[name] = torch.from_numpy(np.array(array))
-                else:
-                    found[name] = array
-        return found
+        if isinstance(reference, nn.Module) != isinstance(candidate, nn.Module):
+            raise TypeError("copy_weights takes two models of one framework; use porting.port_weights for two")
+        if isinstance(reference, nn.Module):
+            tensors = effective_tensors(reference)
+        else:
+            tensors = {name: np.asarray(variable) for name, variable in named_variables(reference).items()}
+        values: dict[str, Any] = {}
+        for entry in self.key_map.entries:
+            if entry.targets:
+                values |= entry.to_keras(tensors, self.shapes)
+        if isinstance(candidate, nn.Module):
+            assign_tensors(candidate, values)
+            return
+        variables = named_variables(candidate)
+        for name, array in values.items():
+            variables[name].assign(array)
 
     def require_complete(self, drop: Collection[str] = (), keep: Collection[str] = ()) -> Proposal:
         """Return the proposal itself. Raises KeyMapError, with everything that is open, if it is not complete.
@@ -164,7 +166,7 @@ def propose_map(
     reveal mistakes. Both models are left as they were.
 
     Two models of one framework are mapped as well: an old checkpoint's PyTorch model to a rewritten one, or one Keras
-    model to another. `Proposal.move` then gives the new model's tensors.
+    model to another. `Proposal.copy_weights` then moves the weights.
 
     Args:
         reference: The model whose weights are to be moved.
@@ -299,13 +301,18 @@ def _proposal(outcome: Outcome, options: Options) -> Proposal:
     used = {name for entry in entries for name in entry.sources}
     filled = {name for entry in entries for name in entry.targets}
     unique: dict[tuple[tuple[str, ...], tuple[str, ...]], TensorEntry] = {(e.sources, e.targets): e for e in entries}
-    counters = {name for name in options.tensors if name.endswith("num_batches_tracked")}
+    # Whole numbers are no weights: counters of batches, and indices that a model looks up.
+    counters = {name for name, array in options.tensors.items() if array.dtype.kind in "iub"}
+    aliases = options.source.aliases()
+    counters |= {name for name in aliases if name not in used and aliases[name] in used}
+    counters |= {own for name, own in aliases.items() if own not in used and name in used}
+    whole = {name for name, array in options.target.tensors().items() if array.dtype.kind in "iub"}
     return Proposal(
         tuple(rows),
         KeyMap.of(layers, unique.values(), (drops | counters) - used),
         tuple(sorted(name for name in options.tensors.keys() - used - drops - counters)),
-        tuple(sorted(name for name in options.shapes.keys() - filled if not name.endswith("num_batches_tracked"))),
-        tuple(differences),
+        tuple(sorted(name for name in options.shapes.keys() - filled - set(options.target.aliases()) - whole)),
+        (*differences, *outcome.notes),
         agrees,
         tuple(options.tensors),
         shapes=dict(options.shapes),
@@ -318,21 +325,19 @@ def _confidence(choice: Choice, exact: bool) -> tuple[str, str]:
     if choice.steered:
         return LIKELY, "its kind, shapes and input fit, but its result differs"
     if exact and choice.untold:
-        return LIKELY, f"exact from this layer to the outputs, but not tested against {choice.untold} for lack of time"
-    if exact and (choice.seen or choice.refuted or (choice.rivals == 1 and not choice.guessed)):
+        return LIKELY, f"exact from this layer to the outputs, but not told apart from {choice.untold}"
+    if exact and choice.idle:
+        return LIKELY, "its kind and shapes fit, and no output depends on it"
+    if exact:
         return PROVEN, "exact from this layer to the outputs"
-    if choice.fed:
+    # Only exact outputs prove a row: in another network a wrong module may return what it returned in PyTorch.
+    if choice.fed and choice.seen:
         return LIKELY, "its own input matches nothing in PyTorch; given PyTorch's, it returns what PyTorch returns"
-    # If the two networks differ, an option may have failed for that reason alone, unless an exchange excludes it.
-    others = {option.source for option in choice.options} - {choice.option.source}
-    if choice.seen and (choice.confirmed or choice.excluded) and not choice.guessed and others <= choice.excluded:
-        return PROVEN, "it returns what PyTorch returns, nothing else does, and what follows agrees"
     if choice.seen and choice.guessed:
-        return LIKELY, "it returns what PyTorch returns, and its input matches nothing in PyTorch"
-    if choice.seen and others - choice.excluded:
-        return LIKELY, f"it returns what PyTorch returns, and {len(others - choice.excluded)} others take the same"
+        return LIKELY, "it returns what PyTorch returns, but its input matches nothing in PyTorch"
     if choice.seen:
-        return LIKELY, "it returns what PyTorch returns, and nothing that follows confirms it"
+        others = len({option.source for option in choice.fitting}) - 1
+        return LIKELY, "it returns what PyTorch returns" + (f", and {others} others take the same" if others else "")
     return LIKELY, "its kind and shapes fit"
 
 

@@ -57,6 +57,10 @@ class Side(Protocol):
         """All tensors by name, in float64."""
         ...
 
+    def aliases(self) -> dict[str, str]:
+        """Names under which a tensor is found a second time, as tied weights are, and its first name."""
+        ...
+
     def assign(self, name: str, array: Array) -> None:
         """Set a tensor of the float64 model. The caller's model is not changed."""
         ...
@@ -110,6 +114,15 @@ class TorchSide:
     def tensors(self) -> dict[str, Array]:
         return self._tensors
 
+    def aliases(self) -> dict[str, str]:
+        first: dict[int, str] = {}
+        tensors = [
+            *self.model.named_parameters(remove_duplicate=False),
+            *self.model.named_buffers(remove_duplicate=False),
+        ]
+        found = {name: first.setdefault(id(tensor), name) for name, tensor in tensors}
+        return {name: own for name, own in found.items() if name != own}
+
     def assign(self, name: str, array: Array) -> None:
         assign_tensors(self.model, {name: array})
 
@@ -135,8 +148,16 @@ class TorchSide:
         self._refresh()
 
     def fill_with_synthetic_weights(self) -> None:
+        import torch
+
         fill_with_synthetic_weights(self.model, 0, run=self.call)
         self.model.eval()
+        generator = torch.Generator().manual_seed(1)
+        for module in self.model.modules():
+            if kind_of_module(module) is None:  # a buffer that a model uses, in zeros as it may be, would not show
+                for buffer in module.buffers(recurse=False):
+                    if buffer.is_floating_point() and not buffer.any():
+                        buffer.uniform_(0.1, 0.5, generator=generator)
         self._refresh()
 
     def activated(self, layer: str, tensor: Tensor) -> Tensor | None:
@@ -149,6 +170,10 @@ class KerasSide:
     separator = "/"
 
     def __init__(self, model: keras.Model, given: Inputs) -> None:
+        if not all(layer.built for layer in (model, *named_layers(model).values())):
+            model(
+                given.for_candidate(model), training=False
+            )  # it has no weights before, and makes them in its own type
         self._float64, self.given = Float64Model(model), given
         self.layers = named_layers(model)
         self._variables = named_variables(model)
@@ -169,6 +194,9 @@ class KerasSide:
         kind = self.kind(layer)
         found = () if kind is None else kind.variables(self.layers[layer]).values()
         return list(dict.fromkeys([*self.owned.get(layer, ()), *(self.names.get(id(each), "") for each in found)]))
+
+    def aliases(self) -> dict[str, str]:
+        return {}
 
     def tensors(self) -> dict[str, Array]:
         return {name: np.array(values) for name, values in self._float64.weights().items()}
@@ -207,7 +235,7 @@ class KerasSide:
         import keras
 
         activation = getattr(self.layers[layer], "activation", None)
-        return None if activation is None else to_torch(activation(keras.ops.convert_to_tensor(tensor.numpy())))
+        return None if not callable(activation) else to_torch(activation(keras.ops.convert_to_tensor(tensor.numpy())))
 
 
 # This many numbers per sample identify tensors. If inputs have fewer, a second sample is used.

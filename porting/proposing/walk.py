@@ -8,26 +8,28 @@ the first is used for now, and the first unknown tensor sends the walk back to t
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from porting.models.observe import Replacement
 from porting.parity.content import Library, Match, Truth, as_real
+from porting.parity.record import version
 from porting.parity.results import pair_results
 from porting.parity.trace import key_of
 from porting.progress import Progress
-from porting.proposing.options import Option, Options, filled
+from porting.proposing.options import AcrossFrameworks, Option, Options, filled
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # How often the walk goes back before it gives up on a layer.
 _TRIES = 48
-# A sum is taken by one of the next so many layers.
-_LAYERS_AFTER = 4
+# How long, in seconds, to go back and try other options.
+_SEARCH_SECONDS = 120.0
 # How long, in seconds, to test whether exchanging two choices changes the outputs.
 _TIES_SECONDS = 60.0
 
@@ -37,27 +39,24 @@ class Choice:
     """The options for a slot, best first, and which one fills it.
 
     A slot is a layer, or a variable that a layer of no known kind holds directly; `layer` is the layer in either case.
-    `rivals` is how many options fitted at first, whether or not other layers use them. `seen` means that PyTorch has
-    the layer's result, `guessed` that its input matched nothing, `fed` that it was therefore given PyTorch's,
-    `steered` that its result had to be replaced, and `refuted` that nothing else would do. `tied` names an option that
-    would do too, `untold` one that was not tried, and `excluded` those that an exchange excludes. `confirmed` means
-    that PyTorch also has what a later layer makes of its result, or that it is a result of the model.
+    `options` are those that were free, `fitting` all that fitted. `seen` means that PyTorch has the layer's result,
+    `guessed` that its input matched nothing, `fed` that it was therefore given PyTorch's, and `steered` that its result
+    had to be replaced. `tied` names an option that would do too, `untold` one that was not tried in time, and `idle`
+    means that no result of the model depends on the slot.
     """
 
     slot: str
     layer: str
     options: list[Option]
+    fitting: list[Option]
     index: int = 0
-    rivals: int = 1
     seen: bool = False
     guessed: bool = False
     fed: bool = False
     steered: bool = False
-    refuted: bool = False
     tied: str = ""
     untold: str = ""
-    confirmed: bool = False
-    excluded: set[str] = field(default_factory=set)
+    idle: bool = False
 
     @property
     def option(self) -> Option:
@@ -75,12 +74,12 @@ class Stated:
         return option.source == self.source and self.kind in ("", option.kind)
 
 
-# A tensor's memory, and how often it was changed in place.
-Key = tuple[int, int]
+# A tensor's memory, how often it was changed in place, and how it lies there.
+Key = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
 
 def _key(tensor: Tensor) -> Key:
-    return key_of(tensor), tensor._version
+    return key_of(tensor), version(tensor), tuple(tensor.shape), tensor.stride()
 
 
 class _StuckError(BaseException):
@@ -98,6 +97,7 @@ class Outcome:
     choices: dict[str, Choice] = field(default_factory=dict)
     open: dict[str, str] = field(default_factory=dict)
     agrees: bool = False
+    notes: tuple[str, ...] = ()
 
 
 class Walk:
@@ -126,16 +126,20 @@ class Walk:
         self._alive: list[Tensor] = []
         self._found: dict[Key, list[Match]] = {}
         self._ran: set[str] = set()
-        self._made_by: dict[Key, list[Choice]] = {}
-        self._takers: dict[str, frozenset[str]] = {}
-        # Exchanges are tried: no result sends the walk back.
+        # The sides of the map that a Flatten took, in Keras's order, by the tensor that it gave.
+        self._maps: dict[Key, tuple[int, ...]] = {}
+        # Another option is forced on a slot: whatever PyTorch does not have refutes it.
         self._testing = False
+        # The slot that is filled with other numbers than its option's.
+        self._disturbed = ""
+        # How the results of the two models were paired.
+        self._notes: list[str] = []
 
     def search(self) -> Outcome:
-        """Run the Keras model until every layer is filled or given up."""
+        """Run the target until every layer is filled or given up."""
         # The furthest point since the walk last gave up on a layer: its place and its choices.
         furthest, place, kept = -1, "", self.choices
-        tries = 0
+        tries, begin = 0, time.monotonic()
         agrees = False
         while True:
             self.progress("looking for layers", len(self.choices), len(self.options.layers))
@@ -146,28 +150,32 @@ class Walk:
                 furthest, place, tries = len(self.choices), stuck or "", 0
                 kept = {name: _copied(choice) for name, choice in self.choices.items()}
             tries += 1
-            if tries <= _TRIES and self._back():
+            if tries <= _TRIES and time.monotonic() - begin <= _SEARCH_SECONDS and self._back():
                 continue
             # No other option leads further, so the first was as good as any.
             self.choices, furthest = kept, -1
             self._given_up.add(place)
-        self._find_ties(agrees)
-        if not agrees:
-            self._confirm_by_sums()
-        return Outcome(self.choices, self.open, agrees)
+        if agrees and not any(choice.steered or choice.fed for choice in self.choices.values()):
+            self._find_ties()
+        return Outcome(self.choices, self.open, agrees, tuple(self._notes))
 
-    def _back(self) -> bool:
-        """Take the next option of the latest choice that has one, and forget all choices after it."""
+    def _back(self, first: int = 0) -> bool:
+        """Take the next option of the latest choice that has one, and forget all choices after it.
+
+        Choices before the place `first` stay, and so do guesses: nothing speaks for one of them more than for another.
+        """
         names = list(self.choices)
-        for place in range(len(names) - 1, -1, -1):
+        for place in range(len(names) - 1, first - 1, -1):
             choice = self.choices[names[place]]
+            if choice.guessed:
+                continue
             taken = {claim for name in names[:place] for claim in self.choices[name].option.claims}
             following = next(
                 (i for i in range(choice.index + 1, len(choice.options)) if taken.isdisjoint(choice.options[i].claims)),
                 None,
             )
             if following is not None:
-                choice.index, choice.seen, choice.steered, choice.refuted = following, False, False, True
+                choice.index, choice.seen, choice.steered = following, False, False
                 for name in names[place + 1 :]:
                     del self.choices[name]
                 return True
@@ -176,12 +184,11 @@ class Walk:
     def _run(self) -> tuple[str | None, bool]:
         """Run as far as possible. Returns the layer where it got stuck, and whether all results are PyTorch's."""
         self._truths_of, self._stacks, self._stack, self._alive, self._found = {}, {}, [], [], {}
-        self._ran = set()
+        self._ran, self._maps = set(), {}
         self._taken = {claim for choice in self.choices.values() for claim in choice.option.claims}
-        self._made_by = {}
         with self.options.target.running(self) as run:
             for choice in self.choices.values():
-                choice.fed = choice.confirmed = False
+                choice.fed = False
                 self._fill(choice)
             try:
                 self._choose_parameters("", self._wanted(""), [], None)
@@ -189,15 +196,25 @@ class Walk:
             except _StuckError as stuck:
                 return stuck.layer, False
             ours = {key: as_real(leaf) for key, leaf in result.items()}
-        partners, _ = pair_results(self.recording.outputs, ours)
-        exact = [
-            self.recording.outputs[key]
-            for key, own in partners.items()
-            if self.library.match(ours[own], self.recording.outputs[key]) is not None
-        ]
-        for choice in self.choices.values():
-            choice.confirmed |= any(truth is result for truth in self._results_of(choice) for result in exact)
-        return None, bool(partners) and len(exact) == len(partners)
+        return None, self._agree(ours)
+
+    def _agree(self, ours: Mapping[str, Tensor]) -> bool:
+        """Whether the results are PyTorch's.
+
+        Results that the two models call by other names pair by place. In a test any order of those will do, since
+        nothing but the place speaks for one.
+        """
+        theirs = self.recording.outputs
+        partners, self._notes = pair_results(theirs, ours)
+        if not self._testing or all(key == own for key, own in partners.items()):
+            return bool(partners) and all(self._is(ours[own], theirs[key]) for key, own in partners.items())
+        left = list(theirs.values())
+        for own in partners.values():
+            match = next((truth for truth in left if self._is(ours[own], truth)), None)
+            if match is None:
+                return False
+            left.remove(match)
+        return True
 
     def before(self, name: str, inputs: list[Tensor]) -> Replacement:
         self._alive += inputs
@@ -232,9 +249,7 @@ class Walk:
         base = name.partition("#")[0]
         choice = self.choices.get(base)
         if choice is not None and "#" not in name:
-            replaced = self._judge(choice, outputs)
-            self._confirm(choice, inputs, outputs)
-            return replaced
+            return self._judge(choice, outputs)
         if "#" not in name and base in self.options.owned:
             self._judge_parameters(base, outputs)
         layer = self.options.layers.get(base)
@@ -242,6 +257,8 @@ class Walk:
             # A result that no PyTorch module returns, such as a padding's, stands for the tensors it was made from.
             origins = self._origins(inputs[0])
             for output in outputs:
+                if inputs[0].ndim > 2 and output.ndim == 2 and output.numel() == inputs[0].numel():
+                    self._maps[_key(output)] = tuple(inputs[0].shape[1:])
                 if output.is_floating_point() and not self._find(output):
                     self._truths_of.setdefault(_key(output), []).extend(origins)
         return None
@@ -260,7 +277,8 @@ class Walk:
         fixed = self.given.get(base)
         options = self._options(base, inputs, matches, truths)
         if fixed is not None:
-            options = [each for each in options if fixed.allows(each)] or self._stated(base, fixed)
+            sides = [fixed.kind.partition(":")[2]] if fixed.kind.startswith("dense:") else self._sides(inputs, matches)
+            options = [each for each in options if fixed.allows(each)] or self._stated(base, fixed, sides)
         if not options and not set(wanted) & set(self.options.owned.get(base, ())):
             return  # its sublayers are filled one by one
         table = not options and len(wanted) == 1 and bool(self.options.parameters_like(wanted[0]))
@@ -273,16 +291,17 @@ class Walk:
         for name in wanted:
             own = self.options.parameters_like(name, truths)
             stated = self.given.get(name, fixed)
-            own = [option for option in own if stated is None or stated.allows(option)] or own
+            if stated is not None:
+                own = [option for option in own if stated.allows(option)]
             # No other layer may take a table that a module of its own looks up.
             own = [each for each in own if self.options.owner_of(each.source) not in self._taken] or own
-            self._settle(name, base, own, True, False)
+            self._settle(name, base, own, True, stated is not None)
 
     def _settle(self, slot: str, base: str, options: list[Option], known: bool, stated: bool) -> None:
         free = [option for option in options if self._taken.isdisjoint(option.claims)]
         guessed = False
         if not free:
-            if not known and base not in self._given_up and not self._is_fixed():
+            if not known and base not in self._given_up:
                 raise _StuckError(base)
             if not stated and slot == base:
                 free = [option for option in self._guesses(base) if self._taken.isdisjoint(option.claims)]
@@ -294,12 +313,13 @@ class Walk:
         free.sort(key=lambda option: self._rank(option, slot))
         if guessed:
             # Where the trail is lost, the order of execution says as much as names.
-            ahead = {id(option): place for place, option in enumerate(sorted(free, key=self._steps_ahead))}
+            last = max((self._place(choice.option) for choice in self.choices.values()), default=-1)
+            in_order = sorted(free, key=lambda option: self._steps_ahead(option, last))
+            ahead = {id(option): place for place, option in enumerate(in_order)}
             alike = {id(option): place for place, option in enumerate(free)}
             free.sort(key=lambda option: ahead[id(option)] + alike[id(option)])
-        rivals = len({option.source for option in options}) or len(free)
         self.open.pop(slot, None)
-        self.choices[slot] = Choice(slot, base, free, 0, rivals, guessed=guessed)
+        self.choices[slot] = Choice(slot, base, free, list(free if guessed else options), guessed=guessed)
         self._taken |= free[0].claims
         self._fill(self.choices[slot])
 
@@ -308,37 +328,48 @@ class Walk:
         part = option.kind.startswith("parameter:")
         return part, -self.options.similarity(option.source, slot), self._place(option)
 
-    def _steps_ahead(self, option: Option) -> int:
+    def _steps_ahead(self, option: Option, last: int) -> int:
         """How long after the last module found a module runs. Modules that run before it come last."""
-        last = max((self._place(choice.option) for choice in self.choices.values()), default=-1)
         ahead = self._place(option) - last
         return ahead if ahead > 0 else len(self.options.order) - ahead
 
     def _options(self, base: str, inputs: list[Tensor], matches: list[Match], truths: list[Truth]) -> list[Option]:
         """The options for a layer: modules that took the same input."""
         options: dict[tuple[str, str], Option] = {}
+        sides = self._sides(inputs, matches)
         for tensor in inputs:
             if _key(tensor) in self._stacks:
                 module, place = self._stacks[_key(tensor)]
-                for option in self.options.fitting(base, module, matches):
+                for option in self.options.fitting(base, module, sides):
                     if option.kind == f"recurrent:l{place}":
                         return [option]
         for truth in truths:
             for module in self.options.takers(truth):
-                for option in self.options.fitting(base, module, matches):
+                for option in self.options.fitting(base, module, sides):
                     if not option.kind.startswith("recurrent:"):
                         options.setdefault((option.source, option.kind), option)
         # After a Flatten, kernel rows come in another order, so the plain kind is wrong there.
         behind = {option.source for option in options.values() if option.kind.startswith("dense:")}
         return [o for o in options.values() if o.source not in behind or o.kind.startswith("dense:")]
 
+    def _sides(self, inputs: list[Tensor], matches: list[Match]) -> list[str]:
+        """The sides, in PyTorch's order, of maps whose numbers a Flatten of the target has put in another order."""
+        if not any(match.reordered and match.truth.tensor.ndim == 2 for match in matches):
+            return []
+        shapes = [tuple(match.truth.tensor.shape[1:]) for match in matches if match.truth.tensor.ndim > 2]
+        for tensor in inputs:
+            if (shape := self._maps.get(_key(tensor))) is not None:
+                axes = self.inputs.output_axes(len(shape) + 1)
+                shapes.append(tuple(shape[axes.index(axis) - 1] for axis in range(1, len(axes))))
+        return list(dict.fromkeys("x".join(map(str, shape)) for shape in shapes))
+
     def _guesses(self, base: str) -> list[Option]:
         """Options by kind and shapes alone, wherever the modules are."""
         return [o for o in self.options.modules_like(base) if not o.kind.startswith("recurrent:")]
 
-    def _stated(self, base: str, stated: Stated) -> list[Option]:
+    def _stated(self, base: str, stated: Stated, sides: list[str]) -> list[Option]:
         if stated.source in self.options.modules:
-            own = list(self.options.fitting(base, stated.source, []))
+            own = list(self.options.fitting(base, stated.source, sides))
             return [option for option in own if stated.allows(option)]
         return [
             each
@@ -347,20 +378,23 @@ class Walk:
             if stated.allows(each)
         ]
 
-    def _is_fixed(self) -> bool:
-        """Whether no earlier choice has another option, so that going back is useless."""
-        return not any(choice.index + 1 < len(choice.options) for choice in self.choices.values())
-
     def _place(self, option: Option) -> int:
         return self.options.order.get(option.source, 0)
 
     def _fill(self, choice: Choice) -> None:
-        if self._filled.get(choice.slot) == choice.option:
+        disturbed = choice.slot == self._disturbed
+        if self._filled.get(choice.slot) == choice.option and not disturbed:
             return
         values = filled(choice.option.all_entries, self.options.tensors, self.options.shapes)
+        if disturbed:
+            rng = np.random.default_rng(1)
+            values = {name: array * rng.uniform(1.5, 2.5, array.shape) + 0.5 for name, array in values.items()}
         for name, array in values.items():
             self.options.target.assign(name, array)
-        self._filled[choice.slot] = choice.option
+        if disturbed:
+            self._filled.pop(choice.slot, None)
+        else:
+            self._filled[choice.slot] = choice.option
 
     def _judge_parameters(self, base: str, outputs: list[Tensor]) -> None:
         """Mark parameters as seen if their layer's result is in PyTorch. If it is not, later layers decide."""
@@ -370,19 +404,17 @@ class Walk:
         if any(self._find(tensor) for tensor in outputs if tensor.is_floating_point()):
             for choice in own:
                 choice.seen = True
-                # Unlike a module's result, this one equals PyTorch's only with the right numbers.
-                choice.refuted |= len(own) == 1
 
     def _judge(self, choice: Choice, outputs: list[Tensor]) -> Replacement:
         """Accept a layer whose result is in PyTorch; otherwise try the next option, or replace the result."""
         choice.seen = choice.steered = False  # an earlier run may have set these with other choices
         option = choice.option
         own = self._results_of(choice)
-        tensors = [each for each in outputs if each.is_floating_point() and each.numel() > 1]
+        tensors = [each for each in outputs if each.is_floating_point() and each.numel()]
         if any(self._is(tensor, truth) for tensor in tensors for truth in own) or any(map(self._find, tensors)):
             choice.seen = True
             return None
-        if option.kind.startswith("recurrent"):
+        if option.kind.startswith("recurrent") and isinstance(self.options, AcrossFrameworks):
             place = int(option.kind.partition(":l")[2] or 0)
             if place + 1 < self.options.modules[option.source].num_layers:
                 for tensor in tensors:
@@ -392,7 +424,7 @@ class Walk:
         if self._agrees_inside(choice, outputs, own):
             choice.seen = True
             return None
-        if choice.index + 1 < len(choice.options) and choice.layer not in self._given_up and not self._testing:
+        if self._testing or (choice.index + 1 < len(choice.options) and choice.layer not in self._given_up):
             raise _StuckError(choice.layer)
         choice.steered = True
         return self._steered(outputs, own)
@@ -419,62 +451,22 @@ class Walk:
 
     def _in_place_of(self, tensors: list[Tensor], truths: list[Truth]) -> list[Tensor | None]:
         """For each tensor the first of PyTorch's with its shape, in the target's order of axes, or None."""
+        import torch
+
         replaced: list[Tensor | None] = [None] * len(tensors)
         for index, tensor in enumerate(tensors):
             for truth in truths if tensor.is_floating_point() else ():
                 for axes in (self.inputs.output_axes(truth.tensor.ndim), tuple(range(truth.tensor.ndim))):
-                    expected = truth.tensor.permute(axes).contiguous()
+                    expected = truth.tensor.permute(axes)
                     if expected.shape == tensor.shape and replaced[index] is None:
-                        replaced[index] = expected
+                        # In memory of its own, which a layer may overwrite.
+                        replaced[index] = expected = expected.clone(memory_format=torch.contiguous_format)
                         self._alive.append(expected)
         return replaced
-
-    def _confirm(self, choice: Choice, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-        """Marks the choices whose result this layer takes, if PyTorch has what it makes of it."""
-        good = choice.seen and not choice.steered
-        if good and not choice.guessed:
-            for tensor in inputs:
-                for maker in self._made_by.get(_key(tensor), ()):
-                    maker.confirmed = True
-            source = choice.option.source
-            for other in self.choices.values():
-                if other is not choice and other.seen and source in self._takers_of(other):
-                    other.confirmed = True
-        for tensor in outputs:
-            self._made_by.setdefault(_key(tensor), []).append(choice)
-
-    def _takers_of(self, choice: Choice) -> frozenset[str]:
-        """The modules that take what a choice's module gives."""
-        last = choice.option.last
-        if last not in self._takers:
-            truths = self._results_of(choice)
-            self._takers[last] = frozenset(name for truth in truths for name in self.options.takers(truth))
-        return self._takers[last]
 
     def _results_of(self, choice: Choice) -> list[Truth]:
         calls = self.options.calls(choice.option.last)
         return [truth for call in calls for truth in self.recording.calls[call].outputs]
-
-    def _confirm_by_sums(self) -> None:
-        """Confirm choices whose result goes into a sum, such as a shortcut's, that a later layer takes."""
-        ordered = sorted((each for each in self.choices.values()), key=lambda each: self._place(each.option))
-        for place, choice in enumerate(ordered):
-            if choice.confirmed or not choice.seen:
-                continue
-            for later in ordered[place + 1 : place + 1 + _LAYERS_AFTER]:
-                if later.seen and not later.guessed and self._is_summand(choice, later):
-                    choice.confirmed = True
-
-    def _is_summand(self, choice: Choice, later: Choice) -> bool:
-        """Whether what the module of `later` takes is the result of `choice` plus another tensor of PyTorch's."""
-        for call in self.options.calls(later.option.source):
-            for taken in self.recording.calls[call].inputs:
-                for made in self._results_of(choice):
-                    if made is not taken and made.tensor.shape == taken.tensor.shape:
-                        rest = taken.tensor - made.tensor
-                        if rest.is_floating_point() and rest.numel() > 1 and self.library.find(rest):
-                            return True
-        return False
 
     def _is(self, tensor: Tensor, truth: Truth) -> bool:
         return self.library.match(as_real(tensor), truth) is not None
@@ -489,83 +481,77 @@ class Walk:
         found = [match.truth for match in self._find(tensor)]
         return found or self._truths_of.get(_key(tensor), [])
 
-    def _find_ties(self, agrees: bool) -> None:
-        """Mark choices that could be exchanged with each other, because no input shows which is which.
+    def _find_ties(self) -> None:
+        """Look for another assignment that gives the same results, and mark every choice in which one differs.
 
-        One run tries an exchange in every part of the model at once. Where the result of a layer then differs from
-        PyTorch's, it is replaced, so that the next exchange is judged by itself.
+        Another assignment differs from this one at some choice first: there it has an option that no earlier choice
+        has taken. Each of those is forced on its slot in turn, and the choices after it are made anew.
         """
-        several = [choice for choice in self.choices.values() if choice.rivals > 1 and not (agrees and choice.refuted)]
-        waiting = [
-            (one.slot, other.slot)
-            for place, one in enumerate(several)
-            for other in several[place + 1 :]
-            if {option.source for option in one.options} >= {other.option.source}
-        ]
-        places = {slot: place for place, slot in enumerate(self.choices)}
         begin = time.monotonic()
-        self._testing = True
-        while waiting and time.monotonic() - begin <= _TIES_SECONDS:
-            batch: list[tuple[str, str]] = []
-            for one, other in sorted(waiting, key=lambda pair: (places[pair[1]], -places[pair[0]])):
-                # The layer after the last one is where an exchange shows.
-                if not batch or places[one] > places[batch[-1][1]] + 1:
-                    batch.append((one, other))
-            waiting = [pair for pair in waiting if pair not in batch]
-            for pair in self._try_exchanges(batch, places, agrees):
-                if agrees and (len(batch) == 1 or self._try_exchanges([pair], places, agrees)):
-                    first, second = (self.choices[slot] for slot in pair)
-                    first.tied, second.tied = second.option.source, first.option.source
-        self._testing = False
-        for one, other in waiting:
-            for slot, rival in ((one, other), (other, one)):
-                if not self.choices[slot].refuted:
-                    self.choices[slot].untold = self.choices[rival].option.source
-
-    def _try_exchanges(
-        self, pairs: list[tuple[str, str]], places: Mapping[str, int], agreed: bool
-    ) -> list[tuple[str, str]]:
-        """Run with the options of each pair exchanged. Marks those that this refutes, and returns those it does not."""
         kept = {name: _copied(choice) for name, choice in self.choices.items()}
-        tried: list[tuple[str, str]] = []
-        for pair in pairs:
-            one, other = (kept[slot] for slot in pair)
-            theirs = next((o for o in one.options if o.source == other.option.source), None)
-            ours = next(iter(self._fitting_again(other, one)), None)
-            if theirs is not None and ours is not None:
-                self.choices[one.slot] = Choice(one.slot, one.layer, [theirs], rivals=2)
-                self.choices[other.slot] = Choice(other.slot, other.layer, [ours], rivals=2)
-                tried.append(pair)
-        differing: list[int] = []
-        agrees = False
-        if tried:
-            with contextlib.suppress(Exception):
-                stuck, agrees = self._run()
-                differing = [
-                    places[name]
-                    for name, choice in self.choices.items()
-                    if (choice.steered and not kept[name].steered) or (kept[name].seen and not choice.seen)
-                ]
-                agrees &= stuck is None
+        names = list(kept)
+        taken: set[str] = set()
+        self._testing = True
+        for place, name in enumerate(names):
+            self.progress("looking for ties", place, len(names))
+            choice = kept[name]
+            if not choice.seen or choice.slot != choice.layer:  # a layer may give what it took, and use no parameter
+                if time.monotonic() - begin > _TIES_SECONDS:
+                    choice.untold = "other numbers"
+                else:
+                    choice.idle = self._is_idle(name, kept)
+            others = {option.source: option for option in choice.fitting if option.source != choice.option.source}
+            for source, other in others.items():
+                if not taken.isdisjoint(other.claims) or choice.tied:
+                    continue
+                if time.monotonic() - begin > _TIES_SECONDS:
+                    choice.untold = source
+                    break
+                found = self._with(place, other, kept)
+                if found is None:
+                    choice.untold = source
+                for differing in found or ():
+                    own = kept[differing]
+                    own.tied = self.choices[differing].option.source if differing in self.choices else source
+            taken |= choice.option.claims
+        self._testing = False
         self.choices = kept
-        unclear = []
-        for index, pair in enumerate(tried):
-            end = places[tried[index + 1][0]] if index + 1 < len(tried) else len(places)
-            if any(places[pair[0]] <= place < end for place in differing) or (
-                len(tried) == 1 and agreed and not agrees
-            ):
-                for slot, rival in (pair, pair[::-1]):
-                    self.choices[slot].refuted = True
-                    self.choices[slot].excluded.add(self.choices[rival].option.source)
-            else:
-                unclear.append(pair)
-        return unclear
 
-    def _fitting_again(self, layer: Choice, of: Choice) -> list[Option]:
-        if of.option.source not in self.options.modules:
-            return [o for o in self.options.parameters_like(layer.option.target) if o.source == of.option.source]
-        return [o for o in self.options.fitting(layer.layer, of.option.source, []) if o.kind == of.option.kind]
+    def _is_idle(self, name: str, kept: Mapping[str, Choice]) -> bool:
+        """Whether the results stay the same with other numbers in a slot."""
+        self.choices = {each: _copied(choice) for each, choice in kept.items()}
+        self._disturbed = name
+        try:
+            return self._run()[1]
+        except Exception:  # a layer may raise anything on numbers that it does not take
+            return False
+        finally:
+            self._disturbed = ""
+
+    def _with(self, place: int, other: Option, kept: Mapping[str, Choice]) -> list[str] | None:
+        """The slots in which an assignment with another option at a place differs; empty if there is no such one.
+
+        None if that could not be decided.
+        """
+        names = list(kept)
+        self.choices = {name: _copied(kept[name]) for name in names[:place]}
+        own = kept[names[place]]
+        self.choices[own.slot] = Choice(own.slot, own.layer, [other], [other], guessed=own.guessed)
+        for _ in range(_TRIES):
+            try:
+                stuck, agrees = self._run()
+            except Exception:  # a layer may raise anything on weights of another
+                return None
+            if stuck is None and agrees:
+                return [
+                    name
+                    for name in names
+                    if name not in self.choices or self.choices[name].option.claims != kept[name].option.claims
+                ]
+            if not self._back(place + 1):
+                return []
+        return None
 
 
 def _copied(choice: Choice) -> Choice:
-    return Choice(**{**vars(choice), "options": list(choice.options), "excluded": set(choice.excluded)})
+    return Choice(**{**vars(choice), "options": list(choice.options), "fitting": list(choice.fitting)})

@@ -142,7 +142,8 @@ def _proposed(
     options = {name: check_options[name] for name in ("reference_inputs", "input_axes") if name in check_options}
     proposal = propose_map(reference, candidate, inputs, absorb_epsilon=absorb_epsilon, **options)
     # The key map refuses anything else in these.
-    zeros = [name for name in proposal.zeros if not reference.get_parameter(name).any()]
+    tensors = effective_tensors(reference)
+    zeros = [name for name in proposal.zeros if not tensors[name].any()]
     return proposal.require_complete([*drop, *zeros], keep).key_map
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import porting
 from porting.models.traverse import named_variables
-from porting.proposing.proposal import PROVEN
+from porting.proposing.proposal import LIKELY, PROVEN
 
 IMAGES = np.random.default_rng(0).normal(size=(2, 3, 16, 16)).astype(np.float32)
 
@@ -65,25 +65,19 @@ def test_an_old_checkpoint_goes_into_a_rewritten_pytorch_model() -> None:
         "head": "fc",
     }
     assert all(torch.equal(tensor, state[name]) for name, tensor in new.state_dict().items())
-    new.load_state_dict(proposal.move(old.state_dict()))
+    proposal.copy_weights(old, new)
     given = torch.from_numpy(IMAGES)
     torch.testing.assert_close(old(given), new(given))
 
 
 def test_another_setting_of_a_rewritten_model_is_no_parity() -> None:
     new = New().eval()
-    new.stem[1].eps = 1e-2
+    new.stem[1].eps = 1e-2  # type: ignore[assignment]
     proposal = porting.propose_map(Old().eval(), new, IMAGES)
     assert not proposal.complete
     assert any("stem.1 does not give what bn gives" in line for line in proposal.differences)
-    assert {row.target: row.source for row in proposal.rows if row.confidence == PROVEN}.items() <= {
-        ("stem.0", "c1"),
-        ("gate", "k"),
-        ("value", "q"),
-        ("shift", "p"),
-        ("mixer", "mix"),
-        ("head", "fc"),
-    }
+    assert all(row.confidence == LIKELY for row in proposal.rows)
+    assert {(row.target, row.source) for row in proposal.rows} >= {("stem.0", "c1"), ("stem.1", "bn"), ("head", "fc")}
 
 
 def gated(names: str, swapped: bool) -> Any:
@@ -104,9 +98,7 @@ def test_one_keras_model_goes_into_another() -> None:
     assert proposal.complete, str(proposal)
     assert {row.source[1:]: row.target[1:] for row in proposal.rows}.items() >= {("_one", "_one"), ("_two", "_two")}
     assert all(np.array_equal(np.array(each), before[name]) for name, each in named_variables(new).items())
-    moved = proposal.move({name: np.array(variable) for name, variable in named_variables(old).items()})
-    for name, variable in named_variables(new).items():
-        variable.assign(moved[name])
+    proposal.copy_weights(old, new)
     np.testing.assert_allclose(old(images), new(images), rtol=1e-5)
 
 
