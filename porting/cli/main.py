@@ -26,6 +26,7 @@ from porting.cli.report import report
 from porting.cli.revert import revert
 from porting.cli.terminal import route_results, say
 from porting.errors import INTERRUPTED, OutputError, PortingError
+from porting.run import set_command
 
 _BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
 
@@ -98,6 +99,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # escape characters that the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
+    set_command(sys.argv[1:])
     try:
         try:
             cli(prog_name="van-port")

@@ -17,8 +17,11 @@ from porting.parity.report import (
     ParityReport,
 )
 from porting.reports.document import encoded, layer_document
-from porting.reports.plot import GREY, Series, log_plot
+from porting.reports.plot import GREY, WIDTH, Series, log_plot
 from porting.reports.terminal import findings, remarks, title, verdict
+
+# The width of the plot on a phone, in the units of its labels.
+_NARROW = 480
 
 
 def to_html(report: ParityReport) -> str:
@@ -36,7 +39,9 @@ def to_html(report: ParityReport) -> str:
         remarks=remarks(report),
         runs=[(run.name, run.passed, verdict(run)) for run in report.stress],
         rows=[_row(report, layer) for layer in report.layers],
-        plot=_plot(report),
+        plot=_plot(report, WIDTH),
+        narrow_plot=_plot(report, _NARROW),
+        made=_made(report.context),
         facts=_facts(report.context),
         # A layer's name could contain "</script>", which would end the element.
         data=json.dumps(layers).replace("<", "\\u003c"),
@@ -79,12 +84,21 @@ def _facts(context: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _plot(report: ParityReport) -> str:
+def _made(context: dict[str, Any]) -> str:
+    """When the comparison was made, with which version, and by which command, as far as the report says."""
+    version = context.get("versions", {}).get("van-port", "")
+    date = str(context.get("created_utc", "")).replace("T", " ").replace("+00:00", " UTC")
+    parts = [date, f"van-port {version}" if version else "", str(context.get("command", ""))]
+    return " - ".join(part for part in parts if part)
+
+
+def _plot(report: ParityReport, width: int) -> str:
     """Plot the relative error along depth, in both views."""
     series = [
         Series("Keras in float64", "#3b82f6", "dot", _points(report, EXACT, "actual_error")),
         Series("Keras in float32", "#e08a00", "square", _points(report, FLOAT32, "actual_error")),
         Series("PyTorch in float32", GREY, "line", _points(report, FLOAT32, "expected_error")),
+        Series("limit in float32", "#dc2626", "line", _limits(report), dashed=True),
     ]
     marks = [
         (index, culprit.relative)
@@ -95,11 +109,23 @@ def _plot(report: ParityReport) -> str:
     series.append(Series("culprit", "#dc2626", "triangle", marks))
     return log_plot(
         series,
-        count=len(report.layers),
+        names=[layer.source for layer in report.layers],
+        width=width,
         lines=[("one float32 rounding", FLOAT32_ROUNDOFF), ("one float64 rounding", FLOAT64_ROUNDOFF)],
         x="tensor, in data flow",
         y="RMS error / RMS of the reference",
     )
+
+
+def _limits(report: ParityReport) -> list[tuple[float, float]]:
+    """The RMS error, relative to the reference, from which a tensor fails in float32."""
+    found = []
+    for index, layer in enumerate(report.layers):
+        view = layer.views.get(FLOAT32)
+        if view is not None and view.scale.rms and view.ratio and math.isfinite(view.ratio):
+            noise = max(view.expected_error.rms / view.scale.rms, FLOAT32_ROUNDOFF)
+            found.append((float(index), report.limits.of(layer.source) * noise))
+    return found
 
 
 def _points(report: ParityReport, name: str, side: str) -> list[tuple[float, float]]:

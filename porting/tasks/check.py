@@ -24,6 +24,7 @@ from porting.parity.report import Limits, ParityReport
 from porting.parity.stress import stress_cases
 from porting.parity.training import compare_masks, compare_training, training_batch
 from porting.progress import SILENT, Progress
+from porting.run import describe_run
 from porting.tasks.case import Case, open_case, refuse_another
 from porting.tasks.options import CheckOptions
 
@@ -78,6 +79,7 @@ def check(
     candidate = case.load_candidate(weights)
     report = compare_models(case, candidate, options, progress, strict=options.strict_settings)
     context = {
+        **describe_run(),
         **case.describe(),
         "weights": weights.name,
         "non_finite": list(non_finite),

@@ -23,6 +23,7 @@ from porting.files.atomic import sha256_of
 from porting.files.survey import survey_file
 from porting.models.frameworks import start_tensorflow
 from porting.progress import SILENT, Progress
+from porting.run import describe_run
 from porting.tasks.case import refuse_another
 from porting.tasks.plan import Plan, form_of
 
@@ -153,6 +154,7 @@ def _evaluate(
         noise=plan.noise,
     )
     context = {
+        **describe_run(),
         **case.describe(),
         "weights": weights.name,
         "data": dataset.described,

@@ -32,6 +32,7 @@ from porting.parity.record import output_name
 from porting.parity.report import Limits, ParityReport, refusal
 from porting.progress import SILENT, Progress
 from porting.reports.document import to_json
+from porting.run import describe_run
 from porting.tasks.case import Case, case_of_file, files_of, open_case, refuse_another
 from porting.tasks.options import CheckOptions
 
@@ -143,7 +144,8 @@ def export(
         else:
             how = {"fused": fused} | ({"split_kernels": split_kernels} if form == "litert" else {})
             exported = {"format": form, "precision": precision, **how, "operators": dict(operators)}
-            context = {**case.describe(), "weights": weights.name, "export": exported, "file": pending.identity()}
+            facts = {"weights": weights.name, "export": exported, "file": pending.identity()}
+            context = {**describe_run(), **case.describe(), **facts}
             report = replace(report, context=context)
             if not report.passed:
                 raise FailedParityError(f"{out} was not written: {refusal(report)}", report)

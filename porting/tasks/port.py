@@ -24,6 +24,7 @@ from porting.models.traverse import named_variables
 from porting.parity.report import FLOAT32, ParityReport, refusal
 from porting.progress import SILENT, Progress
 from porting.reports.document import to_json
+from porting.run import describe_run
 from porting.tasks.case import Case, files_of, open_case
 from porting.tasks.check import compare_models
 from porting.tasks.options import CheckOptions
@@ -131,7 +132,7 @@ def _port(
     if report is None:
         pending.commit(None)
         return PortResult(out, provenance, case, conversion)
-    report = replace(report, context={**provenance, "file": pending.identity()})
+    report = replace(report, context={**describe_run(), **provenance, "file": pending.identity()})
     if not report.passed:
         if keep_failed is not None:
             move_into_place(temporary, keep_failed)

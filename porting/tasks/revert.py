@@ -25,6 +25,7 @@ from porting.models.traverse import named_variables
 from porting.parity.report import ParityReport, refusal
 from porting.progress import SILENT, Progress
 from porting.reports.document import to_json
+from porting.run import describe_run
 from porting.tasks.case import Case, case_of_file, open_case, refuse_another, without_head
 from porting.tasks.check import compare_models
 from porting.tasks.options import CheckOptions
@@ -135,7 +136,8 @@ def _revert(
         pending.commit(None)
         return RevertResult(out, target.spec, state_dict, notes=notes)
     report = compare_models(case, candidate, options, progress, strict=options.strict_settings)
-    context = {**case.describe(), "weights": weights.name, "non_finite": list(non_finite), "file": pending.identity()}
+    facts = {"weights": weights.name, "non_finite": list(non_finite), "file": pending.identity()}
+    context = {**describe_run(), **case.describe(), **facts}
     context["source"]["name"] = out.name
     report = replace(report, context=context)
     if not report.passed:

@@ -65,12 +65,12 @@ def pages(reference: VAN, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 def opened(browser: webdriver.Chrome, page: Path) -> list[WebElement]:
     """Open the page and return the rows of its table of layers."""
     browser.get(page.as_uri())
-    return browser.find_elements(By.CSS_SELECTOR, "#layers tbody tr")
+    return browser.find_elements(By.CSS_SELECTOR, "#layers tbody tr:not(.detail)")
 
 
 def shown(browser: webdriver.Chrome) -> list[list[str]]:
     """The cells of the visible rows, in the order on the screen."""
-    rows = browser.find_elements(By.CSS_SELECTOR, "#layers tbody tr:not([hidden])")
+    rows = browser.find_elements(By.CSS_SELECTOR, "#layers tbody tr:not([hidden]):not(.detail)")
     return [[cell.text for cell in row.find_elements(By.TAG_NAME, "td")] for row in rows]
 
 
@@ -82,6 +82,12 @@ def text_of(browser: webdriver.Chrome, identity: str) -> str:
     return browser.find_element(By.ID, identity).text
 
 
+def next_to_details(browser: webdriver.Chrome) -> str:
+    """The layer in the row above the details."""
+    row = browser.find_element(By.XPATH, "//tr[@class='detail']/preceding-sibling::tr[1]")
+    return str(row.find_elements(By.TAG_NAME, "td")[1].text)
+
+
 def complaints(browser: webdriver.Chrome) -> list[str]:
     return [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
 
@@ -90,9 +96,10 @@ def test_a_healthy_port(browser: webdriver.Chrome, pages: dict[str, Path]) -> No
     rows = opened(browser, pages["healthy"])
     assert text_of(browser, "verdict").startswith("AT PARITY")
     assert browser.find_elements(By.CSS_SELECTOR, "tr.failed, td.failed") == []
-    assert text_of(browser, "hint") == "Select a layer in the table."
+    assert text_of(browser, "hint") == "Select a layer for its details."
     assert text_of(browser, "count") == f"{len(rows)} of {len(rows)}"
-    assert browser.find_element(By.CSS_SELECTOR, ".plot svg").size["height"] > 100
+    assert browser.find_element(By.CSS_SELECTOR, ".plot.wide svg").size["height"] > 100
+    assert "limit in float32" in browser.find_element(By.CSS_SELECTOR, ".plot.wide svg").text
     assert complaints(browser) == []
 
 
@@ -107,8 +114,11 @@ def test_a_broken_port_shows_its_first_divergence(browser: webdriver.Chrome, pag
     assert failed
     assert failed[0][1] == f"{BROKEN} culprit"
     assert text_of(browser, "count").startswith(f"{len(failed)} of ")
-    # Its details are also shown without a click.
-    assert text_of(browser, "chosen") == BROKEN
+    # Its details are also shown without a click, below its row and within the visible part of the table.
+    assert next_to_details(browser).startswith(BROKEN)
+    assert text_of(browser, "numbers").startswith("Keras path")
+    box, details = (browser.find_element(By.ID, each).rect for each in ("layers", "details"))
+    assert box["y"] <= details["y"] <= box["y"] + box["height"]
     assert complaints(browser) == []
 
 
@@ -137,10 +147,24 @@ def test_sort(browser: webdriver.Chrome, pages: dict[str, Path]) -> None:
 def test_a_chosen_layer(browser: webdriver.Chrome, pages: dict[str, Path]) -> None:
     opened(browser, pages["healthy"])
     browser.find_element(By.XPATH, "//td[text()='block1.0.mlp.fc1']").click()
-    assert text_of(browser, "chosen") == "block1.0.mlp.fc1"
+    assert next_to_details(browser) == "block1.0.mlp.fc1"
+    assert "cosine\n1 - " in text_of(browser, "numbers")
     assert "block1_0/mlp/fc1" in text_of(browser, "numbers")
     bars = browser.find_elements(By.CSS_SELECTOR, "#bars div")
     assert max(bar.size["height"] for bar in bars) > 50
+
+
+def test_a_point_of_the_plot_leads_to_its_layer(browser: webdriver.Chrome, pages: dict[str, Path]) -> None:
+    rows = opened(browser, pages["healthy"])
+    point = browser.find_element(By.CSS_SELECTOR, ".plot.wide .point[data-index='100']")
+    browser.execute_script("arguments[0].dispatchEvent(new MouseEvent('click', {bubbles: true}))", point)
+    assert next_to_details(browser) == rows[100].find_elements(By.TAG_NAME, "td")[1].text
+    assert point.find_element(By.TAG_NAME, "title").get_attribute("textContent").startswith(next_to_details(browser))
+    # The axis counts as the table does.
+    assert rows[0].find_elements(By.TAG_NAME, "td")[0].text == "1"
+    labels = [text.text for text in browser.find_elements(By.CSS_SELECTOR, ".plot.wide svg > text")]
+    assert "1" in labels
+    assert "0" not in labels
 
 
 def test_a_phone_scrolls_only_inside_the_table(browser: webdriver.Chrome, pages: dict[str, Path]) -> None:
@@ -150,5 +174,8 @@ def test_a_phone_scrolls_only_inside_the_table(browser: webdriver.Chrome, pages:
     try:
         opened(browser, pages["broken"])
         assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+        row = browser.find_element(By.CSS_SELECTOR, "#layers tr.failed")
+        cells = [cell for cell in row.find_elements(By.TAG_NAME, "td") if cell.is_displayed()]
+        assert [cell.rect["x"] + cell.rect["width"] <= 390 for cell in cells] == [True, True, True]
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
