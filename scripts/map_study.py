@@ -12,6 +12,7 @@ both lists of tensors put side by side: sorted by path, in the order of definiti
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import random
 import signal
@@ -39,7 +40,7 @@ from porting.models.traverse import named_layers, named_variables, owned_variabl
 
 # Which PyTorch tensors each Keras variable takes.
 Truth = dict[str, tuple[str, ...]]
-_WEIGHTBRIDGE_SECONDS = 120
+_WEIGHTBRIDGE_SECONDS = 40
 
 
 @dataclass(frozen=True)
@@ -158,17 +159,12 @@ def planted(pair: Pair) -> Iterator[tuple[str, Callable[[], Any]]]:
     if convs and all(each.padding_mode == "zeros" and any(each.padding) for each in convs[-1:]):
         conv = convs[-1]
         if isinstance(conv.padding, tuple):
-            mirrored = nn.Conv2d(
-                conv.in_channels,
-                conv.out_channels,
-                conv.kernel_size,
-                conv.stride,
-                conv.padding,
-                conv.dilation,
-                conv.groups,
-                conv.bias is not None,
-                "reflect",
-            )
+            mirrored = copy.deepcopy(conv)
+            # What the convolution reads besides the mode.
+            mirrored.padding_mode = "reflect"
+            mirrored._reversed_padding_repeated_twice = [
+                each for side in reversed(conv.padding) for each in (side, side)
+            ]
             name = next(name for name, each in modules.items() if each is conv)
             yield "reflecting padding", replaced(name, mirrored)
     if activations:

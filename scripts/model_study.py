@@ -15,7 +15,7 @@ import datetime
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from porting.parity.compare import check_parity
 from porting.parity.report import EXACT, FLOAT32, Culprit, ParityReport
 
 sys.path.insert(0, str(Path(__file__).parent))
-from studied_models import MODELS, STYLES, Studied
+from studied_models import MODELS, STYLES, WITHOUT, Studied
 
 Array = np.ndarray[Any, Any]
 
@@ -169,15 +169,19 @@ def told(report: ParityReport) -> list[Any]:
     return [culprit.diagnosis for culprit in report.culprits if isinstance(culprit, Culprit) and culprit.diagnosis]
 
 
-def study(sample: int, seed: int) -> int:
+def study(models: Sequence[str], sample: int, seed: int) -> int:
     cases = []
-    for name, build in MODELS.items():
+    rng = np.random.default_rng(seed)
+    for number, name in enumerate(models):
+        own = []
         for style in STYLES:
-            count = len(list(faults_of(build(0, style))))
-            cases += [(name, style, index) for index in range(count)]
-    if sample:
-        rng = np.random.default_rng(seed)
-        cases = [cases[index] for index in sorted(rng.permutation(len(cases))[:sample])]
+            if (name, style) not in WITHOUT:
+                count = len(list(faults_of(MODELS[name](0, style))))
+                own += [(name, style, index) for index in range(count)]
+        if sample:  # as many of each model, whatever its size
+            share = len(range(number, sample, len(models)))
+            own = [own[index] for index in sorted(rng.permutation(len(own))[:share])]
+        cases += own
     rows: dict[str, Counter[str]] = {}
     wrong = []
     for name, style, index in track(cases, "faults", transient=True):
@@ -215,12 +219,12 @@ def study(sample: int, seed: int) -> int:
     return total["planted"] - total["found"]
 
 
-def together(count: int, seed: int) -> int:
+def together(models: Sequence[str], count: int, seed: int) -> int:
     """Plant two or three mistakes at once in different layers, and count how often all of them are named."""
     rng = np.random.default_rng(seed)
     named = found = 0
     for number in track(range(count), "mistakes together", transient=True):
-        name = list(MODELS)[number % len(MODELS)]
+        name = models[number % len(models)]
         studied = MODELS[name](0, STYLES[number % 2])
         faults = [fault for fault in faults_of(studied) if fault.kind != "momentum"]
         chosen: dict[str, Fault] = {}
@@ -241,10 +245,10 @@ def together(count: int, seed: int) -> int:
     return count - found
 
 
-def healthy(count: int, seed: int) -> int:
+def healthy(models: Sequence[str], count: int, seed: int) -> int:
     alarms, exact, rounding = 0, (0.0, ""), (0.0, "")
     for number in track(range(count), "healthy ports", transient=True):
-        name, style = list(MODELS)[number % len(MODELS)], STYLES[number // len(MODELS) % len(STYLES)]
+        name, style = models[number % len(models)], STYLES[number // len(models) % len(STYLES)]
         report = check(MODELS[name](seed + number, style))
         alarms += not report.passed
         label = f"{name}, {style}, seed {seed + number}"
@@ -264,15 +268,17 @@ def healthy(count: int, seed: int) -> int:
 @click.option("--sample", default=0, help="Study this many faults, drawn with --seed.")
 @click.option("--healthy", "healthy_count", default=0, help="Check this many healthy ports instead.")
 @click.option("--together", "together_count", default=0, help="Plant two or three mistakes at once, this many times.")
+@click.option("--model", "models", multiple=True, type=click.Choice(list(MODELS)), help="Only these.  [default: all]")
 @click.option("--seed", default=int(datetime.date.today().strftime("%Y%m%d")), help="[default: the date]")
-def main(sample: int, healthy_count: int, together_count: int, seed: int) -> None:
+def main(sample: int, healthy_count: int, together_count: int, models: tuple[str, ...], seed: int) -> None:
+    models = models or tuple(MODELS)
     start_tensorflow()
     warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)  # Keras under NumPy 2
     if healthy_count:
-        sys.exit(min(healthy(healthy_count, seed), 1))
+        sys.exit(min(healthy(models, healthy_count, seed), 1))
     if together_count:
-        sys.exit(min(together(together_count, seed), 1))
-    sys.exit(min(study(sample, seed), 1))
+        sys.exit(min(together(models, together_count, seed), 1))
+    sys.exit(min(study(models, sample, seed), 1))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from porting.models.synthetic import fill_with_synthetic_weights
 
 Array = np.ndarray[Any, Any]
 STYLES = ("named", "renamed", "folded")
+# Styles that a model does not have.
+WITHOUT = {("van b0", "folded")}
 
 
 @dataclass
@@ -336,9 +338,36 @@ def detector(seed: int, style: str) -> Studied:
     return write.done("detector", inputs, outputs, given)
 
 
+def van_b0(seed: int, style: str) -> Studied:
+    """VAN-B0 with ten classes, under its own names or under others. It has no folded form."""
+    from porting.families.van import VanFamily
+    from porting.files.weights_file import assign_weights, variable_shapes
+    from porting.mapping.convert import convert
+    from porting.models.traverse import named_layers
+    from porting.references.van import build_van
+
+    torch.manual_seed(seed)
+    reference, family = build_van("b0", 10), VanFamily()
+    fill_with_synthetic_weights(reference, seed)
+    reference.eval()
+    candidate, key_map = family.build("b0", 10), family.key_map(family.spec("b0"))
+    tensors = {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
+    assign_weights(candidate, convert(tensors, key_map, variable_shapes(candidate)).weights)
+    own = named_layers(candidate)
+    layers = {source: own[target] for source, target in key_map.one_to_one.items()}
+    given = np.random.default_rng(seed).normal(size=(1, 64, 64, 3)).astype(np.float32)
+    arguments: dict[str, Any] = {"key_map": key_map}
+    if style != "named":
+        arguments = {}
+        for number, layer in enumerate(own.values()):
+            layer.name = f"layer_{number}_of_keras"
+    return Studied("van b0", style, reference, candidate, given, layers, arguments)
+
+
 MODELS: dict[str, Callable[[int, str], Studied]] = {
     "resnet": resnet,
     "transformer": transformer,
     "recurrent": recurrent,
     "detector": detector,
+    "van b0": van_b0,
 }

@@ -124,10 +124,6 @@ def _flipped(axes: tuple[int, ...], module: Any) -> Tensor:
 
 def grouped_mistakes(module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
     yield Mistake(
-        "the depthwise kernel went through a plain convolution's transposition",
-        with_value(module, inputs, "weight", lambda m: _depthwise_as_plain(m.weight)),
-    )
-    yield Mistake(
         "the groups of the kernel are interleaved",
         with_value(module, inputs, "weight", lambda m: _interleaved(m.weight, m.groups)),
     )
@@ -135,13 +131,6 @@ def grouped_mistakes(module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
         "the groups of the kernel are interleaved the other way",
         with_value(module, inputs, "weight", lambda m: _interleaved(m.weight, m.weight.shape[0] // m.groups)),
     )
-
-
-def _depthwise_as_plain(weight: Tensor) -> Tensor:
-    # transpose(..., 1, 0) gives (*spatial, 1, C); read back as (*spatial, C, 1) the numbers keep their order in memory.
-    channels, _, *spatial = weight.shape
-    last = weight.movedim((0, 1), (-1, -2))
-    return last.reshape(*spatial, channels, 1).movedim((-2, -1), (0, 1))
 
 
 def _interleaved(weight: Tensor, groups: int) -> Tensor:

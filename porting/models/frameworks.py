@@ -74,3 +74,24 @@ def import_library(name: str) -> Any:
         start_tensorflow()
     load_triton()
     return importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def torch_on_one_thread() -> Iterator[None]:
+    """Let PyTorch compute on one thread while Keras runs on another framework.
+
+    The measurements between Keras's layers are small. On several threads each waits for the slowest, and on a busy
+    machine a check takes many times as long. On an idle one it takes the same time.
+    """
+    import keras
+    import torch
+
+    if keras.backend.backend() == "torch":
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

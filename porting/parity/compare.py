@@ -19,6 +19,7 @@ import numpy as np
 from porting.kinds import KINDS
 from porting.kinds.transforms import Shifted
 from porting.mapping.key_map import KeyMap
+from porting.models.frameworks import torch_on_one_thread
 from porting.models.inputs import Axes, Inputs, leaves_by_key, make_inputs
 from porting.models.keras_float64 import Float64Model
 from porting.models.live import effective_tensors
@@ -183,11 +184,12 @@ def _run_batches(session: Session, limits: Limits, batch_size: int | None, progr
             noise.results(batch.call_reference(session.rounded, torch.float32))
         step(3, "Keras, float32")
         rounding = RoundingObserver(session, recording, limits, start)
-        with session.as_precise_as_reference(), observe_layers(session.candidate, rounding):
-            result = session.candidate(batch.for_candidate(session.candidate), training=False)
-        found = {key: to_torch(leaf) for key, leaf in leaves_by_key(result).items()}
-        partners, _ = pair_results(recording.outputs, found)
-        rounding.results(found, partners)
+        with torch_on_one_thread():
+            with session.as_precise_as_reference(), observe_layers(session.candidate, rounding):
+                result = session.candidate(batch.for_candidate(session.candidate), training=False)
+            found = {key: to_torch(leaf) for key, leaf in leaves_by_key(result).items()}
+            partners, _ = pair_results(recording.outputs, found)
+            rounding.results(found, partners)
         session.unseen = {
             call: None
             for call in recording.order
@@ -258,7 +260,7 @@ def _run_exact(session: Session, recording: Recording, batch: Inputs, start: int
     for attempt in ("in place", "clone"):
         observer = ExactObserver(session, recording, start)
         try:
-            with session.float64.active() as model, observe_layers(model, observer):
+            with torch_on_one_thread(), session.float64.active() as model, observe_layers(model, observer):
                 observer.results(model(batch.for_candidate(model), training=False))
             return observer
         except Exception as error:

@@ -56,9 +56,13 @@ def halved_weights(model: nn.Module) -> list[Array]:
 
 
 def rounds_to(values: Array, halved: list[Array]) -> Array | None:
-    """The half-precision weight that float32 `values` round to; None if there is none."""
+    """The half-precision weight that float32 `values` round to; None if there is none, or if they are that weight."""
     for exact in halved:
-        if exact.shape == values.shape and bool((np.abs(values - exact) <= 2.0**-8 * np.abs(exact) + 2.0**-24).all()):
+        if exact.shape != values.shape:
+            continue
+        if np.array_equal(exact, values):
+            return None
+        if bool((np.abs(values - exact) <= 2.0**-8 * np.abs(exact) + 2.0**-24).all()):
             return exact
     return None
 

@@ -16,6 +16,7 @@ from porting.kinds.base import Kind
 from porting.kinds.transforms import Array, Shape
 from porting.mapping.rules import join_name
 from porting.models.float64 import in_float64
+from porting.models.frameworks import torch_on_one_thread
 from porting.models.inputs import Axes, Inputs, equal_inputs, leaves_by_key, make_inputs
 from porting.models.keras_float64 import Float64Model
 from porting.models.live import assign_tensors, effective_tensors
@@ -207,7 +208,7 @@ class KerasSide:
 
     @contextlib.contextmanager
     def running(self, observer: Observer) -> Iterator[Callable[[], dict[str, Tensor]]]:
-        with self._float64.active() as model, observe_layers(model, observer):
+        with torch_on_one_thread(), self._float64.active() as model, observe_layers(model, observer):
 
             def run() -> dict[str, Tensor]:
                 result = model(self.given.for_candidate(model), training=False)
