@@ -73,6 +73,7 @@ def test_the_block_runs(
     torch.manual_seed(0)
     images = np.random.default_rng(0).normal(size=(3, 12, 12, 3)).astype(np.float32)
     names: dict[str, Any] = {"torch_model": Net().eval(), "keras_model": small_keras(), "images": images}
+    names |= {"old_model": Net().eval(), "new_model": Net().eval(), "batch": images.transpose(0, 3, 1, 2)}
     if "van_nano.h5" in block:
         port(VanFamily(), "nano", tmp_path / "van_nano.h5", checkpoint=checkpoint, check=False)
         pixels = np.random.default_rng(0).integers(0, 255, (70, 90, 3)).astype(np.uint8)

@@ -106,25 +106,21 @@ def test_every_command_that_prints_results_has_quiet_and_json(command: str) -> N
     assert {"--quiet", "-q", "--json"} <= options
 
 
-def test_quiet_prints_nothing_and_json_alone_is_on_standard_output(run_cli: RunCli, tmp_path: Path) -> None:
-    out = tmp_path / "van.h5"
-    result = run_cli("--variant", "nano", "--out", out, "--samples", "1", "--quiet")
-    assert result.exit_code == 0
-    assert result.output == ""
-    result = run_cli("check", "--weights", out, "--samples", "1", "--json", "-q")
+def test_quiet_prints_nothing_json_is_alone_and_verbose_prints_all(
+    run_cli: RunCli, ported: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "parity.json"
+    given = ["check", "--weights", ported, "--checkpoint", checkpoint, "--samples", "1", "--report", file]
+    result = run_cli(*given, "--json", "-q")
     assert result.exit_code == 0
     assert json.loads(result.output)["passed"]
+    few, all_layers = (run_cli("report", file, *options).output for options in ([], ["-v"]))
+    assert "block1.0.attn.proj_1 " in all_layers
+    assert "block1.0.attn.proj_1 " not in few
+    assert all_layers == run_cli("report", file, "--all-layers").output
+    assert run_cli("check", "--from", file, "--quiet").output == ""
     # Quiet lasts for one command alone, and never hides an error.
     assert "van: nano" in run_cli("families").output
     result = run_cli("check", "--weights", tmp_path / "none.h5", "--variant", "nano", "--quiet")
     assert result.exit_code == 5
     assert "Error: " in result.output
-
-
-def test_verbose_is_all_that_there_is(run_cli: RunCli, tmp_path: Path) -> None:
-    out = tmp_path / "van.h5"
-    few = run_cli("--variant", "nano", "--out", out, "--samples", "1").output
-    shown = run_cli("report", f"{out}.parity.json", "-v").output
-    assert "block1.0.attn.proj_1" in shown
-    assert "block1.0.attn.proj_1 " not in few
-    assert shown == run_cli("report", f"{out}.parity.json", "--all-layers").output
