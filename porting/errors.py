@@ -57,6 +57,12 @@ class SourceError(PortingError):
     exit_code = 5
 
 
+class OptionError(PortingError):
+    """An option names something that the models do not have."""
+
+    exit_code = 2
+
+
 class FamilyError(PortingError):
     """A model family does not exist, or the package that provides it cannot be imported."""
 

@@ -408,7 +408,7 @@ def study(family: VanFamily, reference: VAN, small: VAN, images: np.ndarray, fau
 def run(family: VanFamily, reference: VAN, images: np.ndarray, fault: Fault) -> ParityReport:
     candidate = make_candidate(family, "nano", reference)
     replaced = fault.plant(candidate)
-    return check_parity(reference, candidate if replaced is None else replaced, images)
+    return check_parity(reference, candidate if replaced is None else replaced, images, strict_settings=True)
 
 
 def check_healthy(family: VanFamily, count: int) -> int:

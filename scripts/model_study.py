@@ -155,7 +155,7 @@ def faults_of(studied: Studied) -> Iterator[Fault]:
 
 
 def check(studied: Studied) -> ParityReport:
-    return check_parity(studied.reference, studied.candidate, studied.inputs, **studied.arguments)
+    return check_parity(studied.reference, studied.candidate, studied.inputs, strict_settings=True, **studied.arguments)
 
 
 def who(report: ParityReport) -> list[str]:

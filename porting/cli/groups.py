@@ -176,6 +176,10 @@ class Model:
         """
         if self.variant is not None:
             return self.family, self.variant
+        if not weights.exists():
+            from porting.files.weights_file import require_file
+
+            require_file(weights)
         facts: Mapping[str, Any] = {}
         if weights.is_file() and weights.suffix in {".h5", ".keras"}:
             from porting.files.survey import survey_file
@@ -186,6 +190,8 @@ class Model:
             found = get_family(family) if isinstance(family, str) else None
             if found is not None and variant in found.variants and self.family.name in {DEFAULT_FAMILY, found.name}:
                 return found, str(variant)
+        if variant == "given":
+            raise click.UsageError(f"{weights} was ported with --source, --target and --map: give them here too")
         raise click.UsageError(f"Missing option '--variant': {weights} does not name its model.")
 
 

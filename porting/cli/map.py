@@ -110,7 +110,7 @@ def map_command(
         else:
             for rule in proposal.short_rules:
                 say(f"{rule.source} -> {rule.target} ({rule.kind})")
-        say(str(proposal))
+        say(proposal.summary)
     if out is not None:
         verdict = "complete, outputs exact in float64" if proposal.complete else "not complete"
         write_text(out, rows_text(proposal.short_rules, [f"{source} -> {target}: {verdict}"]))

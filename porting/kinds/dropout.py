@@ -21,7 +21,8 @@ _RATES = ("rate", "drop_prob", "p")
 
 class Dropout(Kind):
     name = "dropout"
-    training_settings = frozenset({"rate", "mask"})
+    # A mask of another unit is another layer, though it shows in training alone.
+    training_settings = frozenset({"rate"})
 
     def is_module(self, module: nn.Module) -> bool:
         from torch import nn

@@ -9,6 +9,7 @@ kind = "conv"
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,8 +31,9 @@ def rows_text(rows: Iterable[KeyRule], notes: Iterable[str] = ()) -> str:
     return "\n".join(lines).lstrip("\n") + "\n"
 
 
-def read_rows(path: Path) -> list[KeyRule]:
+def read_rows(path: str | os.PathLike[str]) -> list[KeyRule]:
     """Read the rows of a file. Raises KeyMapError when the file is missing or is not a valid file of rows."""
+    path = Path(path)
     try:
         if not path.is_file():
             raise KeyMapError(f"{path}: no such file", hint="`van-port map` writes one with --out.")

@@ -388,7 +388,7 @@ class ParityReport:
                     f"first {self.verified.differing[0]}"
                 )
             if self.verified.weights and not self.verified.verified:
-                found.append("no weight of the Keras model was seen at work")
+                found.append("no weight of the Keras model was observed in use")
         if self.audit is not None and self.audit.failures:
             found.append(f"{len(self.audit.failures)} settings differ, first {self.audit.failures[0]}")
         found += [
@@ -397,13 +397,14 @@ class ParityReport:
         return tuple(found)
 
     def __str__(self) -> str:
-        """The verdict, then every reason against parity on its own line."""
-        if self.passed:
-            return f"at parity: {len(self.layers)} tensors compared"
-        return "\n".join(["not at parity:", *(f"  {line}" for line in self.objections)])
+        """The verdict, then what was found: culprits, causes, and settings that differ."""
+        from porting.reports.terminal import findings, verdict
+
+        return "\n".join([verdict(self), *(f"  {line}" for line in findings(self))])
 
     def __repr__(self) -> str:
-        return f"<ParityReport: {' '.join(str(self).split())}>"
+        first = str(self).partition("\n")[0]
+        return f"<ParityReport: {first}>"
 
     def to_html(self) -> str:
         """The report as a single HTML page without external resources."""
@@ -419,8 +420,11 @@ class ParityReport:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the report in the format of the suffix: .html, .md, .xml (JUnit) or .json. Raises OutputError."""
-        from porting.reports import write_report
+        from porting.files.atomic import require_writable
+        from porting.reports import format_of, write_report
 
+        format_of(Path(path))
+        require_writable(Path(path))
         write_report(self, Path(path))
 
     @property

@@ -131,7 +131,17 @@ class Proposal:
             hint="Give the rows that you know as pairs, or rows of your own to port_weights.",
         )
 
+    def __repr__(self) -> str:
+        return f"<Proposal: {self.summary.splitlines()[0]}>"
+
     def __str__(self) -> str:
+        """The rows in short form, then the summary."""
+        lines = [f"{rule.source} -> {rule.target} ({rule.kind})" for rule in self.short_rules]
+        return "\n".join([*lines, self.summary])
+
+    @property
+    def summary(self) -> str:
+        """How sure the rows are, every row that is not proven, and what has no partner."""
         count = {each: sum(row.confidence == each for row in self.rows) for each in (PROVEN, LIKELY, OPEN)}
         lines = [f"{count[PROVEN]} rows proven, {count[LIKELY]} likely, {count[OPEN]} open"]
         lines += [

@@ -46,7 +46,7 @@ def remarks(report: ParityReport) -> list[str]:
     """Remarks that are not errors: how tensors were compared, and what has no partner."""
     lines = list(report.axes)
     if report.exact_model:
-        lines.append(f"For the exact view, the Keras model was {report.exact_model}.")
+        lines.append(f"During the exact view, the Keras model was {report.exact_model}; it is unchanged.")
     if report.float32_inside:
         lines.append(f"Compute in float32 internally, and were judged as such: {_listed(report.float32_inside)}")
     rewritten = Counter(layer.rewritten for layer in report.layers if layer.rewritten)
@@ -70,13 +70,16 @@ def _verified(report: ParityReport) -> str:
     verified = report.verified
     assert verified is not None  # the caller has checked
     share = 100 * verified.verified / verified.weights if verified.weights else 100.0
-    line = f"Weights observed in use: {share:.4g} % of {verified.weights:,}"
+    # Where the outputs differ, only tensors that agree say anything of the weights before them.
+    agreed = not any(divergence.view == EXACT for divergence in report.divergences)
+    what = "Weights observed in use" if agreed else "Weights confirmed by tensors that agree"
+    line = f"{what}: {share:.4g} % of {verified.weights:,}"
     if verified.compared_bits:
         line += f"; {verified.compared_bits} tensors compared bit by bit"
     if not verified.through_layers:
         line += "; the verdict is based only on the outputs"
     if verified.unverified:
-        line += f"; never used: {_listed(verified.unverified)}"
+        line += f"; {'never used' if agreed else 'not confirmed'}: {_listed(verified.unverified)}"
     return line
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from porting.errors import FamilyError, WeightsFileError
+from porting.errors import FamilyError, OptionError, WeightsFileError
 from porting.families.base import Family
 from porting.files import weights_file
 from porting.files.atomic import sha256_of
@@ -100,6 +100,8 @@ def compare_models(
         _put_zeros_for_non_finite(candidate, reference, case)
     given = case.check_inputs()
     if given is not None:
+        if options.images is not None:
+            raise FamilyError("--images is for families of image models", hint="Give the check's inputs with --inputs.")
         if options.stress or options.train:
             raise FamilyError(
                 f"--stress and --train need a model of images, and {case.family.name} takes none",
@@ -149,20 +151,23 @@ def _run(
     **how: Any,
 ) -> ParityReport:
     """Run one comparison; `how` holds further arguments of `check_parity`."""
-    return check_parity(
-        reference,
-        candidate,
-        inputs,
-        **how,
-        pairs=case.reference_pairs,
-        key_map=case.reference_map,
-        limits=options.limits,
-        strict_settings=(strict and case.family.strict_settings) or options.strict_settings or options.train,
-        waive=(*options.waive, *(f"{source}:eps" for source in case.reference_map.absorbed)),
-        locate_culprits=options.locate,
-        name=name,
-        progress=progress,
-    )
+    try:
+        return check_parity(
+            reference,
+            candidate,
+            inputs,
+            **how,
+            pairs=case.reference_pairs,
+            key_map=case.reference_map,
+            limits=options.limits,
+            strict_settings=(strict and case.family.strict_settings) or options.strict_settings or options.train,
+            waive=(*options.waive, *(f"{source}:eps" for source in case.reference_map.absorbed)),
+            locate_culprits=options.locate,
+            name=name,
+            progress=progress,
+        )
+    except ValueError as error:  # a name in --limit or --waive that the model does not have
+        raise OptionError(str(error)) from None
 
 
 def _channels_last(case: Case, candidate: keras.Model) -> tuple[keras.Model, str]:

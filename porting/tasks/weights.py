@@ -37,6 +37,14 @@ class Ported:
     untouched: tuple[str, ...] = ()
     report: ParityReport | None = None
 
+    def __str__(self) -> str:
+        count = len(self.key_map.entries)
+        lines = [f"{count} rows of tensors ported, {len(self.dropped)} dropped, {len(self.untouched)} variables kept"]
+        return "\n".join([*lines, str(self.report) if self.report is not None else "not checked"])
+
+    def __repr__(self) -> str:
+        return f"<Ported: {' '.join(str(self).split())}>"
+
     def require_parity(self) -> Ported:
         """Return self, or raise ParityError if the two models were not compared or are not at parity."""
         if self.report is None:

@@ -71,8 +71,8 @@ def report() -> ParityReport:
 
 
 def test_a_report_shows_itself(report: ParityReport, tmp_path: Path) -> None:
-    assert str(report).startswith("not at parity")
-    assert repr(report) == "<ParityReport: not at parity: nothing ran>"
+    assert str(report) == "NOT AT PARITY: nothing ran\n  Not compared: nothing ran"
+    assert repr(report) == "<ParityReport: NOT AT PARITY: nothing ran>"
     assert "<iframe srcdoc=" in report._repr_html_()
     assert report.to_html().startswith("<!DOCTYPE html>")
     for suffix in ("html", "md", "xml", "json"):
@@ -80,6 +80,9 @@ def test_a_report_shows_itself(report: ParityReport, tmp_path: Path) -> None:
         assert (tmp_path / f"r.{suffix}").stat().st_size > 0
     with pytest.raises(porting.PortingError, match="the suffix does not say which report"):
         report.save(tmp_path / "r.doc")
+    with pytest.raises(porting.PortingError):
+        report.save(tmp_path / "nowhere" / "r.html")
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_a_report_is_rendered_as_its_new_name_ends(run_cli: RunCli, report: ParityReport, tmp_path: Path) -> None:
@@ -124,3 +127,29 @@ def test_quiet_prints_nothing_json_is_alone_and_verbose_prints_all(
     result = run_cli("check", "--weights", tmp_path / "none.h5", "--variant", "nano", "--quiet")
     assert result.exit_code == 5
     assert "Error: " in result.output
+
+
+def test_names_that_the_model_does_not_have_end_in_one_line(run_cli: RunCli, ported: Path, checkpoint: Path) -> None:
+    given = ["check", "--weights", ported, "--checkpoint", checkpoint, "--samples", "1"]
+    for option in (["--limit", "foo:3"], ["--waive", "foo"]):
+        result = run_cli(*given, *option)
+        assert result.exit_code == 2, result.output
+        assert "'foo' is no module of the PyTorch model" in result.output
+
+
+def test_a_limit_that_judges_nothing_is_refused(run_cli: RunCli, report: ParityReport, tmp_path: Path) -> None:
+    report.save(tmp_path / "r.json")
+    result = run_cli("check", "--from", tmp_path / "r.json", "--limit", "foo:3")
+    assert result.exit_code == 2
+    assert "the report has no layer 'foo'" in result.output
+
+
+def test_a_missing_file_is_said_to_be_missing(run_cli: RunCli, tmp_path: Path) -> None:
+    result = run_cli("check", "--weights", tmp_path / "none.h5")
+    assert result.exit_code == 5
+    assert "none.h5: no such file" in result.output
+
+
+def test_rows_are_read_from_a_path_in_text(tmp_path: Path) -> None:
+    (tmp_path / "rows.toml").write_text('[[row]]\nsource = "a"\ntarget = "b"\nkind = "dense"\n')
+    assert porting.read_rows(str(tmp_path / "rows.toml")) == [porting.KeyRule("a", "b", "dense")]

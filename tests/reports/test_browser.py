@@ -159,7 +159,8 @@ def test_a_point_of_the_plot_leads_to_its_layer(browser: webdriver.Chrome, pages
     point = browser.find_element(By.CSS_SELECTOR, ".plot.wide .point[data-index='100']")
     browser.execute_script("arguments[0].dispatchEvent(new MouseEvent('click', {bubbles: true}))", point)
     assert next_to_details(browser) == rows[100].find_elements(By.TAG_NAME, "td")[1].text
-    assert point.find_element(By.TAG_NAME, "title").get_attribute("textContent").startswith(next_to_details(browser))
+    title = point.find_element(By.TAG_NAME, "title").get_attribute("textContent")
+    assert str(title).startswith(next_to_details(browser))
     # The axis counts as the table does.
     assert rows[0].find_elements(By.TAG_NAME, "td")[0].text == "1"
     labels = [text.text for text in browser.find_elements(By.CSS_SELECTOR, ".plot.wide svg > text")]
