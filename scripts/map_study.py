@@ -1,12 +1,15 @@
 """Maps models of two libraries without a row, and counts what is right, beside other ways to guess a map.
 
-    python scripts/map_study.py                          # every family, under its own names and under random ones
+    python scripts/map_study.py                          # every pair, under its own names and under random ones
     python scripts/map_study.py --pair vit --pair gpt2 --no-rivals
     python scripts/map_study.py --planted                # one difference planted in each
+    python scripts/map_study.py --sizes                  # the time of one model of 2 to 16 layers
 
-A family's own rows are hidden, and say afterwards what is right. Nothing is downloaded; PyTorch's weights are random.
-`random` gives every layer and variable of the Keras model a name that says nothing. The rivals are weightbridge, and
-both lists of tensors put side by side: sorted by path, in the order of definition, and in the order of execution.
+The pairs are the families, a few layers of them where they are large, and small models whose Keras side is written with
+other names, fused activations and folded norms. A family's own rows are hidden, and say afterwards what is right.
+Nothing is downloaded; PyTorch's weights are random. `random` gives every layer and variable of the Keras model a name
+that says nothing. The rivals are weightbridge, and both lists of tensors put side by side: sorted by path, in the order
+of definition, and in the order of execution.
 """
 
 from __future__ import annotations
@@ -17,10 +20,13 @@ import io
 import random
 import signal
 import string
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import click
@@ -32,11 +38,15 @@ import porting
 from porting.errors import FamilyError
 from porting.families.library import last_hidden_state, transformer_backbone, transformers_model
 from porting.families.registry import get_family
+from porting.kinds import kind_of_module
 from porting.models.frameworks import start_tensorflow
 from porting.models.inputs import make_inputs
 from porting.models.live import effective_tensors
 from porting.models.observe import observe_layers, observe_modules
 from porting.models.traverse import named_layers, named_variables, owned_variables
+
+sys.path.insert(0, str(Path(__file__).parent))
+from studied_models import MODELS, STYLES
 
 # Which PyTorch tensors each Keras variable takes.
 Truth = dict[str, tuple[str, ...]]
@@ -88,7 +98,30 @@ def of_text(name: str, backbone: str, model: str, config: dict[str, Any], sizes:
     return Pair(reference.eval(), candidate, tokens(), truth)
 
 
+def of_study(name: str, style: str) -> Pair:
+    """A small model of the other studies, whose Keras side is written in a style of theirs."""
+    from porting.models.rows import entries_of
+
+    studied = MODELS[name](0, style)
+    names = {id(variable): own for own, variable in named_variables(studied.candidate).items()}
+    tensors = effective_tensors(studied.reference)
+    truth: Truth = {}
+    for module_name, layer in studied.layers.items():
+        module = studied.reference.get_submodule(module_name)
+        kind = kind_of_module(module)
+        if kind is not None:
+            held = {leaf: names[id(own)] for leaf, own in kind.variables(layer).items() if id(own) in names}
+            for entry in entries_of(module_name, kind.leaves_for(module), tensors, held):
+                truth |= dict.fromkeys(entry.targets, entry.sources)
+    return Pair(studied.reference, studied.candidate, studied.inputs, truth)
+
+
 PAIRS: dict[str, Callable[[], Pair]] = {
+    **{
+        f"own {name}, {style}": partial(of_study, name, style)
+        for name in ("resnet", "transformer", "recurrent", "detector")
+        for style in STYLES
+    },
     "torchvision vgg16": lambda: of_family("vgg", "vgg16"),
     "torchvision densenet121": lambda: of_family("densenet", "densenet121"),
     "timm tf_efficientnet_b0": lambda: of_family("efficientnet", "tf_efficientnet_b0"),
@@ -329,8 +362,18 @@ def row(label: str, names: str, counted: Counter[str] | None, seconds: float | N
 @click.option("--pair", "wanted", multiple=True, help="Part of a pair's name.  [default: all]")
 @click.option("--rivals/--no-rivals", "with_rivals", default=True, help="Try the other ways as well.")
 @click.option("--planted", "with_planted", is_flag=True, help="Plant one difference at a time instead.")
-def main(wanted: tuple[str, ...], with_rivals: bool, with_planted: bool) -> None:
+@click.option("--sizes", is_flag=True, help="Map a DistilBERT of 2, 4, 8 and 16 layers instead.")
+def main(wanted: tuple[str, ...], with_rivals: bool, with_planted: bool, sizes: bool) -> None:
     start_tensorflow()
+    if sizes:
+        for depth in (2, 4, 8, 16):
+            shape = {"vocab_size": 1000, "n_layers": depth, "dim": 256, "n_heads": 4, "hidden_dim": 1024}
+            pair = of_text("distilbert", "DistilBertBackbone", "DistilBertModel", shape, (depth, 4, 256))
+            counted, _, seconds = proposed(with_random_names(pair))
+            click.echo(
+                f"{depth} layers, {counted['all']} variables, {counted['right and proven']} proven: {seconds:.1f} s"
+            )
+        return
     names = [name for name in PAIRS if not wanted or any(part in name for part in wanted)]
     click.echo("| pair | names | right | and proven | wrong | and called proven | open | s |")
     click.echo("|---|---|---|---|---|---|---|---|")
