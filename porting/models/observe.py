@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -58,6 +58,10 @@ class _Calls:
 
     def end(self) -> str:
         return self._open.pop()
+
+    def skip(self, names: Iterable[str]) -> None:
+        """Count calls that are not made again."""
+        self._seen.update(names)
 
 
 @contextlib.contextmanager
@@ -133,12 +137,58 @@ def tensors_in(value: Any) -> list[Tensor]:
     return found
 
 
+class Replay:
+    """Results of a recorded run of a Keras model, which stand for the calls that ended before a layer began."""
+
+    def __init__(self) -> None:
+        self.results: dict[str, Any] = {}
+        self._recording = False
+        self._begun: dict[str, int] = {}
+        self._ended: dict[str, int] = {}
+        self._limit = 0
+
+    def record(self) -> None:
+        """Record the next run, and forget an earlier one."""
+        self.clear()
+        self._recording = True
+
+    def until(self, layer: str) -> None:
+        """From now on return the results of calls that ended before the first call of a layer began."""
+        self._recording, self._limit = False, self._begun.get(layer, 0)
+
+    def clear(self) -> None:
+        """Forget the recorded run."""
+        self.results, self._begun, self._ended = {}, {}, {}
+        self._recording, self._limit = False, 0
+
+    def has(self, call: str) -> bool:
+        """Whether the result of a call is to be returned without making it."""
+        return not self._recording and self._ended.get(call, self._limit) < self._limit
+
+    def begin_again(self, call: str) -> list[str]:
+        """The layers that were called inside a call, once for each time."""
+        first, last = self._begun[call], self._ended[call]
+        return [name.partition("#")[0] for name, place in self._begun.items() if first < place < last]
+
+    def begin(self, call: str) -> None:
+        if self._recording:
+            self._begun[call] = len(self._begun) + len(self._ended)
+
+    def end(self, call: str, result: Any) -> None:
+        if self._recording:
+            self._ended[call] = len(self._begun) + len(self._ended)
+            self.results[call] = result
+
+
 @contextlib.contextmanager
-def observe_layers(model: keras.Model, observer: Observer) -> Iterator[Callable[[Any], Tensor]]:
+def observe_layers(
+    model: keras.Model, observer: Observer, replay: Replay | None = None
+) -> Iterator[Callable[[Any], Tensor]]:
     """Show the observer every eager call of a layer inside `model`, at any depth, under its name in `named_layers`.
 
     Yields a function that converts a Keras tensor to a torch tensor. For a tensor that the observer has seen, it
-    returns the same object.
+    returns the same object. `replay` records the run, or returns recorded results of calls that the observer then does
+    not see.
 
     Keras has no hooks. Inside this context, the one method that every layer call goes through is wrapped, for the whole
     process.
@@ -156,13 +206,22 @@ def observe_layers(model: keras.Model, observer: Observer) -> Iterator[Callable[
             return original(self, *args, **kwargs)
         # A layer that is created during a call has no name in the model.
         name = calls.begin(names.get(id(self)) or self.path or self.name)
+        if replay is not None:
+            if replay.has(name):
+                calls.skip(replay.begin_again(name))
+                calls.end()
+                return replay.results[name]
+            replay.begin(name)
         if observer.watches_inputs:
             args, kwargs = bridge.steer((args, kwargs), lambda found: observer.before(name, found))
         else:
             observer.before(name, [])
         output = original(self, *args, **kwargs)
         calls.end()
-        return bridge.steer(output, lambda found: observer.after(name, found))
+        output = bridge.steer(output, lambda found: observer.after(name, found))
+        if replay is not None:
+            replay.end(name, output)
+        return output
 
     layer_class.__call__ = observed_call
     try:

@@ -20,7 +20,7 @@ from porting.models.frameworks import torch_on_one_thread
 from porting.models.inputs import Axes, Inputs, equal_inputs, leaves_by_key, make_inputs
 from porting.models.keras_float64 import Float64Model
 from porting.models.live import assign_tensors, effective_tensors
-from porting.models.observe import Observer, observe_layers, observe_modules, to_torch
+from porting.models.observe import Observer, Replay, observe_layers, observe_modules, to_torch
 from porting.models.synthetic import fill_with_synthetic_weights
 from porting.models.traverse import named_layers, named_variables, owned_variables
 
@@ -41,6 +41,8 @@ class Side(Protocol):
     layers: dict[str, Any]
     shapes: dict[str, Shape]
     owned: dict[str, list[str]]
+    # Where a run can begin in the middle; None where it cannot.
+    replay: Replay | None
 
     def kind(self, layer: str) -> Kind | None:
         """The kind of a layer; None for an unknown one."""
@@ -87,6 +89,7 @@ class TorchSide:
     """A PyTorch model, copied to float64."""
 
     separator = "."
+    replay: Replay | None = None
 
     def __init__(self, model: nn.Module, given: Inputs) -> None:
         self.model, self.given = in_float64(model).eval(), given
@@ -176,6 +179,7 @@ class KerasSide:
                 given.for_candidate(model), training=False
             )  # it has no weights before, and makes them in its own type
         self._float64, self.given = Float64Model(model), given
+        self.replay: Replay | None = Replay()
         self.layers = named_layers(model)
         self._variables = named_variables(model)
         self.shapes = {name: tuple(variable.shape) for name, variable in self._variables.items()}
@@ -208,7 +212,7 @@ class KerasSide:
 
     @contextlib.contextmanager
     def running(self, observer: Observer) -> Iterator[Callable[[], dict[str, Tensor]]]:
-        with torch_on_one_thread(), self._float64.active() as model, observe_layers(model, observer):
+        with torch_on_one_thread(), self._float64.active() as model, observe_layers(model, observer, self.replay):
 
             def run() -> dict[str, Tensor]:
                 result = model(self.given.for_candidate(model), training=False)

@@ -100,6 +100,17 @@ class Outcome:
     notes: tuple[str, ...] = ()
 
 
+@dataclass
+class _Known:
+    """What one run has shown of the tensors in it, which it keeps alive."""
+
+    truths_of: dict[Key, list[Truth]] = field(default_factory=dict)
+    stacks: dict[Key, tuple[str, int]] = field(default_factory=dict)
+    maps: dict[Key, tuple[int, ...]] = field(default_factory=dict)
+    found: dict[Key, list[Match]] = field(default_factory=dict)
+    alive: list[Tensor] = field(default_factory=list)
+
+
 class Walk:
     """The search of one proposal. `given` fixes choices: the path of a layer and the module or parameter for it."""
 
@@ -130,6 +141,7 @@ class Walk:
         self._maps: dict[Key, tuple[int, ...]] = {}
         # Another option is forced on a slot: whatever PyTorch does not have refutes it.
         self._testing = False
+        self._known = _Known()
         # The slot that is filled with other numbers than its option's.
         self._disturbed = ""
         # How the results of the two models were paired.
@@ -183,8 +195,10 @@ class Walk:
 
     def _run(self) -> tuple[str | None, bool]:
         """Run as far as possible. Returns the layer where it got stuck, and whether all results are PyTorch's."""
-        self._truths_of, self._stacks, self._stack, self._alive, self._found = {}, {}, [], [], {}
-        self._ran, self._maps = set(), {}
+        # What is known of tensors that are replayed stays.
+        known = self._known if self._testing else _Known()
+        self._truths_of, self._stacks, self._maps = dict(known.truths_of), dict(known.stacks), dict(known.maps)
+        self._found, self._stack, self._alive, self._ran = dict(known.found), [], [], set()
         self._taken = {claim for choice in self.choices.values() for claim in choice.option.claims}
         with self.options.target.running(self) as run:
             for choice in self.choices.values():
@@ -491,6 +505,12 @@ class Walk:
         kept = {name: _copied(choice) for name, choice in self.choices.items()}
         names = list(kept)
         taken: set[str] = set()
+        replay = self.options.target.replay
+        if replay is not None:  # what comes before a slot is not computed again for each of its options
+            replay.record()
+            self._run()
+            self._known = _Known(self._truths_of, self._stacks, self._maps, self._found, self._alive)
+            kept = {name: _copied(choice) for name, choice in self.choices.items()}
         self._testing = True
         for place, name in enumerate(names):
             self.progress("looking for ties", place, len(names))
@@ -514,19 +534,26 @@ class Walk:
                     own = kept[differing]
                     own.tied = self.choices[differing].option.source if differing in self.choices else source
             taken |= choice.option.claims
-        self._testing = False
+        self._testing, self._known = False, _Known()
+        if replay is not None:
+            replay.clear()
         self.choices = kept
 
     def _is_idle(self, name: str, kept: Mapping[str, Choice]) -> bool:
         """Whether the results stay the same with other numbers in a slot."""
         self.choices = {each: _copied(choice) for each, choice in kept.items()}
         self._disturbed = name
+        self._replay_until(kept[name].layer)
         try:
             return self._run()[1]
         except Exception:  # a layer may raise anything on numbers that it does not take
             return False
         finally:
             self._disturbed = ""
+
+    def _replay_until(self, layer: str) -> None:
+        if self.options.target.replay is not None:
+            self.options.target.replay.until(layer)
 
     def _with(self, place: int, other: Option, kept: Mapping[str, Choice]) -> list[str] | None:
         """The slots in which an assignment with another option at a place differs; empty if there is no such one.
@@ -536,6 +563,7 @@ class Walk:
         names = list(kept)
         self.choices = {name: _copied(kept[name]) for name in names[:place]}
         own = kept[names[place]]
+        self._replay_until(own.layer)
         self.choices[own.slot] = Choice(own.slot, own.layer, [other], [other], guessed=own.guessed)
         for _ in range(_TRIES):
             try:

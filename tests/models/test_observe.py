@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import van_tf
-from porting.models.observe import observe_layers, observe_modules, tensors_in
+from porting.models.observe import Replay, observe_layers, observe_modules, tensors_in
 from porting.references.van import VAN
 
 
@@ -129,3 +130,53 @@ def test_both_sides_see_the_same_layers(reference: VAN) -> None:
     names = {re.sub(r"^(block\d)_", r"\1.", name).replace("/", ".") for name in layers.outputs}
     assert modules.outputs.keys() - names == set()
     assert names - modules.outputs.keys() == {f"patch_embed{stage}.pad" for stage in (1, 2, 3, 4)} | {"pool"}
+
+
+def test_a_recorded_run_stands_for_what_comes_before_a_layer() -> None:
+    calls: list[str] = []
+
+    class Inner(keras.layers.Layer):  # type: ignore[misc]
+        def __init__(self, shared: Any, **options: Any) -> None:
+            super().__init__(**options)
+            self.shared = shared
+
+        def call(self, x: Any) -> Any:
+            return self.shared(self.shared(x))
+
+    shared = keras.layers.Dense(4, name="shared")
+    inputs = keras.Input((4,))
+    x = Inner(shared, name="block")(keras.layers.Dense(4, name="first")(inputs))
+    model = keras.Model(inputs, keras.layers.Dense(2, name="last")(shared(x)))
+
+    class Watching:
+        watches_inputs = True
+
+        def before(self, name: str, inputs: list[torch.Tensor]) -> None:
+            calls.append(name)
+
+        def after(self, name: str, outputs: list[torch.Tensor]) -> None:
+            return None
+
+    given = np.random.default_rng(0).normal(size=(2, 4)).astype(np.float32)
+    replay = Replay()
+    replay.record()
+    with observe_layers(model, Watching(), replay):
+        whole = model(given, training=False)
+    every = list(calls)
+    assert "block/shared#2" in every
+    calls.clear()
+    replay.until("last")
+    with observe_layers(model, Watching(), replay):
+        np.testing.assert_array_equal(model(given, training=False), whole)
+    assert calls == ["last"]
+    calls.clear()
+    # A layer that is called inside another begins with that one; later calls keep their numbers.
+    replay.until("block/shared")
+    with observe_layers(model, Watching(), replay):
+        np.testing.assert_array_equal(model(given, training=False), whole)
+    assert calls == [name for name in every if name != "first"]
+    calls.clear()
+    replay.clear()
+    with observe_layers(model, Watching(), replay):
+        model(given, training=False)
+    assert calls == every
