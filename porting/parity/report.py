@@ -398,9 +398,9 @@ class ParityReport:
 
     def __str__(self) -> str:
         """The verdict, then what was found: culprits, causes, and settings that differ."""
-        from porting.reports.terminal import findings, verdict
+        from porting.reports import as_text
 
-        return "\n".join([verdict(self), *(f"  {line}" for line in findings(self))])
+        return as_text(self)
 
     def __repr__(self) -> str:
         first = str(self).partition("\n")[0]
@@ -420,12 +420,9 @@ class ParityReport:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the report in the format of the suffix: .html, .md, .xml (JUnit) or .json. Raises OutputError."""
-        from porting.files.atomic import require_writable
-        from porting.reports import format_of, write_report
+        from porting.reports import save_report
 
-        format_of(Path(path))
-        require_writable(Path(path))
-        write_report(self, Path(path))
+        save_report(self, Path(path))
 
     @property
     def divergences(self) -> tuple[Divergence, ...]:

@@ -67,3 +67,19 @@ def format_among(forms: Mapping[str, str], path: Path, what: str) -> str:
     if path.suffix not in forms:
         raise OutputError(f"{path}: the suffix does not say {what}", hint=f"Use one of {', '.join(forms)}.")
     return forms[path.suffix]
+
+
+def save_report(report: ParityReport, path: Path) -> None:
+    """Write a report for the first time. Raises OutputError, also for a folder that does not exist."""
+    from porting.files.atomic import require_writable
+
+    format_of(path)
+    require_writable(path)
+    write_report(report, path)
+
+
+def as_text(report: ParityReport) -> str:
+    """The verdict, and each finding on a line of its own."""
+    from porting.reports.terminal import findings, verdict
+
+    return "\n".join([verdict(report), *(f"  {line}" for line in findings(report))])

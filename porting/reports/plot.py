@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any
 
 GREY = "#808890"
 WIDTH, HEIGHT = 1100, 420
@@ -25,13 +24,6 @@ class Series:
     marker: str
     points: Sequence[tuple[float, float]]
     dashed: bool = False
-
-    @property
-    def dashes(self) -> Any:
-        """The attribute of a dashed line."""
-        import markupsafe
-
-        return markupsafe.Markup(' stroke-dasharray="6 4"' if self.dashed else "")
 
 
 def log_plot(
