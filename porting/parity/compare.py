@@ -89,8 +89,8 @@ def check_parity(
         pairs: which layer stands for which module where names do not say so, `{"torch.name": "keras/path"}`, with "-"
             for no layer. All other tensors pair by content.
         key_map: states which weights must be equal bit by bit, and carries loud weights over to Keras.
-        input_axes, output_axes: PyTorch's axes in Keras's order, for each input and for each result. The latter is a
-            dict by key, a sequence, or one order of axes for a single result.
+        input_axes: PyTorch's axes in Keras's order for each input.
+        output_axes: the same for each result: a dict by key, a sequence, or one order of axes for a single result.
         limits: what parity allows, and for which layers.
         batch_size: the number of samples per batch; by default all of them.
         strict_settings: whether settings that matter only in training, such as a momentum, fail the check.
