@@ -93,6 +93,6 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         output.text for cell in notebook.cells for output in cell.get("outputs", []) if output.get("name") == "stdout"
     )
     assert "the kernel's height and width are swapped" in printed
-    assert printed.count("at parity") >= 4
+    assert printed.lower().count("at parity") >= 4
     for name in ("van_nano.h5", "van_nano.tflite", "van_nano.onnx"):
         assert (tmp_path / name).is_file()
