@@ -22,7 +22,7 @@ IMPORT_NAMES = {"pillow": "PIL"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PYTHONS = ("3.11", "3.12", "3.13")
 # All that the help of every command imports.
-LIGHT = {"click", "filelock", "h5py", "ml_dtypes", "numpy", "rapidfuzz"}
+LIGHT = {"click", "cloup", "filelock", "h5py", "ml_dtypes", "numpy", "rapidfuzz"}
 EVERY_HELP = """
 import contextlib
 from porting.cli.main import cli
