@@ -16,7 +16,9 @@ from porting.cli.groups import (
     checkpoint_options,
     model_options,
     output_options,
+    report_files_option,
     titled,
+    with_stream,
 )
 from porting.errors import INTERRUPTED
 
@@ -89,13 +91,7 @@ from porting.errors import INTERRUPTED
 )
 @output_options(
     JSON,
-    click.option(
-        "--report",
-        "report_files",
-        type=FILE,
-        multiple=True,
-        help="Also write the report: .html, .md or .json; - writes JSON to standard output.",
-    ),
+    report_files_option("Also write the report: .html, .md or .json; - writes JSON to standard output."),
 )
 def evaluate(
     model: Model,
@@ -148,8 +144,7 @@ def evaluate(
     from porting.tasks.evaluate import EvaluateOptions
     from porting.tasks.evaluate import evaluate as run
 
-    if as_json and not any(map(is_stream, report_files)):
-        report_files = (*report_files, Path("-"))
+    report_files = with_stream(report_files, as_json)
     files = [path for path in report_files if not is_stream(path)]
     route_results(to_stderr=len(files) < len(report_files))
     for path in files:

@@ -478,9 +478,19 @@ class ReportChoice:
             raise
 
 
+def report_files_option(help: str) -> Callable[[Command], Command]:
+    """`--report`, as often as there are files to write."""
+    return click.option("--report", "report_files", type=FILE, multiple=True, help=help)
+
+
+def with_stream(report_files: tuple[Path, ...], as_json: bool) -> tuple[Path, ...]:
+    """The files of `--report`, and standard output once if `--json` asks for it."""
+    stream = Path("-")
+    return (*report_files, stream) if as_json and stream not in report_files else report_files
+
+
 def _report_choice(all_layers: bool, as_json: bool, report_files: tuple[Path, ...]) -> ReportChoice:
-    stream = [Path("-")] if as_json and Path("-") not in report_files else []
-    return ReportChoice(all_layers, (*report_files, *stream))
+    return ReportChoice(all_layers, with_stream(report_files, as_json))
 
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON to standard output, and nothing else there.")
@@ -517,13 +527,9 @@ report_options = option_group(
     _report_choice,
     all_option("--all-layers", "all_layers", help="Print every layer, not only the top level and failures."),
     JSON,
-    click.option(
-        "--report",
-        "report_files",
-        type=FILE,
-        multiple=True,
-        help="Also write the report, even if the check fails: .html, .md, .xml (JUnit) or .json; - writes JSON to "
-        "standard output.",
+    report_files_option(
+        "Also write the report, even if the check fails: .html, .md, .xml (JUnit) or .json; - writes JSON to "
+        "standard output."
     ),
     QUIET,
 )

@@ -87,12 +87,13 @@ def map_command(
     for path in (path for paths in outputs.values() for path in paths):
         require_writable(path)
     rows = [] if known is None else read_rows(known)
+    for_source, for_target = parse_arguments(source_arguments), parse_arguments(target_arguments)
     with ProgressBar() as progress:
         proposal = map_models(
             source,
             target,
-            source_arguments=parse_arguments(source_arguments),
-            target_arguments=parse_arguments(target_arguments),
+            source_arguments=for_source,
+            target_arguments=for_target,
             inputs=inputs,
             pairs=stated,
             rows=rows,
@@ -104,13 +105,7 @@ def map_command(
         lists = {name: getattr(proposal, name) for name in ("unused_sources", "unfilled_targets", "differences")}
         say_json({"complete": proposal.complete, "rows": found, **lists})
     else:
-        if all_rows:
-            for row in proposal.rows:
-                say(f"{row.source or '?'} -> {row.target} ({row.kind or 'unknown'}): {row.confidence}, {row.why}")
-        else:
-            for rule in proposal.short_rules:
-                say(f"{rule.source} -> {rule.target} ({rule.kind})")
-        say(proposal.summary)
+        say("\n".join([*map(str, proposal.rows), proposal.summary]) if all_rows else str(proposal))
     if out is not None:
         verdict = "complete, outputs exact in float64" if proposal.complete else "not complete"
         write_text(out, rows_text(proposal.short_rules, [f"{source} -> {target}: {verdict}"]))
@@ -122,8 +117,8 @@ def map_command(
             target,
             proposal.short_rules,
             zeros=proposal.zeros,
-            source_arguments=parse_arguments(source_arguments),
-            target_arguments=parse_arguments(target_arguments),
+            source_arguments=for_source,
+            target_arguments=for_target,
         )
         write_text(family_file, text)
         say(f"Wrote {family_file}", err=as_json)

@@ -50,6 +50,9 @@ class Row:
     confidence: str
     why: str
 
+    def __str__(self) -> str:
+        return f"{self.source or '?'} -> {self.target} ({self.kind or 'unknown'}): {self.confidence}, {self.why}"
+
 
 @dataclass(frozen=True)
 class Proposal:
@@ -144,11 +147,7 @@ class Proposal:
         """How sure the rows are, every row that is not proven, and what has no partner."""
         count = {each: sum(row.confidence == each for row in self.rows) for each in (PROVEN, LIKELY, OPEN)}
         lines = [f"{count[PROVEN]} rows proven, {count[LIKELY]} likely, {count[OPEN]} open"]
-        lines += [
-            f"  {row.source or '?'} -> {row.target} ({row.kind or 'unknown'}): {row.confidence}, {row.why}"
-            for row in self.rows
-            if row.confidence != PROVEN
-        ]
+        lines += [f"  {row}" for row in self.rows if row.confidence != PROVEN]
         lines += [f"  PyTorch only: {name}" for name in self.unused_sources]
         lines += [f"  PyTorch only: {name}, which must hold zeros for the outputs to be exact" for name in self.zeros]
         lines += [f"  Keras only: {name}" for name in self.unfilled_targets]
@@ -241,13 +240,12 @@ def _with_zeros(proposal: Proposal, names: Collection[str]) -> Proposal:
 def _report(proposal: Proposal, source: TorchSide, candidate: keras.Model, progress: Progress) -> ParityReport:
     """The parity of the two models with the synthetic weights and the proposed map. Their own weights come back."""
     reference = in_float64(source.model).float()
-    own = {name: np.array(variable) for name, variable in named_variables(candidate).items()}
-    arrays = effective_tensors(reference)
-    shapes = {name: array.shape for name, array in own.items()}
     variables = named_variables(candidate)
+    own = {name: np.array(variable) for name, variable in variables.items()}
+    arrays = effective_tensors(reference)
     try:
         for entry in proposal.key_map.entries:
-            for name, values in entry.to_keras(arrays, shapes).items():
+            for name, values in entry.to_keras(arrays, proposal.shapes).items():
                 variables[name].assign(values)
         return check_parity(
             reference,
@@ -312,16 +310,15 @@ def _proposal(outcome: Outcome, options: Options) -> Proposal:
     filled = {name for entry in entries for name in entry.targets}
     unique: dict[tuple[tuple[str, ...], tuple[str, ...]], TensorEntry] = {(e.sources, e.targets): e for e in entries}
     # Whole numbers are no weights: counters of batches, and indices that a model looks up.
-    counters = {name for name, array in options.tensors.items() if array.dtype.kind in "iub"}
+    counters = options.source.whole_numbers()
     aliases = options.source.aliases()
     counters |= {name for name in aliases if name not in used and aliases[name] in used}
     counters |= {own for name, own in aliases.items() if own not in used and name in used}
-    whole = {name for name, array in options.target.tensors().items() if array.dtype.kind in "iub"}
     return Proposal(
         tuple(rows),
         KeyMap.of(layers, unique.values(), (drops | counters) - used),
         tuple(sorted(name for name in options.tensors.keys() - used - drops - counters)),
-        tuple(sorted(name for name in options.shapes.keys() - filled - set(options.target.aliases()) - whole)),
+        tuple(sorted(options.shapes.keys() - filled - set(options.target.aliases()) - options.target.whole_numbers())),
         (*differences, *outcome.notes),
         agrees,
         tuple(options.tensors),

@@ -6,7 +6,7 @@ Every side has the same methods, so that the search for a key map does not depen
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -64,8 +64,12 @@ class Side(Protocol):
         """Names under which a tensor is found a second time, as tied weights are, and its first name."""
         ...
 
-    def assign(self, name: str, array: Array) -> None:
-        """Set a tensor of the float64 model. The caller's model is not changed."""
+    def whole_numbers(self) -> set[str]:
+        """The names of tensors that hold whole numbers or booleans, which are no weights."""
+        ...
+
+    def assign(self, values: Mapping[str, Array]) -> None:
+        """Set tensors of the float64 model. The caller's model is not changed."""
         ...
 
     def running(self, observer: Observer) -> contextlib.AbstractContextManager[Callable[[], dict[str, Tensor]]]:
@@ -127,8 +131,11 @@ class TorchSide:
         found = {name: first.setdefault(id(tensor), name) for name, tensor in tensors}
         return {name: own for name, own in found.items() if name != own}
 
-    def assign(self, name: str, array: Array) -> None:
-        assign_tensors(self.model, {name: array})
+    def whole_numbers(self) -> set[str]:
+        return {name for name, array in self._tensors.items() if array.dtype.kind in "iub"}
+
+    def assign(self, values: Mapping[str, Array]) -> None:
+        assign_tensors(self.model, values)
 
     def call(self, model: nn.Module) -> Any:
         """Run a model on the inputs of this side."""
@@ -148,7 +155,7 @@ class TorchSide:
             yield run
 
     def clear(self, names: Iterable[str]) -> None:
-        assign_tensors(self.model, {name: np.zeros_like(self._tensors[name]) for name in names})
+        self.assign({name: np.zeros_like(self._tensors[name]) for name in names})
         self._refresh()
 
     def fill_with_synthetic_weights(self) -> None:
@@ -175,9 +182,8 @@ class KerasSide:
 
     def __init__(self, model: keras.Model, given: Inputs) -> None:
         if not all(layer.built for layer in (model, *named_layers(model).values())):
-            model(
-                given.for_candidate(model), training=False
-            )  # it has no weights before, and makes them in its own type
+            # It has no weights before its first call, which makes them in its own type.
+            model(given.for_candidate(model), training=False)
         self._float64, self.given = Float64Model(model), given
         self.replay: Replay | None = Replay()
         self.layers = named_layers(model)
@@ -206,9 +212,13 @@ class KerasSide:
     def tensors(self) -> dict[str, Array]:
         return {name: np.array(values) for name, values in self._float64.weights().items()}
 
-    def assign(self, name: str, array: Array) -> None:
-        """Set a variable. Only inside `running`, where the model is in float64."""
-        self._variables[name].assign(array)
+    def whole_numbers(self) -> set[str]:
+        return {name for name, own in self._variables.items() if str(own.dtype).startswith(("int", "uint", "bool"))}
+
+    def assign(self, values: Mapping[str, Array]) -> None:
+        """Set variables. Only inside `running`, where the model is in float64."""
+        for name, array in values.items():
+            self._variables[name].assign(array)
 
     @contextlib.contextmanager
     def running(self, observer: Observer) -> Iterator[Callable[[], dict[str, Tensor]]]:

@@ -403,8 +403,7 @@ class Walk:
         if disturbed:
             rng = np.random.default_rng(1)
             values = {name: array * rng.uniform(1.5, 2.5, array.shape) + 0.5 for name, array in values.items()}
-        for name, array in values.items():
-            self.options.target.assign(name, array)
+        self.options.target.assign(values)
         if disturbed:
             self._filled.pop(choice.slot, None)
         else:
