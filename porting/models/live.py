@@ -15,6 +15,21 @@ if TYPE_CHECKING:
 _OLD_STYLE = {"WeightNorm": ("_g", "_v"), "SpectralNorm": ("_orig", "_u", "_v")}
 
 
+def require_models(reference: object, candidate: object) -> None:
+    """Raise TypeError unless the reference is a PyTorch model and the candidate a Keras model."""
+    import keras
+    from torch import nn
+
+    for name, model, wanted, what in (
+        ("reference", reference, nn.Module, "a torch.nn.Module"),
+        ("candidate", candidate, keras.layers.Layer, "a keras.Model"),
+    ):
+        if not isinstance(model, wanted):
+            swapped = isinstance(reference, keras.layers.Layer) and isinstance(candidate, nn.Module)
+            advice = ". The two models are swapped." if swapped else ""
+            raise TypeError(f"{name} must be {what}, but is a {type(model).__name__}{advice}")
+
+
 def effective_tensors(model: nn.Module, *, in_float32: bool = True) -> dict[str, Array]:
     """The model's state_dict by name, with each computed weight in place of the tensors that it is computed from.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from porting.errors import KeyMapError
 from porting.kinds import kind_called, kind_of_module
-from porting.kinds.base import Leaf
+from porting.kinds.base import Kind, Leaf
 from porting.kinds.transforms import Constant
 from porting.mapping.key_map import KeyMap, LayerPair, TensorEntry, expand
 from porting.mapping.rules import KeyRule, join_name
@@ -52,6 +52,25 @@ def key_map_of_rows(reference: nn.Module, candidate: keras.Model, rows: Iterable
         found = {name: names[id(each)] for name, each in kind.variables(layer).items() if id(each) in names}
         entries += entries_of(own, leaves, tensors, found)
     return KeyMap.of(pairs, entries, drops)
+
+
+def entries_filling(
+    kind: Kind,
+    own: str,
+    module: nn.Module,
+    layer: keras.layers.Layer,
+    tensors: Collection[str],
+    names: Mapping[int, str],
+) -> tuple[TensorEntry, ...]:
+    """The entries by which the tensors of the module `own` fill all variables of a layer; empty if they do not.
+
+    `names` are the names of the Keras model's variables, by their ids.
+    """
+    found = {name: names[id(each)] for name, each in kind.variables(layer).items() if id(each) in names}
+    entries = tuple(entries_of(own, kind.leaves_for(module), tensors, found))
+    if not any(entry.sources and entry.targets for entry in entries):
+        return ()
+    return entries if {name for entry in entries for name in entry.targets} == set(found.values()) else ()
 
 
 def _has_weights(module: nn.Module) -> bool:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import replace
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from porting.kinds import kind_of_layer, kind_of_module
-from porting.kinds.base import attribute, with_value
+from porting.kinds.base import Leaf, attribute, with_value
 from porting.models.inputs import Axes, inverse
 from porting.parity.content import as_real
 from porting.parity.diagnose import EXPLAINED, diagnose
@@ -154,8 +155,39 @@ def _other_order(
     return Diagnosis(call, cause, 0.0, (cause,))
 
 
-def _weights(module: Any, layer: Any) -> Iterator[tuple[str, np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
-    """Yield the weights that both sides have, in PyTorch's order of axes: name, expected, actual."""
+@dataclass(frozen=True)
+class _Weight:
+    """A weight that both sides have, in PyTorch's order of axes, and the Keras variables that hold it."""
+
+    name: str
+    expected: np.ndarray[Any, Any]
+    actual: np.ndarray[Any, Any]
+    leaf: Leaf
+    variables: tuple[Any, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    def place_in_keras(self, place: tuple[int, ...]) -> str:
+        """Where Keras holds a number of PyTorch's tensor, as a remark; empty if it holds none by itself."""
+        ends = np.cumsum([0, *(math.prod(variable.shape) for variable in self.variables)])
+        # Number all places, and see which number comes to this one.
+        numbers = [
+            np.arange(begin, end, dtype=np.float64).reshape(tuple(variable.shape))
+            for begin, end, variable in zip(ends, ends[1:], self.variables, strict=False)
+        ]
+        try:
+            made = self.leaf.transform.to_torch(numbers, list(self.shapes))
+        except ValueError:
+            return ""
+        number = float(made[self.leaf.sources.index(self.name)][place])
+        if not number.is_integer() or not 0 <= number < ends[-1]:
+            return ""
+        which = int(np.searchsorted(ends, number, side="right")) - 1
+        found = np.unravel_index(int(number) - int(ends[which]), tuple(self.variables[which].shape))
+        return f" (in Keras {self.variables[which].path}{_indexed(found)})"
+
+
+def _weights(module: Any, layer: Any) -> Iterator[_Weight]:
+    """Yield the weights that both sides have."""
     kind = kind_of_module(module)
     if kind is None or layer is None or kind is not kind_of_layer(layer):
         return
@@ -170,31 +202,38 @@ def _weights(module: Any, layer: Any) -> Iterator[tuple[str, np.ndarray[Any, Any
             continue
         expected = [tensor.detach().float().numpy() for tensor in held]
         arrays = [np.asarray(own[name]).astype(np.float32) for name in leaf.targets]
+        shapes = tuple(array.shape for array in expected)
         try:
-            actual = leaf.transform.to_torch(arrays, [array.shape for array in expected])
+            actual = leaf.transform.to_torch(arrays, list(shapes))
         except ValueError:
             continue
+        variables = tuple(own[name] for name in leaf.targets)
         for name, one, other in zip(leaf.sources, expected, actual, strict=True):
             if one.shape == other.shape:
-                yield name, one, other
+                yield _Weight(name, one, other, leaf, variables, shapes)
 
 
 def _few_numbers(call: str, module: Any, layer: Any, slack: float = 0.0) -> Diagnosis | None:
     """Diagnose a few numbers of a weight that differ from the checkpoint's by more than `slack` of its greatest."""
     note = _NORM if slack else ""
-    for name, expected, actual in _weights(module, layer):
+    for weight in _weights(module, layer):
+        name, expected, actual = weight.name, weight.expected, weight.actual
         differing = np.argwhere(~_same(expected, actual, slack))
         if 0 < len(differing) <= _FEW and len(differing) < expected.size / 2:
             said = []
             for place in differing:
                 one, other = float(expected[tuple(place)]), float(actual[tuple(place)])
-                index = ", ".join(str(int(each)) for each in place)
-                times = f", {other / one:.9g} times what it should be" if one else ""
-                said.append(f"{call}.{name}[{index}]{note} is {other:.9g}{times or ', which should be 0'}")
+                times = f", {other / one:.9g} times what it should be, {one:.9g}" if one else ", which should be 0"
+                inside = weight.place_in_keras(tuple(place))
+                said.append(f"{call}.{name}{_indexed(place)}{note} is {other:.9g}{times}{inside}")
             channel = f"output channel {int(differing[0][0])}: " if expected.ndim > 1 else ""
             cause = channel + "; ".join(said)
             return Diagnosis(call, cause, 0.0, (cause,))
     return None
+
+
+def _indexed(place: Iterable[Any]) -> str:
+    return f"[{', '.join(str(int(each)) for each in place)}]"
 
 
 def _same(expected: np.ndarray[Any, Any], actual: np.ndarray[Any, Any], slack: float) -> np.ndarray[Any, Any]:
@@ -205,7 +244,7 @@ def _same(expected: np.ndarray[Any, Any], actual: np.ndarray[Any, Any], slack: f
 
 def _differing_weights(call: str, module: Any, layer: Any, slack: float = 0.0) -> Diagnosis | None:
     note = _NORM if slack else ""
-    weights = list(_weights(module, layer))
+    weights = [(each.name, each.expected, each.actual) for each in _weights(module, layer)]
     for (name, expected, actual), (other, theirs, ours) in itertools.combinations(weights, 2):
         if np.array_equal(expected, ours) and np.array_equal(theirs, actual) and not np.array_equal(expected, actual):
             text = f"its {name} and {other} are exchanged"

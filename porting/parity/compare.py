@@ -22,7 +22,7 @@ from porting.mapping.key_map import KeyMap
 from porting.models.frameworks import torch_on_one_thread
 from porting.models.inputs import Axes, Inputs, leaves_by_key, make_inputs
 from porting.models.keras_float64 import Float64Model
-from porting.models.live import effective_tensors
+from porting.models.live import effective_tensors, require_models
 from porting.models.observe import observe_layers, observe_modules, to_torch
 from porting.models.precision import in_precision
 from porting.models.traverse import named_layers, named_variables
@@ -34,6 +34,7 @@ from porting.parity.derived import (
     rounds_to,
     substitute_for,
 )
+from porting.parity.inferred import with_inferred_weights
 from porting.parity.locate import locate
 from porting.parity.loud import compare_loud_outputs
 from porting.parity.observers import ExactObserver, RoundingObserver
@@ -105,10 +106,12 @@ def check_parity(
 
     Both models are left exactly as they were. Activations of one batch are in memory at a time.
 
-    Raises ValueError when there are no inputs, or when a name belongs to neither model.
+    Raises ValueError when there are no inputs, or when a name belongs to neither model, and TypeError when a model is
+    of the wrong framework. Inputs of a wrong shape raise nothing: the report says so in `problem` and does not pass.
     """
     from torch.nn.parameter import is_lazy
 
+    require_models(reference, candidate)
     limits = limits or Limits()
     reference = _unwrapped(reference)
     refuse_unknown_layers("limits", limits.per_layer, reference, [OUTPUT])
@@ -137,6 +140,8 @@ def check_parity(
         except CannotRunError as error:
             return _without_result(str(error), limits, name)
         report = summarize(session, limits, key_map, name, strict_settings, waive)
+        if key_map is None and not report.divergences:
+            report = with_inferred_weights(session, report, limits)
         if loud:
             progress("loud inputs" if key_map is None else "loud weights")
             found, on_loud = compare_loud_outputs(session, key_map, limits, locate_culprits and not report.divergences)

@@ -406,12 +406,20 @@ def _partner(session: Session, recording: Recording, tracer: Tracer, node: Node)
     named = session.names.source(node.name, recording.calls)
     if named is not None and index < len(recording.calls[named].outputs):
         return named
+    # The parts of a layer, such as an attention's projections, stand for parts of its partner.
+    around = node.parent
+    inside = None
+    if around is not None and session.layer_kind(around.name) is not None:
+        outer = _partner(session, recording, tracer, around)
+        inside = None if outer is None else f"{outer.partition('#')[0]}."
     count = as_real(node.outputs[index]).numel() if node.outputs else 0
     taken = {place[0] for output in _agreeing(tracer) for place in output.places if place[1]}
     fitting = [
         call
         for call, each in recording.calls.items()
-        if any(truth.tensor.numel() == count for truth in each.outputs) and call not in taken
+        if any(truth.tensor.numel() == count for truth in each.outputs)
+        and call not in taken
+        and (inside is None or call.startswith(inside))
     ]
     match = _first_known(tracer, node.inputs[0]) if node.inputs else None
     same_input = [call for call in fitting if match is not None and match.truth in recording.calls[call].inputs]

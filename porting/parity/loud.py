@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from porting.kinds.transforms import Array
 from porting.mapping.key_map import KeyMap
-from porting.models.inputs import Inputs, leaves_by_key
+from porting.models.inputs import Inputs, inverse, leaves_by_key
 from porting.models.live import effective_tensors
 from porting.models.observe import to_torch
 from porting.models.synthetic import fill_with_synthetic_weights
@@ -33,6 +32,8 @@ if TYPE_CHECKING:
 # Loud weights and inputs increase rounding too. The mistakes that they are meant to show are above a hundredth.
 LOUD_LIMIT = 1e-9
 LOUD_INPUTS = 16.0
+# Inputs of zeros and ones with at most this many axes are masks.
+_MOST_MASKS = 3
 
 
 def compare_loud_outputs(
@@ -47,8 +48,11 @@ def compare_loud_outputs(
         return _on_loud_weights(session, one, key_map, limits, locates)
     if not any(array.dtype.kind == "f" for array in one.candidate):
         return None, ()
-    inputs = replace(one, candidate=_louder(one.candidate), reference=_louder(one.reference))
-    return _judged_loud(session, inputs, f"inputs {LOUD_INPUTS:g} times as large", limits, locates)
+    size = f"inputs {LOUD_INPUTS:g} times as large"
+    found = _judged_loud(session, _louder(one, noisy=True), f"{size}, with noise", limits, locates)
+    if found[0] is None:  # the model may take only numbers of some range
+        found = _judged_loud(session, _louder(one, noisy=False), size, limits, locates)
+    return found
 
 
 def _judged_loud(
@@ -63,8 +67,26 @@ def _judged_loud(
     return found, tuple(locate(session, inputs, limits))
 
 
-def _louder(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
-    return tuple(array * np.float32(LOUD_INPUTS) if array.dtype.kind == "f" else array for array in arrays)
+def _louder(inputs: Inputs, *, noisy: bool) -> Inputs:
+    """Make floats larger, and add noise as large as they are, which brings channels to life that they leave at zero.
+
+    Numbers that are not negative stay so. Masks stay as they are, and noise is left out where the two sides have inputs
+    of their own.
+    """
+    rng = np.random.default_rng(0)
+    candidate, reference = list(inputs.candidate), list(inputs.reference)
+    for index, axes in enumerate(inputs.axes):
+        array = candidate[index]
+        if array.dtype.kind != "f" or (array.ndim <= _MOST_MASKS and bool(((array == 0) | (array == 1)).all())):
+            continue
+        candidate[index] = array * np.float32(LOUD_INPUTS)
+        reference[index] = reference[index] * np.float32(LOUD_INPUTS)
+        if noisy and axes is not None:
+            size = float(np.sqrt(np.square(array, dtype=np.float64).mean())) or 1.0
+            noise = rng.normal(0.0, LOUD_INPUTS * size, array.shape).astype(array.dtype)
+            candidate[index] = candidate[index] + (np.abs(noise) if bool((array >= 0).all()) else noise)
+            reference[index] = np.transpose(candidate[index], inverse(axes)).astype(reference[index].dtype)
+    return replace(inputs, candidate=tuple(candidate), reference=tuple(reference))
 
 
 def _on_loud_weights(

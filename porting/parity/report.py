@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from porting.wording import counted
+
 # The name under which the models' own results are compared, after all layers.
 OUTPUT = "output"
 # Half the distance between 1 and the next number of a type: what one rounding can do, relative to the value.
@@ -264,9 +266,10 @@ class Loud:
 class Verified:
     """Which weights of the Keras model the check has verified.
 
-    `weights` and `verified` count numbers. `unverified` names the variables that no compared result depends on. If
-    there is a key map, `differing` names the variables that differ from the checkpoint in any bit, of `compared_bits`
-    variables compared. `through_layers` is whether tensors inside the models were compared, not only the outputs.
+    `weights` and `verified` count numbers. `unverified` names the variables that no compared result depends on. If a
+    key map is given, or the paired layers imply one, `differing` names the variables that differ from the checkpoint
+    in any bit, of `compared_bits` variables compared, and `details` says how each differs. `through_layers` is whether
+    tensors inside the models were compared, not only the outputs.
     """
 
     weights: int
@@ -275,6 +278,7 @@ class Verified:
     differing: tuple[str, ...] = ()
     through_layers: bool = True
     compared_bits: int = 0
+    details: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -383,14 +387,12 @@ class ParityReport:
             found.append(f"the outputs differ by {self.loud.relative:.2g} on {self.loud.what}")
         if self.verified is not None:
             if self.verified.differing:
-                found.append(
-                    f"{len(self.verified.differing)} weights are not the checkpoint's, "
-                    f"first {self.verified.differing[0]}"
-                )
+                first = next(iter(self.verified.details), self.verified.differing[0])
+                found.append(f"{counted(len(self.verified.differing), 'weight')} not the checkpoint's: {first}")
             if self.verified.weights and not self.verified.verified:
                 found.append("no weight of the Keras model was observed in use")
         if self.audit is not None and self.audit.failures:
-            found.append(f"{len(self.audit.failures)} settings differ, first {self.audit.failures[0]}")
+            found.append(f"{counted(len(self.audit.failures), 'setting')} not equal, first {self.audit.failures[0]}")
         found += [
             f"not at parity under stress, {run.name}: {run.objections[0]}" for run in self.stress if not run.passed
         ]

@@ -190,6 +190,15 @@ class Session:
         kind = None if module is None else kind_of_module(module)
         return kind is not None and kind is self.layer_kind(layer_name)
 
+    @property
+    def layer_of_module(self) -> dict[str, str]:
+        """The Keras layer whose result pairs with that of a module, by the module's name."""
+        return {
+            pair.place[0].partition("#")[0]: pair.target.partition("#")[0]
+            for pair in self.pairs.values()
+            if pair.place[1] and pair.index == 0
+        }
+
     def layer(self, name: str) -> Any:
         """The Keras layer of a call; None if the model has no such layer."""
         return self.names.layers.get(name.partition("#")[0])

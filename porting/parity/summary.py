@@ -50,9 +50,10 @@ def summarize(
     ordered = sorted(session.pairs.values(), key=lambda pair: pair.order)
     layers = [pair.total(kinds, exact=True) for pair in ordered]
     everything = list(with_usual_rounding([*layers, *results], session.reference))
+    compared = {layer.source for layer in everything}
     report = ParityReport(
         layers=tuple(everything),
-        unpaired_source=tuple(session.unseen),
+        unpaired_source=tuple(call for call in session.unseen if call not in compared),
         unpaired_target=tuple(each for each in session.lone),
         logits=compare_logits(session.logits),
         input_shapes=tuple(tuple(array.shape) for array in session.inputs.candidate),
@@ -67,13 +68,8 @@ def summarize(
     agreed = not any(divergence.view == EXACT for divergence in report.divergences)
     if agreed:
         report = replace(report, layers=tuple(_written(layer, session) for layer in report.layers))
-    targets = {
-        pair.place[0].partition("#")[0]: pair.target.partition("#")[0]
-        for pair in session.pairs.values()
-        if pair.place[1] and pair.index == 0
-    }
     with session.float64.active() as model:
-        audit = compare_settings(session.reference, model, targets, strict=strict_settings, waive=waive)
+        audit = compare_settings(session.reference, model, session.layer_of_module, strict=strict_settings, waive=waive)
     return replace(report, audit=audit, verified=_verified(session, agreed, key_map))
 
 
@@ -98,21 +94,20 @@ def _verified(session: Session, agreed: bool, key_map: KeyMap | None) -> Verifie
             seen |= {id(variable) for variable in own}
     sizes = {name: math.prod(variable.shape) for name, variable in variables.items()}
     unverified = tuple(name for name, variable in variables.items() if id(variable) not in seen)
-    differing, compared = _other_bits(session.reference, variables, key_map)
+    differing, compared = ({}, 0) if key_map is None else other_bits(session.reference, variables, key_map)
     through = any(not pair.named for pair in session.pairs.values())
     total = sum(sizes.values())
     verified = total - sum(sizes[name] for name in unverified)
-    return Verified(total, verified, unverified, differing, through, compared)
+    return Verified(total, verified, unverified, tuple(differing), through, compared, tuple(differing.values()))
 
 
-def _other_bits(
-    reference: nn.Module, variables: Mapping[str, Any], key_map: KeyMap | None
-) -> tuple[tuple[str, ...], int]:
-    """The Keras variables that differ from the checkpoint's tensor in any bit, and how many were compared."""
-    if key_map is None:
-        return (), 0
+def other_bits(reference: nn.Module, variables: Mapping[str, Any], key_map: KeyMap) -> tuple[dict[str, str], int]:
+    """Compare the Keras variables with the checkpoint's tensors bit by bit.
+
+    Returns what differs, by the variable's name, and how many variables were compared.
+    """
     state = reference.state_dict()
-    differing: list[str] = []
+    differing: dict[str, str] = {}
     compared = 0
     for entry in key_map.entries:
         if not entry.is_in(state, variables):
@@ -120,15 +115,25 @@ def _other_bits(
         arrays = {name: state[name].detach().float().numpy() for name in entry.sources}
         try:
             made = entry.to_keras(arrays, {name: tuple(variables[name].shape) for name in entry.targets})
-        except ValueError:
-            differing += entry.targets
+        except ValueError as error:
+            differing |= {name: f"{name}: {error}" for name in entry.targets}
             continue
         for name, expected in made.items():
             compared += 1
             actual = np.asarray(variables[name])
-            if not (expected.shape == actual.shape and np.array_equal(expected, actual, equal_nan=True)):
-                differing.append(name)
-    return tuple(differing), compared
+            if expected.shape != actual.shape:
+                differing[name] = f"{name} has the shape {actual.shape} and should have {expected.shape}"
+            elif not np.array_equal(expected, actual, equal_nan=True):
+                differing[name] = _first_difference(name, expected, actual)
+    return differing, compared
+
+
+def _first_difference(name: str, expected: Array, actual: Array) -> str:
+    places = np.argwhere((expected != actual) & ~(np.isnan(expected) & np.isnan(actual)))
+    first = tuple(int(each) for each in places[0])
+    more = f" ({len(places):,} of {expected.size:,} numbers differ)" if len(places) > 1 else ""
+    place = f"[{', '.join(map(str, first))}]" if first else ""
+    return f"{name}{place} is {float(actual[first]):.9g} and should be {float(expected[first]):.9g}{more}"
 
 
 def precision_of(candidate: keras.Model) -> str:

@@ -13,7 +13,7 @@ from rapidfuzz import fuzz
 from porting.kinds import kind_called, kind_of_layer
 from porting.kinds.transforms import VECTOR, Array, Constant, Shape
 from porting.mapping.key_map import TensorEntry
-from porting.models.rows import entries_of
+from porting.models.rows import entries_filling, entries_of
 from porting.parity.content import Truth
 from porting.parity.record import Recording
 from porting.proposing.sides import KerasSide, Side, TorchSide
@@ -203,14 +203,9 @@ class AcrossFrameworks(Options):
             details = [f"batch_norm:{module.eps - layer.epsilon:+.9g}"]
         for row_kind in details:
             own = kind_called(row_kind)
-            found = {name: names[id(each)] for name, each in own.variables(layer).items() if id(each) in names}
-            entries = tuple(entries_of(module_name, own.leaves_for(module), self.tensors.keys(), found))
+            entries = entries_filling(own, module_name, module, layer, self.tensors.keys(), names)
             filled = {name for entry in entries for name in entry.targets}
-            if not entries or not any(entry.sources and entry.targets for entry in entries):
-                continue
-            if filled != set(found.values()) or not filled >= set(self.owned.get(layer_name, ())):
-                continue
-            if all(self._fits(entry) for entry in entries):
+            if entries and filled >= set(self.owned.get(layer_name, ())) and all(map(self._fits, entries)):
                 yield Option(module_name, row_kind, entries)
 
         if kind.name == "depthwise":

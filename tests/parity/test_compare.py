@@ -322,7 +322,8 @@ def test_a_single_number_is_named(toy: nn.Module, candidate: keras.Model, images
     assert isinstance(weight, torch.Tensor)
     value = float(weight.detach()[3, 0, 0, 0]) * 1.5
     assert report.diagnosis.cause == (
-        f"output channel 3: blocks.1.pw.weight[3, 0, 0, 0] is {value:.9g}, 1.5 times what it should be"
+        f"output channel 3: blocks.1.pw.weight[3, 0, 0, 0] is {value:.9g}, 1.5 times what it should be, "
+        f"{value / 1.5:.9g} (in Keras block2_pw/kernel[0, 0, 0, 3])"
     )
     assert report.diagnosis.confidence == "certain"
 

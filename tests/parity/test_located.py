@@ -102,3 +102,34 @@ def test_a_mask_is_not_blamed_for_an_epsilon() -> None:
     assert not report.passed
     assert [culprit.layer for culprit in report.culprits] == ["block.norm"]
     assert "epsilon" in str(report.diagnosis)
+
+
+class Attending(nn.Module):
+    """Attention, then a dense layer with as large a result as the attention's own projections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(12, 3, batch_first=True)
+        self.fc = nn.Linear(12, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x + self.attn(x, x, x, need_weights=False)[0])
+
+
+def test_parts_of_an_attention_stand_for_no_later_layer() -> None:
+    torch.manual_seed(0)
+    reference = Attending().eval()
+    for parameter in reference.parameters():
+        parameter.data.normal_()
+    inputs = keras.Input((7, 12))
+    attn = layers.MultiHeadAttention(3, 4, name="of_keras")
+    candidate = keras.Model(inputs, layers.Dense(12, name="last")(inputs + attn(inputs, inputs)))
+    rows = [porting.KeyRule("attn", "of_keras", "attention"), porting.KeyRule("fc", "last", "dense")]
+    porting.port_weights(reference, candidate, rows)
+    query, key = (np.asarray(part.kernel) for part in (attn.query_dense, attn.key_dense))
+    attn.query_dense.kernel.assign(key)
+    attn.key_dense.kernel.assign(query)
+    sequences = np.random.default_rng(0).normal(size=(2, 7, 12)).astype(np.float32)
+    report = porting.check_parity(reference, candidate, sequences)
+    assert [culprit.layer for culprit in report.culprits] == ["attn"]
+    assert "query and key are exchanged" in str(report.diagnosis)

@@ -1,0 +1,121 @@
+"""Infers which tensors of PyTorch fill which variables of Keras, from the layers that a check has paired.
+
+Without a key map, only the results of the layers say whether the weights are right, and a weight that meets only zeros,
+such as one behind a dead ReLU, has no effect on them. The pairs suggest a key map. It is taken only if it covers all
+weights, and all its weights are equal or both models compute the same with other weights moved by it. Then a weight
+that differs is a mistake, whatever the results are on these inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+
+from porting.errors import KeyMapError
+from porting.kinds import kind_of_module
+from porting.kinds.transforms import Constant
+from porting.mapping.key_map import KeyMap, LayerPair, TensorEntry
+from porting.models.live import effective_names
+from porting.models.rows import entries_filling
+from porting.models.traverse import named_variables, owned_variables
+from porting.parity.loud import compare_loud_outputs
+from porting.parity.report import Limits, ParityReport
+from porting.parity.session import Session
+from porting.parity.summary import other_bits
+
+
+def with_inferred_weights(session: Session, report: ParityReport, limits: Limits) -> ParityReport:
+    """Add to the report which weights are equal bit by bit, if the pairs of layers tell which belong together."""
+    key_map = None if session.halved or report.verified is None else infer_key_map(session)
+    if key_map is None or report.verified is None:
+        return report
+    differing, compared = other_bits(session.reference, named_variables(session.candidate), key_map)
+    if differing:
+        loud, _ = compare_loud_outputs(session, key_map, limits, locates=False)
+        if loud is None or not loud.passed:
+            return report
+    verified = replace(
+        report.verified,
+        differing=tuple(differing),
+        compared_bits=compared,
+        details=tuple(differing.values()),
+    )
+    return replace(report, verified=verified)
+
+
+def infer_key_map(session: Session) -> KeyMap | None:
+    """The key map that the pairs of layers suggest; None unless it fills all variables from all tensors."""
+    fits = _Fits(session)
+    modules: dict[str, str] = {}
+    for source, target in session.layer_of_module.items():
+        modules.setdefault(target, source)
+    found: dict[str, tuple[TensorEntry, ...]] = {}
+    for target, source in modules.items():
+        if fitting := fits.entries(source, target):
+            found[target] = fitting
+    # The result of a layer with an activation in it pairs with the activation's.
+    for target, variables in owned_variables(session.candidate).items():
+        if variables and target and target not in found and (other := fits.named_or_equal(target, modules.values())):
+            modules[target], found[target] = other
+    entries = [entry for each in found.values() for entry in each]
+    filled = {name for entry in entries for name in entry.targets}
+    if filled != fits.shapes.keys() or fits.unread(entries):
+        return None
+    try:
+        rows = [LayerPair(modules[target], target, fits.kind_names[modules[target]]) for target in found]
+        return KeyMap.of(rows, entries)
+    except KeyMapError:  # two layers share a tensor
+        return None
+
+
+class _Fits:
+    """Which modules' tensors have the shapes of a layer's variables."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._state = session.reference.state_dict()
+        self._tensors = effective_names(session.reference)
+        self._variables = named_variables(session.candidate)
+        self._names = {id(variable): name for name, variable in self._variables.items()}
+        self.shapes = {name: tuple(variable.shape) for name, variable in self._variables.items()}
+        self._kinds = {name: kind_of_module(module) for name, module in session.modules.items()}
+        self.kind_names = {name: kind.name for name, kind in self._kinds.items() if kind is not None}
+
+    def entries(self, source: str, target: str) -> tuple[TensorEntry, ...]:
+        """The entries that fill all variables of a layer from a module's tensors; empty if they do not fit."""
+        layer, kind = self._session.layer(target), self._kinds.get(source)
+        if layer is None or kind is None or not kind.leaves:
+            return ()
+        found = entries_filling(kind, source, self._session.modules[source], layer, self._tensors, self._names)
+        return found if all(self._accepts(entry) for entry in found) else ()
+
+    def named_or_equal(self, target: str, taken: Collection[str]) -> tuple[str, tuple[TensorEntry, ...]] | None:
+        """The module of a layer's name, or else the first other one with the same weights."""
+        named = self._session.names.source(target, self.kind_names)
+        if named is not None and (entries := self.entries(named, target)):
+            return named, entries
+        for source in self.kind_names:
+            if source not in taken and (entries := self.entries(source, target)):
+                key_map = KeyMap((), entries, frozenset())
+                differing, compared = other_bits(self._session.reference, self._variables, key_map)
+                if compared and not differing:
+                    return source, entries
+        return None
+
+    def unread(self, entries: Iterable[TensorEntry]) -> list[str]:
+        """The float tensors of PyTorch that no entry reads, under any of their names."""
+        read = {self._state[name].data_ptr() for entry in entries for name in entry.sources if name in self._state}
+        return [
+            name
+            for name in self._tensors & self._state.keys()
+            if self._state[name].is_floating_point() and self._state[name].data_ptr() not in read
+        ]
+
+    def _accepts(self, entry: TensorEntry) -> bool:
+        if isinstance(entry.transform, Constant):
+            # A tensor that Keras leaves out must hold nothing that would be lost.
+            return all(bool((self._state[name] == entry.transform.value).all()) for name in entry.sources)
+        if not all(name in self._state for name in entry.sources):
+            return True  # a weight that the module computes
+        sources = [tuple(self._state[name].shape) for name in entry.sources]
+        return entry.transform.accepts(sources, [self.shapes[name] for name in entry.targets])

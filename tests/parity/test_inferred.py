@@ -1,0 +1,119 @@
+"""Weights that have no effect on the given inputs are verified all the same, without a key map."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import torch
+from keras import layers
+from torch import nn
+
+import porting
+
+
+class Net(nn.Module):
+    """Two convolutions with a norm; the second channel between them never fires on small inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1, self.bn, self.act = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()
+        self.conv2, self.fc = nn.Conv2d(4, 5, 3), nn.Linear(5, 3)
+        self.bn.running_mean = torch.tensor([0.1, 1e6, -0.2, 0.3])
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.conv2(self.act(self.bn(self.conv1(x)))).mean((2, 3)))
+
+
+def candidate_of(reference: Net, *, named: bool, folded: bool = False, epsilon: float = 1e-5) -> keras.Model:
+    def name(own: str) -> str | None:
+        return own if named else None
+
+    state = {key: tensor.numpy() for key, tensor in reference.state_dict().items()}
+    norm = [state[f"bn.{key}"] for key in ("weight", "bias", "running_mean", "running_var")]
+    norm[3] = norm[3] + np.float32(1e-5 - epsilon)
+    inputs = keras.Input((9, 9, 3))
+    conv1 = layers.Conv2D(4, 3, name=name("conv1"), activation="relu" if folded else None)
+    x = conv1(inputs)
+    if not folded:
+        bn = layers.BatchNormalization(momentum=0.9, epsilon=epsilon, name=name("bn"))
+        x = layers.ReLU(name=name("act"))(bn(x))
+        bn.set_weights(norm)
+    conv2, fc = layers.Conv2D(5, 3, name=name("conv2")), layers.Dense(3, name=name("fc"))
+    model = keras.Model(inputs, fc(layers.GlobalAveragePooling2D()(conv2(x))))
+    for layer, module in ((conv1, "conv1"), (conv2, "conv2")):
+        layer.set_weights([state[f"{module}.weight"].transpose(2, 3, 1, 0), state[f"{module}.bias"]])
+    if folded:
+        factor = norm[0] / np.sqrt(norm[3].astype(np.float64) + 1e-5)
+        kernel, bias = conv1.get_weights()
+        conv1.set_weights([kernel * factor, (bias - norm[2]) * factor + norm[1]])
+    fc.set_weights([state["fc.weight"].T, state["fc.bias"]])
+    return model
+
+
+def change(variable: Any, place: tuple[int, ...]) -> None:
+    values = np.asarray(variable).copy()
+    values[place] *= 1.5
+    variable.assign(values)
+
+
+IMAGES = np.random.default_rng(0).normal(size=(2, 9, 9, 3)).astype(np.float32)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_weight_behind_a_dead_channel(named: bool) -> None:
+    reference = Net()
+    candidate = candidate_of(reference, named=named)
+    healthy = porting.check_parity(reference, candidate, IMAGES)
+    assert healthy.passed, str(healthy)
+    assert healthy.verified is not None
+    assert healthy.verified.compared_bits == 10
+    layer = [each for each in candidate.layers if isinstance(each, layers.Conv2D)][1]
+    change(layer.kernel, (1, 2, 1, 3))
+    report = porting.check_parity(reference, candidate, IMAGES)
+    assert all(each.views["exact"].relative_error < 1e-14 for each in report.layers if each.is_output)
+    assert not report.passed
+    assert report.verified is not None
+    assert report.verified.differing == (f"{layer.name}/kernel",)
+    wrong = float(np.asarray(layer.kernel)[1, 2, 1, 3])
+    assert f"{layer.name}/kernel[1, 2, 1, 3] is {wrong:.9g} and should be {wrong / 1.5:.9g}" in str(report)
+
+
+def test_a_weight_that_meets_only_zeros() -> None:
+    reference, images = Net(), np.zeros_like(IMAGES)
+    for folded in (False, True):
+        candidate = candidate_of(reference, named=False, folded=folded)
+        assert porting.check_parity(reference, candidate, images).passed
+        change(candidate.layers[1].kernel, (0, 1, 2, 2))
+        assert not porting.check_parity(reference, candidate, images).passed
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_weights_that_rightly_differ(named: bool) -> None:
+    reference = Net()
+    both: tuple[dict[str, Any], ...] = ({"folded": True}, {"epsilon": 1e-3})
+    for options in both:
+        candidate = candidate_of(reference, named=named, **options)
+        report = porting.check_parity(reference, candidate, IMAGES, waive=["bn:eps"])
+        assert report.passed, str(report)
+        assert report.verified is not None
+        assert report.verified.compared_bits == 0
+
+
+def test_half_precision_weights_round_the_port() -> None:
+    reference = Net()
+    candidate = candidate_of(reference, named=True)
+    assert porting.check_parity(reference.half(), candidate, IMAGES).passed
+
+
+def test_models_that_are_swapped() -> None:
+    reference = Net()
+    candidate = candidate_of(reference, named=True)
+    with pytest.raises(TypeError, match=r"reference must be a torch.nn.Module, but is a Functional.*swapped"):
+        porting.check_parity(candidate, reference, IMAGES)
+    with pytest.raises(TypeError, match=r"candidate must be a keras.Model, but is a Net"):
+        porting.port_weights(reference, reference, [])
