@@ -62,6 +62,17 @@ if TYPE_CHECKING:
         help="LiteRT: split depthwise kernels of more than 25 taps into smaller ones, which is faster on a CPU.  "
         "[default: on, except in int8]",
     ),
+    click.option(
+        "--with-preprocessing",
+        is_flag=True,
+        help="Put the normalisation into the graph: it takes RGB from 0 to 255.",
+    ),
+    click.option("--with-softmax", is_flag=True, help="Put a softmax behind the logits."),
+    click.option(
+        "--labels",
+        type=FILE,
+        help="Names of the classes for the metadata, one per line.  [default: the family's, or ImageNet's by timm]",
+    ),
 )
 @plain_checkpoint_options
 @titled("Parity check", CHECK)
@@ -76,6 +87,9 @@ def export(
     input_size: int | None,
     fused: bool,
     split_kernels: bool | None,
+    with_preprocessing: bool,
+    with_softmax: bool,
+    labels: Path | None,
     checkpoint: CheckpointChoice,
     check: bool,
     make_options: Callable[[], CheckOptions],
@@ -114,6 +128,9 @@ def export(
             input_size=input_size,
             fused=fused,
             split_kernels=split_kernels,
+            with_preprocessing=with_preprocessing,
+            with_softmax=with_softmax,
+            labels=labels,
             **checkpoint.arguments,
             check=check,
             options=options,

@@ -31,7 +31,7 @@ def write(
 ) -> None:
     """Write a model to `path`, for inputs of the size in `given`, on which int8 also calibrates.
 
-    `usage` is stored in the file's metadata; a SavedModel has only its signature.
+    `usage` is stored in the file's metadata, or in a SavedModel's folder `assets.extra`.
 
     `split_kernels` is for LiteRT: large depthwise kernels become sums of smaller ones. In int8, XNNPACK accepts only
     summands with similar quantisation steps. Errors of the converters are passed through.
@@ -40,7 +40,7 @@ def write(
     module = import_module(f"{__name__}.{form}")
     with gelu_by_erf():
         module.write(given, path, precision, **settings)
-    if usage is not None and form != "saved_model":
+    if usage is not None:
         module.write_usage(path, usage)
 
 

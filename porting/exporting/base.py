@@ -7,9 +7,10 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from porting.exporting.ends import Ends
 from porting.kinds.transforms import Array
 from porting.models.inputs import Inputs, leaves_by_key
 
@@ -25,11 +26,12 @@ class Exportable:
     """A Keras model as a function of named inputs with named results, and inputs to run it on.
 
     A single image input is called `images`; other inputs have Keras's names. Results are called `output_0`, `output_1`
-    and so on, or by the keys of the model's output.
+    and so on, or by the keys of the model's output. `ends` are what the file has before and behind the model.
     """
 
     model: keras.Model
     inputs: Inputs
+    ends: Ends = field(default_factory=Ends)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -65,13 +67,14 @@ class Exportable:
         return self.named(self.model(self.structured(given), training=False))
 
     def structured(self, given: Mapping[str, Any]) -> Any:
-        """Convert inputs by name to the structure that the model takes."""
-        return self.inputs.structured(self.model, [given[name] for name in self.names])
+        """Convert inputs by name to the structure that the model takes, prepared for it."""
+        return self.inputs.structured(self.model, [self.ends.before(given[name]) for name in self.names])
 
     def named(self, result: Any) -> dict[str, Any]:
         """The model's output by the names that the results have in the file."""
         leaves = leaves_by_key(result)
-        return dict(zip(self.result_names(list(leaves)).values(), leaves.values(), strict=True))
+        results = map(self.ends.behind, leaves.values())
+        return dict(zip(self.result_names(list(leaves)).values(), results, strict=True))
 
     def result_names(self, keys: Sequence[str] | None = None) -> dict[str, str]:
         """The name of each result by its key in the model's output."""

@@ -16,6 +16,7 @@ import numpy as np
 
 from porting.errors import ExportError
 from porting.exporting.base import Exportable, last_of_each_layer
+from porting.exporting.usage import Usage
 from porting.kinds.transforms import Array
 from porting.models.traverse import named_layers
 
@@ -80,6 +81,15 @@ def write(given: Exportable, path: Path, precision: str) -> None:
     # Only a signature: as a method, too, the file would contain all weights twice.
     run = tf.function(serve).get_concrete_function(**given.specs(fixed=False))
     tf.saved_model.save(tf.Module(), str(path), signatures={"serving_default": run})
+
+
+def write_usage(path: Path, usage: Usage) -> None:
+    """Store the usage in the folder that TensorFlow leaves to the writers of a SavedModel."""
+    extra = path / "assets.extra"
+    extra.mkdir()
+    (extra / "usage.json").write_text(json.dumps(usage.properties(), indent=1) + "\n", encoding="utf-8")
+    if usage.labels:
+        (extra / "labels.txt").write_text("".join(f"{label}\n" for label in usage.labels), encoding="utf-8")
 
 
 def stored(values: Array, precision: str, *, depthwise: bool) -> tuple[Array, Array | None]:

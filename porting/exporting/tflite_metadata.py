@@ -6,6 +6,8 @@ TFLITE_METADATA. The code below writes each field by its number in the schema.
 
 from __future__ import annotations
 
+import io
+import zipfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +23,8 @@ _ALIGNMENT = 16
 # The first version of the reader that supports normalisation.
 _MIN_PARSER = "1.0.0"
 _NORMALIZATION, _IMAGE, _RGB = 1, 2, 1  # in the unions ProcessUnitOptions and ContentProperties, and in ColorSpaceType
+_AXIS_LABELS = 2  # in AssociatedFileType
+LABELS_FILE = "labels.txt"
 
 
 class _Aligned(flatbuffers.Builder):  # type: ignore[misc]
@@ -32,7 +36,10 @@ class _Aligned(flatbuffers.Builder):  # type: ignore[misc]
 
 
 def with_metadata(content: bytes, usage: Usage) -> bytes:
-    """Add the metadata of `usage` to a file's content. Tensors and operations do not change."""
+    """Add the metadata of `usage` to a file's content. Tensors and operations do not change.
+
+    Labels are a file in a ZIP archive at the end, where the metadata's readers look for them.
+    """
     model = schema.ModelT.InitFromPackedBuf(content, 0)
     graph = model.subgraphs[0]
     ours = {each.name: each for each in (*usage.inputs, *usage.results)}
@@ -50,7 +57,12 @@ def with_metadata(content: bytes, usage: Usage) -> bytes:
     model.metadata = [*(model.metadata or []), entry]
     builder = _Aligned(len(content) + 4096)
     builder.Finish(model.Pack(builder), _MODEL_IDENTIFIER)
-    return bytes(builder.Output())
+    file = io.BytesIO(bytes(builder.Output()))
+    if usage.labels:
+        with zipfile.ZipFile(file, "a") as archive:
+            # With a fixed date, the same model gives the same file.
+            archive.writestr(zipfile.ZipInfo(LABELS_FILE), "".join(f"{label}\n" for label in usage.labels))
+    return file.getvalue()
 
 
 def _in_order(order: Sequence[int], signature: Sequence[Any], ours: dict[str, Tensor]) -> list[Tensor]:
@@ -61,7 +73,7 @@ def _in_order(order: Sequence[int], signature: Sequence[Any], ours: dict[str, Te
 def _packed(inputs: list[Tensor], results: list[Tensor], usage: Usage) -> bytes:
     builder = flatbuffers.Builder(1024)
     takes = _vector(builder, [_tensor(builder, each, usage if usage.mean is not None else None) for each in inputs])
-    gives = _vector(builder, [_tensor(builder, each, None) for each in results])
+    gives = _vector(builder, [_tensor(builder, each, None, labelled=bool(usage.labels)) for each in results])
     graph = _table(builder, 10, {2: takes, 3: gives})
     facts = usage.properties()
     strings = {
@@ -76,9 +88,14 @@ def _packed(inputs: list[Tensor], results: list[Tensor], usage: Usage) -> bytes:
     return bytes(builder.Output())
 
 
-def _tensor(builder: Any, tensor: Tensor, usage: Usage | None) -> int:
+def _tensor(builder: Any, tensor: Tensor, usage: Usage | None, *, labelled: bool = False) -> int:
     """Write a TensorMetadata; with `usage`, that of an image, whose normalisation is for values from 0 to 255."""
-    fields = {0: builder.CreateString(tensor.name), 1: builder.CreateString(str(tensor))}
+    if labelled:
+        named = _table(builder, 5, {0: builder.CreateString(LABELS_FILE)}, {2: _AXIS_LABELS})
+        files = {6: _vector(builder, [named])}
+    else:
+        files = {}
+    fields = {0: builder.CreateString(tensor.name), 1: builder.CreateString(str(tensor)), **files}
     if usage is not None:
         assert usage.mean is not None
         assert usage.std is not None

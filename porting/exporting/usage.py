@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from porting.exporting.base import Exportable
 from porting.models.images import Preprocessing
 from porting.models.inputs import leaves_by_key
+from porting.wording import listed
+
+# The mean and the standard deviation, for values from 0 to 1, that leave images from 0 to 255 as they are.
+AS_THEY_ARE = (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,9 @@ class Usage:
     """The inputs and results in order, the preprocessing of images, and the origin of the model.
 
     `mean` and `std` hold one number per RGB channel, for values from 0 to 1. They are None if the inputs are not
-    images. `facts` holds the family, the variant, the checkpoint's sha256 and so on.
+    images. `labels` are the names of a classifier's classes, if they are known, and `gives` is what its result holds:
+    "logits", "probabilities", or "" if it is no classifier. `facts` holds the family, the variant, the checkpoint's
+    sha256 and so on.
     """
 
     inputs: tuple[Tensor, ...]
@@ -37,20 +43,33 @@ class Usage:
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
     facts: Mapping[str, Any]
+    labels: tuple[str, ...] = ()
+    gives: str = ""
 
     def lines(self) -> list[str]:
         """Lines for the terminal, such as `input images 1x64x64x3 float32, RGB from 0 to 255, x / 127.5 - 1`."""
         how = f", RGB from 0 to 255, {self.formula()}" if self.mean is not None else ""
-        return [f"input {each}{how}" for each in self.inputs] + [f"output {each}" for each in self.results]
+        what = f", {self.gives}" if self.gives else ""
+        lines = [f"input {each}{how}" for each in self.inputs] + [f"output {each}{what}" for each in self.results]
+        if self.labels:
+            lines.append(f"labels {listed(self.labels, 5)}")
+        return lines
 
     def formula(self) -> str:
         """The normalisation of values from 0 to 255, as a formula."""
         assert self.mean is not None
         assert self.std is not None
+        if self.normalizes:
+            return "x as it is: the graph normalises it"
         if set(self.mean) == {0.5} == set(self.std):
             return "x / 127.5 - 1"
         mean, std = ([f"{number:g}" for number in numbers] for numbers in (self.mean, self.std))
         return f"(x / 255 - [{', '.join(mean)}]) / [{', '.join(std)}]"
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether the file takes images from 0 to 255 as they are."""
+        return self.mean == AS_THEY_ARE[0] and self.std == AS_THEY_ARE[1]
 
     def properties(self) -> dict[str, str]:
         """Pairs of text for formats that store them, such as ONNX's metadata_props."""
@@ -60,10 +79,22 @@ class Usage:
         if self.mean is not None:
             found |= {"image_mean": json.dumps(self.mean), "image_std": json.dumps(self.std), "image_channels": "RGB"}
             found["preprocessing"] = self.formula()
+        if self.gives:
+            found["output"] = self.gives
+        if self.labels:
+            found["labels"] = json.dumps(self.labels)
         return found
 
 
-def usage_of(given: Exportable, *, fixed: bool, preprocessing: Preprocessing | None, facts: Mapping[str, Any]) -> Usage:
+def usage_of(
+    given: Exportable,
+    *,
+    fixed: bool,
+    preprocessing: Preprocessing | None,
+    facts: Mapping[str, Any],
+    labels: Sequence[str] = (),
+    classifies: bool = False,
+) -> Usage:
     """The usage of an exported model, which takes one sample if `fixed`. `preprocessing` is None without images."""
     inputs = [Tensor(spec.name, _sides(spec.shape), spec.dtype.name) for spec in given.specs(fixed=fixed).values()]
     leaves = leaves_by_key(given.model.output)
@@ -72,7 +103,10 @@ def usage_of(given: Exportable, *, fixed: bool, preprocessing: Preprocessing | N
         for key, name in given.result_names().items()
     ]
     mean, std = (preprocessing.mean, preprocessing.std) if preprocessing is not None else (None, None)
-    return Usage(tuple(inputs), tuple(results), mean, std, facts)
+    if given.ends.normalization is not None:
+        mean, std = AS_THEY_ARE
+    gives = ("probabilities" if given.ends.softmax else "logits") if classifies else ""
+    return Usage(tuple(inputs), tuple(results), mean, std, facts, tuple(labels), gives)
 
 
 def _sides(shape: Iterable[int | None]) -> tuple[int | None, ...]:

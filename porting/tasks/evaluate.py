@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from porting.errors import FamilyError
+from porting.errors import FamilyError, OptionError
 from porting.evaluation.engines import ENGINES, require_ray, run_local, run_on_ray
 from porting.evaluation.items import Block, blocks_of
 from porting.evaluation.labels import Labels, read_labels, usual_labels
@@ -19,10 +19,11 @@ from porting.evaluation.readers import Dataset, hugging_face_tokenizer, open_dat
 from porting.evaluation.result import Evaluation, duplicates, evaluation_of
 from porting.families.base import Family
 from porting.files import weights_file
-from porting.files.atomic import sha256_of
+from porting.files.atomic import report_path_of, sha256_of
 from porting.files.survey import survey_file
 from porting.models.frameworks import start_tensorflow
 from porting.progress import SILENT, Progress
+from porting.reports.document import read_report
 from porting.run import describe_run
 from porting.tasks.case import refuse_another
 from porting.tasks.plan import Plan, form_of
@@ -83,6 +84,20 @@ def evaluate(
         torch.set_num_threads(threads)
 
 
+def _refuse_ends(exported: Path) -> None:
+    """Raise OptionError for an export that takes other images than the model, or gives probabilities."""
+    path = report_path_of(exported)
+    if not path.is_file():
+        return
+    how = read_report(path).context.get("export")
+    options = ("with_preprocessing", "with_softmax") if isinstance(how, Mapping) else ()
+    if found := [f"--{option.replace('_', '-')}" for option in options if how and how.get(option)]:
+        raise OptionError(
+            f"{exported} was exported with {', '.join(found)}, and evaluate compares logits of prepared images",
+            hint="Export it once more without, and evaluate that file.",
+        )
+
+
 def _evaluate(
     family: Family,
     variant: str,
@@ -101,6 +116,8 @@ def _evaluate(
         refuse_another(family, variant, survey_file(weights), weights)
     elif not weights.exists():
         weights_file.require_file(weights)
+    else:
+        _refuse_ends(weights)
     # Both models run at the same time, so each gets half the cores.
     threads = options.threads or max(1, (os.cpu_count() or 1) // 2)
     plan = Plan(

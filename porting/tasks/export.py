@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from porting.errors import ExportError, FailedParityError, OutputError, PortingError
+from porting.evaluation.labels import read_labels, usual_labels
 from porting.exporting import FORMATS, NEEDED, open_runtime, write
 from porting.exporting.base import Exportable
+from porting.exporting.ends import Ends
 from porting.exporting.usage import Usage, usage_of
 from porting.families.base import Family
 from porting.files import weights_file
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
 
     from porting.exporting.base import Runtime
 
-_OF_A_SAVED_MODEL = {"saved_model.pb", "fingerprint.pb", "variables", "assets"}
+_OF_A_SAVED_MODEL = {"saved_model.pb", "fingerprint.pb", "variables", "assets", "assets.extra"}
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,9 @@ def export(
     input_size: int | None = None,
     fused: bool = True,
     split_kernels: bool | None = None,
+    with_preprocessing: bool = False,
+    with_softmax: bool = False,
+    labels: Path | None = None,
     check: bool = True,
     options: CheckOptions | None = None,
     progress: Progress = SILENT,
@@ -84,6 +89,10 @@ def export(
     by default as long as those of its check, and of any length in the other formats. `fused` applies the family's
     fusions. `split_kernels` splits large depthwise kernels for LiteRT into sums of smaller ones, which run faster on
     its CPU kernels; the default is on for float32 and float16.
+
+    `with_preprocessing` puts the normalisation of images into the graph, which then takes RGB from 0 to 255, and
+    `with_softmax` a softmax behind the logits. `labels` is a file with the names of the classes, one per line, for the
+    artifact's metadata; by default these are the family's, or ImageNet's if timm is installed.
 
     With `check`, the artifact is loaded in its own runtime and compared with the PyTorch model of the checkpoint, in
     units of the error that this precision causes in PyTorch. If it passes, it gets its name, with the report beside
@@ -121,12 +130,22 @@ def export(
             progress("fusing")
             with _export_errors("the model cannot be fused"):
                 model = case.fuse(model, form)
-        exportable = Exportable(model, samples)
+        preprocessing = case.preprocessing if given is None else None
+        classes = _classes(case, model)
+        if with_preprocessing and preprocessing is None:
+            raise ExportError("--with-preprocessing is for families of image models", hint="Leave it out.")
+        if not classes and (with_softmax or labels is not None):
+            option = "--with-softmax" if with_softmax else "--labels"
+            raise ExportError(f"{option} is for classifiers, whose result is a row of logits", hint="Leave it out.")
+        ends = Ends(preprocessing if with_preprocessing else None, with_softmax)
+        exportable = Exportable(model, ends.unprepared(samples), ends)
         usage = usage_of(
             exportable,
             fixed=form == "litert",
-            preprocessing=case.preprocessing if given is None else None,
+            preprocessing=preprocessing,
             facts=_facts(case, precision, survey.provenance, check=check),
+            labels=_labels(case, classes, labels),
+            classifies=bool(classes),
         )
         progress(f"exporting to {form}")
         with _quiet(), output_errors(out), _export_errors(f"the model cannot be converted for {form}"):
@@ -143,6 +162,7 @@ def export(
             report_path = pending.commit(None)
         else:
             how = {"fused": fused} | ({"split_kernels": split_kernels} if form == "litert" else {})
+            how |= {"with_preprocessing": with_preprocessing, "with_softmax": with_softmax}
             exported = {"format": form, "precision": precision, **how, "operators": dict(operators)}
             facts = {"weights": weights.name, "export": exported, "file": pending.identity()}
             context = {**describe_run(), **case.describe(), **facts}
@@ -158,14 +178,28 @@ def _facts(case: Case, precision: str, provenance: Mapping[str, Any] | None, *, 
     source = case.describe().get("source") or (provenance or {}).get("source") or {}
     known = source if isinstance(source, dict) else {}  # a file's own metadata is not trusted
     return {
-        "family": case.family.described,
-        "variant": case.spec.variant,
+        **case.family.facts(case.spec),
         "num_classes": case.num_classes,
         "precision": precision,
         "checkpoint_sha256": str(known.get("sha256", "unknown")),
         "license": str(known.get("license", "unknown")),
         "parity_with_pytorch": "passed" if check else "not checked",
     }
+
+
+def _classes(case: Case, model: keras.Model) -> int:
+    """The number of classes of a classifier, whose only result is a row of logits; 0 for other models."""
+    shapes = [tuple(tensor.shape) for tensor in model.outputs]
+    return case.num_classes if len(shapes) == 1 and shapes[0][1:] == (case.num_classes,) else 0
+
+
+def _labels(case: Case, classes: int, path: Path | None) -> tuple[str, ...]:
+    """The names of the classes in order; empty if they are unknown. Raises SourceError for a list that does not fit."""
+    if path is not None:
+        known = read_labels(path, classes)
+    else:
+        known = usual_labels(classes, case.family.class_names(case.spec))
+    return tuple(known.name(number) for number in range(classes)) if known.names else ()
 
 
 def _samples(case: Case, model: keras.Model, given: Any, options: CheckOptions, input_size: int | None) -> Inputs:
@@ -197,6 +231,7 @@ def _compare(
 ) -> ParityReport:
     """Compare the artifact, in its own runtime, with the PyTorch model of the case."""
     reference = case.load_reference()
+    given.ends.add_to(reference)
 
     def run(sample: Inputs) -> Mapping[str, Array]:
         with _export_errors(f"the {form} runtime cannot run the result"):

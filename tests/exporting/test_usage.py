@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import zipfile
 from pathlib import Path
 
 import keras
 import numpy as np
 import onnx
 import pytest
+import torch
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
 
-from porting.exporting import write
+from porting.exporting import open_runtime, write
 from porting.exporting.base import Exportable
+from porting.exporting.ends import Ends
 from porting.exporting.usage import Usage, usage_of
 from porting.models.images import IMAGENET, Preprocessing
 from porting.models.inputs import Inputs, image_inputs
@@ -92,3 +96,58 @@ def test_litert_has_it_as_tflite_metadata(tmp_path: Path, precision: str) -> Non
         if buffer.data is not None and len(buffer.data) >= 16 and buffer.data is not model.buffers[entry.buffer].data:
             values = bytes(buffer.data)
             assert any(content.startswith(values, at) for at in range(0, len(content), 16)), len(values)
+
+
+ENDS = Ends(Preprocessing(16, 16, **IMAGENET), softmax=True)
+NAMES = ("cat", "dog", "über", "fish")
+
+
+def with_ends() -> tuple[Exportable, Usage]:
+    given = image_model()
+    given = Exportable(given.model, given.inputs, ENDS)
+    preprocessing = Preprocessing(16, 16, **IMAGENET)
+    return given, usage_of(given, fixed=True, preprocessing=preprocessing, facts=FACTS, labels=NAMES, classifies=True)
+
+
+def test_ends_are_said() -> None:
+    assert with_ends()[1].lines() == [
+        "input images 1x16x16x3 float32, RGB from 0 to 255, x as it is: the graph normalises it",
+        "output output_0 1x4 float32, probabilities",
+        "labels cat, dog, über, fish",
+    ]
+
+
+@pytest.mark.parametrize("form", ["litert", "onnx", "saved_model"])
+def test_ends_are_in_the_graph(tmp_path: Path, form: str) -> None:
+    given, said = with_ends()
+    path = tmp_path / {"litert": "x.tflite", "onnx": "x.onnx", "saved_model": "x"}[form]
+    write(form, given, path, "float32", usage=said)
+    raw = np.random.default_rng(0).integers(0, 256, (1, 16, 16, 3)).astype(np.float32)
+    normalized = (raw / 255 - np.array(IMAGENET["mean"])) / np.array(IMAGENET["std"])
+    logits = np.asarray(given.model(normalized.astype(np.float32)))
+    expected = np.exp(logits) / np.exp(logits).sum()
+    with open_runtime(form, path, []) as runtime:
+        found, _ = runtime.run({"images": raw})
+    np.testing.assert_allclose(found["output_0"], expected, rtol=1e-5)
+    if form == "litert":
+        with zipfile.ZipFile(path) as archive:  # TFLite's readers find the labels there
+            assert archive.read("labels.txt").decode() == "cat\ndog\nüber\nfish\n"
+    elif form == "onnx":
+        found_labels = {each.key: each.value for each in onnx.load(path).metadata_props}["labels"]
+        assert tuple(json.loads(found_labels)) == NAMES
+    else:
+        assert (path / "assets.extra" / "labels.txt").read_text(encoding="utf-8").splitlines() == list(NAMES)
+        assert json.loads((path / "assets.extra" / "usage.json").read_text())["output"] == "probabilities"
+
+
+def test_the_reference_gets_the_same_ends() -> None:
+    reference = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4))
+    names = [name for name, _ in reference.named_modules()]
+    images = np.random.default_rng(0).normal(size=(2, 2, 2, 3)).astype(np.float32)
+    normalized = image_inputs(images)
+    with torch.no_grad():
+        expected = reference(torch.from_numpy(normalized.reference[0])).softmax(-1)
+        ENDS.add_to(reference)
+        found = ENDS.unprepared(normalized).call_reference(reference, torch.float32)
+    torch.testing.assert_close(found, expected)
+    assert [name for name, _ in reference.named_modules()] == names

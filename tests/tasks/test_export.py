@@ -16,7 +16,7 @@ import torch
 from click.testing import Result
 
 import van_tf
-from porting.errors import ExportError, FailedParityError, OutputError, WeightsFileError
+from porting.errors import ExportError, FailedParityError, OptionError, OutputError, WeightsFileError
 from porting.exporting import open_runtime, write
 from porting.exporting.base import Exportable
 from porting.exporting.litert import kernels_in_parts
@@ -27,6 +27,7 @@ from porting.models.precision import in_precision
 from porting.parity.exported import compare_outputs
 from porting.parity.report import OUTPUT
 from porting.references.van import VAN
+from porting.tasks.evaluate import evaluate
 from porting.tasks.export import export
 from porting.tasks.options import CheckOptions
 from porting.tasks.port import port
@@ -323,3 +324,30 @@ def test_the_command(run_cli: Callable[..., Result], checkpoint: Path, ported: P
     assert run_cli(*arguments, "--out", tmp_path / "x.bin").exit_code == 2
     assert run_cli(*arguments, "--out", tmp_path / "x.onnx", "--train").exit_code == 2
     assert run_cli(*arguments, "--out", tmp_path / "x.onnx", "--format", "litert").exit_code == 6
+    assert run_cli(*arguments, "--out", tmp_path / "y.tflite", "--labels", tmp_path / "none.txt").exit_code == 5
+
+
+def test_what_is_added_at_both_ends_is_proven(
+    family: VanFamily, checkpoint: Path, ported: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "x.onnx"
+    ends: dict[str, Any] = {"with_preprocessing": True, "with_softmax": True}
+    result = export(family, "nano", ported, out, form="onnx", checkpoint=checkpoint, options=TWO, **ends)
+    assert result.report is not None
+    assert result.report.passed, str(result.report)
+    assert result.report.context["export"] | ends == result.report.context["export"]
+    assert result.usage.labels == van_tf.CIFAR10_CLASSES
+    assert result.usage.gives == "probabilities"
+    # An evaluation feeds normalised images and judges logits.
+    with pytest.raises(OptionError, match="was exported with --with-preprocessing, --with-softmax"):
+        evaluate(family, "nano", out, str(tmp_path), checkpoint={"location": checkpoint})
+
+
+def test_ends_that_a_model_does_not_have(family: VanFamily, tmp_path: Path) -> None:
+    weights = tmp_path / "x.weights.h5"
+    van_tf.van_nano(include_top=False).save_weights(weights)
+    arguments: dict[str, Any] = {"form": "onnx", "layout": "official", "check": False}
+    for option in ({"with_softmax": True}, {"labels": tmp_path / "labels.txt"}):
+        with pytest.raises(ExportError, match="is for classifiers"):
+            export(family, "nano", weights, tmp_path / "x.onnx", **arguments, **option)
+    assert names_in(tmp_path) == ["x.weights.h5"]
