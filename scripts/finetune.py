@@ -16,6 +16,7 @@ tf.distribute.MultiWorkerMirroredStrategy when it averages the first batch, with
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ def make_strategy(name: str) -> Any:
     "--learning-rate",
     default=5e-4,
     show_default=True,
-    help="Learning rate for a batch of 1024; it is scaled with the batch size.",
+    help="Learning rate for a batch of 1024; it is scaled with the square root of the batch size.",
 )
 @click.option("--weight-decay", default=0.05, show_default=True)
 @click.option("--warmup-epochs", default=1.0, show_default=True)
@@ -157,7 +158,7 @@ def main(
     steps = len(paths) // batch_size
     if not steps:
         raise click.ClickException(f"{len(paths)} images do not make one batch of {batch_size}")
-    rate = learning_rate * batch_size / 1024
+    rate = learning_rate * math.sqrt(batch_size / 1024)  # the rule for Adam; the linear rule is for SGD
     warmup = round(warmup_epochs * steps)
     schedule = keras.optimizers.schedules.CosineDecay(
         rate / 100, max(epochs * steps - warmup, 1), warmup_target=rate, warmup_steps=warmup

@@ -14,7 +14,8 @@ import click
 import cloup
 
 from porting.errors import PortingError
-from porting.families.registry import get_family
+from porting.families.registry import family_names, get_family
+from porting.wording import counted
 
 if TYPE_CHECKING:
     from porting.families.base import Family
@@ -88,6 +89,16 @@ class FamilyType(click.ParamType):  # type: ignore[type-arg]
         except PortingError as error:
             self.fail(f"{error.message}. {error.hint}", param, ctx)
 
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+        return completions(family_names(), incomplete)
+
+
+def completions(names: Iterable[str], incomplete: str) -> list[Any]:
+    """What a shell offers for a name that is typed in part."""
+    from click.shell_completion import CompletionItem
+
+    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
 
 def family_of(ctx: click.Context | None) -> Family:
     """The family given on the command line, VAN by default. `--family` is eager, so click parses it first."""
@@ -113,9 +124,7 @@ class OfFamily(click.ParamType):  # type: ignore[type-arg]
         return str(value)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
-        from click.shell_completion import CompletionItem
-
-        return [CompletionItem(name) for name in self._choices(family_of(ctx)) if name.startswith(incomplete)]
+        return completions(self._choices(family_of(ctx)), incomplete)
 
 
 SOURCE_ARGUMENTS = click.option(
@@ -190,7 +199,7 @@ class Model:
             found = get_family(family) if isinstance(family, str) else None
             if found is not None and variant in found.variants and self.family.name in {DEFAULT_FAMILY, found.name}:
                 return found, str(variant)
-        if variant == "given":
+        if isinstance(family, str) and " -> " in family:
             raise click.UsageError(f"{weights} was ported with --source, --target and --map: give them here too")
         raise click.UsageError(f"Missing option '--variant': {weights} does not name its model.")
 
@@ -540,7 +549,7 @@ def show_non_finite(facts: Mapping[str, Any]) -> None:
     from porting.cli.terminal import make_console
 
     if names := facts.get("non_finite"):
-        line = f"{len(names)} tensors hold NaN or infinity: {', '.join(names)}"
+        line = f"NaN or infinity in {counted(len(names), 'tensor')}: {', '.join(names)}"
         make_console().print(line, style="yellow", soft_wrap=True)
 
 

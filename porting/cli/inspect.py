@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
 import cloup
 
 from porting.cli.groups import EMA, FILE, JSON, KEY, PREFIX, output_options, titled
+from porting.wording import counted
 
 
 @cloup.command(short_help="Print the origin and the tensors of a file.")
@@ -33,7 +35,7 @@ def inspect(file: Path, ema: bool, key: str | None, prefix: str | None, as_json:
         console.print(f"{name}: {value}", soft_wrap=True)
     if inspection.provenance is not None:
         console.print("provenance:")
-        say_json(inspection.provenance)
+        console.print(json.dumps(inspection.provenance, indent=1), soft_wrap=True)
     elif inspection.facts["format"] == "Keras weights":
         console.print("provenance: none; this file was not written by van-port")
     table = Table()
@@ -45,7 +47,7 @@ def inspect(file: Path, ema: bool, key: str | None, prefix: str | None, as_json:
     console.print(table)
     if (report := report_path_of(file)).is_file():
         console.print(f"{report.name}: {_standing(report)}", soft_wrap=True)
-    console.print(f"{len(inspection.tensors)} tensors, {inspection.parameters:,} values")
+    console.print(f"{counted(len(inspection.tensors), 'tensor')}, {counted(inspection.parameters, 'value')}")
 
 
 def _standing(path: Path) -> str:

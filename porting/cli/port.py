@@ -25,6 +25,7 @@ from porting.cli.groups import (
     thoroughness_options,
     titled,
 )
+from porting.wording import counted
 
 if TYPE_CHECKING:
     from porting.tasks.options import CheckOptions
@@ -104,6 +105,6 @@ def run_port(
     if result.report is None:
         show_non_finite(result.provenance)
     tensors, dropped = len(result.conversion.weights), len(result.conversion.dropped)
-    say(f"{tensors} tensors ported, {dropped} dropped by name, none left over.")
+    say(f"{counted(tensors, 'tensor')} ported, {dropped} dropped by name, none left over.")
     show_written(result.path, result.report_path)
     say(f"Load it into {result.provenance['build']}")

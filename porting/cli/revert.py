@@ -23,6 +23,7 @@ from porting.cli.groups import (
     thoroughness_options,
     titled,
 )
+from porting.wording import counted
 
 if TYPE_CHECKING:
     from porting.tasks.options import CheckOptions
@@ -94,7 +95,7 @@ def revert(
     reporting.show(result.report)
     head = f", {result.spec.num_classes} classes" if result.spec.num_classes else ", without a head"
     say(
-        f"{len(result.state_dict)} tensors in {dtype}: {result.spec.naming.name} names"
+        f"{counted(len(result.state_dict), 'tensor')} in {dtype}: {result.spec.naming.name} names"
         f"{head if result.spec.naming.has_head else ''}."
     )
     for note in result.notes:

@@ -98,6 +98,10 @@ class Family:
         """The name of the family in reports."""
         return self.name
 
+    def facts(self, spec: Spec) -> dict[str, str]:
+        """What names the model in reports, in the provenance of its files and in exports."""
+        return {"family": self.described, "variant": spec.variant}
+
     @cached_property
     def table(self) -> tuple[Source, ...]:
         """The rows of the table of sources, in order."""

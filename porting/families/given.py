@@ -36,7 +36,7 @@ class GivenFamily(LibraryFamily):
     """
 
     name = "given"
-    publisher = "its own"
+    publisher = "the model's own"
 
     def __init__(
         self,
@@ -55,8 +55,11 @@ class GivenFamily(LibraryFamily):
 
     @property
     def described(self) -> str:
-        """Both models, as named on the command line."""
+        """Both models, as named on the command line. No other family has an arrow in its name."""
         return f"{self._source} -> {self._target}"
+
+    def facts(self, spec: Spec) -> dict[str, str]:
+        return {"family": self.described}
 
     def how_to_build(self, spec: Spec) -> str:
         return self._target

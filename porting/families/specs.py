@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from porting.errors import FamilyError
+from porting.errors import FamilyError, SourceError
 from porting.models.frameworks import import_library
 
 FORMS = (
@@ -45,12 +45,12 @@ def build_model(spec: str, arguments: Mapping[str, Any]) -> Any:
         raise FamilyError(f"{spec!r} does not name a model", hint=f"Use one of the forms {FORMS}.")
     try:
         return _build(library, name, config, dict(arguments))
-    except FamilyError:
+    except (FamilyError, SourceError):
         raise
     except ImportError as error:
         raise FamilyError(
             f"{spec}: the package {error.name} is not installed, or cannot be imported",
-            hint=f"pip install {(error.name or library).partition('.')[0].replace('_', '-')}",
+            hint="Install it in the environment of van-port, or mend the import.",
         ) from None
     except Exception as error:  # the code that builds the model may raise anything
         first_line = str(error).partition("\n")[0]
@@ -60,14 +60,14 @@ def build_model(spec: str, arguments: Mapping[str, Any]) -> Any:
 def load_function(spec: str) -> Callable[..., Any]:
     """Load the function that `file.py:function` or `package.module:function` names, running the file if needed.
 
-    Raises FamilyError if it cannot be loaded.
+    Raises SourceError if there is no such file, and FamilyError if it cannot be loaded.
     """
     place, _, name = spec.rpartition(":")
     if not place or not name:
         raise FamilyError(f"{spec!r} does not name a function", hint="Use the form FILE.py:FUNCTION.")
     try:
         found = _callable(place, name)
-    except FamilyError:
+    except (FamilyError, SourceError):
         raise
     except Exception as error:  # that code may raise anything
         first_line = str(error).partition("\n")[0]
@@ -98,7 +98,7 @@ def _callable(place: str, name: str) -> Callable[..., Any]:
     if place.endswith(".py"):
         path = Path(place)
         if not path.is_file():
-            raise FamilyError(f"{place}: no such file")
+            raise SourceError(f"{place}: no such file", hint="FILE.py is a path, from the current folder on.")
         spec = importlib.util.spec_from_file_location(path.stem, path)
         if spec is None or spec.loader is None:
             raise FamilyError(f"{place}: not a Python file")

@@ -42,10 +42,11 @@ class ConfiguredVanFamily(VanFamily):
         try:
             settings = read_settings(path)
             self._config = VanConfig.from_dict(settings, name=path.stem)
-        except (FileNotFoundError, ValueError, TypeError) as error:
-            missing = isinstance(error, FileNotFoundError)
+        except FileNotFoundError as error:
+            raise SourceError(str(error), hint="--config takes a .json or .toml file.") from None
+        except (ValueError, TypeError) as error:
             raise FamilyError(
-                str(error) if missing else f"{path}: not the configuration of a VAN: {error}",
+                f"{path}: not the configuration of a VAN: {error}",
                 hint='Expected settings such as {"embed_dims": [32, 64], "depths": [2, 2], "mlp_ratios": [8, 4]}.',
             ) from None
         self._states_epsilon = not {"layer_norm_eps", "layer_norm_epsilon"}.isdisjoint(settings)

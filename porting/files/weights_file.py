@@ -52,7 +52,7 @@ def suffix_of(path: Path) -> str:
 
 
 def require_file(path: Path) -> None:
-    """Raise SourceError if there is no such file, and OutputError if its suffix does not name a format."""
+    """Raise SourceError if there is no such file, and WeightsFileError if its suffix does not name a format."""
     if path.exists() and not path.is_file():
         what = "a folder" if path.is_dir() else "a device, a pipe or a socket"
         raise SourceError(
@@ -60,7 +60,11 @@ def require_file(path: Path) -> None:
         )
     if not path.is_file():
         raise SourceError(f"{path}: no such file", hint="--weights takes a file that van-port or Keras has written.")
-    suffix_of(path)
+    if not path.name.endswith(SUFFIXES):
+        raise WeightsFileError(
+            f"{path}: not a file of Keras weights, which end in {', '.join(SUFFIXES)}",
+            hint="--weights takes a file that van-port or Keras has written.",
+        )
 
 
 def variable_shapes(model: keras.Model) -> dict[str, tuple[int, ...]]:

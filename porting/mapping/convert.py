@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from rapidfuzz import process
+from rapidfuzz import fuzz, process
 
 from porting.errors import CheckpointError, KeyMapError
 from porting.kinds.transforms import Array, Shape
 from porting.mapping.key_map import KeyMap
+from porting.wording import counted
 
 _MOST_COMPARISONS = 4_000_000  # of two names, which takes about a second
-_MOST_ROWS = 1000
+_MOST_ROWS = 10  # of each kind of difference: what to do about them stands below the list
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class KeyDiff:
         return any((self.missing_keys, self.unexpected_keys, self.mismatched, self.unwritten, self.unknown))
 
     def describe(self) -> str:
-        """List the differences under titles, sorted, with the nearest unused name beside each missing one."""
+        """List the first differences of each kind, sorted, with the nearest unused name beside each missing one."""
         sections = [
             ("missing from the checkpoint", _with_nearest(self.missing_keys, self.unexpected_keys)),
             ("in the checkpoint, but not part of the model", _with_nearest(self.unexpected_keys, self.missing_keys)),
@@ -60,7 +61,7 @@ class KeyDiff:
                 shown = sorted(rows)[:_MOST_ROWS]
                 lines += [f"{len(rows)} {title}:", *(f"  {row}" for row in shown)]
                 if len(rows) > len(shown):
-                    lines.append(f"  and {len(rows) - len(shown)} more")
+                    lines.append(f"  and {len(rows) - len(shown):,} more")
         return "\n".join(lines)
 
 
@@ -116,8 +117,8 @@ def convert(
     float16 and bfloat16 become float32 exactly; float64 is rounded to the nearest float32. Every source tensor is
     used once or dropped by name, and every Keras variable is written once.
 
-    Raises KeyMapError, with every difference and the text of `hint`, when that is not possible, and CheckpointError
-    when a tensor holds NaN or infinity and `allow_non_finite` is False.
+    Raises KeyMapError, with the first differences of each kind and the text of `hint`, when that is not possible, and
+    CheckpointError when a tensor holds NaN or infinity and `allow_non_finite` is False.
     """
     refuse_other_keys(state_dict, key_map, target_shapes, hint=hint)
     weights: dict[str, Array] = {}
@@ -154,7 +155,10 @@ def refuse_other_keys(
     *,
     hint: Callable[[], str] = str,
 ) -> None:
-    """Raise KeyMapError, with every difference and the text of `hint`, unless both sides have the same tensors."""
+    """Raise KeyMapError unless both sides have the same tensors.
+
+    The message has the first differences of each kind and the text of `hint`.
+    """
     if diff := diff_keys(state_dict, key_map, target_shapes):
         raise KeyMapError(f"the checkpoint's tensors are not those of the model\n{diff.describe()}", hint=hint())
 
@@ -178,7 +182,7 @@ def refuse_non_finite(tensors: Mapping[str, Array], *, allowed: bool = False) ->
             for name, array in found.items()
         ]
         raise CheckpointError(
-            f"{len(rows)} tensors hold values that are not finite:\n" + "\n".join(rows),
+            f"{counted(len(rows), 'tensor')} with values that are not finite:\n" + "\n".join(rows),
             hint="A model with such weights computes nothing; use a checkpoint from before training diverged, or "
             "--allow-non-finite to keep them as they are.",
         )
@@ -192,6 +196,6 @@ def _with_nearest(names: Iterable[str], others: tuple[str, ...]) -> list[str]:
         return names
     rows = []
     for name in names:
-        match = process.extractOne(name, others, score_cutoff=75.0) if others else None
+        match = process.extractOne(name, others, scorer=fuzz.ratio, score_cutoff=80.0) if others else None
         rows.append(f"{name} (nearest: {match[0]})" if match else name)
     return rows

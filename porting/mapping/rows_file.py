@@ -14,7 +14,7 @@ import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 
-from porting.errors import KeyMapError
+from porting.errors import KeyMapError, SourceError
 from porting.mapping.rules import KeyRule
 
 _MAX_BYTES = 16 << 20
@@ -32,11 +32,11 @@ def rows_text(rows: Iterable[KeyRule], notes: Iterable[str] = ()) -> str:
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[KeyRule]:
-    """Read the rows of a file. Raises KeyMapError when the file is missing or is not a valid file of rows."""
+    """Read the rows of a file. Raises SourceError when it is missing, and KeyMapError when it is not a file of rows."""
     path = Path(path)
     try:
         if not path.is_file():
-            raise KeyMapError(f"{path}: no such file", hint="`van-port map` writes one with --out.")
+            raise SourceError(f"{path}: no such file", hint="`van-port map` writes one with --out.")
         with path.open("rb") as file:
             text = file.read(_MAX_BYTES + 1)
         if len(text) > _MAX_BYTES:

@@ -14,7 +14,8 @@ culprits         in order of data flow: {layer, target, reason, relative, is_inp
   diagnosis      {layer, cause, confidence, unexplained, checked, pattern}, or null
 audit            {layers, settings, differences: [{layer, setting, expected, actual, advice, training, counts}]}, or
                  null
-verified         {weights, verified, unverified, differing, through_layers, compared_bits}, or null
+verified         {weights, verified, unverified, differing, through_layers, compared_bits, details}, or
+                 null
 loud             {what, relative, limit}, or null
 exact_model      how the Keras model became float64; float32_inside names layers that still compute in float32
 axes, notes      sentences on orders of axes, and on what is implemented differently
@@ -31,21 +32,22 @@ Non-finite numbers are the strings "NaN", "Infinity" and "-Infinity", so that th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from porting.errors import ReportError
+from porting.errors import ReportError, SourceError
 from porting.files.atomic import REPORT_SUFFIX, open_regular, sha256_of
 from porting.parity.report import LayerComparison, ParityReport
 
 SCHEMA_VERSION = 3
-_MAX_BYTES = 64 << 20
+_MAX_BYTES = 256 << 20
 
 
 def to_json(report: ParityReport) -> str:
@@ -106,18 +108,28 @@ def decoded(value: Any) -> Any:
 
 
 def read_report(path: Path) -> ParityReport:
-    """Read a report from a JSON file; raises ReportError if it is not one, or has another schema version."""
+    """Read a report from a JSON file.
+
+    Raises SourceError if there is no such file, and ReportError if it is not a report or has another schema version.
+    """
+    with report_text(path, "A port or a check writes it as OUT.parity.json.") as text:
+        return from_json(text)
+
+
+@contextlib.contextmanager
+def report_text(path: Path, origin: str) -> Iterator[str]:
+    """Read a report's JSON text; a ReportError of the block names the file. `origin` says what writes such a file.
+
+    Raises SourceError if there is no such file, and ReportError if it cannot be read.
+    """
     try:
         with open_regular(path) as file:
             text = file.read(_MAX_BYTES + 1)
         if len(text) > _MAX_BYTES:
-            raise ReportError(
-                f"larger than {_MAX_BYTES >> 20} MiB, which no report is",
-                hint="Give the JSON report that a port or a check wrote.",
-            )
-        return from_json(text.decode("utf-8"))
+            raise ReportError(f"larger than {_MAX_BYTES >> 20} MiB, which no report is", hint=origin)
+        yield text.decode("utf-8")
     except FileNotFoundError:
-        raise ReportError(f"{path}: no such file", hint="A port or a check writes it as OUT.parity.json.") from None
+        raise SourceError(f"{path}: no such file", hint=origin) from None
     except (OSError, ValueError) as error:
         raise ReportError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     except ReportError as error:

@@ -32,14 +32,14 @@ from porting.errors import ReportError
 from porting.evaluation.result import SCHEMA_VERSION, TITLES, ArmResult, Evaluation, Share, StepResult, explained
 from porting.files.atomic import open_regular
 from porting.reports import format_among, write_rendered
-from porting.reports.document import decoded, encoded
+from porting.reports.document import decoded, encoded, report_text
+from porting.reports.terminal import model_named_in
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 FORMATS = {".json": "json", ".html": "html", ".md": "markdown"}
 KIND = "evaluation"
-_MAX_BYTES = 256 << 20
 _SHOWN = 10
 _ROUNDING = 1e-5
 _PICTURE = re.compile(r"data:image/jpeg;base64,[A-Za-z0-9+/=]+")
@@ -95,17 +95,9 @@ def _refuse_unsound(found: Evaluation) -> None:
 
 
 def read_evaluation(path: Path) -> Evaluation:
-    """Read an evaluation from a JSON file; raises ReportError."""
-    try:
-        with open_regular(path) as file:
-            text = file.read(_MAX_BYTES + 1)
-        if len(text) > _MAX_BYTES:
-            raise ReportError(f"larger than {_MAX_BYTES >> 20} MiB, which no evaluation is")
-        return from_json(text.decode("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ReportError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    except ReportError as error:
-        raise ReportError(f"{path}: {error.message}", hint=error.hint) from None
+    """Read an evaluation from a JSON file; raises SourceError if it is missing, and ReportError if it is not one."""
+    with report_text(path, "`van-port evaluate --report FILE.json` writes it.") as text:
+        return from_json(text)
 
 
 def is_evaluation(path: Path) -> bool:
@@ -119,7 +111,7 @@ def is_evaluation(path: Path) -> bool:
 
 def title(found: Evaluation) -> str:
     """The title: which model was evaluated, and on which data."""
-    model = " ".join(str(found.context[key]) for key in ("family", "variant") if key in found.context)
+    model = model_named_in(found.context)
     return f"Evaluation of {model or 'a port'} on {found.context.get('data', 'a data set')}"
 
 

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from porting.parity.report import EXACT, FLOAT32, LayerComparison, ParityReport
+from porting.wording import counted, listed
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
 WORST = 10
+# Models with at most this many layers are shown whole.
+_FEW = 40
 
 
 def print_report(report: ParityReport, console: Console, *, all_layers: bool = False) -> None:
     """Print a table of layers, what differs and why, and the verdict.
 
-    The table contains the top-level layers and the first `WORST` that failed; `all_layers` prints all.
+    The table of a large model contains its top-level layers and the first `WORST` that failed; `all_layers` prints all.
     """
     if report.layers:
-        rows = report.layers if all_layers else _prominent(report)
+        rows = report.layers if all_layers or len(report.layers) <= _FEW else _prominent(report)
         console.print(_layer_table(rows, report))
-        left_out = len(report.layers) - len(rows)
-        if left_out:
-            console.print(f"{left_out} more layers are hidden; --all-layers shows them.", style="dim")
+        if hidden := [layer for layer in report.layers if layer not in rows]:
+            failed = sum(map(report.failed, hidden))
+            also = f", {failed} of which failed" if failed else ""
+            console.print(f"{counted(len(hidden), 'more layer')} hidden{also}; --all-layers shows them.", style="dim")
     for line in remarks(report):
         console.print(line, style="dim", markup=False)
     for line in findings(report):
@@ -37,9 +42,14 @@ def print_report(report: ParityReport, console: Console, *, all_layers: bool = F
 
 
 def title(report: ParityReport) -> str:
-    """The title, with the family and variant if the context has them."""
-    model = " ".join(str(report.context[key]) for key in ("family", "variant") if key in report.context)
+    """The title, with the name of the model if the context has it."""
+    model = model_named_in(report.context)
     return f"Parity of {model}" if model else "Parity"
+
+
+def model_named_in(context: Mapping[str, Any]) -> str:
+    """The family and variant that a context states; empty if it states neither."""
+    return " ".join(str(context[key]) for key in ("family", "variant") if key in context)
 
 
 def remarks(report: ParityReport) -> list[str]:
@@ -48,16 +58,16 @@ def remarks(report: ParityReport) -> list[str]:
     if report.exact_model:
         lines.append(f"During the exact view, the Keras model was {report.exact_model}; it is unchanged.")
     if report.float32_inside:
-        lines.append(f"Compute in float32 internally, and were judged as such: {_listed(report.float32_inside)}")
+        lines.append(f"Compute in float32 internally, and were judged as such: {listed(report.float32_inside)}")
     rewritten = Counter(layer.rewritten for layer in report.layers if layer.rewritten)
     for how, count in rewritten.items():
         those = [layer.source for layer in report.layers if layer.rewritten == how]
-        lines.append(f"Implemented differently ({count}), {how}: {_listed(those)}")
+        lines.append(f"Implemented differently ({count}), {how}: {listed(those)}")
     if report.notes:
-        lines.append(f"Implemented differently ({len(report.notes)}): {_listed(report.notes, '; ')}")
+        lines.append(f"Implemented differently ({len(report.notes)}): {listed(report.notes, separator='; ')}")
     for side, names in (("PyTorch only", report.unpaired_source), ("Keras only", report.unpaired_target)):
         if names:
-            lines.append(f"{side}, not compared separately: {_listed(names)}")
+            lines.append(f"{side}, not compared separately: {listed(names)}")
     if report.verified is not None:
         lines.append(_verified(report))
     if report.audit is not None:
@@ -75,21 +85,12 @@ def _verified(report: ParityReport) -> str:
     what = "Weights observed in use" if agreed else "Weights confirmed by tensors that agree"
     line = f"{what}: {share:.4g} % of {verified.weights:,}"
     if verified.compared_bits:
-        line += f"; {verified.compared_bits} tensors compared bit by bit"
+        line += f"; {counted(verified.compared_bits, 'tensor')} compared bit by bit"
     if not verified.through_layers:
         line += "; the verdict is based only on the outputs"
     if verified.unverified:
-        line += f"; {'never used' if agreed else 'not confirmed'}: {_listed(verified.unverified)}"
+        line += f"; {'never used' if agreed else 'not confirmed'}: {listed(verified.unverified)}"
     return line
-
-
-def _count(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def _listed(names: tuple[str, ...] | list[str], separator: str = ", ") -> str:
-    shown = separator.join(names[:WORST])
-    return shown if len(names) <= WORST else f"{shown}, and {len(names) - WORST} more"
 
 
 def findings(report: ParityReport) -> list[str]:
@@ -110,8 +111,8 @@ def findings(report: ParityReport) -> list[str]:
     if report.loud is not None and not report.loud.passed:
         lines.append(f"On {report.loud.what}, the outputs differ by {report.loud.relative:.2g} of their size")
     if report.verified is not None and report.verified.differing:
-        names = _listed(report.verified.differing)
-        lines.append(f"Weights that differ from the checkpoint ({len(report.verified.differing)}): {names}")
+        found = report.verified.details or report.verified.differing
+        lines.append(f"Weights that differ from the checkpoint ({len(found)}): {listed(found, 5, '; ')}")
     at_work = report.verified is None or not report.verified.weights or report.verified.verified
     if not at_work and not report.divergences:
         lines.append("No weight of the Keras model was observed in use")
@@ -129,7 +130,7 @@ def grouped(lines: list[str]) -> list[str]:
         layer, _, rest = line.partition(": ")
         found.setdefault(rest, []).append(layer)
     return [
-        f"{layers[0]}: {rest}" if len(layers) == 1 else f"{len(layers)} layers ({_listed(layers)}): {rest}"
+        f"{layers[0]}: {rest}" if len(layers) == 1 else f"{len(layers)} layers ({listed(layers)}): {rest}"
         for rest, layers in found.items()
     ]
 
@@ -145,14 +146,14 @@ def verdict(report: ParityReport) -> str:
         failed = [layer for layer in report.layers if report.failed(layer)]
         results = sum(layer.is_output for layer in failed)
         inside = len(failed) - results
-        what = " and ".join(_count(count, noun) for count, noun in ((results, "output"), (inside, "layer")) if count)
+        what = " and ".join(counted(count, noun) for count, noun in ((results, "output"), (inside, "layer")) if count)
         return f"NOT AT PARITY: {what} of {len(report.layers)} compared{agreement}"
     if report.objections and not any(not run.passed for run in report.stress):
         return f"NOT AT PARITY: {report.objections[0]}; the numbers of this run agree{agreement}"
     if not report.passed:
         return f"NOT AT PARITY under stress; as ported, all agree{agreement}"
     exact, worst = report.worst_exact, report.worst
-    said = [f"{len(report.layers)} tensors"]
+    said = [counted(len(report.layers), "tensor")]
     if exact is not None:
         said.append(f"outputs exact to {exact.relative_error:.1e} in float64")
     if FLOAT32 in worst.views:
@@ -176,13 +177,14 @@ def _prominent(report: ParityReport) -> tuple[LayerComparison, ...]:
 
 
 def _layer_table(rows: tuple[LayerComparison, ...], report: ParityReport) -> Table:
+    from rich import box
     from rich.table import Table
 
     caption = (
         "exact: RMS distance to PyTorch in float64, relative to the result; ratio: Keras's float32 error in units of "
         "PyTorch's own"
     )
-    table = Table(caption=caption)
+    table = Table(caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("layer", overflow="fold", ratio=1, min_width=12)
     table.add_column("shape", overflow="fold")
     for heading in ("exact", "PyTorch error", "Keras error", "ratio"):

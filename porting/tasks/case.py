@@ -168,8 +168,7 @@ class Case:
     def describe(self) -> dict[str, Any]:
         """The facts of the case for provenance and reports."""
         facts: dict[str, Any] = {
-            "family": self.family.described,
-            "variant": self.spec.variant,
+            **self.family.facts(self.spec),
             "num_classes": self.num_classes,
             "layout": self.naming.name,
             "settings": self.spec.settings,

@@ -104,7 +104,7 @@ def compare_models(
             raise FamilyError("--images is for families of image models", hint="Give the check's inputs with --inputs.")
         if options.stress or options.train:
             raise FamilyError(
-                f"--stress and --train need a model of images, and {case.family.name} takes none",
+                f"--stress and --train are for families of image models, which {case.family.described} is not",
                 hint="Leave them out: a check always compares the outputs on loud weights as well.",
             )
         return _run(case, "as ported", reference, candidate, given, options, progress, strict=strict)

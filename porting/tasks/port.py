@@ -28,6 +28,7 @@ from porting.run import describe_run
 from porting.tasks.case import Case, files_of, open_case
 from porting.tasks.check import compare_models
 from porting.tasks.options import CheckOptions
+from porting.wording import counted
 
 if TYPE_CHECKING:
     import keras
@@ -162,7 +163,7 @@ def _refuse_other_weights(candidate: keras.Model, weights: Mapping[str, Array]) 
     differing = [name for name, variable in found.items() if not _same(np.asarray(variable), weights[name])]
     if differing:
         raise ParityError(
-            f"{len(differing)} weights read back from the file differ from those written; the first is {differing[0]}",
+            f"read back from the file, {counted(len(differing), 'weight')} not as written; the first is {differing[0]}",
             hint="The cause is the disk or this version of Keras. Please report it.",
         )
 

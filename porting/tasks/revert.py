@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from porting.run import describe_run
 from porting.tasks.case import Case, case_of_file, open_case, refuse_another, without_head
 from porting.tasks.check import compare_models
 from porting.tasks.options import CheckOptions
+from porting.wording import counted
 
 if TYPE_CHECKING:
     import keras
@@ -123,7 +125,8 @@ def _revert(
     state_dict = invert(_values(candidate), target.key_map, family.tensor_shapes(target.spec))
     non_finite = refuse_non_finite(state_dict, allowed=options.allow_non_finite)
     state_dict = {name: _cast(name, array, dtype) for name, array in state_dict.items()}
-    state_dict |= target.unused_tensors()
+    unused = target.unused_tensors()
+    state_dict |= unused
     progress("writing")
     with output_errors(out):
         _save(temporary, state_dict)
@@ -131,7 +134,7 @@ def _revert(
     case = open_case(family, variant, temporary, layout=target.naming.name, progress=progress)
     _refuse_other_tensors(case, state_dict)
     case = replace(case, spec=replace(case.spec, stated=target.spec.stated))
-    notes = _setting_notes(ported_from, target)
+    notes = (*_setting_notes(ported_from, target), *_counter_notes(unused))
     if not check:
         pending.commit(None)
         return RevertResult(out, target.spec, state_dict, notes=notes)
@@ -144,6 +147,13 @@ def _revert(
         raise FailedParityError(f"{out} was not written: {refusal(report)}", report)
     report_path = pending.commit(to_json(report))
     return RevertResult(out, target.spec, state_dict, report, report_path, notes)
+
+
+def _counter_notes(tensors: Mapping[str, Array]) -> Iterator[str]:
+    """A note on counters, such as a BatchNorm's number of batches, which Keras does not keep."""
+    names = Counter(name.rpartition(".")[2] for name, array in tensors.items() if array.ndim == 0 and not array.any())
+    for name, count in names.items():
+        yield f"Keras does not keep {name}: {counted(count, 'tensor')} of that name set to 0."
 
 
 def _setting_notes(ported_from: Case, target: Case) -> tuple[str, ...]:
@@ -228,7 +238,7 @@ def _refuse_other_tensors(case: Case, state_dict: Mapping[str, Array]) -> None:
     differing = [name for name, array in state_dict.items() if not _same_bits(found.get(name), array)]
     if differing or found.keys() != state_dict.keys():
         raise ParityError(
-            f"{len(differing)} tensors read back from the file differ from those written"
+            f"read back from the file, {counted(len(differing), 'tensor')} not as written"
             + (f"; the first is {differing[0]}" if differing else ""),
             hint="The cause is the disk or this version of PyTorch. Please report it.",
         )

@@ -12,12 +12,13 @@ from porting.errors import KeyMapError, ParityError
 from porting.mapping.convert import Conversion, convert, invert
 from porting.mapping.key_map import KeyMap
 from porting.mapping.rules import KeyRule
-from porting.models.live import assign_tensors, effective_tensors, shapes_of
+from porting.models.live import assign_tensors, effective_tensors, require_models, shapes_of
 from porting.models.rows import key_map_of_rows
 from porting.models.traverse import named_layers, named_variables
 from porting.parity.compare import check_parity
 from porting.parity.report import ParityReport, refusal
 from porting.proposing.proposal import propose_map
+from porting.wording import counted
 
 if TYPE_CHECKING:
     import keras
@@ -39,7 +40,8 @@ class Ported:
 
     def __str__(self) -> str:
         count = len(self.key_map.entries)
-        lines = [f"{count} rows of tensors ported, {len(self.dropped)} dropped, {len(self.untouched)} variables kept"]
+        kept = counted(len(self.untouched), "variable")
+        lines = [f"{counted(count, 'row')} of tensors ported, {len(self.dropped)} dropped, {kept} kept"]
         return "\n".join([*lines, str(self.report) if self.report is not None else "not checked"])
 
     def __repr__(self) -> str:
@@ -77,8 +79,9 @@ def port_weights(
     training produce a note unless `strict_settings=True`.
 
     Every tensor and variable must be accounted for before any is assigned. Otherwise this raises KeyMapError, which
-    lists every difference.
+    lists the first differences of each kind.
     """
+    require_models(reference, candidate)
     tensors = effective_tensors(reference)
     variables = named_variables(candidate)
     _refuse_unknown("drop", drop, tensors)
@@ -112,6 +115,7 @@ def revert_weights(candidate: keras.Model, reference: nn.Module, key_map: KeyMap
     zero. Tensors that the key map drops stay as they are. Everything must be accounted for before anything is
     assigned; otherwise this raises KeyMapError.
     """
+    require_models(reference, candidate)
     if not isinstance(key_map, KeyMap):
         key_map = key_map_of_rows(reference, candidate, key_map)
     tensors = effective_tensors(reference)

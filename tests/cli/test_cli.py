@@ -116,7 +116,7 @@ def test_check_of_what_does_not_fit(run_cli: RunCli, checkpoint: Path, ported: P
     assert "its variables do not match those of van_tf.van_nano(): 2 of another shape: head/kernel" in result.output
     assert run_cli("check", "--variant", "nano").exit_code == 2
     assert run_cli("check", "--from", "x.json", "--variant", "nano").exit_code == 2
-    assert run_cli("check", "--from", tmp_path / "no.json").exit_code == 8
+    assert run_cli("check", "--from", tmp_path / "no.json").exit_code == 5
     assert run_cli("check", "--from", "x.json", "--limit", "head").exit_code == 2
 
 

@@ -88,10 +88,10 @@ def test_gates_end_in_exit_code_1(run_cli: RunCli, arguments: list[str], tmp_pat
     [
         (["--data", "nowhere"], 5, "no such folder"),
         (["--weights", "nowhere.h5"], 5, "nowhere.h5"),
-        (["--baseline", "nowhere.json"], 8, "nowhere.json"),
+        (["--baseline", "nowhere.json"], 5, "nowhere.json"),
         (["--labels", "nowhere.txt"], 5, "nowhere.txt"),
         (["--report", "a.xml"], 6, "does not say what to write"),
-        (["--keras-preprocessing", "nowhere.py:f"], 2, "nowhere.py: no such file"),
+        (["--keras-preprocessing", "nowhere.py:f"], 5, "nowhere.py: no such file"),
         (["--engine", "ray", "--ray-address", "127.0.0.1:9"], 10, "nothing answers at 127.0.0.1:9"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 from click.testing import Result
 
 import porting
-from porting.errors import KeyMapError
+from porting.errors import KeyMapError, SourceError
 from porting.mapping.rows_file import read_rows, rows_text
 from porting.mapping.rules import KeyRule
 
@@ -81,7 +81,7 @@ def test_two_networks_that_differ_are_exit_code_4(run_cli: RunCli, models: Path)
     ("arguments", "code", "said"),
     [
         (("reference", "models.py:candidate"), 2, "does not name a model"),
-        (("nowhere.py:make", "models.py:candidate"), 2, "no such file"),
+        (("nowhere.py:make", "models.py:candidate"), 5, "no such file"),
         (("models.py:nothing", "models.py:candidate"), 2, "has no 'nothing'"),
         (("models.py:broken", "models.py:candidate"), 2, "RuntimeError: [bold]no"),
         (("models.py:number", "models.py:candidate"), 2, "makes a int, not a PyTorch model"),
@@ -193,7 +193,7 @@ def test_files_that_are_no_rows(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(KeyMapError):
         read_rows(path)
-    with pytest.raises(KeyMapError, match="no such file"):
+    with pytest.raises(SourceError, match="no such file"):
         read_rows(tmp_path / "none.toml")
 
 

@@ -109,7 +109,7 @@ def test_file_names_of_any_kind(run_cli: RunCli, tmp_path: Path) -> None:
         assert result.exit_code == 0, result.output
         missing = path.with_name(f"{path.name[:-6]}n")
         result = run_cli("report", missing)
-        assert result.exit_code == 8
+        assert result.exit_code == 5
         assert "\x1b" not in result.output
 
 

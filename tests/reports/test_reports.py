@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from porting.errors import OutputError, ReportError
+from porting.errors import OutputError, ReportError, SourceError
 from porting.parity.report import (
     EXACT,
     FLOAT32,
@@ -167,11 +167,11 @@ def test_in_the_exact_view_the_outputs_judge() -> None:
     [
         ({"problem": "the Keras model cannot run"}, "the Keras model cannot run"),
         ({"loud": Loud("loud inputs", 0.5, 1e-9)}, "the outputs differ by 0.5 on loud inputs"),
-        ({"verified": Verified(9, 9, differing=("a/kernel",))}, "1 weights are not the checkpoint's, first a/kernel"),
+        ({"verified": Verified(9, 9, differing=("a/kernel",))}, "1 weight not the checkpoint's: a/kernel"),
         ({"verified": Verified(9, 0)}, "no weight of the Keras model was observed in use"),
         (
             {"audit": Audit(1, 1, (SettingDifference("a", "eps", "1", "2"),))},
-            "1 settings differ, first a: eps is 2 in Keras, 1 in PyTorch",
+            "1 setting not equal, first a: eps is 2 in Keras, 1 in PyTorch",
         ),
     ],
 )
@@ -220,7 +220,7 @@ def test_other_json_is_refused(tmp_path: Path, text: str, message: str) -> None:
 
 
 def test_no_report(tmp_path: Path) -> None:
-    with pytest.raises(ReportError, match="no such file"):
+    with pytest.raises(SourceError, match="no such file"):
         read_report(tmp_path / "x.json")
 
 

@@ -32,7 +32,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(images: Path, out: Path, *more: str) -> list[str]:
     options = ["--weights", "cifar10", "--batch-size", "8", "--epochs", "3", "--warmup-epochs", "0.5"]
-    return [sys.executable, str(SCRIPT), str(images), "--out", str(out), *options, "--learning-rate", "0.1", *more]
+    return [sys.executable, str(SCRIPT), str(images), "--out", str(out), *options, "--learning-rate", "0.009", *more]
 
 
 @pytest.mark.slow

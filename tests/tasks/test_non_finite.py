@@ -104,4 +104,4 @@ def test_the_command_names_them(run_cli: Callable[..., Result], diverged: Path, 
     assert refused.exit_code == 3
     allowed = run_cli(*arguments, "--allow-non-finite")
     assert allowed.exit_code == 0, allowed.output
-    assert f"2 tensors hold NaN or infinity: {', '.join(NAMES)}" in allowed.output
+    assert f"NaN or infinity in 2 tensors: {', '.join(NAMES)}" in allowed.output

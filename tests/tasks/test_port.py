@@ -155,9 +155,7 @@ def test_what_keras_reads_must_be_what_was_written(
         write(path, layers, {**weights, "head/bias": weights["head/bias"] + np.float32(1e-6)})
 
     monkeypatch.setattr(weights_file, "write_h5", write_wrongly)
-    with pytest.raises(
-        ParityError, match="1 weights read back from the file differ from those written; the first is head/b"
-    ):
+    with pytest.raises(ParityError, match="read back from the file, 1 weight not as written; the first is head/b"):
         port(family, "nano", tmp_path / "x.h5", checkpoint=checkpoint)
     assert names_in(tmp_path) == []
 
@@ -168,7 +166,8 @@ def test_a_checkpoint_of_another_variant_is_recognised(family: VanFamily, checkp
     assert caught.value.hint == "These tensors belong to van nano: use --variant nano."
     assert "missing from the checkpoint:" in caught.value.message
     assert "of another shape or type:" in caught.value.message
-    assert "patch_embed2.proj.weight: expected (64, 32, 3, 3), found (48, 32, 3, 3)" in caught.value.message
+    assert "block1.0.mlp.dwconv.dwconv.weight: expected (256, 1, 3, 3), found (128, 1, 3, 3)" in caught.value.message
+    assert len(caught.value.message.splitlines()) < 40  # what to do about it stays in view
     assert names_in(tmp_path) == []
 
 
