@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from porting.errors import KeyMapError
@@ -164,6 +165,11 @@ def with_value(module: nn.Module, inputs: list[Tensor], name: str, value: Callab
             setattr(changed, name, new)
 
     return with_change(module, inputs, change)
+
+
+def with_forward(module: nn.Module, inputs: list[Tensor], forward: Callable[..., Any]) -> Callable[[], Made]:
+    """Like `with_change`, where `forward`, which gets the module and its inputs, computes the result."""
+    return with_change(module, inputs, lambda changed: setattr(changed, "forward", partial(forward, changed)))
 
 
 def in_double(tensor: Tensor) -> Tensor:

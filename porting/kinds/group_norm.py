@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from porting.kinds.base import Kind, Leaf, Mistake, Settings
+from porting.kinds.base import Kind, Leaf, Mistake, Settings, with_forward, with_value
 from porting.kinds.batch_norm import norm_mistakes
 
 if TYPE_CHECKING:
@@ -34,7 +35,53 @@ class GroupNorm(Kind):
         return {"eps": layer.epsilon, "groups": layer.groups}
 
     def mistakes(self, module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
-        return norm_mistakes(module, inputs)
+        yield from norm_mistakes(module, inputs)
+        channels = module.num_channels
+        for groups in dict.fromkeys((1, 2, 4, 8, 16, 32, channels)):
+            if groups != module.num_groups and channels % groups == 0:
+                cause = f"{groups} groups instead of {module.num_groups}"
+                yield Mistake(cause, with_value(module, inputs, "num_groups", partial(_constant, groups)))
+        yield Mistake("its groups take channels in turn, not side by side", with_forward(module, inputs, _in_turn))
+        yield Mistake(
+            "it normalises each position by itself, not the whole map", with_forward(module, inputs, _by_position)
+        )
+        for axis in range(2, inputs[0].ndim if inputs else 2):
+            cause = f"it groups along axis {axis} of PyTorch's tensor instead of the channels"
+            yield Mistake(cause, with_forward(module, inputs, partial(_along, axis=axis)))
+
+
+def _constant(value: int, _: Any) -> int:
+    return value
+
+
+def _in_turn(module: Any, x: Tensor) -> Tensor:
+    """Channel c belongs to group c % groups."""
+    import torch
+    from torch.nn import functional
+
+    order = torch.arange(x.shape[1]).reshape(-1, module.num_groups).T.reshape(-1)
+    mixed = functional.group_norm(x[:, order], module.num_groups, eps=module.eps)
+    return _affine(module, mixed[:, order.argsort()])
+
+
+def _by_position(module: Any, x: Tensor) -> Tensor:
+    from torch.nn import functional
+
+    rows = x.movedim(1, -1)
+    flat = functional.group_norm(rows.reshape(-1, x.shape[1]), module.num_groups, eps=module.eps)
+    return _affine(module, flat.reshape(rows.shape).movedim(-1, 1))
+
+
+def _along(module: Any, x: Tensor, axis: int) -> Tensor:
+    return type(module).forward(module, x.transpose(1, axis)).transpose(1, axis)  # type: ignore[no-any-return]
+
+
+def _affine(module: Any, x: Tensor) -> Tensor:
+    if module.weight is None:
+        return x
+    sides = (1, -1, *[1] * (x.ndim - 2))
+    result: Tensor = x * module.weight.reshape(sides) + module.bias.reshape(sides)
+    return result
 
 
 KIND = GroupNorm()

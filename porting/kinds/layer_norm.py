@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from porting.kinds.base import Kind, Leaf, Mistake, Settings
+from porting.kinds.base import Kind, Leaf, Mistake, Settings, with_forward
 from porting.kinds.batch_norm import norm_mistakes
 
 if TYPE_CHECKING:
@@ -35,7 +35,24 @@ class LayerNorm(Kind):
         return {"eps": layer.epsilon, "axes": len(axes)}
 
     def mistakes(self, module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
-        return norm_mistakes(module, inputs)
+        yield from norm_mistakes(module, inputs)
+        yield Mistake(
+            "its statistics are those of the whole sample, not of the last axis",
+            with_forward(module, inputs, _over_the_sample),
+        )
+
+
+def _over_the_sample(module: Any, x: Tensor) -> Tensor:
+    from torch.nn import functional
+
+    normalized = functional.layer_norm(x, x.shape[1:], eps=module.eps)
+    if module.weight is None:
+        return normalized
+    # Subclasses for maps `(N, C, H, W)` move the channels to the end and back.
+    sides = (-1,) if x.shape[-1] == len(module.weight) else (1, -1, *[1] * (x.ndim - 2))
+    shift = 0.0 if module.bias is None else module.bias.reshape(sides)
+    result: Tensor = normalized * module.weight.reshape(sides) + shift
+    return result
 
 
 KIND = LayerNorm()

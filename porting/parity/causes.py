@@ -77,10 +77,13 @@ def cause_of(
     truth = recording.calls[call].outputs[index].tensor
     if module is None:
         return None
-    if truth.ndim == actual.ndim:
+    in_keras = [truth.shape[axis] for axis in axes]
+    if in_keras == list(actual.shape):
         found = actual.permute(inverse(axes))
     elif [side for side in truth.shape if side > 1] == [side for side in actual.shape if side > 1]:
         found = actual.reshape(truth.shape)  # in PyTorch a state has an axis for layers
+    elif truth.numel() == actual.numel():
+        found = actual.reshape(in_keras).permute(inverse(axes))  # Keras reshapes it around the layer
     else:
         return None
     core = core_of(session, recording, call, layer)

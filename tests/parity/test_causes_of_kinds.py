@@ -63,6 +63,37 @@ class DepthToSpace(layers.Layer):  # type: ignore[misc]
         return tf.nn.depth_to_space(x, 2)
 
 
+class LayerNorm2d(nn.LayerNorm):
+    """A normalisation of the channels of maps, as torchvision and timm write it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class Normalization(layers.Layer):  # type: ignore[misc]
+    """A group normalisation of 8 channels in 4 groups, applied to another arrangement of the numbers."""
+
+    def __init__(self, before: Callable[[Any], Any], behind: Callable[[Any], Any]) -> None:
+        super().__init__(name="1")
+        self.norm = layers.GroupNormalization(4, epsilon=1e-5)
+        self.before, self.behind = before, behind
+
+    def call(self, x: Any) -> Any:
+        return self.behind(self.norm(self.before(x)))
+
+
+def normalization(module: nn.Module) -> nn.Module:
+    torch.manual_seed(1)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    return module
+
+
+def scale_and_shift(module: Any) -> list[Any]:
+    return [module.weight.detach().numpy(), module.bias.detach().numpy()]
+
+
+GROUPS = lambda: normalization(nn.GroupNorm(4, 8))  # noqa: E731
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], Any, str]] = {
     "transposed convolution": (
         lambda: nn.ConvTranspose2d(8, 8, 3, 2),
@@ -93,6 +124,33 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], Any, str]] = 
         lambda: layers.UpSampling2D(2, name="1"),
         None,
         "nearest interpolation instead of bilinear",
+    ),
+    "group norm": (GROUPS, lambda: layers.GroupNormalization(4, epsilon=1e-5, name="1"), scale_and_shift, ""),
+    "group norm with other groups": (
+        GROUPS,
+        lambda: layers.GroupNormalization(2, epsilon=1e-5, name="1"),
+        scale_and_shift,
+        "2 groups instead of 4",
+    ),
+    "group norm of each position": (
+        GROUPS,
+        lambda: Normalization(
+            lambda x: keras.ops.reshape(x, (-1, 1, 1, 8)), lambda x: keras.ops.reshape(x, (-1, 6, 6, 8))
+        ),
+        scale_and_shift,
+        "it normalises each position by itself, not the whole map",
+    ),
+    "layer norm": (
+        lambda: normalization(LayerNorm2d(8)),
+        lambda: layers.LayerNormalization(epsilon=1e-5, name="1"),
+        scale_and_shift,
+        "",
+    ),
+    "layer norm over the whole sample": (
+        lambda: normalization(LayerNorm2d(8)),
+        lambda: layers.GroupNormalization(1, epsilon=1e-5, name="1"),
+        scale_and_shift,
+        "its statistics are those of the whole sample, not of the last axis",
     ),
     "pixel shuffle": (lambda: nn.PixelShuffle(2), lambda: DepthToSpace(right=True), None, ""),
     "pixel shuffle in TensorFlow's order": (
