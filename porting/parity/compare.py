@@ -26,6 +26,7 @@ from porting.models.live import effective_tensors, require_models
 from porting.models.observe import observe_layers, observe_modules, to_torch
 from porting.models.precision import in_precision
 from porting.models.traverse import named_layers, named_variables
+from porting.parity.bits import compare_bits
 from porting.parity.derived import (
     StoredWeights,
     derived_weights,
@@ -136,10 +137,10 @@ def check_parity(
         try:
             if key_map is not None and any(isinstance(entry.transform, Shifted) for entry in key_map.entries):
                 _substitute_by_key_map(session, key_map)
-            _run_batches(session, limits, batch_size, progress)
+            _run_batches(session, key_map, limits, batch_size, progress)
         except CannotRunError as error:
             return _without_result(str(error), limits, name)
-        report = summarize(session, limits, key_map, name, strict_settings, waive)
+        report = summarize(session, limits, name, strict_settings, waive)
         if key_map is None and not report.divergences:
             report = with_inferred_weights(session, report, limits)
         if loud:
@@ -157,7 +158,9 @@ class CannotRunError(Exception):
     """One of the models cannot be run on these inputs."""
 
 
-def _run_batches(session: Session, limits: Limits, batch_size: int | None, progress: Progress) -> None:
+def _run_batches(
+    session: Session, key_map: KeyMap | None, limits: Limits, batch_size: int | None, progress: Progress
+) -> None:
     import torch
 
     given = session.inputs
@@ -179,6 +182,8 @@ def _run_batches(session: Session, limits: Limits, batch_size: int | None, progr
         step(1, "Keras, float64")
         if start == 0:
             _build(session, batch)
+            if key_map is not None:
+                session.bits = compare_bits(session.reference, named_variables(session.candidate), key_map)
             _substitute_derived(session, recording)
         exact = _run_exact(session, recording, batch, start)
         step(2, "PyTorch, float32")
@@ -243,12 +248,14 @@ def _substitute_derived(session: Session, recording: Recording) -> None:
         session.halved = halved
     if not has_derived(session.truth_model):
         return
+    kept = session.bits.copies
+    weights = {name: values for name, values in session.float64.weights().items() if name not in kept}
     stored = StoredWeights(
         tensor.detach().float().numpy()
-        for tensor in session.reference.state_dict().values()
+        for tensor in (session.reference.state_dict().values() if weights else ())
         if tensor.is_floating_point()
     )
-    others = {name for name, values in session.float64.weights().items() if not stored.has(values)}
+    others = {name for name, values in weights.items() if not stored.has(values)}
     if not others:
         return
     batch_norm = KINDS["batch_norm"]

@@ -18,10 +18,10 @@ from porting.mapping.key_map import KeyMap, LayerPair, TensorEntry
 from porting.models.live import effective_names
 from porting.models.rows import entries_filling
 from porting.models.traverse import named_variables, owned_variables
+from porting.parity.bits import compare_bits
 from porting.parity.loud import compare_loud_outputs
 from porting.parity.report import Limits, ParityReport
 from porting.parity.session import Session
-from porting.parity.summary import other_bits
 
 
 def with_inferred_weights(session: Session, report: ParityReport, limits: Limits) -> ParityReport:
@@ -29,16 +29,16 @@ def with_inferred_weights(session: Session, report: ParityReport, limits: Limits
     key_map = None if session.halved or report.verified is None else infer_key_map(session)
     if key_map is None or report.verified is None:
         return report
-    differing, compared = other_bits(session.reference, named_variables(session.candidate), key_map)
-    if differing:
+    bits = compare_bits(session.reference, named_variables(session.candidate), key_map)
+    if bits.differing:
         loud, _ = compare_loud_outputs(session, key_map, limits, locates=False)
         if loud is None or not loud.passed:
             return report
     verified = replace(
         report.verified,
-        differing=tuple(differing),
-        compared_bits=compared,
-        details=tuple(differing.values()),
+        differing=tuple(bits.differing),
+        compared_bits=len(bits.compared),
+        details=tuple(bits.differing.values()),
     )
     return replace(report, verified=verified)
 
@@ -97,8 +97,8 @@ class _Fits:
         for source in self.kind_names:
             if source not in taken and (entries := self.entries(source, target)):
                 key_map = KeyMap((), entries, frozenset())
-                differing, compared = other_bits(self._session.reference, self._variables, key_map)
-                if compared and not differing:
+                bits = compare_bits(self._session.reference, self._variables, key_map)
+                if bits.compared and not bits.differing:
                     return source, entries
         return None
 

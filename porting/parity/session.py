@@ -15,6 +15,7 @@ from porting.kinds.transforms import Array
 from porting.models.float64 import in_float64
 from porting.models.inputs import Axes, Inputs
 from porting.models.keras_float64 import Float64Model
+from porting.parity.bits import Bits
 from porting.parity.content import Library, Truth
 from porting.parity.derived import rounds_to
 from porting.parity.measure import DifferenceSum, DistanceSum
@@ -129,6 +130,7 @@ class Session:
         self.notes: dict[str, None] = {}
         self.logits: list[tuple[Array, Array]] = []
         self.halved: list[Array] = []
+        self.bits = Bits()
         self.used: set[tuple[str, bool, int]] = set()
 
     def record_truth(self, batch: Inputs) -> Recording:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from porting.kinds.transforms import Array
-from porting.mapping.key_map import KeyMap
 from porting.models.traverse import named_variables, owned_variables
 from porting.parity.record import kinds_of
 from porting.parity.report import (
@@ -40,7 +39,6 @@ _LAYERS_BEFORE = 16
 def summarize(
     session: Session,
     limits: Limits,
-    key_map: KeyMap | None,
     name: str,
     strict_settings: bool,
     waive: Sequence[str],
@@ -70,7 +68,7 @@ def summarize(
         report = replace(report, layers=tuple(_written(layer, session) for layer in report.layers))
     with session.float64.active() as model:
         audit = compare_settings(session.reference, model, session.layer_of_module, strict=strict_settings, waive=waive)
-    return replace(report, audit=audit, verified=_verified(session, agreed, key_map))
+    return replace(report, audit=audit, verified=_verified(session, agreed))
 
 
 def _written(layer: LayerComparison, session: Session) -> LayerComparison:
@@ -82,7 +80,7 @@ def _written(layer: LayerComparison, session: Session) -> LayerComparison:
     return replace(layer, rewritten=how)
 
 
-def _verified(session: Session, agreed: bool, key_map: KeyMap | None) -> Verified:
+def _verified(session: Session, agreed: bool) -> Verified:
     variables = named_variables(session.candidate)
     called = {name.partition("#")[0] for name in session.called}
     if not agreed:
@@ -94,46 +92,12 @@ def _verified(session: Session, agreed: bool, key_map: KeyMap | None) -> Verifie
             seen |= {id(variable) for variable in own}
     sizes = {name: math.prod(variable.shape) for name, variable in variables.items()}
     unverified = tuple(name for name, variable in variables.items() if id(variable) not in seen)
-    differing, compared = ({}, 0) if key_map is None else other_bits(session.reference, variables, key_map)
+    bits = session.bits
     through = any(not pair.named for pair in session.pairs.values())
     total = sum(sizes.values())
     verified = total - sum(sizes[name] for name in unverified)
-    return Verified(total, verified, unverified, tuple(differing), through, compared, tuple(differing.values()))
-
-
-def other_bits(reference: nn.Module, variables: Mapping[str, Any], key_map: KeyMap) -> tuple[dict[str, str], int]:
-    """Compare the Keras variables with the checkpoint's tensors bit by bit.
-
-    Returns what differs, by the variable's name, and how many variables were compared.
-    """
-    state = reference.state_dict()
-    differing: dict[str, str] = {}
-    compared = 0
-    for entry in key_map.entries:
-        if not entry.is_in(state, variables):
-            continue
-        arrays = {name: state[name].detach().float().numpy() for name in entry.sources}
-        try:
-            made = entry.to_keras(arrays, {name: tuple(variables[name].shape) for name in entry.targets})
-        except ValueError as error:
-            differing |= {name: f"{name}: {error}" for name in entry.targets}
-            continue
-        for name, expected in made.items():
-            compared += 1
-            actual = np.asarray(variables[name])
-            if expected.shape != actual.shape:
-                differing[name] = f"{name} has the shape {actual.shape} and should have {expected.shape}"
-            elif not np.array_equal(expected, actual, equal_nan=True):
-                differing[name] = _first_difference(name, expected, actual)
-    return differing, compared
-
-
-def _first_difference(name: str, expected: Array, actual: Array) -> str:
-    places = np.argwhere((expected != actual) & ~(np.isnan(expected) & np.isnan(actual)))
-    first = tuple(int(each) for each in places[0])
-    more = f" ({len(places):,} of {expected.size:,} numbers differ)" if len(places) > 1 else ""
-    place = f"[{', '.join(map(str, first))}]" if first else ""
-    return f"{name}{place} is {float(actual[first]):.9g} and should be {float(expected[first]):.9g}{more}"
+    differing = tuple(bits.differing), tuple(bits.differing.values())
+    return Verified(total, verified, unverified, differing[0], through, len(bits.compared), differing[1])
 
 
 def precision_of(candidate: keras.Model) -> str:

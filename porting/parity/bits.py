@@ -1,0 +1,59 @@
+"""Compares the weights of a Keras model with those of a PyTorch model bit by bit, as a key map pairs them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from porting.kinds.transforms import Array, Shifted
+from porting.mapping.key_map import KeyMap
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Bits:
+    """The Keras variables that were compared, how each that differs does so, and which hold one tensor unchanged."""
+
+    compared: frozenset[str] = frozenset()
+    differing: dict[str, str] = field(default_factory=dict)
+    copies: frozenset[str] = frozenset()
+
+
+def compare_bits(reference: nn.Module, variables: Mapping[str, Any], key_map: KeyMap) -> Bits:
+    """Compare the Keras variables with what the key map makes of the tensors of PyTorch's state_dict, in float32."""
+    state = reference.state_dict()
+    differing: dict[str, str] = {}
+    compared: set[str] = set()
+    copies: set[str] = set()
+    for entry in key_map.entries:
+        if not entry.is_in(state, variables):
+            continue
+        arrays = {name: state[name].detach().float().numpy() for name in entry.sources}
+        compared |= set(entry.targets)
+        try:
+            made = entry.to_keras(arrays, {name: tuple(variables[name].shape) for name in entry.targets})
+        except ValueError as error:
+            differing |= {name: f"{name}: {error}" for name in entry.targets}
+            continue
+        for name, expected in made.items():
+            actual = np.asarray(variables[name])
+            if expected.shape != actual.shape:
+                differing[name] = f"{name} has the shape {actual.shape} and should have {expected.shape}"
+            elif not np.array_equal(expected, actual) and not np.array_equal(expected, actual, equal_nan=True):
+                differing[name] = _first_difference(name, expected, actual)
+            elif len(arrays) == 1 and not isinstance(entry.transform, Shifted):
+                copies.add(name)
+    return Bits(frozenset(compared), differing, frozenset(copies))
+
+
+def _first_difference(name: str, expected: Array, actual: Array) -> str:
+    places = np.argwhere((expected != actual) & ~(np.isnan(expected) & np.isnan(actual)))
+    first = tuple(int(each) for each in places[0])
+    more = f" ({len(places):,} of {expected.size:,} numbers differ)" if len(places) > 1 else ""
+    place = f"[{', '.join(map(str, first))}]" if first else ""
+    return f"{name}{place} is {float(actual[first]):.9g} and should be {float(expected[first]):.9g}{more}"
