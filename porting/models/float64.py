@@ -3,6 +3,9 @@
 PyTorch has no depthwise convolution for float64. It runs one small convolution per channel, which takes most of the
 time of a float64 pass. Here such a module adds the taps of its kernel one after another, each over all channels. The
 products are the same, and so is their sum, up to float64 rounding.
+
+A large model is not copied. Each function that it calls gets float64 copies of its weights, which live no longer than
+that call. The results are the same, and the memory is that of the largest weight.
 """
 
 from __future__ import annotations
@@ -15,6 +18,48 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+
+# Functions that need no float64 copy of a weight.
+_LOOKING = frozenset(
+    {
+        "__len__",
+        "dim",
+        "size",
+        "numel",
+        "nelement",
+        "stride",
+        "is_contiguous",
+        "is_floating_point",
+        "is_complex",
+        "data_ptr",
+        "element_size",
+        "detach",
+        "__getitem__",
+        "chunk",
+        "expand",
+        "expand_as",
+        "narrow",
+        "permute",
+        "reshape",
+        "select",
+        "split",
+        "squeeze",
+        "swapaxes",
+        "t",
+        "transpose",
+        "unbind",
+        "unsqueeze",
+        "view",
+        "view_as",
+        "movedim",
+        "moveaxis",
+        "flatten",
+        "unflatten",
+        "requires_grad_",
+        "__set__",
+    }
+)
 
 
 def in_float64(model: nn.Module) -> nn.Module:
@@ -33,6 +78,62 @@ def in_float64(model: nn.Module) -> nn.Module:
         if type(module) is nn.Conv2d and _is_plain_depthwise(module):
             vars(module)["forward"] = partial(_depthwise, module)
     return truth
+
+
+@contextlib.contextmanager
+def computing_in_float64(model: nn.Module) -> Iterator[None]:
+    """Let a PyTorch model that is fed float64 compute in float64, whatever type its weights have."""
+    with staying_in_float64() if is_double(model) else _weights_in_float64():
+        yield
+
+
+def is_double(model: nn.Module) -> bool:
+    """Whether all floats of a model are in float64."""
+    import torch
+
+    tensors = (*model.parameters(), *model.buffers())
+    return all(tensor.dtype == torch.float64 for tensor in tensors if tensor.is_floating_point())
+
+
+@contextlib.contextmanager
+def _weights_in_float64() -> Iterator[None]:
+    """Do as `staying_in_float64`, and give every function float64 copies of the tensors that are in another type.
+
+    Functions that only look at a tensor, or at its numbers in another arrangement, get it as it is.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    def double(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.detach().double() if value.is_floating_point() and value.dtype != torch.float64 else value
+        if isinstance(value, (tuple, list)) and type(value) in {tuple, list}:
+            return type(value)(double(each) for each in value)
+        return value
+
+    class Upcasting(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            name = getattr(func, "__name__", "")
+            first = args[0] if args else kwargs.get("input")
+            if name == "__get__":
+                found = func(*args, **kwargs)
+                # Code that casts to the type of a weight must not leave float64.
+                floating = isinstance(found, torch.dtype) and found.is_floating_point
+                return torch.float64 if floating else found
+            if name in _LOOKING:
+                return func(*args, **kwargs)
+            if name == "embedding":
+                return double(func(*args, **kwargs))  # it picks rows; a table may be half of a model
+            kwargs = {key: double(each) for key, each in kwargs.items()}
+            if func is torch.Tensor.float and isinstance(first, torch.Tensor):
+                return first.double()
+            args = tuple(torch.float64 if each is torch.float32 else double(each) for each in args)
+            kwargs = {key: torch.float64 if each is torch.float32 else each for key, each in kwargs.items()}
+            return func(*args, **kwargs)
+
+    with Upcasting():
+        yield
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from porting.kinds.transforms import Array
-from porting.models.float64 import staying_in_float64
+from porting.models.float64 import computing_in_float64
 
 if TYPE_CHECKING:
     import keras
@@ -151,7 +151,7 @@ class Inputs:
         tensors = [torch.from_numpy(np.array(array, order="C")) for array in self.reference]
         tensors = [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors]
         names = self.reference_names or self.names
-        with staying_in_float64() if dtype == torch.float64 else contextlib.nullcontext():
+        with computing_in_float64(model) if dtype == torch.float64 else contextlib.nullcontext():
             if names is not None:
                 return model(**dict(zip(names, tensors, strict=True)))
             return model(*tensors)

@@ -8,8 +8,9 @@ activation. A model that cannot be switched is cloned from its config, with ever
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,11 +27,16 @@ IN_PLACE, CLONED, BUILT = "turned to float64 in place", "cloned from its config"
 class Float64Model:
     """A model that is in float64 inside `active` and unchanged outside, with the same weights bit for bit.
 
-    `build` makes a fresh model, which gets the same weights and is used instead. `how` says which way is used.
+    `build` makes a fresh model, which gets the same weights and is used instead. `how` says which way is used. With
+    `saving_memory`, weights stay in float32, and each layer casts its own while it runs.
     """
 
-    def __init__(self, model: keras.Model, build: Callable[[], keras.Model] | None = None) -> None:
+    def __init__(
+        self, model: keras.Model, build: Callable[[], keras.Model] | None = None, *, saving_memory: bool = False
+    ) -> None:
         self.model, self.how = model, IN_PLACE
+        self._casts = saving_memory
+        self._origin, self._substitutes = model, dict[str, Any]()
         self._turned = build is None
         if build is not None:
             with float64_defaults():
@@ -44,12 +50,12 @@ class Float64Model:
     @contextlib.contextmanager
     def active(self) -> Iterator[keras.Model]:
         """Yield the model, which computes in float64 inside this context."""
-        turned = _turned(self.model, self._doubles) if self._turned else contextlib.nullcontext()
+        turned = _turned(self.model, self._doubles, self._casts) if self._turned else contextlib.nullcontext()
         with float64_defaults(), _exact_functions(), turned:
             yield self.model
 
     def weights(self) -> dict[str, Array]:
-        """All weights in float64, by name."""
+        """All weights by name. They hold the numbers of float64, though not always in that type."""
         with self.active() as model:
             return {name: np.asarray(variable) for name, variable in named_variables(model).items()}
 
@@ -58,14 +64,56 @@ class Float64Model:
 
         Returns how many changed.
         """
-        count = 0
         with self.active() as model:
-            for name, variable in named_variables(model).items():
-                other = find(name, np.asarray(variable))
-                if other is not None:
-                    variable.assign(other)
-                    count += 1
-        return count
+            variables = named_variables(model)
+            values = ((name, find(name, np.asarray(each).astype(np.float64))) for name, each in variables.items())
+            found = {name: other for name, other in values if other is not None}
+            if not self._casts_now:
+                for name, other in found.items():
+                    variables[name].assign(other)
+        if self._casts_now:
+            replaced = {id(variables[name]) for name in found}
+            self._doubles = [pair for pair in self._doubles if id(pair[0]) not in replaced]
+            self._doubles += [(variables[name], _double(np.asarray(other))) for name, other in found.items()]
+        self._substitutes |= found
+        return len(found)
+
+    @property
+    def _casts_now(self) -> bool:
+        return self._casts and self._turned
+
+    @contextlib.contextmanager
+    def overwritten(self, own: Callable[[], Iterable[tuple[str, Array]]] | None = None) -> Iterator[dict[str, Any]]:
+        """Let the caller assign other weights inside `active`, in float32 if the model saves memory.
+
+        Yields the variables by name. All weights have their own values again afterwards. Those that `own` yields, by
+        name and with their values, are not copied for this.
+        """
+        variables = named_variables(self.model)
+        if not self._casts_now:
+            try:
+                yield variables
+            finally:
+                self._reset()
+            return
+        known = {name for name, _ in own()} if own is not None else set()
+        before = {name: np.array(variable) for name, variable in variables.items() if name not in known}
+        doubles, self._doubles = self._doubles, []
+        try:
+            yield variables
+        finally:
+            self._doubles = doubles
+            for name, values in itertools.chain(before.items(), own() if own is not None else ()):
+                variables[name].assign(values)
+
+    def _reset(self) -> None:
+        """Give all weights the values of the model that the caller gave, and the substitutes."""
+        self._doubles = [(variable, _double(np.asarray(variable).astype(np.float64))) for variable, _ in self._doubles]
+        if not self._turned:
+            with float64_defaults():
+                _filled(self.model, self._origin)
+        substitutes = dict(self._substitutes)
+        self.substitute(lambda name, _: substitutes.get(name))
 
 
 def clone_in_float64(model: keras.Model) -> keras.Model:
@@ -173,16 +221,21 @@ def _exact_functions() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _turned(model: keras.Model, doubles: list[tuple[Any, Any]]) -> Iterator[None]:
-    """Switch all policies and variables to float64. `doubles` keeps the values from one use to the next."""
+def _turned(model: keras.Model, doubles: list[tuple[Any, Any]], casts: bool) -> Iterator[None]:
+    """Switch all policies and variables to float64. `doubles` keeps the values from one use to the next.
+
+    If it `casts`, only the variables in `doubles` are switched, and layers cast all others as under a mixed policy.
+    """
     import keras
 
     policy = keras.dtype_policies.DTypePolicy("float64")
+    if casts:
+        policy._variable_dtype = "float32"
     layers = [model, *named_layers(model).values()]
     # A Sequential holds a functional model, which is not among its layers.
     layers += [inner for layer in layers if (inner := getattr(layer, "_functional", None)) is not None]
     policies = [(layer, layer._dtype_policy) for layer in layers if hasattr(layer, "_dtype_policy")]
-    if not doubles:
+    if not doubles and not casts:
         for variable in _all_variables(layers):
             if keras.backend.is_float_dtype(variable.dtype) and variable.dtype != "float64":
                 doubles.append((variable, _double(np.asarray(variable).astype(np.float64))))
@@ -215,6 +268,8 @@ def _turned(model: keras.Model, doubles: list[tuple[Any, Any]]) -> Iterator[None
             _set_policy(layer, own)
         for tensor, own in dtypes:
             tensor._dtype = own
+        # A backend may have put another object in the variable's place when it was assigned.
+        doubles[:] = [(variable, variable._value) for variable, _ in doubles]
         for variable, value, dtype in held:
             variable._value, variable._dtype = value, dtype
 

@@ -71,7 +71,7 @@ def cause_of(
     actual: Tensor,
 ) -> Diagnosis | None:
     base = call.partition("#")[0]
-    module = dict(session.truth_model.named_modules()).get(base)
+    module = dict(session.double_model.named_modules()).get(base)
     layer = session.layer(node.name)
     inputs = [truth.tensor for truth in recording.calls[call].inputs]
     truth = recording.calls[call].outputs[index].tensor

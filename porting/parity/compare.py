@@ -32,6 +32,7 @@ from porting.parity.derived import (
     derived_weights,
     halved_weights,
     has_derived,
+    is_too_large_to_copy,
     rounds_to,
     substitute_for,
 )
@@ -131,7 +132,8 @@ def check_parity(
         try:
             plain = _in_float32(reference)
             rounded = plain if precision is None else in_precision(plain, precision, given.candidate[0])
-            session = Session(reference, candidate, given, names, axes, Float64Model(candidate, build_float64), rounded)
+            float64 = Float64Model(candidate, build_float64, saving_memory=is_too_large_to_copy(reference))
+            session = Session(reference, candidate, given, names, axes, float64, rounded)
         except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
             return _without_result(f"the PyTorch model cannot be run in float64: {_first_line(error)}", limits, name)
         try:
@@ -229,7 +231,7 @@ def _substitute_by_key_map(session: Session, key_map: KeyMap) -> None:
 
     A variance plus the difference of two epsilons may round to the same number as before.
     """
-    arrays = effective_tensors(session.truth_model, in_float32=False)
+    arrays = effective_tensors(session.double_model, in_float32=False)
     with session.float64.active() as model:
         variables = named_variables(model)
         shapes = {name: tuple(variable.shape) for name, variable in variables.items()}
@@ -260,7 +262,7 @@ def _substitute_derived(session: Session, recording: Recording) -> None:
         return
     batch_norm = KINDS["batch_norm"]
     epsilons = [layer.epsilon for layer in session.names.layers.values() if batch_norm.is_layer(layer)]
-    derived = derived_weights(session.truth_model, recording, epsilons)
+    derived = derived_weights(session.double_model, recording, epsilons)
     count = session.float64.substitute(lambda name, values: substitute_for(values, derived) if name in others else None)
     if count:
         session.notes[f"{count} weights are computed from several tensors of PyTorch's, exactly up to float32"] = None

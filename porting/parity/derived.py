@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # A few roundings of the greatest number, since a sum of terms that cancel is rounded relative to the terms.
 _ROUNDED = 2.0**-21
+# The bytes of a model's float32 weights from which on copies in float64 are avoided.
+LARGE = 256 << 20
 
 
 def derived_weights(model: nn.Module, recording: Recording, epsilons: Iterable[float] = ()) -> list[Array]:
@@ -101,6 +103,18 @@ def substitute_for(values: Array, derived: list[Array]) -> Array | None:
         if bool((np.abs(values.astype(np.float64) - exact) <= limit).all()):
             return exact
     return None
+
+
+def is_too_large_to_copy(model: nn.Module) -> bool:
+    """Whether to run a model in float64 without a copy in float64, casting each weight while it is used.
+
+    Not for models from which a port may derive weights: those are compared as they were before their rounding. The
+    casts cannot reach into TorchScript.
+    """
+    import torch
+
+    size = sum(4 * parameter.numel() for parameter in model.parameters())
+    return size > LARGE and not has_derived(model) and not isinstance(model, torch.jit.ScriptModule)
 
 
 def has_derived(model: nn.Module) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 from porting.kinds.transforms import Array
 from porting.models.float64 import in_float64
 from porting.models.inputs import Axes, Inputs, image_inputs, moved
+from porting.parity.derived import is_too_large_to_copy
 from porting.parity.measure import DifferenceSum, DistanceSum, measure_distance, measure_size
 from porting.parity.record import kinds_of, output_name, record, result_key
 from porting.parity.report import (
@@ -89,7 +90,8 @@ def compare_outputs(
         raise ValueError("at least one input is needed for a parity check")
     limits = limits or Limits()
     reference = reference.eval()
-    truth_model, noisy_model = in_float64(reference), reference if rounded is None else rounded
+    truth_model = reference if is_too_large_to_copy(reference) else in_float64(reference)
+    noisy_model = reference if rounded is None else rounded
     layers: dict[str, _Layer] = {}
     logits: list[tuple[Array, Array]] = []
     kinds, notes = kinds_of(reference), dict[str, None]()

@@ -73,7 +73,7 @@ def core_of(session: Session, recording: Recording, call: str, layer: Any) -> Co
     kind = kind_of_layer(layer) if layer is not None else None
     if kind is None:
         return None
-    modules = dict(session.truth_model.named_modules())
+    modules = dict(session.double_model.named_modules())
     made_by = {
         id(truth): name
         for name, each in recording.calls.items()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from porting.kinds.transforms import Array
 from porting.mapping.key_map import KeyMap
 from porting.models.inputs import Inputs, inverse, leaves_by_key
 from porting.models.live import effective_tensors
@@ -94,29 +95,32 @@ def _on_loud_weights(
 ) -> tuple[Loud | None, tuple[Culprit, ...]]:
     import torch
 
-    kept = {name: tensor.clone() for name, tensor in session.truth_model.state_dict().items()}
-    with session.float64.active() as model:
-        variables = named_variables(model)
-        before = {name: np.array(variable) for name, variable in variables.items()}
+    def run(model: nn.Module) -> Any:
+        return one.call_reference(model, torch.float64)
+
+    def own() -> Iterator[tuple[str, Array]]:
+        """The Keras weights that are those of the reference, bit for bit."""
+        state = session.reference.state_dict()
+        for entry in key_map.entries:
+            if session.bits.copies.issuperset(entry.targets) and entry.targets:
+                arrays = {name: state[name].detach().float().numpy() for name in entry.sources}
+                yield from entry.to_keras(arrays, shapes).items()
+
+    shapes = {name: tuple(variable.shape) for name, variable in named_variables(session.candidate).items()}
     try:
-        fill_with_synthetic_weights(session.truth_model, 0, run=lambda model: one.call_reference(model, torch.float64))
-        session.truth_model.eval()
-        _restore_constants(session.truth_model, key_map, kept)
-        arrays = effective_tensors(session.truth_model, in_float32=False)
-        with session.float64.active():
-            shapes = {name: tuple(variable.shape) for name, variable in variables.items()}
-            for entry in key_map.entries:
-                if entry.is_in(arrays, variables):
-                    for name, values in entry.to_keras(arrays, shapes).items():
-                        variables[name].assign(np.array(values))
-        return _judged_loud(session, one, "loud random weights", limits, locates)
+        with session.overwritten() as truth_model, session.float64.overwritten(own) as variables:
+            fill_with_synthetic_weights(truth_model, 0, run=run)
+            truth_model.eval()
+            _restore_constants(truth_model, key_map, session.reference.state_dict())
+            arrays = effective_tensors(truth_model, in_float32=False)
+            with session.float64.active():
+                for entry in key_map.entries:
+                    if entry.is_in(arrays, variables):
+                        for name, values in entry.to_keras(arrays, shapes).items():
+                            variables[name].assign(np.ascontiguousarray(values))
+            return _judged_loud(session, one, "loud random weights", limits, locates)
     except (RuntimeError, ValueError):  # a model that cannot be filled with loud weights has none
         return None, ()
-    finally:
-        session.truth_model.load_state_dict(kept)
-        with session.float64.active():
-            for name, variable in variables.items():
-                variable.assign(before[name])
 
 
 def _restore_constants(model: nn.Module, key_map: KeyMap, before: Mapping[str, Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -12,12 +13,12 @@ import numpy as np
 from porting.kinds import kind_of_layer, kind_of_module
 from porting.kinds.base import Kind
 from porting.kinds.transforms import Array
-from porting.models.float64 import in_float64
+from porting.models.float64 import in_float64, is_double
 from porting.models.inputs import Axes, Inputs
 from porting.models.keras_float64 import Float64Model
 from porting.parity.bits import Bits
 from porting.parity.content import Library, Truth
-from porting.parity.derived import rounds_to
+from porting.parity.derived import is_too_large_to_copy, rounds_to
 from porting.parity.measure import DifferenceSum, DistanceSum
 from porting.parity.pairing import Names
 from porting.parity.record import Recording, output_name, record
@@ -119,7 +120,8 @@ class Session:
     ) -> None:
         self.reference, self.candidate, self.inputs, self.names = reference, candidate, inputs, names
         self.output_axes, self.float64, self.rounded = output_axes, float64, rounded
-        self.truth_model = in_float64(reference)
+        self._large = is_too_large_to_copy(reference)
+        self.truth_model = reference if self._large else in_float64(reference)
         self.modules = dict(reference.named_modules())
         self.pairs: dict[tuple[str, int], Pair] = {}
         self.results: dict[str, Pair] = {}
@@ -132,6 +134,28 @@ class Session:
         self.halved: list[Array] = []
         self.bits = Bits()
         self.used: set[tuple[str, bool, int]] = set()
+
+    @property
+    def double_model(self) -> nn.Module:
+        """The truth model with weights in float64, which a large one gets only when they are needed."""
+        if not is_double(self.truth_model):
+            self.truth_model = in_float64(self.truth_model)
+        return self.truth_model
+
+    @contextlib.contextmanager
+    def overwritten(self) -> Iterator[nn.Module]:
+        """A truth model whose weights the caller may overwrite. A large one stays in float32."""
+        if not self._large:
+            try:
+                yield self.truth_model
+            finally:
+                self.truth_model.load_state_dict(self.reference.state_dict())
+            return
+        self.truth_model = copy.deepcopy(self.reference).float()
+        try:
+            yield self.truth_model
+        finally:
+            self.truth_model = self.reference
 
     def record_truth(self, batch: Inputs) -> Recording:
         import torch
