@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from porting.kinds import kind_of_layer, kind_of_module
-from porting.kinds.base import Leaf, attribute, with_value
+from porting.kinds import kind_called, kind_of_layer, kind_of_module
+from porting.kinds.base import Kind, Leaf, attribute, with_change, with_value
 from porting.models.inputs import Axes, inverse
 from porting.parity.content import as_real
-from porting.parity.diagnose import EXPLAINED, diagnose
+from porting.parity.diagnose import EXPLAINED, as_tensors, diagnose
 from porting.parity.fused import Core, core_of
 from porting.parity.record import Recording
 from porting.parity.report import OUTPUT, Diagnosis
@@ -69,7 +69,9 @@ def cause_of(
     index: int,
     axes: Axes,
     actual: Tensor,
+    behind: Callable[[Tensor], Tensor] | None = None,
 ) -> Diagnosis | None:
+    """Look for the cause why a Keras call differs from the PyTorch call; `behind` is an activation behind both."""
     base = call.partition("#")[0]
     module = dict(session.double_model.named_modules()).get(base)
     layer = session.layer(node.name)
@@ -86,35 +88,40 @@ def cause_of(
         found = actual.reshape(in_keras).permute(inverse(axes))  # Keras reshapes it around the layer
     else:
         return None
+    sides = _sides_before(tracer, node)
     core = core_of(session, recording, call, layer)
-    cause = None if core is None else _cause_in_core(core, layer, truth, found)
-    if cause is not None:
-        return cause
-    few = _few_numbers(base, session.modules[base], layer)
+    if behind is not None:
+        truth, core = behind(truth), Core(base, module, inputs, (behind,), False)
+    if core is not None:
+        cause = _cause_in_core(core, layer, truth, found, sides)
+        cause = cause or _other_order(tracer, node, core.module, core.inputs, found, core.name, core.behind)
+        if cause is not None:
+            return cause
+    few = _few_numbers(base, session.modules[base], layer, sides)
     if few is not None:
         return few
-    other_order = _other_order(tracer, node, module, inputs, found, call)
+    other_order = _other_order(tracer, node, module, inputs, found, call, behind)
     if other_order is not None:
         return other_order
     known = kind_of_module(module) is not None or not list(module.children())
     near = tensors_near(recording, call)
-    diagnosis = diagnose(call, module if known else None, inputs if known else [], truth, found, near)
+    diagnosis = diagnose(call, module if known else None, inputs if known else [], truth, found, near, behind)
     if diagnosis is None or diagnosis.pattern:
         differing = _other_epsilon(call, module, layer, inputs, truth, found)
-        differing = differing or _differing_weights(base, session.modules[base], layer)
+        differing = differing or _differing_weights(base, module, layer, inputs, truth, found, behind)
         diagnosis = differing or diagnosis
     return diagnosis
 
 
-def _cause_in_core(core: Core, layer: Any, truth: Tensor, found: Tensor) -> Diagnosis | None:
+def _cause_in_core(core: Core, layer: Any, truth: Tensor, found: Tensor, sides: str) -> Diagnosis | None:
     """Diagnose a mistake in the weights of a layer that fuses several modules."""
     slack = _FOLDED if core.is_folded else 0.0
-    few = _few_numbers(core.name, core.module, layer, slack)
+    few = _few_numbers(core.name, core.module, layer, sides, slack)
     if few is not None:
         return few
     diagnosis = diagnose(core.name, core.module, core.inputs, truth, found, {}, core.behind)
     if diagnosis is None or diagnosis.pattern:
-        return _differing_weights(core.name, core.module, layer, slack)
+        return _differing_weights(core.name, core.module, layer, core.inputs, truth, found, core.behind, slack)
     return replace(diagnosis, cause=f"{diagnosis.cause}{_NORM.rstrip(',')}") if core.is_folded else diagnosis
 
 
@@ -136,7 +143,13 @@ def _other_epsilon(
 
 
 def _other_order(
-    tracer: Tracer, node: Node, module: Any, inputs: list[Tensor], found: Tensor, call: str
+    tracer: Tracer,
+    node: Node,
+    module: Any,
+    inputs: list[Tensor],
+    found: Tensor,
+    call: str,
+    behind: Callable[[Tensor], Tensor] | None,
 ) -> Diagnosis | None:
     """Diagnose a layer that takes the same numbers in another order, with weights that were not permuted to match."""
     import torch
@@ -149,6 +162,7 @@ def _other_order(
 
     with torch.no_grad():
         guess = module(node.inputs[0].double().reshape(inputs[0].shape))
+        guess = guess if behind is None else behind(guess)
     if guess.shape != found.shape or float((guess - found).square().mean().sqrt()) > 1e-9 * float(found.std() + 1e-300):
         return None
     cause = (
@@ -189,11 +203,29 @@ class _Weight:
         return f" (in Keras {self.variables[which].path}{_indexed(found)})"
 
 
-def _weights(module: Any, layer: Any) -> Iterator[_Weight]:
-    """Yield the weights that both sides have."""
+def _weights(module: Any, layer: Any, sides: str = "") -> list[_Weight]:
+    """The weights that both sides have. Behind a Flatten of a map with `sides`, rows may be in the order of Keras's."""
     kind = kind_of_module(module)
     if kind is None or layer is None or kind is not kind_of_layer(layer):
-        return
+        return []
+    found = list(_weights_as(kind, module, layer))
+    if not sides or kind.name != "dense":
+        return found
+    flattened = list(_weights_as(kind_called(f"dense:{sides}"), module, layer))
+
+    def differing(weights: list[_Weight]) -> int:
+        return sum(int((each.expected != each.actual).sum()) for each in weights)
+
+    return flattened if flattened and differing(flattened) < differing(found) else found
+
+
+def _sides_before(tracer: Tracer, node: Node) -> str:
+    """The sides of the map that a Flatten before a Keras layer takes, channels first, such as 512x7x7; "" if none."""
+    given = tracer.map_before(node.inputs[0]) if node.inputs else None
+    return "" if given is None else "x".join(str(side) for side in (given.shape[-1], *given.shape[1:-1]))
+
+
+def _weights_as(kind: Kind, module: Any, layer: Any) -> Iterator[_Weight]:
     own = kind.variables(layer)
     for leaf in kind.leaves_for(module):
         tensors = [attribute(module, name) for name in leaf.sources]
@@ -216,23 +248,26 @@ def _weights(module: Any, layer: Any) -> Iterator[_Weight]:
                 yield _Weight(name, one, other, leaf, variables, shapes)
 
 
-def _few_numbers(call: str, module: Any, layer: Any, slack: float = 0.0) -> Diagnosis | None:
-    """Diagnose a few numbers of a weight that differ from the checkpoint's by more than `slack` of its greatest."""
+def _few_numbers(call: str, module: Any, layer: Any, sides: str, slack: float = 0.0) -> Diagnosis | None:
+    """Diagnose weights of which only a few numbers differ, by more than `slack` of the greatest."""
     note = _NORM if slack else ""
-    for weight in _weights(module, layer):
+    causes = []
+    for weight in _weights(module, layer, sides):
         name, expected, actual = weight.name, weight.expected, weight.actual
         differing = np.argwhere(~_same(expected, actual, slack))
-        if 0 < len(differing) <= _FEW and len(differing) < expected.size / 2:
-            said = []
-            for place in differing:
-                one, other = float(expected[tuple(place)]), float(actual[tuple(place)])
-                times = f", {other / one:.9g} times what it should be, {one:.9g}" if one else ", which should be 0"
-                inside = weight.place_in_keras(tuple(place))
-                said.append(f"{call}.{name}{_indexed(place)}{note} is {other:.9g}{times}{inside}")
-            channel = f"output channel {int(differing[0][0])}: " if expected.ndim > 1 else ""
-            cause = channel + "; ".join(said)
-            return Diagnosis(call, cause, 0.0, (cause,))
-    return None
+        if not len(differing):
+            continue
+        if len(differing) > _FEW or len(differing) >= expected.size / 2:
+            return None  # these few numbers would not be all
+        said = []
+        for place in differing:
+            one, other = float(expected[tuple(place)]), float(actual[tuple(place)])
+            times = f", {other / one:.9g} times what it should be, {one:.9g}" if one else ", which should be 0"
+            inside = weight.place_in_keras(tuple(place))
+            said.append(f"{call}.{name}{_indexed(place)}{note} is {other:.9g}{times}{inside}")
+        channel = f"output channel {int(differing[0][0])}: " if expected.ndim > 1 else ""
+        causes.append(channel + "; ".join(said))
+    return Diagnosis(call, "; ".join(causes), 0.0, tuple(causes)) if causes else None
 
 
 def _indexed(place: Iterable[Any]) -> str:
@@ -245,31 +280,94 @@ def _same(expected: np.ndarray[Any, Any], actual: np.ndarray[Any, Any], slack: f
     return same
 
 
-def _differing_weights(call: str, module: Any, layer: Any, slack: float = 0.0) -> Diagnosis | None:
+def _differing_weights(
+    call: str,
+    module: Any,
+    layer: Any,
+    inputs: list[Tensor],
+    truth: Tensor,
+    found: Tensor,
+    behind: Callable[[Tensor], Tensor] | None,
+    slack: float = 0.0,
+) -> Diagnosis | None:
+    """Diagnose weights that differ, if PyTorch with Keras's weights in place of its own computes Keras's result."""
+    weights = list(_weights(module, layer))
+    causes = _said_of_weights(call, weights, slack)
+    if not causes:
+        return None
+
+    def put_in(changed: Any) -> None:
+        import torch
+
+        for weight in weights:
+            owner, _, name = weight.name.rpartition(".")
+            tensor = getattr(changed.get_submodule(owner), name)
+            tensor.data = torch.from_numpy(weight.actual.astype(np.float64))
+
+    made = as_tensors(with_change(module, inputs, put_in)())
+    results = [each if behind is None else behind(each) for each in made]
+    left = [_share_left(truth, found, each) for each in results if each.shape == found.shape]
+    unexplained = min(left, default=math.inf)
+    return Diagnosis(call, "; ".join(causes), unexplained, tuple(causes)) if unexplained <= EXPLAINED else None
+
+
+def _share_left(truth: Tensor, found: Tensor, guess: Tensor) -> float:
+    """The share of the difference that a guess leaves; a negative variance makes the same numbers NaN."""
+    import torch
+
+    if not torch.equal(found.isfinite(), guess.isfinite()):
+        return math.inf
+    finite = found.isfinite() & truth.isfinite()
+    if not finite.any():
+        return 0.0
+    total = float((found - truth)[finite].square().mean())
+    return math.sqrt(float((found - guess)[finite].square().mean()) / total) if total else 0.0
+
+
+def _said_of_weights(call: str, weights: list[_Weight], slack: float) -> list[str]:
+    """In what way weights differ from the checkpoint's; empty if they do not."""
     note = _NORM if slack else ""
-    weights = [(each.name, each.expected, each.actual) for each in _weights(module, layer)]
-    for (name, expected, actual), (other, theirs, ours) in itertools.combinations(weights, 2):
-        if np.array_equal(expected, ours) and np.array_equal(theirs, actual) and not np.array_equal(expected, actual):
-            text = f"its {name} and {other} are exchanged"
-            return Diagnosis(call, text, 0.0, (text,))
-    factors = {name: _factor(expected, actual, slack) for name, expected, actual in weights}
+    for one, other in itertools.combinations(weights, 2):
+        exchanged = np.array_equal(one.expected, other.actual) and np.array_equal(other.expected, one.actual)
+        if exchanged and not np.array_equal(one.expected, one.actual):
+            return [f"its {one.name} and {other.name} are exchanged"]
+    factors = {weight.name: _factor(weight.expected, weight.actual, slack) for weight in weights}
     if any(factor is not None for factor in factors.values()):
-        said = [
+        return [
             f"{call}.{name}{note} is {factor:.6g} times what it should be" for name, factor in factors.items() if factor
         ]
-        return Diagnosis(call, "; ".join(said), 0.0, tuple(said))
-    for name, expected, actual in weights:
-        same = _same(expected, actual, slack)
-        if not same.all():
-            count = int((~same).sum())
-            scale = float(np.sqrt(np.square(expected, dtype=np.float64).mean())) or 1.0
-            greatest = float(np.abs(expected.astype(np.float64) - actual).max())
-            text = (
-                f"{call}.{name}{note} is not the checkpoint's: {count} of {expected.size} numbers differ, by at most "
-                f"{greatest / scale:.2g} of its size"
-            )
-            return Diagnosis(call, text, 0.0, (text,))
-    return None
+    differing = [weight for weight in weights if not _same(weight.expected, weight.actual, slack).all()]
+    moved = [_moved_channels(weight, slack) for weight in differing]
+    if differing and all(moved):
+        return list(dict.fromkeys(moved))
+    said = []
+    for weight in differing:
+        expected, actual = weight.expected, weight.actual
+        count = int((~_same(expected, actual, slack)).sum())
+        scale = float(np.sqrt(np.square(expected, dtype=np.float64).mean())) or 1.0
+        greatest = float(np.abs(expected.astype(np.float64) - actual).max())
+        said.append(
+            f"{call}.{weight.name}{note} is not the checkpoint's: {count} of {expected.size} numbers differ, by at "
+            f"most {greatest / scale:.2g} of its size"
+        )
+    return said
+
+
+def _moved_channels(weight: _Weight, slack: float) -> str:
+    """Which channels of a weight are in each other's place; empty if they are not the same channels."""
+    for axis, what in ((0, "output"), (1, "input")):
+        if weight.expected.ndim <= axis or weight.expected.shape[axis] < 2 or slack:
+            continue
+        theirs, ours = (np.moveaxis(each, axis, 0) for each in (weight.expected, weight.actual))
+        places = {row.tobytes(): index for index, row in enumerate(theirs)}
+        order = [places.get(row.tobytes(), -1) for row in ours]
+        if sorted(order) != list(range(len(order))):
+            continue
+        moved = [index for index, place in enumerate(order) if index != place]
+        if len(moved) == 2:
+            return f"its {what} channels {moved[0]} and {moved[1]} are exchanged"
+        return f"its {what} channels are in another order: {len(moved)} of {len(order)} are in another's place"
+    return ""
 
 
 def _factor(expected: np.ndarray[Any, Any], actual: np.ndarray[Any, Any], slack: float) -> float | None:

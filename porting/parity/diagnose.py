@@ -83,7 +83,7 @@ def _diagnose(
     tried = [(*hypothesis, False) for hypothesis in hypotheses]
     for cause, make, is_pattern in itertools.chain(tried, _patterns(exact, found)):
         checked.append(cause)
-        fitting = [_rms(found - guess.double()) for guess in _as_tensors(make()) if guess.shape == found.shape]
+        fitting = [_rms(found - guess.double()) for guess in as_tensors(make()) if guess.shape == found.shape]
         if not fitting:
             continue
         left = min(fitting) / total
@@ -104,7 +104,7 @@ def _with_behind(make: Callable[[], Made], behind: Callable[[Tensor], Tensor]) -
     return behind(guess) if isinstance(guess, torch.Tensor) else None
 
 
-def _as_tensors(made: Made) -> tuple[Tensor, ...]:
+def as_tensors(made: Made) -> tuple[Tensor, ...]:
     if made is None:
         return ()
     return made if isinstance(made, tuple) else (made,)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from porting.kinds import kind_of_layer, kind_of_module
 from porting.kinds.activation import GRID
 from porting.kinds.activation import KIND as ACTIVATION
+from porting.models.observe import to_torch
 from porting.parity.content import as_real
 from porting.parity.derived import fold
 from porting.parity.record import Recording
@@ -36,7 +37,7 @@ class Core:
     name: str
     module: nn.Module
     inputs: list[Tensor]
-    tail: tuple[nn.Module, ...]
+    tail: tuple[Callable[[Tensor], Tensor], ...]
     is_folded: bool
 
     def behind(self, result: Tensor) -> Tensor:
@@ -64,6 +65,31 @@ def last_of_fused(session: Session, recording: Recording, tracer: Tracer, node: 
             break
         current = behind
     return current if current != call else _nearest(session, recording, node, call)
+
+
+def activation_in_both(
+    session: Session, node: Node, call: str, expected: Tensor, actual: Tensor
+) -> Callable[[Tensor], Tensor] | None:
+    """The activation inside a Keras layer, if PyTorch's code calls the same as a function behind the module `call`.
+
+    No module returns its result, so this is told by what is nearer to Keras's result: the module's own or, without
+    being equal to it, what the activation makes of that. If they are equal, the activation itself may be the mistake.
+    """
+    import keras
+
+    layer = session.layer(node.name)
+    if layer is None or not session.kind_matches(call, node.name) or not _has_activation(layer):
+        return None
+
+    def activation(tensor: Tensor) -> Tensor:
+        with session.float64.active():
+            return to_torch(layer.activation(keras.ops.convert_to_tensor(tensor.numpy())))
+
+    def distance(tensor: Tensor) -> float:
+        return float((actual - tensor).square().mean().sqrt())
+
+    own = distance(expected)
+    return activation if 1e-12 * own < distance(activation(expected)) < own else None
 
 
 def core_of(session: Session, recording: Recording, call: str, layer: Any) -> Core | None:

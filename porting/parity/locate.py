@@ -26,7 +26,7 @@ from porting.parity.content import (
     computes_in_float32,
 )
 from porting.parity.diagnose import diagnose
-from porting.parity.fused import last_of_fused
+from porting.parity.fused import activation_in_both, last_of_fused
 from porting.parity.measure import measure_candidate
 from porting.parity.record import Recording, output_name
 from porting.parity.report import Culprit, Diagnosis, Limits
@@ -296,8 +296,11 @@ def _own_mistake(
         text = f"shape {tuple(actual.shape)} for PyTorch's {tuple(truth.tensor.shape)}"
         return None, Culprit(label, node.name, text, 1.0), None
     expected = truth.tensor.permute(axes).reshape(actual.shape).contiguous()
+    behind = activation_in_both(session, node, call, expected, actual)
+    if behind is not None:
+        expected = behind(expected)
     relative = _relative(actual, expected, truth)
-    cause = cause_of(session, recording, tracer, node, call, index, axes, actual)
+    cause = cause_of(session, recording, tracer, node, call, index, axes, actual, behind)
     if cause is not None and not cause.pattern and cause.layer != call:
         label = cause.layer  # the layer is several modules, and this one has the mistake
     culprit = Culprit(label, node.name, _by_how_much(relative), relative, diagnosis=cause)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from porting.models.observe import Replacement
 from porting.parity.content import (
+    SAME,
     SAME_IN_FLOAT32,
     Library,
     Match,
@@ -41,6 +43,10 @@ class Gap:
     node: Node | None
     index: int
     key: str = ""
+
+
+# The axes of a map, with that of the samples, whose orders behind a Flatten are tried.
+_MOST_SIDES = 5
 
 
 class Tracer:
@@ -132,9 +138,31 @@ class Tracer:
         if key not in self._exact:
             actual = as_real(tensor)
             matches = self.library.find(actual, self.tolerance) if actual.numel() > 1 else []
+            matches = [each for each in matches if not each.reordered or self._may_be_flattened(tensor, each)]
             exact = actual.numel() < 2 or bool(matches) or self.library.find_part(actual) is not None
             self._exact[key] = tensor, next(iter(matches), None), exact
         return self._exact[key][2]
+
+    def map_before(self, tensor: Tensor) -> Tensor | None:
+        """The map that a Flatten made into this tensor; None if no layer did so."""
+        producer = self.producer(tensor)
+        if producer is None or tensor.ndim != 2:
+            return None
+        # A Flatten does not move the numbers, so the layer before it counts as what made them.
+        near = [*producer.outputs, *(producer.inputs if len(producer.inputs) == 1 and not producer.children else ())]
+        return next((each for each in near if each.ndim > 2 and each.numel() == tensor.numel()), None)
+
+    def _may_be_flattened(self, tensor: Tensor, match: Match) -> bool:
+        """Whether a Flatten of a Keras map, maybe of this tensor, may give PyTorch's order. True if there is no map."""
+        given, truth = tensor if tensor.ndim > 2 else self.map_before(tensor), match.truth.tensor
+        if given is None or given.ndim > _MOST_SIDES or len(given) != len(truth):
+            return True
+        given = as_real(given)
+        limit = max(self.tolerance, SAME) * match.truth.rms
+        return any(
+            float((given.permute(0, *axes).reshape(truth.shape) - truth).square().mean().sqrt()) <= limit
+            for axes in itertools.permutations(range(1, given.ndim))
+        )
 
 
 def key_of(tensor: Tensor) -> int:
