@@ -51,7 +51,7 @@ def check(
     make_options: Callable[[], CheckOptions],
     reporting: ReportChoice,
 ) -> None:
-    """Compare a file of Keras weights with the checkpoint that it should match. Exit code: 0 at parity, else 1.
+    """Compare a file of Keras weights with the checkpoint that it should match. Exit code: 0 at parity, 1 if not.
 
     \b
       van-port check --weights van_b1.h5 --checkpoint van_small_811.pth.tar --report parity.html

@@ -376,7 +376,9 @@ thoroughness_options = option_group(
     _lazy_options,
     click.option("--images", type=FILE, help="Folder of images for the check.  [default: embedded ones]"),
     click.option(
-        "--samples", type=click.IntRange(min=1), help="Number of images.  [default: 2, or all for sizes up to 64]"
+        "--samples",
+        type=click.IntRange(min=1),
+        help="Number of inputs.  [default: 2, or all images of up to 64 pixels]",
     ),
     click.option(
         "--locate/--no-locate", default=True, show_default=True, help="Find the layers where the two models diverge."

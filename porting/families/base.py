@@ -98,6 +98,10 @@ class Family:
         """The name of the family in reports."""
         return self.name
 
+    def whose_weights(self, spec: Spec) -> str:
+        """Which weights the family takes, for messages."""
+        return f"the weights of {self.name} {spec.variant}"
+
     def facts(self, spec: Spec) -> dict[str, str]:
         """What names the model in reports, in the provenance of its files and in exports."""
         return {"family": self.described, "variant": spec.variant}
@@ -202,6 +206,16 @@ class Family:
         None means that the model takes images, prepared according to `preprocessing`.
         """
         return None
+
+    # Whether the inputs of a check are random numbers, which say nothing of the range of real ones.
+    inputs_are_random = False
+
+    def inputs_of(self, spec: Spec, samples: int | None) -> Any:
+        """The inputs of a check, with at most so many samples."""
+        given = self.check_inputs(spec)
+        if isinstance(given, dict):
+            return {name: array[:samples] for name, array in given.items()}
+        return None if given is None else given[:samples]
 
     def tensor_shapes(self, spec: Spec) -> dict[str, Shape]:
         """The shapes of PyTorch's tensors, for transforms that need them when reverting; empty by default."""

@@ -25,6 +25,7 @@ VARIANT = "given"
 # Sizes for input axes that a model leaves open.
 _IMAGE_SIDE, _LENGTH = 224, 16
 _TOKENS = 64
+_SAMPLES = 2
 
 
 class GivenFamily(LibraryFamily):
@@ -51,12 +52,16 @@ class GivenFamily(LibraryFamily):
         self._source, self._target, self.rows = source, target, tuple(rows)
         self._source_arguments, self._target_arguments = source_arguments or {}, target_arguments or {}
         self._inputs = None if inputs is None else read_inputs(inputs)
+        self.inputs_are_random = inputs is None
         self.models = {VARIANT: (source, target)}
 
     @property
     def described(self) -> str:
         """Both models, as named on the command line. No other family has an arrow in its name."""
         return f"{self._source} -> {self._target}"
+
+    def whose_weights(self, spec: Spec) -> str:
+        return f"the weights of {self._source}"
 
     def facts(self, spec: Spec) -> dict[str, str]:
         return {"family": self.described}
@@ -69,14 +74,18 @@ class GivenFamily(LibraryFamily):
 
     def make_candidate(self, spec: Spec) -> keras.Model:
         candidate = keras_model(self._target, self._target_arguments)
-        if self._inputs is None:
-            self._inputs = random_inputs(candidate)
+        self._declared = getattr(candidate, "inputs", None)  # a subclassed model may state none
         return candidate
 
     def check_inputs(self, spec: Spec) -> Any:
-        if self._inputs is None:
+        return self.inputs_of(spec, None)
+
+    def inputs_of(self, spec: Spec, samples: int | None) -> Any:
+        if not self.inputs_are_random:
+            return super().inputs_of(spec, samples) if samples else self._inputs
+        if not hasattr(self, "_declared"):
             self._bound(spec)
-        return self._inputs
+        return random_inputs(self._declared, samples or _SAMPLES)
 
     def published(self, variant: str, progress: Progress = SILENT) -> Checkpoint:
         raise SourceError(
@@ -99,30 +108,32 @@ def pytorch_model(spec: str, arguments: Mapping[str, Any]) -> nn.Module:
 
 def keras_model(spec: str, arguments: Mapping[str, Any]) -> keras.Model:
     """Build the Keras model that `spec` names; raises FamilyError if it is something else."""
-    from porting.models.frameworks import start_tensorflow
+    from porting.models.frameworks import numbered_afresh, start_tensorflow
 
     start_tensorflow()
     import keras
 
-    model = build_model(spec, arguments)
+    with numbered_afresh():
+        model = build_model(spec, arguments)
     if not isinstance(model, keras.Model):
         raise FamilyError(f"{spec} makes a {type(model).__name__}, not a Keras model")
     return model
 
 
-def random_inputs(candidate: keras.Model) -> Any:
-    """Random inputs of a Keras model's shapes and types: one sample for images, two for everything else."""
-    tensors = candidate.inputs
+def random_inputs(tensors: Sequence[keras.KerasTensor] | None, samples: int = _SAMPLES) -> Any:
+    """Random inputs of the shapes and types of a Keras model's `inputs`."""
     if not tensors:
         raise FamilyError("the Keras model does not declare its inputs", hint="Give --inputs FILE.npz.")
     rng = np.random.default_rng(0)
-    found = {tensor.name: _drawn(rng, tuple(tensor.shape), str(tensor.dtype), tensor.name) for tensor in tensors}
+    found = {
+        tensor.name: _drawn(rng, (samples, *tensor.shape[1:]), str(tensor.dtype), tensor.name) for tensor in tensors
+    }
     return next(iter(found.values())) if len(found) == 1 else found
 
 
 def _drawn(rng: np.random.Generator, shape: tuple[int | None, ...], dtype: str, name: str) -> Array:
     usual = _IMAGE_SIDE if len(shape) == 4 else _LENGTH
-    sides = [2 if len(shape) < 4 else 1, *(usual if side is None else side for side in shape[1:])]
+    sides = [usual if side is None else side for side in shape]
     if dtype.startswith(("int", "uint")):
         if "mask" in name:
             return np.ones(sides, dtype)

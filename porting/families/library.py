@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import hashlib
 import inspect
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -269,26 +268,12 @@ def application(name: str, spec: Spec, /, **options: Any) -> keras.Model:
     """Build a keras.applications model that returns logits or, without a head, the mean of its features."""
     import keras
 
+    from porting.models.frameworks import numbered_afresh
+
     head = {"classes": spec.num_classes, "classifier_activation": None}
     top = head if spec.num_classes else {"include_top": False, "pooling": "avg"}
-    with _numbered_afresh():
+    with numbered_afresh():
         return getattr(keras.applications, name)(weights=None, **top, **options)
-
-
-@contextlib.contextmanager
-def _numbered_afresh() -> Iterator[None]:
-    """Make Keras number unnamed layers as if no other model had been built in this process.
-
-    A weights file stores these names, and the model that loads it must have the same ones.
-    """
-    from keras.src.backend.common import global_state
-
-    counts = global_state.get_global_attribute("object_name_uids")
-    try:
-        global_state.set_global_attribute("object_name_uids", None)
-        yield
-    finally:
-        global_state.set_global_attribute("object_name_uids", counts)
 
 
 def classifier(name: str, backbone: Any, spec: Spec, *, pooled: bool = True) -> keras.Model:

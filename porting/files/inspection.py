@@ -33,7 +33,8 @@ def inspect_file(path: Path, *, ema: bool = False, key: str | None = None, prefi
     kind of file.
     """
     if not path.is_file():
-        raise SourceError(f"{path}: no such file", hint="Give a checkpoint or a file of Keras weights.")
+        what = "not a file" if path.exists() else "no such file"
+        raise SourceError(f"{path}: {what}", hint="Give a checkpoint or a file of Keras weights.")
     if is_weights_file(path):
         survey = survey_file(path)
         return Inspection({"format": "Keras weights"}, survey.provenance, survey.tensors)

@@ -37,6 +37,9 @@ class Convolution(Kind):
     def layer_settings(self, layer: Any) -> Settings:
         return convolution_layer_settings(layer, groups=layer.groups)
 
+    def advice(self, setting: str, expected: Any) -> str:
+        return padding_advice(expected) if setting == "padding" else ""
+
     def mistakes(self, module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
         yield from bias_mistakes(module, inputs)
         yield from kernel_mistakes(module, inputs)
@@ -48,6 +51,16 @@ class Convolution(Kind):
         else:
             yield from grouped_mistakes(module, inputs)
         yield from reach_mistakes(module, inputs)
+
+
+def padding_advice(expected: Any) -> str:
+    """How to pad in Keras as a module with this padding does."""
+    if not isinstance(expected, tuple):
+        return ""
+    if not any(expected):
+        return 'use padding="valid"'
+    sides = expected[0] if len(set(expected)) == 1 else expected
+    return f'put ZeroPadding{len(expected)}D({sides}) before it, and use padding="valid"'
 
 
 def convolution_module_settings(module: Any) -> Settings:

@@ -12,6 +12,7 @@ from porting.kinds.convolution import (
     convolution_module_settings,
     grouped_mistakes,
     kernel_mistakes,
+    padding_advice,
     reach_mistakes,
 )
 from porting.kinds.transforms import MULTIPLIED
@@ -43,6 +44,9 @@ class Depthwise(Kind):
             return convolution_layer_settings(layer, groups=0)
         channel_axis = 1 if layer.data_format == "channels_first" else -1
         return convolution_layer_settings(layer, groups=int(layer.input_spec.axes[channel_axis]))
+
+    def advice(self, setting: str, expected: Any) -> str:
+        return padding_advice(expected) if setting == "padding" else ""
 
     def mistakes(self, module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
         yield from bias_mistakes(module, inputs)

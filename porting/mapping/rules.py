@@ -19,9 +19,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from rapidfuzz import fuzz, process
+
 from porting.errors import KeyMapError
 from porting.kinds import kind_called
 from porting.kinds.base import Kind
+from porting.wording import listed
 
 Indices = Mapping[str, int]
 _PLACEHOLDER = re.compile(r"(?P<names>[a-z]\w*(\.[a-z]\w*)*)(?P<offset>[+-]\d+)?")
@@ -146,7 +149,12 @@ def bind(rules: Sequence[KeyRule], names: Collection[str]) -> tuple[list[list[di
     """
     matched = [rule.bindings(names) for rule in rules]
     if unused := [rule.source for rule, bindings in zip(rules, matched, strict=True) if not bindings]:
-        raise KeyMapError(f"rows of the key map that no tensor of the PyTorch model matches: {', '.join(unused)}")
+        owners = sorted({name.rpartition(".")[0] for name in names})
+        shown = []
+        for source in unused:
+            nearest = process.extractOne(source, owners, scorer=fuzz.ratio, score_cutoff=60.0)
+            shown.append(f"{source} (nearest: {nearest[0]})" if nearest else source)
+        raise KeyMapError(f"rows of the key map that no tensor of the PyTorch model matches: {listed(shown)}")
     counters = Counters(indices for bindings in matched for indices in bindings)
     sources = [[fill(rule.source, each, counters) for each in own] for rule, own in zip(rules, matched, strict=True)]
     fewest: dict[str, int] = {}

@@ -95,3 +95,19 @@ def torch_on_one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def numbered_afresh() -> Iterator[None]:
+    """Make Keras number unnamed layers as if no other model had been built in this process.
+
+    Rows and weights files contain these names, and a model that is built again must have the same ones.
+    """
+    from keras.src.backend.common import global_state
+
+    counts = global_state.get_global_attribute("object_name_uids")
+    try:
+        global_state.set_global_attribute("object_name_uids", None)
+        yield
+    finally:
+        global_state.set_global_attribute("object_name_uids", counts)

@@ -281,6 +281,8 @@ def _array(value: Any) -> Array:
         value = value.detach().cpu()
         value = value.float() if value.dtype.is_floating_point else value
     array = np.asarray(value)
+    if array.dtype.kind not in "fiubcV" or array.ndim == 0:
+        raise ValueError(f"inputs are arrays of numbers, with the samples first: got {value!r:.60}")
     if array.dtype.kind == "f" or array.dtype.name == "bfloat16":
         return array.astype(np.float32)
     return array

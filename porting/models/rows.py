@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from porting.mapping.key_map import KeyMap, LayerPair, TensorEntry, expand
 from porting.mapping.rules import KeyRule, join_name
 from porting.models.live import effective_names
 from porting.models.traverse import named_layers, named_variables
+from porting.wording import listed
 
 if TYPE_CHECKING:
     import keras
@@ -43,15 +45,22 @@ def key_map_of_rows(reference: nn.Module, candidate: keras.Model, rows: Iterable
             continue
         layer = layers.get(pair.target)
         if layer is None:
-            raise KeyMapError(
-                f"row {pair.source!r}: the Keras model has no layer {pair.target!r}",
-                hint=f"It has {', '.join(list(layers)[:20])}{', ...' if len(layers) > 20 else ''}.",
-            )
+            hint = f"It has {listed(list(layers), 20)}."
+            if any(_unnumbered(name) == _unnumbered(pair.target) for name in layers):
+                hint += (
+                    " Keras numbers unnamed layers through the whole process: name them, or call "
+                    "keras.utils.clear_session() before the model is built."
+                )
+            raise KeyMapError(f"row {pair.source!r}: the Keras model has no layer {pair.target!r}", hint=hint)
         module = modules.get(own)
         leaves = kind.leaves if module is None else kind.leaves_for(module)
         found = {name: names[id(each)] for name, each in kind.variables(layer).items() if id(each) in names}
         entries += entries_of(own, leaves, tensors, found)
     return KeyMap.of(pairs, entries, drops)
+
+
+def _unnumbered(name: str) -> str:
+    return re.sub(r"_\d+$", "", name)
 
 
 def entries_filling(

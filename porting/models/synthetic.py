@@ -47,15 +47,28 @@ def fill_with_synthetic_weights(
 
 
 def measure_batch_norms(model: nn.Module, run: Callable[[nn.Module], object]) -> None:
-    """Set the running statistics of every BatchNorm, in place, to those of the batch that `run` feeds the model."""
+    """Set the running statistics of every BatchNorm, in place, to those of the batch that `run` feeds the model.
+
+    A norm that gets one number per channel, such as behind a global pooling of one sample, keeps its statistics.
+    """
     norms = [module for module in model.modules() if isinstance(module, _BATCH_NORMS)]
     momenta = [norm.momentum for norm in norms]
     was_training = model.training
     for norm in norms:
         norm.momentum = 1.0  # the statistics of this batch alone, not a blend with the initial ones
     model.train()
-    with torch.no_grad():
-        run(model)
+    hooks = [norm.register_forward_pre_hook(_keep_statistics_of_one) for norm in norms]
+    try:
+        with torch.no_grad():
+            run(model)
+    finally:
+        for hook in hooks:
+            hook.remove()
     model.train(was_training)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
+
+
+def _keep_statistics_of_one(norm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    if inputs[0].numel() == inputs[0].shape[1]:
+        norm.eval()

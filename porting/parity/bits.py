@@ -56,4 +56,4 @@ def _first_difference(name: str, expected: Array, actual: Array) -> str:
     first = tuple(int(each) for each in places[0])
     more = f" ({len(places):,} of {expected.size:,} numbers differ)" if len(places) > 1 else ""
     place = f"[{', '.join(map(str, first))}]" if first else ""
-    return f"{name}{place} is {float(actual[first]):.9g} and should be {float(expected[first]):.9g}{more}"
+    return f"{name}{place} is {float(actual[first]) + 0.0:.9g} and should be {float(expected[first]) + 0.0:.9g}{more}"

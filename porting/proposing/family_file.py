@@ -55,7 +55,7 @@ class {class_name}(LibraryFamily):
 
     def check_inputs(self, spec: Spec) -> Any:
         # FINISH: inputs like those of real use. A family of image models may leave this method out.
-        return random_inputs(self.make_candidate(spec))
+        return random_inputs(self.make_candidate(spec).inputs)
 '''
 
 

@@ -131,7 +131,7 @@ class Proposal:
             lines = ["  the outputs still differ"]
         raise KeyMapError(
             "the two models could not be mapped completely:\n" + "\n".join(lines[:50]),
-            hint="Give the rows that you know as pairs, or rows of your own to port_weights.",
+            hint="Mend the layers that differ. Rows of your own, in port_weights, help only where a layer is open.",
         )
 
     def __repr__(self) -> str:
@@ -365,4 +365,4 @@ def _difference(choice: Choice, options: Options) -> str:
                 said.append(f"{name} is {ours[name]} in Keras, {theirs[name]} in PyTorch")
     text = f"{choice.layer} does not give what {choice.option.source} gives" + (f": {'; '.join(said)}" if said else "")
     only_epsilon = len(said) == 1 and said[0].startswith("eps ") and choice.option.kind == "batch_norm"
-    return text + (" (absorb_epsilon=True puts the difference into the variance)" if only_epsilon else "")
+    return text + (" (absorbing the epsilon puts the difference into the variance)" if only_epsilon else "")

@@ -127,7 +127,11 @@ def report_text(path: Path, origin: str) -> Iterator[str]:
             text = file.read(_MAX_BYTES + 1)
         if len(text) > _MAX_BYTES:
             raise ReportError(f"larger than {_MAX_BYTES >> 20} MiB, which no report is", hint=origin)
-        yield text.decode("utf-8")
+        try:
+            decoded_text = text.decode("utf-8")
+        except UnicodeDecodeError:
+            raise ReportError("not a report: it is no text", hint=origin) from None
+        yield decoded_text
     except FileNotFoundError:
         raise SourceError(f"{path}: no such file", hint=origin) from None
     except (OSError, ValueError) as error:

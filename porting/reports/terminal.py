@@ -96,8 +96,6 @@ def _verified(report: ParityReport) -> str:
 def findings(report: ParityReport) -> list[str]:
     """The findings against parity as sentences: each culprit with its cause, settings that differ, and the rest."""
     lines = []
-    if report.problem:
-        lines.append(f"Not compared: {report.problem}")
     for number, culprit in enumerate(report.culprits):
         lines.append(f"{'First divergence' if number == 0 else f'Divergence {number + 1}'}: {culprit}")
         if cause := culprit.diagnosis:
@@ -165,14 +163,14 @@ def verdict(report: ParityReport) -> str:
 def _prominent(report: ParityReport) -> tuple[LayerComparison, ...]:
     failed = [layer for layer in report.layers if report.failed(layer)][:WORST]
     worst = report.worst
-    # Decide by the Keras path, which has no slash at the top level: block1.0 counts as top-level like patch_embed1.
+    # Names in Keras may be flat, as in keras.applications, and those in PyTorch may number the blocks of a stage.
     return tuple(
         layer
         for layer in report.layers
         if layer in failed
         or layer is worst
         or layer.is_output
-        or ("/" not in layer.target and not layer.source.startswith("input of "))
+        or (("/" not in layer.target or layer.source.count(".") <= 1) and not layer.source.startswith("input of "))
     )
 
 

@@ -91,9 +91,9 @@ class Case:
     def preprocessing(self) -> Preprocessing:
         return self.family.preprocessing(self.spec)
 
-    def check_inputs(self) -> Any:
-        """The Keras model's inputs, one array or several by name; None for an image model."""
-        return self.family.check_inputs(self.spec)
+    def check_inputs(self, samples: int | None = None) -> Any:
+        """The Keras model's inputs, one array or several by name, at most `samples`; None for an image model."""
+        return self.family.inputs_of(self.spec, samples)
 
     def build_candidate(self) -> keras.Model:
         """Build the Keras model without the checkpoint's weights."""
@@ -159,11 +159,10 @@ class Case:
         guess = self.family.guess_variant(self.state_dict)
         if guess is not None and guess != variant:
             return f"These tensors belong to {self.family.name} {guess}: use --variant {guess}."
-        layouts = ", ".join(naming.name for naming in self.family.namings)
-        return (
-            f"Expected the weights of {self.family.name} {variant} with {self.naming.name} names. --layout chooses "
-            f"other names ({layouts}); `van-port inspect` shows what the file holds."
-        )
+        expected = f"Expected {self.family.whose_weights(self.spec)} with {self.naming.name} names."
+        layouts = [naming.name for naming in self.family.namings]
+        others = f" --layout chooses other names ({', '.join(layouts)})." if len(layouts) > 1 else ""
+        return f"{expected}{others} `van-port inspect` shows what the file holds."
 
     def describe(self) -> dict[str, Any]:
         """The facts of the case for provenance and reports."""

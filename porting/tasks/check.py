@@ -98,7 +98,7 @@ def compare_models(
     reference = case.load_reference()
     if options.allow_non_finite:
         _put_zeros_for_non_finite(candidate, reference, case)
-    given = case.check_inputs()
+    given = case.check_inputs(options.samples)
     if given is not None:
         if options.images is not None:
             raise FamilyError("--images is for families of image models", hint="Give the check's inputs with --inputs.")

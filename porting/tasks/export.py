@@ -20,6 +20,7 @@ from porting.exporting.base import Exportable
 from porting.exporting.ends import Ends
 from porting.exporting.usage import Usage, usage_of
 from porting.families.base import Family
+from porting.families.given import GivenFamily
 from porting.files import weights_file
 from porting.files.atomic import output_errors
 from porting.files.result import pending_result
@@ -124,7 +125,12 @@ def export(
                 f"{case.how_to_build}: a subclassed Keras model, which does not declare its inputs and outputs",
                 hint="Wrap it: inputs = keras.Input(...); keras.Model(inputs, model(inputs)).",
             )
-        given = case.check_inputs()
+        given = case.check_inputs(options.samples)
+        if precision == "int8" and given is not None and case.family.inputs_are_random:
+            raise ExportError(
+                "int8 is calibrated on inputs, and random ones say nothing of the range of real ones",
+                hint="Give some real inputs with --inputs FILE.npz.",
+            )
         samples = _samples(case, model, given, options, input_size)
         if fused:
             progress("fusing")
@@ -145,7 +151,7 @@ def export(
             preprocessing=preprocessing,
             facts=_facts(case, precision, survey.provenance, check=check),
             labels=_labels(case, classes, labels),
-            classifies=bool(classes),
+            classifies=bool(classes and (case.num_classes or with_softmax)),
         )
         progress(f"exporting to {form}")
         with _quiet(), output_errors(out), _export_errors(f"the model cannot be converted for {form}"):
@@ -190,7 +196,11 @@ def _facts(case: Case, precision: str, provenance: Mapping[str, Any] | None, *, 
 def _classes(case: Case, model: keras.Model) -> int:
     """The number of classes of a classifier, whose only result is a row of logits; 0 for other models."""
     shapes = [tuple(tensor.shape) for tensor in model.outputs]
-    return case.num_classes if len(shapes) == 1 and shapes[0][1:] == (case.num_classes,) else 0
+    if len(shapes) != 1 or len(shapes[0]) != 2:
+        return 0
+    found = int(shapes[0][1] or 0)
+    # Only its owner knows whether a model of one's own is a classifier.
+    return found if found == case.num_classes or isinstance(case.family, GivenFamily) else 0
 
 
 def _labels(case: Case, classes: int, path: Path | None) -> tuple[str, ...]:

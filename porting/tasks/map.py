@@ -36,7 +36,7 @@ def map_models(
     progress("building the models")
     reference = pytorch_model(source, source_arguments or {})
     candidate = keras_model(target, target_arguments or {})
-    given = read_inputs(inputs) if inputs is not None else random_inputs(candidate)
+    given = read_inputs(inputs) if inputs is not None else random_inputs(getattr(candidate, "inputs", None))
     try:
         return propose_map(
             reference, candidate, given, pairs=pairs, rows=rows, absorb_epsilon=absorb_epsilon, progress=progress

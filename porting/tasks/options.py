@@ -19,11 +19,11 @@ SAMPLES_OF_LARGE_IMAGES = 2
 class CheckOptions:
     """Options of a check.
 
-    `images` is a folder, by default the embedded one. `samples` is the number of images to use: by default all for
-    inputs of up to 64 pixels, else four. `locate` finds the layers where the models diverge. `stress` adds other
-    weights and shapes. `train` adds ten training steps with each of the family's optimisers. `strict_settings` also
-    compares settings that matter only in training for a user's own model, as is always done for a model built here.
-    `waive` names modules, or "module:setting", whose settings may differ.
+    `images` is a folder, by default the embedded one. `samples` is the number of images or other inputs to use: by
+    default all images for inputs of up to 64 pixels, else two. `locate` finds the layers where the models diverge.
+    `stress` adds other weights and shapes. `train` adds ten training steps with each of the family's optimisers.
+    `strict_settings` also compares settings that matter only in training for a user's own model, as is always done for
+    a model built here. `waive` names modules, or "module:setting", whose settings may differ.
     `allow_non_finite` allows NaN and infinite weights. Where both sides have the same non-finite weight, the check
     replaces it with zero on both sides, so that the other weights can still be compared.
     """
