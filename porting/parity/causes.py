@@ -262,12 +262,18 @@ def _few_numbers(call: str, module: Any, layer: Any, sides: str, slack: float = 
         said = []
         for place in differing:
             one, other = float(expected[tuple(place)]), float(actual[tuple(place)])
-            times = f", {other / one:.9g} times what it should be, {one:.9g}" if one else ", which should be 0"
+            times = f", {_short(other / one)} times what it should be, {one:.9g}" if one else ", which should be 0"
             inside = weight.place_in_keras(tuple(place))
             said.append(f"{call}.{name}{_indexed(place)}{note} is {other:.9g}{times}{inside}")
         channel = f"output channel {int(differing[0][0])}: " if expected.ndim > 1 else ""
         causes.append(channel + "; ".join(said))
     return Diagnosis(call, "; ".join(causes), 0.0, tuple(causes)) if causes else None
+
+
+def _short(factor: float) -> str:
+    """A factor with as many digits as tell it from 1."""
+    text = f"{factor:.6g}"
+    return text if text != "1" else f"{factor:.9g}"
 
 
 def _indexed(place: Iterable[Any]) -> str:

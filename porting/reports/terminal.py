@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from porting.parity.report import EXACT, FLOAT32, LayerComparison, ParityReport
+from porting.parity.report import EXACT, FLOAT32, REPRODUCED, LayerComparison, ParityReport
 from porting.wording import counted, listed
 
 if TYPE_CHECKING:
@@ -102,7 +102,8 @@ def findings(report: ParityReport) -> list[str]:
             if cause.pattern:
                 lines.append(f"Looks like: {cause.cause} ({cause.unexplained:.2g} of the difference is unexplained)")
             else:
-                left = f" ({cause.unexplained:.2g} of the difference is unexplained)" if cause.unexplained else ""
+                visible = cause.unexplained > REPRODUCED
+                left = f" ({cause.unexplained:.2g} of the difference is unexplained)" if visible else ""
                 lines.append(f"Cause, {cause.confidence}: {cause.cause}{left}")
     if not report.culprits and (first := report.first_divergence):
         lines.append(f"First divergence: {first}")
