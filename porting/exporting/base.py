@@ -118,6 +118,33 @@ def gelu_by_erf() -> Iterator[None]:
         backend.nn.gelu = own
 
 
+@contextmanager
+def grouped_convolutions_inline() -> Iterator[None]:
+    """Let a traced model have grouped convolutions as operations of its own graph, as ONNX needs them.
+
+    Keras calls a function compiled by XLA for them, because TensorFlow cannot run them on a CPU without it.
+    """
+    from keras.src.backend import nn
+
+    own = nn.conv
+
+    def conv(inputs: Any, kernel: Any, strides: Any = 1, padding: str = "valid", *more: Any, **options: Any) -> Any:
+        import tensorflow as tf
+        from keras import config
+
+        layout = more[0] if more else options.get("data_format")
+        dilations = more[1] if len(more) > 1 else options.get("dilation_rate", 1)
+        if (layout or config.image_data_format()) != "channels_last" or inputs.shape[-1] == kernel.shape[-2]:
+            return own(inputs, kernel, strides, padding, layout, dilations)
+        return tf.nn.convolution(inputs, kernel, strides, padding.upper(), dilations=dilations)
+
+    try:
+        nn.conv = conv
+        yield
+    finally:
+        nn.conv = own
+
+
 class Runtime(Protocol):
     """A loaded artifact."""
 

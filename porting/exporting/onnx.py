@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from porting.errors import ExportError
-from porting.exporting.base import OF_WEIGHTS, Exportable, last_of_each_layer
+from porting.exporting.base import OF_WEIGHTS, Exportable, grouped_convolutions_inline, last_of_each_layer
 from porting.exporting.usage import Usage
 from porting.kinds.transforms import Array
 
@@ -29,7 +29,8 @@ def write(given: Exportable, path: Path, precision: str) -> None:
 
     specs = given.specs(fixed=False)
     run = tf.function(lambda *values: given(**dict(zip(specs, values, strict=True))))
-    converted, _ = tf2onnx.convert.from_function(run, list(specs.values()), opset=_OPSET_WRITTEN)
+    with grouped_convolutions_inline():
+        converted, _ = tf2onnx.convert.from_function(run, list(specs.values()), opset=_OPSET_WRITTEN)
     converted = _polished(converted, list(specs))
     if precision == "float16":
         from onnxruntime.transformers.float16 import convert_float_to_float16

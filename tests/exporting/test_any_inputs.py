@@ -132,3 +132,16 @@ def test_keras_own_gelu_is_back_behind_an_export(tmp_path: Path) -> None:
     write("onnx", Exportable(candidate, given_to(reference, candidate)), tmp_path / "x.onnx", "float32")
     assert backend.nn.gelu is own
     assert tf.reduce_all(keras.ops.gelu(tf.constant([-1.0, 1.0])) > -1.0)
+
+
+@pytest.mark.parametrize(("form", "name"), FORMS)
+def test_grouped_convolutions(tmp_path: Path, form: str, name: str) -> None:
+    inputs = keras.Input((9, 9, 8))
+    x = keras.layers.Conv2D(12, 3, 2, padding="same", groups=4)(inputs)
+    x = keras.layers.Conv2D(12, 3, padding="same", dilation_rate=2, groups=12)(x)
+    model = keras.Model(inputs, keras.layers.Conv2D(3, 1)(x))
+    images = np.random.default_rng(0).normal(size=(1, 9, 9, 8)).astype(np.float32)
+    write(form, Exportable(model, Inputs((images,), (images,), ((0, 1, 2, 3),))), tmp_path / name, "float32")
+    with open_runtime(form, tmp_path / name, []) as runtime:
+        found, _ = runtime.run({"images": images})
+    np.testing.assert_allclose(found["output_0"], np.asarray(model(images)), rtol=1e-4, atol=1e-5)
