@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from porting.families.base import Spec
@@ -9,6 +12,8 @@ from porting.families.library import (
     LibraryFamily,
     classifier,
     last_hidden_state,
+    library,
+    renamed,
     transformer_backbone,
     transformers_model,
 )
@@ -19,6 +24,16 @@ if TYPE_CHECKING:
     from torch import nn
 
 _EPSILON = 1e-12
+# Parts of the names in transformers 4, and in transformers 5.
+_NAMES = (
+    ("encoder.layer.", "layers."),
+    ("attention.attention.query", "attention.q_proj"),
+    ("attention.attention.key", "attention.k_proj"),
+    ("attention.attention.value", "attention.v_proj"),
+    ("attention.output.dense", "attention.o_proj"),
+    ("intermediate.dense", "mlp.fc1"),
+    ("output.dense", "mlp.fc2"),
+)
 
 
 class DeiTFamily(LibraryFamily):
@@ -35,7 +50,21 @@ class DeiTFamily(LibraryFamily):
     # The published files have a second classifier, for the distillation token.
     foreign = ("distillation_classifier.", "cls_classifier.", "deit.pooler.", "pooler.")
 
-    def rows_of(self, spec: Spec) -> tuple[KeyRule, ...]:
+    @cached_property
+    def other_names(self) -> Mapping[str, Sequence[tuple[str, str]]]:  # type: ignore[override]
+        if self._is_new:
+            return {"transformers 4": [(new, old) for old, new in reversed(_NAMES)]}
+        return {"transformers 5": _NAMES}
+
+    @cached_property
+    def _is_new(self) -> bool:
+        return int(library("transformers").__version__.partition(".")[0]) >= 5
+
+    def rows_of(self, spec: Spec) -> list[KeyRule]:
+        names = _NAMES if self._is_new else ()
+        return [replace(row, source=renamed(row.source, names)) for row in self._old_rows(spec)]
+
+    def _old_rows(self, spec: Spec) -> tuple[KeyRule, ...]:
         own, inside = ("deit.", "backbone/") if spec.num_classes else ("", "")
         tokens, layer = f"{inside}deit_patching_and_embedding", f"{own}encoder.layer.{{s}}"
         block = f"{inside}deit_encoder/transformer_block_{{s+1}}"

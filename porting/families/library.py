@@ -8,6 +8,7 @@ import inspect
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,9 @@ class LibraryFamily(Family):
     none; `inputs`; and the two builders. The rows are matched against both live models, so they also handle what names
     alone do not show, such as a bias that one side lacks. `drops` are patterns of PyTorch tensors that Keras computes
     or does not need; integer tensors are always dropped. `foreign` are prefixes of names that belong to larger models
-    around these. `zeros` are tensors that Keras lacks and that must be zero.
+    around these. `zeros` are tensors that Keras lacks and that must be zero. `other_names` are the names that another
+    version of the package gives to the tensors: by a name for the layout, pairs of a part of this version's names and
+    what stands there in the other's.
     """
 
     publisher = "timm"
@@ -51,6 +54,7 @@ class LibraryFamily(Family):
     drops: Sequence[str] = ()
     foreign: tuple[str, ...] = ()
     zeros: Sequence[str] = ()
+    other_names: Mapping[str, Sequence[tuple[str, str]]] = {}
     inputs = Preprocessing(224, 256, **IMAGENET)
     # The packages choose their own settings of training.
     strict_settings = False
@@ -92,9 +96,8 @@ class LibraryFamily(Family):
 
     @cached_property
     def namings(self) -> tuple[Naming, ...]:  # type: ignore[override]
-        return (
-            Naming(self.publisher, tuple(self.rows), head=self.head, foreign=self.foreign, has_head=bool(self.head)),
-        )
+        own = Naming(self.publisher, tuple(self.rows), head=self.head, foreign=self.foreign, has_head=bool(self.head))
+        return (own, *(replace(own, name=name) for name in self.other_names))
 
     @cached_property
     def table(self) -> tuple[Source, ...]:
@@ -130,7 +133,13 @@ class LibraryFamily(Family):
         return self.tensor_shapes(spec).keys()
 
     def key_map(self, spec: Spec) -> KeyMap:
-        return self._bound(spec)[0]
+        own = self._bound(spec)[0]
+        names = self.other_names.get(spec.naming.name)
+        if names is None:
+            return own
+        entries = [replace(each, sources=tuple(renamed(name, names) for name in each.sources)) for each in own.entries]
+        layers = [replace(pair, source=renamed(pair.source, names)) for pair in own.layers]
+        return KeyMap.of(layers, entries, {renamed(name, names) for name in own.drops}, own.foreign)
 
     def weight_shapes(self, spec: Spec) -> dict[str, dict[str, Shape]]:
         return self._bound(spec)[1]
@@ -140,7 +149,8 @@ class LibraryFamily(Family):
         if _key(spec) not in shapes:
             state = self._reference_without_memory(spec).state_dict()
             shapes[_key(spec)] = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        return shapes[_key(spec)]
+        names = self.other_names.get(spec.naming.name, ())
+        return {renamed(name, names): shape for name, shape in shapes[_key(spec)].items()}
 
     def synthetic_reference(self, spec: Spec) -> nn.Module:
         """Build the PyTorch model with synthetic weights that reveal mistakes, for checks without trained weights."""
@@ -163,7 +173,8 @@ class LibraryFamily(Family):
 
     def unused_tensors(self, spec: Spec) -> dict[str, Array]:
         dropped = self.key_map(spec).drops
-        state = self.build_reference(spec).state_dict()
+        names = self.other_names.get(spec.naming.name, ())
+        state = {renamed(name, names): tensor for name, tensor in self.build_reference(spec).state_dict().items()}
         return {name: tensor.numpy() for name, tensor in state.items() if name in dropped}
 
     def classes_in(self, variant: str, shapes: Iterable[Shape]) -> int | None:
@@ -229,6 +240,13 @@ class LibraryFamily(Family):
                 return self.build_reference(spec)
         except (NotImplementedError, RuntimeError):
             return self.build_reference(spec)
+
+
+def renamed(name: str, parts: Iterable[tuple[str, str]]) -> str:
+    """A name with each part replaced by what stands there in another version's names."""
+    for own, other in parts:
+        name = name.replace(own, other)
+    return name
 
 
 def _tensors_of(module: str) -> set[tuple[str]]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from porting.errors import FailedParityError, KeyMapError, SourceError
-from porting.families.library import LibraryFamily, library
+from porting.families.library import LibraryFamily, library, renamed
 from porting.families.registry import family_names, get_family
 from porting.mapping.rules import KeyRule, bind
 from porting.tasks.export import export
@@ -80,6 +80,28 @@ def test_there_and_back(name: str, variant: str, classes: int, tmp_path: Path) -
             torch.testing.assert_close(found[key], tensor, rtol=1e-6, atol=1e-7)
         elif not key.endswith("num_batches_tracked"):
             assert torch.equal(found[key], tensor), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("classes", [0, 3])
+def test_names_of_another_version_of_the_package(classes: int, tmp_path: Path) -> None:
+    """transformers 5 renamed DeiT's modules: checkpoints of either version are read and written."""
+    family, variant = get_family("deit"), "facebook/deit-tiny-distilled-patch16-224"
+    assert isinstance(family, LibraryFamily)
+    (layout, names), checkpoint = next(iter(family.other_names.items())), tmp_path / "own.pth"
+    state = write_checkpoint(family, variant, classes, checkpoint)
+    other = {renamed(name, names): tensor for name, tensor in state.items()}
+    assert len(other.keys() & state.keys()) < len(state) / 2
+    torch.save(other, checkpoint)
+    result = port(family, variant, tmp_path / "own.h5", checkpoint=checkpoint)
+    assert result.report is not None
+    assert result.case.naming.name == layout
+    for written, expected in ((layout, other), ("transformers", state)):
+        back = tmp_path / f"{written}.pth"
+        revert(family, variant, tmp_path / "own.h5", back, layout=written)
+        found = torch.load(back, weights_only=True)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.slow
