@@ -232,15 +232,19 @@ def _substitute_by_key_map(session: Session, key_map: KeyMap) -> None:
     A variance plus the difference of two epsilons may round to the same number as before.
     """
     arrays = effective_tensors(session.double_model, in_float32=False)
-    with session.float64.active() as model:
-        variables = named_variables(model)
-        shapes = {name: tuple(variable.shape) for name, variable in variables.items()}
-        for entry in key_map.entries:
-            if isinstance(entry.transform, Shifted) and entry.is_in(arrays, variables):
-                for name, exact in entry.to_keras(arrays, shapes).items():
-                    held = np.asarray(variables[name])
-                    if np.array_equal(held.astype(np.float32), exact.astype(np.float32)):
-                        variables[name].assign(exact)
+    variables = named_variables(session.candidate)
+    shapes = {name: tuple(variable.shape) for name, variable in variables.items()}
+    exact: dict[str, Any] = {}
+    for entry in key_map.entries:
+        if isinstance(entry.transform, Shifted) and entry.is_in(arrays, variables):
+            exact |= entry.to_keras(arrays, shapes)
+
+    def rounded(name: str, held: Any) -> Any:
+        found = exact.get(name)
+        same = found is not None and np.array_equal(held.astype(np.float32), found.astype(np.float32))
+        return found if same else None
+
+    session.float64.substitute(rounded)
 
 
 def _substitute_derived(session: Session, recording: Recording) -> None:

@@ -133,3 +133,32 @@ def test_parts_of_an_attention_stand_for_no_later_layer() -> None:
     report = porting.check_parity(reference, candidate, sequences)
     assert [culprit.layer for culprit in report.culprits] == ["attn"]
     assert "query and key are exchanged" in str(report.diagnosis)
+
+
+class TwoConvolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn, self.conv2 = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3)
+        self.bn.running_var = torch.rand(8) + 0.5
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv2(self.bn(self.conv1(x)))
+
+
+def test_a_norm_that_absorbed_an_epsilon_is_not_blamed() -> None:
+    torch.manual_seed(0)
+    reference = TwoConvolutions().eval()
+    inputs = keras.Input((12, 12, 3))
+    x = layers.BatchNormalization(epsilon=1e-3, name="bn")(layers.Conv2D(8, 3, name="conv1")(inputs))
+    candidate = keras.Model(inputs, layers.Conv2D(4, 3, name="conv2")(x))
+    rows = [
+        porting.KeyRule("conv{i}", "conv{i}", "conv"),
+        porting.KeyRule("bn", "bn", f"batch_norm:{1e-5 - 1e-3:+.9g}"),
+    ]
+    images = np.random.default_rng(0).normal(size=(2, 12, 12, 3)).astype(np.float32)
+    ported = porting.port_weights(reference, candidate, rows, inputs=images).require_parity()
+    kernel = np.array(candidate.get_layer("conv2").kernel)
+    kernel[0, 0, 0, 0] *= 1.5
+    candidate.get_layer("conv2").kernel.assign(kernel)
+    report = porting.check_parity(reference, candidate, images, key_map=ported.key_map, waive=["bn:eps"])
+    assert [culprit.layer for culprit in report.culprits] == ["conv2"]
