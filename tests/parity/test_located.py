@@ -139,7 +139,8 @@ class TwoConvolutions(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv1, self.bn, self.conv2 = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3)
-        self.bn.running_var = torch.rand(8) + 0.5
+        # So large that the difference of two epsilons is lost in rounding.
+        self.bn.running_var = 1e4 * (torch.rand(8) + 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.conv2(self.bn(self.conv1(x)))
