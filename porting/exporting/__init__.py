@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 
-from porting.exporting.base import Exportable, Runtime, gelu_by_erf
+from porting.exporting.base import Exportable, Runtime, plain_activations
 from porting.exporting.usage import Usage
 
 # The suffix of the artifact's name, by format.
@@ -38,7 +38,7 @@ def write(
     """
     settings = {"split_kernels": split_kernels} if form == "litert" else {}
     module = import_module(f"{__name__}.{form}")
-    with gelu_by_erf():
+    with plain_activations():
         module.write(given, path, precision, **settings)
     if usage is not None:
         module.write_usage(path, usage)

@@ -94,28 +94,36 @@ class Exportable:
 
 
 @contextmanager
-def gelu_by_erf() -> Iterator[None]:
-    """Compute Keras's GELU with Erf while a model is traced, because ONNX lacks Erfc, which Keras uses.
+def plain_activations() -> Iterator[None]:
+    """Compute GELU with Erf and SiLU with a sigmoid while a model is traced.
 
-    This replaces the backend function, which all activations, functions and keras.ops call.
+    ONNX lacks Erfc, with which Keras computes GELU. TensorFlow's SiLU has a gradient of its own, which cannot be saved
+    with a traced function: its LiteRT file would have no signature. This replaces the backend functions, which all
+    activations, functions and keras.ops call.
     """
     from keras.src import backend
 
-    own = backend.nn.gelu
+    own = backend.nn.gelu, backend.nn.silu
 
     def gelu(x: Any, approximate: bool = True) -> Any:
         import tensorflow as tf
 
         if approximate:
-            return own(x, approximate=True)
+            return own[0](x, approximate=True)
         x = tf.convert_to_tensor(x)
         return 0.5 * x * (1.0 + tf.math.erf(x * math.sqrt(0.5)))
 
+    def silu(x: Any) -> Any:
+        import tensorflow as tf
+
+        x = tf.convert_to_tensor(x)
+        return x * tf.sigmoid(x)
+
     try:
-        backend.nn.gelu = gelu
+        backend.nn.gelu, backend.nn.silu = gelu, silu
         yield
     finally:
-        backend.nn.gelu = own
+        backend.nn.gelu, backend.nn.silu = own
 
 
 @contextmanager

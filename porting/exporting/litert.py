@@ -38,7 +38,8 @@ def write(given: Exportable, path: Path, precision: str, split_kernels: bool) ->
         return dict(zip(results, frozen(*(inputs[name] for name in sorted(inputs))), strict=True))
 
     constant = tf.function(named).get_concrete_function(**specs)
-    converter = tf.lite.TFLiteConverter.from_concrete_functions([constant], given.model)
+    # A Keras model in place of the module may fail to be saved, and the file would then have no signature.
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([constant], tf.Module())
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]  # no Flex
     if precision != "float32":
         converter.optimizations = [tf.lite.Optimize.DEFAULT]

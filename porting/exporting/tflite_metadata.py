@@ -44,6 +44,8 @@ def with_metadata(content: bytes, usage: Usage) -> bytes:
     graph = model.subgraphs[0]
     ours = {each.name: each for each in (*usage.inputs, *usage.results)}
     # Metadata follows the order of the file; the signature maps it to names.
+    if not model.signatureDefs:
+        raise ValueError("TensorFlow could not write the names of the inputs and results into the file")
     signature = model.signatureDefs[0]
     inputs, results = (
         _in_order(order, given, ours)

@@ -14,6 +14,7 @@ from torch import nn
 
 from porting.exporting import open_runtime, write
 from porting.exporting.base import Exportable
+from porting.exporting.usage import usage_of
 from porting.models.inputs import Inputs, make_inputs
 from porting.parity.exported import compare_outputs
 from porting.parity.record import output_name
@@ -145,3 +146,17 @@ def test_grouped_convolutions(tmp_path: Path, form: str, name: str) -> None:
     with open_runtime(form, tmp_path / name, []) as runtime:
         found, _ = runtime.run({"images": images})
     np.testing.assert_allclose(found["output_0"], np.asarray(model(images)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "relu6", "mish", "hard_silu", "softplus", "elu", "leaky_relu"])
+@pytest.mark.parametrize(("form", "name"), FORMS)
+def test_activations(tmp_path: Path, form: str, name: str, activation: str) -> None:
+    inputs = keras.Input((5,), name="numbers")
+    model = keras.Model(inputs, keras.layers.Dense(4, activation=activation)(inputs))
+    numbers = np.random.default_rng(0).normal(size=(1, 5)).astype(np.float32)
+    given = Exportable(model, Inputs((numbers,), (numbers,), ((0, 1),)))
+    usage = usage_of(given, fixed=form == "litert", preprocessing=None, facts={})
+    write(form, given, tmp_path / name, "float32", usage=usage)
+    with open_runtime(form, tmp_path / name, []) as runtime:
+        found, _ = runtime.run({"numbers": numbers})
+    np.testing.assert_allclose(found["output_0"], np.asarray(model(numbers)), rtol=1e-5, atol=1e-6)
