@@ -117,6 +117,7 @@ def with_usual_rounding(layers: list[LayerComparison], reference: nn.Module) -> 
     before is greater, that is used instead.
     """
     modules = dict(reference.named_modules())
+    known: dict[tuple[object, ...], float] = {}
     before: deque[float] = deque(maxlen=_LAYERS_BEFORE)
     for layer in layers:
         view = layer.views.get(FLOAT32)
@@ -129,6 +130,9 @@ def with_usual_rounding(layers: list[LayerComparison], reference: nn.Module) -> 
         summed = max((weight[0].numel() for weight in module.parameters() if weight.ndim > 1), default=1)
         own = math.sqrt(summed) / 4 * FLOAT32_ROUNDOFF
         usual = max(own, statistics.median(before) if before else 0.0)
+        # A result of the model is often that of a layer, and the same numbers are judged alike.
+        numbers = (layer.shape, *(each.actual_error.rms for each in layer.views.values()))
+        usual = known.setdefault(numbers, usual)
         finer = {name: each.roundoff / FLOAT32_ROUNDOFF for name, each in layer.views.items()}
         views = {name: replace(each, usual_rounding=usual * finer[name]) for name, each in layer.views.items()}
         yield replace(layer, views=views)
