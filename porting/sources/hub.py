@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import os
 import socket
 import urllib.error
 import urllib.request
@@ -16,7 +17,15 @@ _REACH_TIMEOUT = 10.0  # seconds
 
 
 def fetch_from_hub(source: Source) -> Path:
-    import huggingface_hub
+    try:
+        import huggingface_hub
+        import huggingface_hub.utils.logging
+    except ValueError as error:  # from version 1 on it reads the address when it is imported
+        endpoint = shown(os.environ.get("HF_ENDPOINT", ""))
+        raise SourceError(
+            f"cannot get {source.file} from the Hugging Face hub: HF_ENDPOINT is not an address: {endpoint}: {error}",
+            hint="Unset HF_ENDPOINT, or give the file with --checkpoint.",
+        ) from None
     from huggingface_hub.errors import (
         EntryNotFoundError,
         LocalEntryNotFoundError,
