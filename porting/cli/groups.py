@@ -223,7 +223,7 @@ def model_options(*, required: bool = True) -> Callable[[Command], Command]:
         "model",
         functools.partial(_model, required),
         family_option,
-        click.option("--variant", type=VARIANT, help="Variant of the family."),
+        click.option("--variant", type=VARIANT, help="Variant of the family; those of VAN are shown."),
         click.option(
             "--config", type=FILE, help="Settings of a VAN, .json or .toml, or its config.json; replaces --variant."
         ),

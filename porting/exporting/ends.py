@@ -5,6 +5,7 @@ Both are part of what is proven: PyTorch gets the same parts, in its own precisi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -55,9 +56,18 @@ class Ends:
         if normalization is not None:
             reference.register_forward_pre_hook(lambda _, given: (_normalized(given[0], normalization),))
         if self.softmax:
-            reference.register_forward_hook(lambda _, __, result: result.softmax(-1))
+            reference.register_forward_hook(lambda _, __, result: _probabilities(result))
 
 
 def _normalized(images: Any, preprocessing: Preprocessing) -> Any:
     mean, std = (images.new_tensor(each).reshape(-1, 1, 1) for each in (preprocessing.mean, preprocessing.std))
     return (images / 255 - mean) / std
+
+
+def _probabilities(result: Any) -> Any:
+    """The softmax of a tensor, or of each in a dict or a sequence."""
+    if isinstance(result, Mapping):
+        return {name: _probabilities(each) for name, each in result.items()}
+    if isinstance(result, (tuple, list)):
+        return [_probabilities(each) for each in result]
+    return result.softmax(-1)

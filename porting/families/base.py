@@ -215,6 +215,8 @@ class Family:
         given = self.check_inputs(spec)
         if isinstance(given, dict):
             return {name: array[:samples] for name, array in given.items()}
+        if isinstance(given, (tuple, list)):
+            return [array[:samples] for array in given]
         return None if given is None else given[:samples]
 
     def tensor_shapes(self, spec: Spec) -> dict[str, Shape]:

@@ -125,9 +125,10 @@ def random_inputs(tensors: Sequence[keras.KerasTensor] | None, samples: int = _S
     if not tensors:
         raise FamilyError("the Keras model does not declare its inputs", hint="Give --inputs FILE.npz.")
     rng = np.random.default_rng(0)
-    found = {
-        tensor.name: _drawn(rng, (samples, *tensor.shape[1:]), str(tensor.dtype), tensor.name) for tensor in tensors
-    }
+    found = {}
+    for each in tensors:
+        shape = (each.shape[0] or samples, *each.shape[1:])
+        found[each.name] = _drawn(rng, shape, str(each.dtype), each.name)
     return next(iter(found.values())) if len(found) == 1 else found
 
 

@@ -20,6 +20,19 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+class WritesError(RuntimeError):
+    """The code of a model writes into a tensor that is not in float64, which a copy of it would not see."""
+
+
+def _writes(name: str) -> bool:
+    """Whether a function of PyTorch changes its first argument."""
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name == "__setitem__" or (name.startswith("__i") and name.endswith("__") and name in _IN_PLACE)
+
+
+_IN_PLACE = frozenset(
+    {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or")}
+)
 # Functions that need no float64 copy of a weight.
 _LOOKING = frozenset(
     {
@@ -123,6 +136,9 @@ def _weights_in_float64() -> Iterator[None]:
                 return torch.float64 if floating else found
             if name in _LOOKING:
                 return func(*args, **kwargs)
+            written = kwargs.get("out", first if _writes(name) else None)
+            if isinstance(written, torch.Tensor) and written.is_floating_point() and written.dtype != torch.float64:
+                raise WritesError(f"{name} writes into a tensor of {written.dtype}")
             if name == "embedding":
                 return double(func(*args, **kwargs))  # it picks rows; a table may be half of a model
             kwargs = {key: double(each) for key, each in kwargs.items()}

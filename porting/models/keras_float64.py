@@ -108,9 +108,11 @@ class Float64Model:
 
     def _reset(self) -> None:
         """Give all weights the values of the model that the caller gave, and the substitutes."""
-        self._doubles = [(variable, _double(np.asarray(variable).astype(np.float64))) for variable, _ in self._doubles]
-        if not self._turned:
-            with float64_defaults():
+        with float64_defaults():
+            self._doubles = [
+                (variable, _double(np.asarray(variable).astype(np.float64))) for variable, _ in self._doubles
+            ]
+            if not self._turned:
                 _filled(self.model, self._origin)
         substitutes = dict(self._substitutes)
         self.substitute(lambda name, _: substitutes.get(name))

@@ -64,9 +64,9 @@ def measure_batch_norms(model: nn.Module, run: Callable[[nn.Module], object]) ->
     finally:
         for hook in hooks:
             hook.remove()
-    model.train(was_training)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+        model.train(was_training)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 def _keep_statistics_of_one(norm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:

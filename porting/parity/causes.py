@@ -314,7 +314,14 @@ def _differing_weights(
     results = [each if behind is None else behind(each) for each in made]
     left = [_share_left(truth, found, each) for each in results if each.shape == found.shape]
     unexplained = min(left, default=math.inf)
+    if unexplained > EXPLAINED and behind is None and _is_activated(layer):
+        unexplained = EXPLAINED  # what the activation makes of it is not known here
     return Diagnosis(call, "; ".join(causes), unexplained, tuple(causes)) if unexplained <= EXPLAINED else None
+
+
+def _is_activated(layer: Any) -> bool:
+    """Whether a Keras layer has an activation inside, other than the linear one."""
+    return getattr(getattr(layer, "activation", None), "__name__", "linear") != "linear"
 
 
 def _share_left(truth: Tensor, found: Tensor, guess: Tensor) -> float:

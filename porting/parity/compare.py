@@ -132,7 +132,11 @@ def check_parity(
         try:
             plain = _in_float32(reference)
             rounded = plain if precision is None else in_precision(plain, precision, given.candidate[0])
-            float64 = Float64Model(candidate, build_float64, saving_memory=is_too_large_to_copy(reference))
+            float64 = Float64Model(
+                candidate,
+                build_float64,
+                saving_memory=is_too_large_to_copy(reference) and _in_full_precision(candidate),
+            )
             session = Session(reference, candidate, given, names, axes, float64, rounded)
         except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
             return _without_result(f"the PyTorch model cannot be run in float64: {_first_line(error)}", limits, name)
@@ -144,7 +148,7 @@ def check_parity(
             return _without_result(str(error), limits, name)
         report = summarize(session, limits, name, strict_settings, waive)
         if key_map is None and not report.divergences:
-            report = with_inferred_weights(session, report, limits)
+            report = with_inferred_weights(session, report, limits, loud=loud)
         if loud:
             progress("loud inputs" if key_map is None else "loud weights")
             found, on_loud = compare_loud_outputs(session, key_map, limits, locate_culprits and not report.divergences)
@@ -237,7 +241,8 @@ def _substitute_by_key_map(session: Session, key_map: KeyMap) -> None:
     exact: dict[str, Any] = {}
     for entry in key_map.entries:
         if isinstance(entry.transform, Shifted) and entry.is_in(arrays, variables):
-            exact |= entry.to_keras(arrays, shapes)
+            with contextlib.suppress(ValueError):  # the comparison of bits says what is wrong with it
+                exact |= entry.to_keras(arrays, shapes)
 
     def rounded(name: str, held: Any) -> Any:
         found = exact.get(name)
@@ -350,6 +355,11 @@ def _in_float32(model: nn.Module) -> nn.Module:
     if all(tensor.dtype == torch.float32 for tensor in tensors if tensor.is_floating_point()):
         return model
     return copy.deepcopy(model).float()
+
+
+def _in_full_precision(candidate: keras.Model) -> bool:
+    """Whether no variable of a Keras model is in half precision."""
+    return not any(str(variable.dtype) in {"float16", "bfloat16"} for variable in candidate.weights)
 
 
 def _stated_axes(output_axes: Any) -> dict[str, Axes]:

@@ -114,7 +114,8 @@ def is_too_large_to_copy(model: nn.Module) -> bool:
     import torch
 
     size = sum(4 * parameter.numel() for parameter in model.parameters())
-    return size > LARGE and not has_derived(model) and not isinstance(model, torch.jit.ScriptModule)
+    scripted = any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
+    return size > LARGE and not has_derived(model) and not scripted
 
 
 def has_derived(model: nn.Module) -> bool:

@@ -24,23 +24,41 @@ from porting.parity.report import Limits, ParityReport
 from porting.parity.session import Session
 
 
-def with_inferred_weights(session: Session, report: ParityReport, limits: Limits) -> ParityReport:
-    """Add to the report which weights are equal bit by bit, if the pairs of layers tell which belong together."""
+def with_inferred_weights(session: Session, report: ParityReport, limits: Limits, *, loud: bool) -> ParityReport:
+    """Add to the report which weights are equal bit by bit, if the pairs of layers tell which belong together.
+
+    Without `loud`, weights that differ are not reported, because only other weights show that the pairs are right.
+    """
     key_map = None if session.halved or report.verified is None else infer_key_map(session)
     if key_map is None or report.verified is None:
         return report
     bits = compare_bits(session.reference, named_variables(session.candidate), key_map)
-    if bits.differing:
-        loud, _ = compare_loud_outputs(session, key_map, limits, locates=False)
-        if loud is None or not loud.passed:
+    differing = dict(bits.differing)
+    if differing:
+        if not loud or not _computes_the_same(session, key_map, limits):
             return report
+        differing = {name: how for name, how in differing.items() if not _has_no_effect(session, key_map, limits, name)}
     verified = replace(
         report.verified,
-        differing=tuple(bits.differing),
+        differing=tuple(differing),
         compared_bits=len(bits.compared),
-        details=tuple(bits.differing.values()),
+        details=tuple(differing.values()),
     )
-    return replace(report, verified=verified)
+    idle = bits.differing.keys() - differing.keys()
+    notes = [f"{name} is not the checkpoint's, and has no effect" for name in sorted(idle)]
+    return replace(report, verified=verified, notes=(*report.notes, *notes))
+
+
+def _computes_the_same(session: Session, key_map: KeyMap, limits: Limits) -> bool:
+    """Whether both models compute the same with loud weights moved by the key map."""
+    found, _ = compare_loud_outputs(session, key_map, limits, locates=False)
+    return found is not None and found.passed
+
+
+def _has_no_effect(session: Session, key_map: KeyMap, limits: Limits, name: str) -> bool:
+    """Whether the models compute the same though this variable is not PyTorch's, such as a key bias in an attention."""
+    entries = tuple(entry for entry in key_map.entries if name not in entry.targets)
+    return _computes_the_same(session, replace(key_map, entries=entries), limits)
 
 
 def infer_key_map(session: Session) -> KeyMap | None:

@@ -146,7 +146,11 @@ def _next_culprit(
                 candidates.append((found.node.began if found.node is not None else len(tracer.nodes), found))
         began, first = min(candidates, key=lambda each: each[0])
         if isinstance(first, Gap):
-            break
+            if first.node is None or (first.node.name, False, first.index) not in innocent:
+                break
+            # What the layer takes is unknown to PyTorch, which is no mistake: look behind it.
+            tracer.assume(first.node.inputs[first.index])
+            continue
         call = _partner(session, recording, tracer, first)
         around = first.parent
         if call is None and around is not None and session.layer_kind(around.name) is not None:
@@ -154,10 +158,12 @@ def _next_culprit(
             first, call = around, _partner(session, recording, tracer, around)
         if call is not None:
             taken = _wrongly_taken(tracer, first, recording.calls[call].inputs)
-            if taken is not None:
+            if taken is None:
+                call = last_of_fused(session, recording, tracer, first, call)
+                return _own_mistake(session, recording, tracer, first, call, began)
+            # Where PyTorch's tensor did not help there, the layer stands for something else.
+            if (first.name, False, taken) not in innocent:
                 return _wrong_input(session, recording, tracer, Gap(first, taken), began)
-            call = last_of_fused(session, recording, tracer, first, call)
-            return _own_mistake(session, recording, tracer, first, call, began)
         # PyTorch has no module for it, such as a padding: look at the layers that take its result.
         for output in first.outputs:
             tracer.assume(output)
@@ -208,7 +214,13 @@ def _search(
     while True:
         seen.add(key_of(tensor))
         node = tracer.producer(tensor)
-        if node is None or (node.name, True, 0) in innocent:
+        # A layer that does nothing at inference, such as a dropout, returns the very tensor that it takes.
+        passed = (
+            next((i for i, each in enumerate(node.inputs) if key_of(each) == key_of(tensor)), None) if node else None
+        )
+        if node is not None and passed is not None:
+            gap = Gap(node, passed)
+        if node is None or passed is not None or (node.name, True, 0) in innocent:
             # No layer made it. It was made from results of the layers beside the one that takes it.
             before = _beside(tracer, gap, innocent)
             step = next((each for each in before if key_of(each) not in seen), None)

@@ -109,8 +109,13 @@ def _on_loud_weights(
     shapes = {name: tuple(variable.shape) for name, variable in named_variables(session.candidate).items()}
     try:
         with session.overwritten() as truth_model, session.float64.overwritten(own) as variables:
-            fill_with_synthetic_weights(truth_model, 0, run=run)
+            try:
+                fill_with_synthetic_weights(truth_model, 0, run=run)
+            except Exception:  # a model may raise anything when it runs as in training
+                return None, ()
             truth_model.eval()
+            for parameter in truth_model.parameters():
+                parameter.data = parameter.data.float().to(parameter.dtype)  # numbers that float32 variables hold
             _restore_constants(truth_model, key_map, session.reference.state_dict())
             arrays = effective_tensors(truth_model, in_float32=False)
             with session.float64.active():

@@ -150,6 +150,7 @@ class Session:
                 yield self.truth_model
             finally:
                 self.truth_model.load_state_dict(self.reference.state_dict())
+                self.truth_model.eval()
             return
         self.truth_model = copy.deepcopy(self.reference).float()
         try:
@@ -160,7 +161,17 @@ class Session:
     def record_truth(self, batch: Inputs) -> Recording:
         import torch
 
-        return record(self.truth_model, lambda model: batch.call_reference(model, torch.float64))
+        def run(model: nn.Module) -> Any:
+            return batch.call_reference(model, torch.float64)
+
+        try:
+            return record(self.truth_model, run)
+        except Exception:
+            if is_double(self.truth_model):
+                raise
+            # Its code may write into its tensors, or may be compiled in part: then it needs a copy all the same.
+            self._large = False
+            return record(self.double_model, run)
 
     def few(self, count: int) -> Inputs:
         """The first `count` samples, or all of them if the PyTorch model takes only batches of a fixed size."""

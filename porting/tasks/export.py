@@ -207,6 +207,8 @@ def _labels(case: Case, classes: int, path: Path | None) -> tuple[str, ...]:
     """The names of the classes in order; empty if they are unknown. Raises SourceError for a list that does not fit."""
     if path is not None:
         known = read_labels(path, classes)
+    elif not case.num_classes:
+        return ()  # a model of one's own may be no classifier
     else:
         known = usual_labels(classes, case.family.class_names(case.spec))
     return tuple(known.name(number) for number in range(classes)) if known.names else ()

@@ -99,3 +99,53 @@ def test_mistakes_are_found_and_named(monkeypatch: pytest.MonkeyPatch, name: str
     assert not report.passed
     assert report.culprits[0].layer == name.partition("/")[0]
     assert "1.001" in str(report.diagnosis) or "1.00100" in str(report.diagnosis)
+
+
+class Writing(nn.Module):
+    """Writes into tensors of its own, as old models do with tables and caches."""
+
+    kept: torch.Tensor
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.fc, self.how = nn.Linear(6, 4), how
+        self.register_buffer("kept", torch.zeros(2, 4), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.fc(x)
+        if self.how == "a buffer":
+            self.kept.zero_()
+            return self.kept.add_(x) * 2
+        result = torch.zeros(x.shape)
+        result[:, :] = x
+        return result * 2
+
+
+class Scripted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = torch.jit.script(nn.Linear(6, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) * 2
+
+
+def dense_for(reference: Any, dtype: str = "float32") -> keras.Model:
+    inputs = keras.Input((6,))
+    fc = layers.Dense(4, name="fc", dtype=dtype)
+    candidate = keras.Model(inputs, fc(inputs) * 2)
+    fc.set_weights([reference.fc.weight.detach().numpy().T, reference.fc.bias.detach().numpy()])
+    return candidate
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*grad attribute:UserWarning")
+@pytest.mark.parametrize("how", ["a buffer", "a new tensor", "scripted in part"])
+def test_models_that_need_a_copy_get_one(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    monkeypatch.setattr(derived, "LARGE", 0)
+    reference = (Scripted() if how == "scripted in part" else Writing(how)).eval()
+    candidate, numbers = dense_for(reference), np.random.default_rng(0).normal(size=(2, 6)).astype(np.float32)
+    limits = porting.Limits(max_exact_ratio=1e12) if how == "a new tensor" else None  # it rounds to float32 inside
+    healthy = porting.check_parity(reference, candidate, numbers, limits=limits, loud=False)
+    assert healthy.passed, str(healthy)
+    candidate.get_layer("fc").kernel.assign(1.5 * np.array(candidate.get_layer("fc").kernel))
+    assert not porting.check_parity(reference, candidate, numbers).passed

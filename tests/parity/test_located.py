@@ -163,3 +163,32 @@ def test_a_norm_that_absorbed_an_epsilon_is_not_blamed() -> None:
     candidate.get_layer("conv2").kernel.assign(kernel)
     report = porting.check_parity(reference, candidate, images, key_map=ported.key_map, waive=["bn:eps"])
     assert [culprit.layer for culprit in report.culprits] == ["conv2"]
+
+
+class Classifier(nn.Module):
+    """An encoder, and a head over the first token behind a dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(6, 8), nn.Linear(8, 8)
+        self.drop, self.head = nn.Dropout(0.1), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.drop(self.fc2(torch.relu(self.fc1(x)))[:, 0]))
+
+
+def test_a_dropout_is_not_blamed_for_what_it_passes_on() -> None:
+    torch.manual_seed(0)
+    reference = Classifier().eval()
+    inputs = keras.Input((5, 6))
+    encoded = keras.Input((5, 6))
+    x = layers.Dense(8, name="fc2")(layers.Dense(8, activation="relu", name="fc1")(encoded))
+    body = keras.Model(encoded, x, name="body")
+    x = layers.Dropout(0.1, name="drop")(body(inputs)[:, 0])
+    candidate = keras.Model(inputs, layers.Dense(3, name="head")(x))
+    sequences = np.random.default_rng(0).normal(size=(2, 5, 6)).astype(np.float32)
+    porting.port_weights(reference, candidate, inputs=sequences).require_parity()
+    kernel = np.array(body.get_layer("fc2").kernel) * np.float32(1.001)
+    body.get_layer("fc2").kernel.assign(kernel)
+    report = porting.check_parity(reference, candidate, sequences)
+    assert [culprit.layer for culprit in report.culprits] == ["fc2"]
