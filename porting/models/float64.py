@@ -33,6 +33,7 @@ def _writes(name: str) -> bool:
 _IN_PLACE = frozenset(
     {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or")}
 )
+_CREATING = frozenset({"zeros", "ones", "empty", "eye", "arange"})
 # Functions that need no float64 copy of a weight.
 _LOOKING = frozenset(
     {
@@ -146,7 +147,7 @@ def _weights_in_float64() -> Iterator[None]:
                 return first.double()
             args = tuple(torch.float64 if each is torch.float32 else double(each) for each in args)
             kwargs = {key: torch.float64 if each is torch.float32 else each for key, each in kwargs.items()}
-            return func(*args, **kwargs)
+            return _in_double_if_new(name, func(*args, **kwargs))
 
     with Upcasting():
         yield
@@ -172,10 +173,18 @@ def staying_in_float64() -> Iterator[None]:
                     return first.double()
                 args = tuple(torch.float64 if each is torch.float32 else each for each in args)
                 kwargs = {k: torch.float64 if each is torch.float32 else each for k, each in kwargs.items()}
-            return func(*args, **kwargs)
+            return _in_double_if_new(getattr(func, "__name__", ""), func(*args, **kwargs))
 
     with Staying():
         yield
+
+
+def _in_double_if_new(name: str, result: Any) -> Any:
+    """A tensor that code creates without a type, in float64 like all others. Its numbers are exact in float32 too."""
+    import torch
+
+    made = name in _CREATING and isinstance(result, torch.Tensor)
+    return result.double() if made and result.dtype == torch.float32 else result
 
 
 def _exact_copy(tensor: Tensor) -> Tensor:
