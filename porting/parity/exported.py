@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +107,14 @@ def compare_outputs(
             layer = layers.setdefault(source, _Layer(kinds.get(source, "output")))
             truth, actual = each.outputs[0].tensor, torch.from_numpy(np.array(found[source], np.float32))
             unit = noisy.calls[source].outputs[0].tensor
-            layer.include(unit, truth, actual, _axes(truth, actual), limits.of(source), index)
+            if truth.ndim != actual.ndim and truth.numel() == actual.numel():
+                # A layer may join the sides of a map that PyTorch keeps apart.
+                order = _nearest(truth, actual, _orders(truth.ndim))
+                truth, unit = (each.permute(order).reshape(actual.shape) for each in (truth, unit))
+                axes: Axes | None = tuple(range(actual.ndim))
+            else:
+                axes = _axes(truth, actual)
+            layer.include(unit, truth, actual, axes, limits.of(source), index)
         ours = {result_key(name): name for name in found if name.partition("[")[0] == OUTPUT}
         results, problems = pair_results(exact.outputs, ours)
         notes.update(dict.fromkeys(problems))
@@ -136,13 +143,26 @@ def _call(inputs: Inputs, dtype: Any, model: nn.Module) -> Any:
     return inputs.call_reference(model, dtype)
 
 
+def _orders(rank: int) -> tuple[tuple[int, ...], ...]:
+    """PyTorch's axes in the orders in which runtimes put channels."""
+    same = tuple(range(rank))
+    return (moved(rank), (0, *same[-1:], *same[1:-1]), same) if rank > 2 else (same,)
+
+
+def _nearest(truth: Tensor, actual: Tensor, orders: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The order of PyTorch's axes in which its numbers, in the shape of `actual`, are nearest to it."""
+    return min(
+        orders,
+        key=lambda axes: float((actual - truth.permute(axes).reshape(actual.shape)).abs().nan_to_num().sum()),
+    )
+
+
 def _axes(truth: Tensor, actual: Tensor) -> tuple[int, ...] | None:
     """The order of axes of a file's tensor, the nearest if several fit: runtimes put channels in different places."""
-    same = tuple(range(truth.ndim))
-    orders = (moved(truth.ndim), (0, *same[-1:], *same[1:-1]), same) if truth.ndim > 2 else (same,)
+    orders = _orders(truth.ndim)
     if truth.ndim != actual.ndim:
         return None
     fitting = [axes for axes in orders if tuple(truth.shape[axis] for axis in axes) == tuple(actual.shape)]
     if len(set(fitting)) <= 1:
         return fitting[0] if fitting else None
-    return min(fitting, key=lambda axes: float((actual - truth.permute(axes)).abs().nan_to_num().sum()))
+    return _nearest(truth, actual, fitting)

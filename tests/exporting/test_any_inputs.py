@@ -160,3 +160,22 @@ def test_activations(tmp_path: Path, form: str, name: str, activation: str) -> N
     with open_runtime(form, tmp_path / name, []) as runtime:
         found, _ = runtime.run({"numbers": numbers})
     np.testing.assert_allclose(found["output_0"], np.asarray(model(numbers)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.1])
+def test_a_layer_that_joins_the_sides_of_a_map(scale: float) -> None:
+    """keras-hub's Swin normalises `(N, H * W, C)` where timm's normalises `(N, H, W, C)`."""
+    torch.manual_seed(0)
+    body, head = nn.Conv2d(3, 8, 3), nn.Linear(8, 2)
+    reference = nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head).eval()
+    images = np.random.default_rng(0).normal(size=(2, 6, 6, 3)).astype(np.float32)
+
+    def run(given: np.ndarray) -> dict[str, np.ndarray]:
+        with torch.no_grad():
+            found = body(torch.from_numpy(given.transpose(0, 3, 1, 2).copy()))
+            result = head(found.mean((2, 3)))
+        return {"0": scale * found.permute(0, 2, 3, 1).reshape(1, 16, 8).numpy(), "output": result.numpy()}
+
+    report = compare_outputs(reference, run, images)
+    assert report.passed == (scale == 1.0), str(report)
+    assert {layer.source for layer in report.layers} == {"0", "output"}
