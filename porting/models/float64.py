@@ -26,12 +26,13 @@ class WritesError(RuntimeError):
 
 def _writes(name: str) -> bool:
     """Whether a function of PyTorch changes its first argument."""
-    in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or name == "__setitem__" or (name.startswith("__i") and name.endswith("__") and name in _IN_PLACE)
+    return name in _ASSIGNING or (name.endswith("_") and not name.endswith("__"))
 
 
-_IN_PLACE = frozenset(
-    {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or")}
+# Methods that change their tensor, without those that end in one underscore.
+_ASSIGNING = frozenset(
+    {"__setitem__"}
+    | {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or")}
 )
 _CREATING = frozenset({"zeros", "ones", "empty", "eye", "arange"})
 # Functions that need no float64 copy of a weight.
