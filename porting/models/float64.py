@@ -30,10 +30,8 @@ def _writes(name: str) -> bool:
 
 
 # Methods that change their tensor, without those that end in one underscore.
-_ASSIGNING = frozenset(
-    {"__setitem__"}
-    | {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or")}
-)
+_CHANGING = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or")
+_ASSIGNING = frozenset({"__setitem__", *(f"__i{name}__" for name in _CHANGING)})
 _CREATING = frozenset({"zeros", "ones", "empty", "eye", "arange"})
 # Functions that need no float64 copy of a weight.
 _LOOKING = frozenset(
