@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from porting.families.base import Spec
@@ -12,7 +13,6 @@ from porting.families.library import (
     LibraryFamily,
     classifier,
     last_hidden_state,
-    library,
     renamed,
     transformer_backbone,
     transformers_model,
@@ -58,7 +58,11 @@ class DeiTFamily(LibraryFamily):
 
     @cached_property
     def _is_new(self) -> bool:
-        return int(library("transformers").__version__.partition(".")[0]) >= 5
+        # Without an import: the names of the layouts are listed where the package is not installed, too.
+        try:
+            return int(version("transformers").partition(".")[0]) >= 5
+        except PackageNotFoundError:
+            return False
 
     def rows_of(self, spec: Spec) -> list[KeyRule]:
         names = _NAMES if self._is_new else ()

@@ -119,7 +119,7 @@ def test_an_end_in_the_midst_loses_nothing(
 ) -> None:
     kept, report = tmp_path / "progress.json", tmp_path / "report.json"
     images = sorted(folder.rglob("*.png"))
-    rows = [f"{path},{number % 2}" for number in range(300) for path in images]
+    rows = [f"{path},{number % 2}" for number in range(800) for path in images]
     (tmp_path / "test.csv").write_text("\n".join(["image,label", *rows]))
     command = [sys.executable, "-m", "porting.cli.main", *arguments, "--data", str(tmp_path / "test.csv")]
     command += ["--resume", str(kept), "--report", str(report)]
