@@ -136,15 +136,20 @@ def grouped_convolutions_inline() -> Iterator[None]:
 
     own = nn.conv
 
-    def conv(inputs: Any, kernel: Any, strides: Any = 1, padding: str = "valid", *more: Any, **options: Any) -> Any:
+    def conv(
+        inputs: Any,
+        kernel: Any,
+        strides: Any = 1,
+        padding: str = "valid",
+        data_format: str | None = None,
+        dilation_rate: Any = 1,
+    ) -> Any:
         import tensorflow as tf
         from keras import config
 
-        layout = more[0] if more else options.get("data_format")
-        dilations = more[1] if len(more) > 1 else options.get("dilation_rate", 1)
-        if (layout or config.image_data_format()) != "channels_last" or inputs.shape[-1] == kernel.shape[-2]:
-            return own(inputs, kernel, strides, padding, layout, dilations)
-        return tf.nn.convolution(inputs, kernel, strides, padding.upper(), dilations=dilations)
+        if (data_format or config.image_data_format()) != "channels_last" or inputs.shape[-1] == kernel.shape[-2]:
+            return own(inputs, kernel, strides, padding, data_format, dilation_rate)
+        return tf.nn.convolution(inputs, kernel, strides, padding.upper(), dilations=dilation_rate)
 
     try:
         nn.conv = conv

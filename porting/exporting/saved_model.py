@@ -16,7 +16,7 @@ import numpy as np
 
 from porting.errors import ExportError
 from porting.exporting.base import Exportable, last_of_each_layer
-from porting.exporting.usage import Usage
+from porting.exporting.usage import LABELS_FILE, Usage
 from porting.kinds.transforms import Array
 from porting.models.traverse import named_layers
 
@@ -89,7 +89,7 @@ def write_usage(path: Path, usage: Usage) -> None:
     extra.mkdir()
     (extra / "usage.json").write_text(json.dumps(usage.properties(), indent=1) + "\n", encoding="utf-8")
     if usage.labels:
-        (extra / "labels.txt").write_text("".join(f"{label}\n" for label in usage.labels), encoding="utf-8")
+        (extra / LABELS_FILE).write_text(usage.labels_text, encoding="utf-8")
 
 
 def stored(values: Array, precision: str, *, depthwise: bool) -> tuple[Array, Array | None]:

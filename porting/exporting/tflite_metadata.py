@@ -14,7 +14,7 @@ from typing import Any
 import flatbuffers
 from ai_edge_litert import schema_py_generated as schema
 
-from porting.exporting.usage import Tensor, Usage
+from porting.exporting.usage import LABELS_FILE, Tensor, Usage
 
 _BUFFER = b"TFLITE_METADATA"
 _MODEL_IDENTIFIER, _IDENTIFIER = b"TFL3", b"M001"
@@ -24,7 +24,6 @@ _ALIGNMENT = 16
 _MIN_PARSER = "1.0.0"
 _NORMALIZATION, _IMAGE, _RGB = 1, 2, 1  # in the unions ProcessUnitOptions and ContentProperties, and in ColorSpaceType
 _AXIS_LABELS = 2  # in AssociatedFileType
-LABELS_FILE = "labels.txt"
 
 
 class _Aligned(flatbuffers.Builder):  # type: ignore[misc]
@@ -63,7 +62,7 @@ def with_metadata(content: bytes, usage: Usage) -> bytes:
     if usage.labels:
         with zipfile.ZipFile(file, "a") as archive:
             # With a fixed date, the same model gives the same file.
-            archive.writestr(zipfile.ZipInfo(LABELS_FILE), "".join(f"{label}\n" for label in usage.labels))
+            archive.writestr(zipfile.ZipInfo(LABELS_FILE), usage.labels_text)
     return file.getvalue()
 
 
@@ -92,12 +91,10 @@ def _packed(inputs: list[Tensor], results: list[Tensor], usage: Usage) -> bytes:
 
 def _tensor(builder: Any, tensor: Tensor, usage: Usage | None, *, labelled: bool = False) -> int:
     """Write a TensorMetadata; with `usage`, that of an image, whose normalisation is for values from 0 to 255."""
+    fields = {0: builder.CreateString(tensor.name), 1: builder.CreateString(str(tensor))}
     if labelled:
         named = _table(builder, 5, {0: builder.CreateString(LABELS_FILE)}, {2: _AXIS_LABELS})
-        files = {6: _vector(builder, [named])}
-    else:
-        files = {}
-    fields = {0: builder.CreateString(tensor.name), 1: builder.CreateString(str(tensor)), **files}
+        fields[6] = _vector(builder, [named])
     if usage is not None:
         assert usage.mean is not None
         assert usage.std is not None

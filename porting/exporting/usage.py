@@ -12,6 +12,8 @@ from porting.models.images import Preprocessing
 from porting.models.inputs import leaves_by_key
 from porting.wording import listed
 
+# The file of the labels, inside or beside an exported one.
+LABELS_FILE = "labels.txt"
 # The mean and the standard deviation, for values from 0 to 1, that leave images from 0 to 255 as they are.
 AS_THEY_ARE = (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)
 
@@ -65,6 +67,11 @@ class Usage:
             return "x / 127.5 - 1"
         mean, std = ([f"{number:g}" for number in numbers] for numbers in (self.mean, self.std))
         return f"(x / 255 - [{', '.join(mean)}]) / [{', '.join(std)}]"
+
+    @property
+    def labels_text(self) -> str:
+        """The content of the file of labels: one per line, in order."""
+        return "".join(f"{label}\n" for label in self.labels)
 
     @property
     def normalizes(self) -> bool:

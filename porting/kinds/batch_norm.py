@@ -113,7 +113,7 @@ def norm_mistakes(module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
     for eps in USUAL_EPSILONS:
         if not math.isclose(eps, module.eps, rel_tol=1e-9):
             cause = f"an epsilon of {eps:g} instead of {module.eps:g}"
-            yield Mistake(cause, with_value(module, inputs, "eps", partial(_constant, eps)))
+            yield Mistake(cause, with_value(module, inputs, "eps", partial(constant, eps)))
     if module.weight is not None:
         lost = with_value(module, inputs, "weight", lambda m: torch.ones_like(m.weight))
         yield Mistake("its scale (gamma) is lost", lost)
@@ -123,8 +123,17 @@ def norm_mistakes(module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
         )
 
 
-def _constant(value: float, _: Any) -> float:
+def constant(value: float, _: Any) -> float:
+    """The value itself, whatever the module, for `with_value`."""
     return value
+
+
+def scaled_and_shifted(module: Any, x: Tensor, sides: tuple[int, ...]) -> Tensor:
+    """A normalised tensor times the module's scale plus its shift, both of the shape `sides`, as far as it has them."""
+    if module.weight is None:
+        return x
+    scaled: Tensor = x * module.weight.reshape(sides)
+    return scaled if module.bias is None else scaled + module.bias.reshape(sides)
 
 
 def _exchange_affine(module: Any) -> None:

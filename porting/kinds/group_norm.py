@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from porting.kinds.base import Kind, Leaf, Mistake, Settings, with_forward, with_value
-from porting.kinds.batch_norm import norm_mistakes
+from porting.kinds.batch_norm import constant, norm_mistakes, scaled_and_shifted
 
 if TYPE_CHECKING:
     import keras
@@ -40,7 +40,7 @@ class GroupNorm(Kind):
         for groups in dict.fromkeys((1, 2, 4, 8, 16, 32, channels)):
             if groups != module.num_groups and channels % groups == 0:
                 cause = f"{groups} groups instead of {module.num_groups}"
-                yield Mistake(cause, with_value(module, inputs, "num_groups", partial(_constant, groups)))
+                yield Mistake(cause, with_value(module, inputs, "num_groups", partial(constant, groups)))
         yield Mistake("its groups take channels in turn, not side by side", with_forward(module, inputs, _in_turn))
         yield Mistake(
             "it normalises each position by itself, not the whole map", with_forward(module, inputs, _by_position)
@@ -48,10 +48,6 @@ class GroupNorm(Kind):
         for axis in range(2, inputs[0].ndim if inputs else 2):
             cause = f"it groups along axis {axis} of PyTorch's tensor instead of the channels"
             yield Mistake(cause, with_forward(module, inputs, partial(_along, axis=axis)))
-
-
-def _constant(value: int, _: Any) -> int:
-    return value
 
 
 def _in_turn(module: Any, x: Tensor) -> Tensor:
@@ -77,11 +73,7 @@ def _along(module: Any, x: Tensor, axis: int) -> Tensor:
 
 
 def _affine(module: Any, x: Tensor) -> Tensor:
-    if module.weight is None:
-        return x
-    sides = (1, -1, *[1] * (x.ndim - 2))
-    result: Tensor = x * module.weight.reshape(sides) + module.bias.reshape(sides)
-    return result
+    return scaled_and_shifted(module, x, (1, -1, *[1] * (x.ndim - 2)))
 
 
 KIND = GroupNorm()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from porting.kinds.base import Kind, Leaf, Mistake, Settings, with_forward
-from porting.kinds.batch_norm import norm_mistakes
+from porting.kinds.batch_norm import norm_mistakes, scaled_and_shifted
 
 if TYPE_CHECKING:
     import keras
@@ -46,13 +46,9 @@ def _over_the_sample(module: Any, x: Tensor) -> Tensor:
     from torch.nn import functional
 
     normalized = functional.layer_norm(x, x.shape[1:], eps=module.eps)
-    if module.weight is None:
-        return normalized
     # Subclasses for maps `(N, C, H, W)` move the channels to the end and back.
-    sides = (-1,) if x.shape[-1] == len(module.weight) else (1, -1, *[1] * (x.ndim - 2))
-    shift = 0.0 if module.bias is None else module.bias.reshape(sides)
-    result: Tensor = normalized * module.weight.reshape(sides) + shift
-    return result
+    last = module.weight is None or x.shape[-1] == len(module.weight)
+    return scaled_and_shifted(module, normalized, (-1,) if last else (1, -1, *[1] * (x.ndim - 2)))
 
 
 KIND = LayerNorm()

@@ -120,9 +120,9 @@ def _weights_in_float64() -> Iterator[None]:
     def double(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return value.detach().double() if value.is_floating_point() and value.dtype != torch.float64 else value
-        if isinstance(value, (tuple, list)) and type(value) in {tuple, list}:
+        if type(value) in {tuple, list}:
             return type(value)(double(each) for each in value)
-        return value
+        return torch.float64 if value is torch.float32 else value
 
     class Upcasting(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -141,12 +141,10 @@ def _weights_in_float64() -> Iterator[None]:
                 raise WritesError(f"{name} writes into a tensor of {written.dtype}")
             if name == "embedding":
                 return double(func(*args, **kwargs))  # it picks rows; a table may be half of a model
-            kwargs = {key: double(each) for key, each in kwargs.items()}
             if func is torch.Tensor.float and isinstance(first, torch.Tensor):
                 return first.double()
-            args = tuple(torch.float64 if each is torch.float32 else double(each) for each in args)
-            kwargs = {key: torch.float64 if each is torch.float32 else each for key, each in kwargs.items()}
-            return _in_double_if_new(name, func(*args, **kwargs))
+            kwargs = {key: double(each) for key, each in kwargs.items()}
+            return _in_double_if_new(name, func(*map(double, args), **kwargs))
 
     with Upcasting():
         yield

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,10 +54,11 @@ class Float64Model:
         with float64_defaults(), _exact_functions(), turned:
             yield self.model
 
-    def weights(self) -> dict[str, Array]:
-        """All weights by name. They hold the numbers of float64, though not always in that type."""
+    def weights(self, without: Collection[str] = ()) -> dict[str, Array]:
+        """All weights by name, but for some. They hold the numbers of float64, though not always in that type."""
         with self.active() as model:
-            return {name: np.asarray(variable) for name, variable in named_variables(model).items()}
+            variables = named_variables(model).items()
+            return {name: np.asarray(variable) for name, variable in variables if name not in without}
 
     def substitute(self, find: Callable[[str, Any], Any]) -> int:
         """Replace float64 weights by what `find` returns for a name and values, unless None.

@@ -297,7 +297,7 @@ def _differing_weights(
     slack: float = 0.0,
 ) -> Diagnosis | None:
     """Diagnose weights that differ, if PyTorch with Keras's weights in place of its own computes Keras's result."""
-    weights = list(_weights(module, layer))
+    weights = _weights(module, layer)
     causes = _said_of_weights(call, weights, slack)
     if not causes:
         return None

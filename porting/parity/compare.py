@@ -132,12 +132,9 @@ def check_parity(
         try:
             plain = _in_float32(reference)
             rounded = plain if precision is None else in_precision(plain, precision, given.candidate[0])
-            float64 = Float64Model(
-                candidate,
-                build_float64,
-                saving_memory=is_too_large_to_copy(reference) and _in_full_precision(candidate),
-            )
-            session = Session(reference, candidate, given, names, axes, float64, rounded)
+            large = is_too_large_to_copy(reference)
+            float64 = Float64Model(candidate, build_float64, saving_memory=large and _in_full_precision(candidate))
+            session = Session(reference, candidate, given, names, axes, float64, rounded, large=large)
         except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
             return _without_result(f"the PyTorch model cannot be run in float64: {_first_line(error)}", limits, name)
         try:
@@ -259,8 +256,7 @@ def _substitute_derived(session: Session, recording: Recording) -> None:
         session.halved = halved
     if not has_derived(session.truth_model):
         return
-    kept = session.bits.copies
-    weights = {name: values for name, values in session.float64.weights().items() if name not in kept}
+    weights = session.float64.weights(without=session.bits.copies)
     stored = StoredWeights(
         tensor.detach().float().numpy()
         for tensor in (session.reference.state_dict().values() if weights else ())

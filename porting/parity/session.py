@@ -18,7 +18,7 @@ from porting.models.inputs import Axes, Inputs
 from porting.models.keras_float64 import Float64Model
 from porting.parity.bits import Bits
 from porting.parity.content import Library, Truth
-from porting.parity.derived import is_too_large_to_copy, rounds_to
+from porting.parity.derived import rounds_to
 from porting.parity.measure import DifferenceSum, DistanceSum
 from porting.parity.pairing import Names
 from porting.parity.record import Recording, output_name, record
@@ -117,11 +117,13 @@ class Session:
         output_axes: Mapping[str, Axes],
         float64: Float64Model,
         rounded: nn.Module,
+        *,
+        large: bool,
     ) -> None:
         self.reference, self.candidate, self.inputs, self.names = reference, candidate, inputs, names
         self.output_axes, self.float64, self.rounded = output_axes, float64, rounded
-        self._large = is_too_large_to_copy(reference)
-        self.truth_model = reference if self._large else in_float64(reference)
+        self._large = large
+        self.truth_model = reference if large else in_float64(reference)
         self.modules = dict(reference.named_modules())
         self.pairs: dict[tuple[str, int], Pair] = {}
         self.results: dict[str, Pair] = {}

@@ -96,8 +96,15 @@ def _verified(session: Session, agreed: bool) -> Verified:
     through = any(not pair.named for pair in session.pairs.values())
     total = sum(sizes.values())
     verified = total - sum(sizes[name] for name in unverified)
-    differing = tuple(bits.differing), tuple(bits.differing.values())
-    return Verified(total, verified, unverified, differing[0], through, len(bits.compared), differing[1])
+    return Verified(
+        total,
+        verified,
+        unverified,
+        differing=tuple(bits.differing),
+        through_layers=through,
+        compared_bits=len(bits.compared),
+        details=tuple(bits.differing.values()),
+    )
 
 
 def precision_of(candidate: keras.Model) -> str:
