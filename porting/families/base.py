@@ -140,9 +140,9 @@ class Family:
 
     def reference_names(self, spec: Spec) -> Collection[str]:
         """The names of all tensors of the PyTorch model. By default, it is built on the meta device to find them."""
-        import torch
+        from porting.models.frameworks import without_memory
 
-        with torch.device("meta"):
+        with without_memory():
             return self.build_reference(spec).state_dict().keys()
 
     def key_map(self, spec: Spec) -> KeyMap:

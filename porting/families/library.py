@@ -233,10 +233,10 @@ class LibraryFamily(Family):
 
     def _reference_without_memory(self, spec: Spec) -> nn.Module:
         """Build the reference on the meta device, or normally if its constructor needs real numbers."""
-        import torch
+        from porting.models.frameworks import without_memory
 
         try:
-            with torch.device("meta"):
+            with without_memory():
                 return self.build_reference(spec)
         except (NotImplementedError, RuntimeError):
             return self.build_reference(spec)

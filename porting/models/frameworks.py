@@ -77,6 +77,30 @@ def import_library(name: str) -> Any:
 
 
 @contextlib.contextmanager
+def without_memory() -> Iterator[None]:
+    """Build PyTorch models in this context on the meta device: tensors have shapes and no numbers.
+
+    Random initialisation has nothing to fill there, and is left out: on this device it loads torch._dynamo, which takes
+    about a second and 300 MB.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Unfilled(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            # PyTorch calls the functions of torch.nn.init with `tensor` by name.
+            fills = func is torch.Tensor.normal_ or getattr(func, "__module__", "") == "torch.nn.init"
+            tensor = kwargs.get("tensor", args[0] if args else None)
+            if fills and isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                return tensor
+            return func(*args, **kwargs)
+
+    with torch.device("meta"), Unfilled():
+        yield
+
+
+@contextlib.contextmanager
 def torch_on_one_thread() -> Iterator[None]:
     """Let PyTorch compute on one thread while Keras runs on another framework.
 

@@ -16,6 +16,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -426,7 +427,7 @@ class ParityReport:
 
         save_report(self, Path(path))
 
-    @property
+    @cached_property  # `failed` asks for it once per layer
     def divergences(self) -> tuple[Divergence, ...]:
         """All divergences in the order of data flow: of the outputs in the exact view, of all layers in float32."""
         found = []
