@@ -174,8 +174,8 @@ def main(wanted: tuple[str, ...], every: bool, more: bool, one: tuple[str, str, 
                 also = ["--more"] if more else []
                 command = [sys.executable, __file__, *also, "--one", name, variant, str(classes)]
                 run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-                last = run.stdout.strip().splitlines()[-1] if run.stdout.strip() else '{"error": "the process ended"}'
-                found = json.loads(last)
+                lines_of_run = run.stdout.strip().splitlines()
+                found = json.loads(lines_of_run[-1]) if lines_of_run else {"error": f"it ended with {run.returncode}"}
                 first = [name, variant, classes or "-"]
                 if "error" in found:
                     _row([*first, "-", found["error"], "-", "-", "-", lines])

@@ -27,19 +27,14 @@ _TAPS_AT_ONCE = 25
 
 def write(given: Exportable, path: Path, precision: str, split_kernels: bool) -> None:
     import tensorflow as tf
-    from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
     with kernels_in_parts(given.model) if split_kernels else nullcontext():
         run = tf.function(given.__call__).get_concrete_function(**given.specs(fixed=True))
-    specs, results = run.structured_input_signature[1], sorted(run.structured_outputs)
-    frozen = convert_variables_to_constants_v2(run)  # its inputs and outputs are in order, without names
-
-    def named(**inputs: Any) -> dict[str, Any]:
-        return dict(zip(results, frozen(*(inputs[name] for name in sorted(inputs))), strict=True))
-
-    constant = tf.function(named).get_concrete_function(**specs)
-    # A Keras model in place of the module may fail to be saved, and the file would then have no signature.
-    converter = tf.lite.TFLiteConverter.from_concrete_functions([constant], tf.Module())
+    # A Keras model in place of the module may fail to be saved, and the file would then have no signature. Freezing the
+    # variables first would take six times the memory, since a function may hold a constant many times.
+    module = tf.Module()
+    module.held = list(run.variables)
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([run], module)
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]  # no Flex
     if precision != "float32":
         converter.optimizations = [tf.lite.Optimize.DEFAULT]

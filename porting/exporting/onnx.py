@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from porting.kinds.transforms import Array
 
 # The latest opset that tf2onnx writes, and the first that has Gelu.
 _OPSET_WRITTEN, _OPSET = 18, 20
+# Weights of more bytes are kept out of TensorFlow's graph, which would hold them fifteen times. TensorFlow does not
+# optimise such a graph.
+_LARGE = 2**28
 # Nodes that tf2onnx inserts between two layers have the name of one of them and a number.
 _INSERTED = re.compile(r"__\d+(:\d+)?$")
 
@@ -29,8 +33,12 @@ def write(given: Exportable, path: Path, precision: str) -> None:
 
     specs = given.specs(fixed=False)
     run = tf.function(lambda *values: given(**dict(zip(specs, values, strict=True))))
-    with grouped_convolutions_inline():
-        converted, _ = tf2onnx.convert.from_function(run, list(specs.values()), opset=_OPSET_WRITTEN)
+    with grouped_convolutions_inline(), _few_copies():
+        converted, storage = tf2onnx.convert.from_function(
+            run, list(specs.values()), opset=_OPSET_WRITTEN, large_model=_is_large(given)
+        )
+    if storage is not None:
+        _fill(converted, storage.name_to_tensor_data)
     converted = _polished(converted, list(specs))
     if precision == "float16":
         from onnxruntime.transformers.float16 import convert_float_to_float16
@@ -50,12 +58,63 @@ def write_usage(path: Path, usage: Usage) -> None:
     onnx.save(model, path)
 
 
+def _is_large(given: Exportable) -> bool:
+    size: int = sum(4 * math.prod(variable.shape) for variable in given.model.variables)
+    return size > _LARGE
+
+
+def _fill(model: Any, tensors: dict[str, bytes]) -> None:
+    """Put the numbers that tf2onnx has left out of a model back into it, and out of `tensors`."""
+    import onnx
+
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            tensor.raw_data = tensors.pop(tensor.external_data[0].value)
+            del tensor.external_data[:]
+            tensor.data_location = onnx.TensorProto.DEFAULT
+
+
+class _Numpy:
+    """NumPy with a function that NumPy 2 has dropped, and that tf2onnx uses for large models."""
+
+    product = staticmethod(np.prod)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+
+@contextmanager
+def _few_copies() -> Iterator[None]:
+    """Keep tf2onnx from copying all weights in each of its optimisations, which takes fifty times the model's memory.
+
+    It copies the graph so that an optimisation that fails can be undone, and the attributes of constants, of which only
+    the originals are written. Here an optimisation that fails ends the export.
+    """
+    from tf2onnx import graph, optimizer
+
+    update, optimize, numpy = graph.Node.update_proto, optimizer.optimize_graph, graph.np
+
+    def update_others(node: Any, storage: Any = None) -> None:
+        if not node.is_const():
+            update(node, storage)
+
+    def optimize_in_place(given: Any, catch_errors: bool = True, optimizers: Any = None) -> Any:
+        return optimize(given, False, optimizers)
+
+    graph.Node.update_proto, optimizer.optimize_graph, graph.np = update_others, optimize_in_place, _Numpy()
+    try:
+        yield
+    finally:
+        graph.Node.update_proto, optimizer.optimize_graph, graph.np = update, optimize, numpy
+
+
 def _polished(model: Any, inputs: Sequence[str]) -> Any:
     """Replace the five operations of GELU by Erf with one Gelu, and restore layer names that tf2onnx loses.
 
     Gelu makes a whole VAN a third faster in ONNX Runtime.
     """
     import onnx_ir
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
     from onnxscript import version_converter
     from onnxscript.rewriter import pattern
 
@@ -79,6 +138,7 @@ def _polished(model: Any, inputs: Sequence[str]) -> Any:
     polished.graph.inputs[:] = [value for value in polished.graph.inputs if value.name in inputs]
     version_converter.convert_version(polished, _OPSET)
     pattern.RewriteRuleSet([pattern.RewriteRule(by_erf, gelu, is_gelu)], commute=True).apply_to_model(polished)
+    RemoveUnusedNodesPass()(polished)  # ONNX Runtime would print a warning for each constant of a replaced GELU
     for node in polished.graph:
         # A convolution with a fused bias or padding is called Conv__ and a number. The bias has its layer's name,
         # unless several layers with equal biases share it.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from porting.parity.trace import Node, Tracer
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from porting.kinds.transforms import Array
     from porting.parity.session import Session
 
 # A few roundings of the greatest number, as many as folding in float32 causes.
@@ -89,11 +91,12 @@ def cause_of(
     else:
         return None
     sides = _sides_before(tracer, node)
+    elsewhere = partial(_owner, session, base)
     core = core_of(session, recording, call, layer)
     if behind is not None:
         truth, core = behind(truth), Core(base, module, inputs, (behind,), False)
     if core is not None:
-        cause = _cause_in_core(core, layer, truth, found, sides)
+        cause = _cause_in_core(core, layer, truth, found, sides, elsewhere)
         cause = cause or _other_order(tracer, node, core.module, core.inputs, found, core.name, core.behind)
         if cause is not None:
             return cause
@@ -108,12 +111,14 @@ def cause_of(
     diagnosis = diagnose(call, module if known else None, inputs if known else [], truth, found, near, behind)
     if diagnosis is None or diagnosis.pattern:
         differing = _other_epsilon(call, module, layer, inputs, truth, found)
-        differing = differing or _differing_weights(base, module, layer, inputs, truth, found, behind)
+        differing = differing or _differing_weights(base, module, layer, inputs, truth, found, behind, elsewhere)
         diagnosis = differing or diagnosis
     return diagnosis
 
 
-def _cause_in_core(core: Core, layer: Any, truth: Tensor, found: Tensor, sides: str) -> Diagnosis | None:
+def _cause_in_core(
+    core: Core, layer: Any, truth: Tensor, found: Tensor, sides: str, elsewhere: Callable[[Array], str]
+) -> Diagnosis | None:
     """Diagnose a mistake in the weights of a layer that fuses several modules."""
     slack = _FOLDED if core.is_folded else 0.0
     few = _few_numbers(core.name, core.module, layer, sides, slack)
@@ -121,7 +126,9 @@ def _cause_in_core(core: Core, layer: Any, truth: Tensor, found: Tensor, sides: 
         return few
     diagnosis = diagnose(core.name, core.module, core.inputs, truth, found, {}, core.behind)
     if diagnosis is None or diagnosis.pattern:
-        return _differing_weights(core.name, core.module, layer, core.inputs, truth, found, core.behind, slack)
+        return _differing_weights(
+            core.name, core.module, layer, core.inputs, truth, found, core.behind, elsewhere, slack
+        )
     return replace(diagnosis, cause=f"{diagnosis.cause}{_NORM.rstrip(',')}") if core.is_folded else diagnosis
 
 
@@ -294,11 +301,12 @@ def _differing_weights(
     truth: Tensor,
     found: Tensor,
     behind: Callable[[Tensor], Tensor] | None,
+    elsewhere: Callable[[Array], str],
     slack: float = 0.0,
 ) -> Diagnosis | None:
     """Diagnose weights that differ, if PyTorch with Keras's weights in place of its own computes Keras's result."""
     weights = _weights(module, layer)
-    causes = _said_of_weights(call, weights, slack)
+    causes = _said_of_weights(call, weights, elsewhere, slack)
     if not causes:
         return None
 
@@ -337,7 +345,23 @@ def _share_left(truth: Tensor, found: Tensor, guess: Tensor) -> float:
     return math.sqrt(float((found - guess)[finite].square().mean()) / total) if total else 0.0
 
 
-def _said_of_weights(call: str, weights: list[_Weight], slack: float) -> list[str]:
+def _owner(session: Session, call: str, values: Array) -> str:
+    """The module other than `call` that holds these numbers in PyTorch; empty if none does or many may.
+
+    Equal numbers, such as the ones of a new norm, say nothing.
+    """
+    if values.size < 2 or (values == values.reshape(-1)[0]).all():
+        return ""
+    for name, module in session.modules.items():
+        if name == call:
+            continue
+        for own in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if own.shape == values.shape and np.array_equal(own.detach().float().numpy(), values):
+                return str(name)
+    return ""
+
+
+def _said_of_weights(call: str, weights: list[_Weight], elsewhere: Callable[[Array], str], slack: float) -> list[str]:
     """In what way weights differ from the checkpoint's; empty if they do not."""
     note = _NORM if slack else ""
     for one, other in itertools.combinations(weights, 2):
@@ -353,6 +377,9 @@ def _said_of_weights(call: str, weights: list[_Weight], slack: float) -> list[st
     moved = [_moved_channels(weight, slack) for weight in differing]
     if differing and all(moved):
         return list(dict.fromkeys(moved))
+    owners = {weight.name: elsewhere(weight.actual) for weight in differing}
+    if owners and all(owners.values()):
+        return [_said_of_owner(owner, owners) for owner in dict.fromkeys(owners.values())]
     said = []
     for weight in differing:
         expected, actual = weight.expected, weight.actual
@@ -364,6 +391,11 @@ def _said_of_weights(call: str, weights: list[_Weight], slack: float) -> list[st
             f"most {greatest / scale:.2g} of its size"
         )
     return said
+
+
+def _said_of_owner(owner: str, owners: Mapping[str, str]) -> str:
+    names = [name for name, other in owners.items() if other == owner]
+    return f"its {' and '.join(names)} {'is that' if len(names) == 1 else 'are those'} of {owner}"
 
 
 def _moved_channels(weight: _Weight, slack: float) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import onnx
 import pytest
 import tensorflow as tf
 import torch
@@ -146,6 +147,26 @@ def test_grouped_convolutions(tmp_path: Path, form: str, name: str) -> None:
     with open_runtime(form, tmp_path / name, []) as runtime:
         found, _ = runtime.run({"images": images})
     np.testing.assert_allclose(found["output_0"], np.asarray(model(images)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_onnx_of_large_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool) -> None:
+    monkeypatch.setattr("porting.exporting.onnx._LARGE", 0 if large else 2**40)
+    inputs = keras.Input((9, 9, 8))
+    x = keras.layers.Conv2D(40, 3, 2, padding="same")(inputs)
+    x = keras.layers.DepthwiseConv2D(3, padding="same")(keras.layers.BatchNormalization()(x))
+    x = keras.layers.Conv2D(40, 3, padding="same", groups=4)(keras.layers.Activation("gelu")(x))
+    model = keras.Model(inputs, keras.layers.Dense(50)(keras.layers.Flatten()(x)))
+    rng = np.random.default_rng(0)
+    model.set_weights([rng.uniform(0.1, 0.5, weight.shape) for weight in model.get_weights()])
+    images = rng.normal(size=(1, 9, 9, 8)).astype(np.float32)
+    write("onnx", Exportable(model, Inputs((images,), (images,), ((0, 1, 2, 3),))), tmp_path / "x.onnx", "float32")
+    with open_runtime("onnx", tmp_path / "x.onnx", []) as runtime:
+        found, _ = runtime.run({"images": images})
+    np.testing.assert_allclose(found["output_0"], np.asarray(model(images)), rtol=1e-5, atol=1e-4)
+    graph = onnx.load(tmp_path / "x.onnx").graph
+    used = {name for node in graph.node for name in node.input}
+    assert {tensor.name for tensor in graph.initializer} <= used
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "mish"])
