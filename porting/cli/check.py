@@ -74,7 +74,8 @@ def check(
     earlier = None if baseline is None else read_report(baseline)
     if from_report is not None:
         if weights is not None or model.variant is not None:
-            raise click.UsageError("--from judges an existing report: omit --variant and --weights")
+            extra = [option for option, given in (("--weights", weights), ("--variant", model.variant)) if given]
+            raise click.UsageError(f"--from judges an existing report: omit {' and '.join(extra)}")
         report = read_report(from_report)
         if remark := file_beside(report, from_report):
             say(remark)

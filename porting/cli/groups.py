@@ -263,6 +263,8 @@ def _model(
         raise click.UsageError(f"--source, --target and --map must be given together: {', '.join(missing)} is missing")
     if variant is not None or config is not None:
         raise click.UsageError("--variant and --config belong to a family and cannot be combined with --source")
+    if click.get_current_context().get_parameter_source("family") is click.core.ParameterSource.COMMANDLINE:
+        raise click.UsageError("--source replaces --family: give one of them")
     from porting.families.given import VARIANT as OWN
     from porting.families.given import GivenFamily
     from porting.families.specs import parse_arguments

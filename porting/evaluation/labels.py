@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from porting.errors import SourceError
+from porting.errors import OptionError, SourceError
+from porting.wording import counted
 
 IMAGENET_CLASSES = 1000
 _SYNSET = re.compile(r"n\d{8}")
@@ -93,10 +94,15 @@ def read_labels(path: Path, classes: int) -> Labels:
     """Read labels from a text file with one class per line. A synset before the name is an additional name."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except FileNotFoundError:
+        raise SourceError(f"{path}: no such file", hint=_HINT) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"{path}: not a list of classes: {error}", hint=_HINT) from None
+        reason = getattr(error, "strerror", None) or error
+        raise OptionError(f"{path}: not a list of classes: {reason}", hint=_HINT) from None
     if len(lines) != classes:
-        raise SourceError(f"{path}: lists {len(lines)} classes, but the model has {classes}", hint=_HINT)
+        raise OptionError(
+            f"{path}: lists {counted(len(lines), 'class', 'classes')}, but the model has {classes}", hint=_HINT
+        )
     names = []
     for line in lines:
         first, _, rest = line.partition(" ")

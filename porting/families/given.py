@@ -63,8 +63,8 @@ class GivenFamily(LibraryFamily):
     def whose_weights(self, spec: Spec) -> str:
         return f"the weights of {self._source}"
 
-    def facts(self, spec: Spec) -> dict[str, str]:
-        return {"family": self.described}
+    def facts(self, spec: Spec) -> dict[str, Any]:
+        return {"family": self.described, "num_classes": None}  # which layer is a head is not known
 
     def how_to_build(self, spec: Spec) -> str:
         return self._target

@@ -29,7 +29,8 @@ def open_checkpoint(path: Path) -> BufferedReader:
         return open_regular(path)
     except FileNotFoundError:
         raise SourceError(
-            f"{path}: no such file", hint="Check the path, or omit --checkpoint to use the official weights."
+            f"{path}: no such file",
+            hint="Check the path. A family with published weights takes those when --checkpoint is omitted.",
         ) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -59,7 +60,7 @@ def recognise(path: Path, file: BufferedReader) -> str:
 def _other_format(path: Path, head: bytes) -> tuple[str, str]:
     text = head.lstrip().lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "a web page", "The download returned a page, perhaps a login or an error. Download the file itself."
+        return "a web page", "A download may have returned a login page or an error. Download the file itself."
     if text.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer", "The weights were not fetched: run `git lfs pull` in its repository."
     if head.startswith(b"\x89HDF"):

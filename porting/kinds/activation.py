@@ -33,6 +33,7 @@ _WITH_ACTIVATION = {
     "SeparableConv1D",
     "SeparableConv2D",
 }
+LINEAR = "linear"
 # These are not functions of one number, so values on a grid do not identify them.
 _NOT_ELEMENTWISE = {"Softmax", "Softmax2d", "LogSoftmax", "Softmin", "GLU", "MultiheadAttention"}
 
@@ -66,8 +67,13 @@ class Activation(Kind):
         return _values(layer if type(layer).__name__ in _WITHOUT_ARGUMENT else layer.activation)
 
     def fused_settings(self, layer: Any) -> Settings:
+        function = self.inside(layer)
+        return {} if function is None else _values(function)
+
+    def inside(self, layer: Any) -> Callable[[Any], Any] | None:
+        """The function of a layer with an `activation` argument."""
         function = getattr(layer, "activation", None)
-        return _values(function) if callable(function) and type(layer).__name__ in _WITH_ACTIVATION else {}
+        return function if callable(function) and type(layer).__name__ in _WITH_ACTIVATION else None
 
     def mistakes(self, module: nn.Module, inputs: list[Tensor]) -> Iterator[Mistake]:
         import torch
@@ -118,28 +124,42 @@ def _values(function: Any) -> Settings:
     return {"activation": values}
 
 
-def name_of_function(values: Array) -> str:
-    """Name a function of one variable by its values on `GRID`."""
+def functions() -> dict[str, Callable[[Tensor], Tensor]]:
+    """The activations that can be told from one another, by name."""
     import torch
     from torch.nn import functional as F
 
-    x = torch.from_numpy(GRID.copy())
-    known = {
-        "GELU (erf)": F.gelu(x),
-        "GELU (tanh)": F.gelu(x, approximate="tanh"),
-        "ReLU": F.relu(x),
-        "ReLU6": F.relu6(x),
-        "SiLU": F.silu(x),
-        "sigmoid": torch.sigmoid(x),
-        "tanh": torch.tanh(x),
-        "hard swish": F.hardswish(x),
-        "leaky ReLU 0.01": F.leaky_relu(x),
-        "ELU": F.elu(x),
-        "Mish": F.mish(x),
-        "linear": x,
+    return {
+        "GELU (erf)": F.gelu,
+        "GELU (tanh)": lambda x: F.gelu(x, approximate="tanh"),
+        "GELU (sigmoid)": lambda x: x * torch.sigmoid(1.702 * x),
+        "ReLU": F.relu,
+        "ReLU6": F.relu6,
+        "SiLU": F.silu,
+        "sigmoid": torch.sigmoid,
+        "tanh": torch.tanh,
+        "hard swish": F.hardswish,
+        "hard sigmoid": F.hardsigmoid,
+        "leaky ReLU 0.01": F.leaky_relu,
+        "leaky ReLU 0.2": lambda x: F.leaky_relu(x, 0.2),
+        "leaky ReLU 0.3": lambda x: F.leaky_relu(x, 0.3),
+        "ELU": F.elu,
+        "SELU": F.selu,
+        "Mish": F.mish,
+        "softplus": F.softplus,
+        "softmax": lambda x: x.softmax(-1),
+        "log softmax": lambda x: x.log_softmax(-1),
+        LINEAR: lambda x: x,
     }
-    for name, expected in known.items():
-        if np.allclose(values, expected.numpy(), rtol=1e-5, atol=1e-5):
+
+
+def name_of_function(values: Array) -> str:
+    """Name a function of one variable by its values on `GRID`."""
+    import torch
+
+    x = torch.from_numpy(GRID.copy())
+    for name, function in functions().items():
+        if np.allclose(values, function(x).numpy(), rtol=1e-5, atol=1e-5):
             return name
     return "another function"
 

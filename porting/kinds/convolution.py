@@ -164,7 +164,7 @@ def reach_mistakes(module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
         )
         return
     yield Mistake(
-        'zero padding as TensorFlow\'s "same" does it: on the right and bottom first',
+        'zero padding as in TensorFlow\'s "same": less on the left and top than on the right and bottom',
         lambda: _padded_as_same(module, inputs[0]),
     )
     for mode in ("reflect", "replicate"):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from porting.models.stacks import layers_of_stack
 from porting.models.traverse import named_layers
 
 if TYPE_CHECKING:
@@ -65,17 +66,36 @@ class _Calls:
 
 
 @contextlib.contextmanager
-def observe_modules(model: nn.Module, observer: Observer) -> Iterator[None]:
-    """Show the observer every call of a submodule of `model`, under its name in `named_modules()`."""
+def observe_modules(model: nn.Module, observer: Observer, *, stacks: bool = False) -> Iterator[None]:
+    """Show the observer every call of a submodule of `model`, under its name in `named_modules()`.
+
+    With `stacks`, the layers inside a stack of recurrent layers are shown too. They run once more for this.
+    """
     import torch
 
     calls = _Calls()
 
-    def hooks_for(name: str) -> tuple[Any, Any]:
+    def run_layers(name: str, layers: list[nn.Module], given: list[Tensor]) -> None:
+        if len(given) != 1 or given[0].ndim not in {2, 3}:
+            return  # states of one's own, or packed sequences
+        (tensor,) = given
+        for index, layer in enumerate(layers[:-1]):
+            taken = tensor
+            observer.before(calls.begin(f"{name}.l{index}"), [taken])
+            tensor, states = layer(taken)
+            found: list[Tensor] = []
+            _collect((tensor, states), found)
+            observer.after(calls.end(), found)
+
+    def hooks_for(name: str, module: nn.Module) -> tuple[Any, Any]:
+        layers = layers_of_stack(module) if stacks else []
+
         def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
             found: list[Tensor] = []
-            if observer.watches_inputs:
+            if observer.watches_inputs or layers:
                 _collect((args, kwargs), found)
+            if layers:
+                run_layers(name, layers, found)
             replaced = observer.before(calls.begin(name), found)
             return None if replaced is None else _replace((args, kwargs), iter(replaced))
 
@@ -91,7 +111,7 @@ def observe_modules(model: nn.Module, observer: Observer) -> Iterator[None]:
     for name, module in model.named_modules():
         # TorchScript takes no such hooks, so its submodules cannot be observed.
         if name and not isinstance(module, torch.jit.ScriptModule):
-            before, after = hooks_for(name)
+            before, after = hooks_for(name, module)
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(module.register_forward_hook(after))
     try:

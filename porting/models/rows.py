@@ -45,11 +45,11 @@ def key_map_of_rows(reference: nn.Module, candidate: keras.Model, rows: Iterable
             continue
         layer = layers.get(pair.target)
         if layer is None:
-            hint = f"It has {listed(list(layers), 20)}."
+            hint = f"It has {listed(list(layers))}."
             if any(_unnumbered(name) == _unnumbered(pair.target) for name in layers):
-                hint += (
-                    " Keras numbers unnamed layers through the whole process: name them, or call "
-                    "keras.utils.clear_session() before the model is built."
+                hint = (
+                    "Keras numbers unnamed layers through the whole process: name them, or call "
+                    f"keras.utils.clear_session() before the model is built. {hint}"
                 )
             raise KeyMapError(f"row {pair.source!r}: the Keras model has no layer {pair.target!r}", hint=hint)
         module = modules.get(own)

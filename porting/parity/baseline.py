@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from porting.errors import ReportError
 from porting.parity.report import LayerComparison, ParityReport, View
+from porting.wording import counted
 
 DEFAULT_FACTOR = 2.0
 
@@ -11,9 +13,16 @@ def regressions(report: ParityReport, baseline: ParityReport, factor: float = DE
     """Describe every layer whose error has grown by more than `factor`, or that is no longer compared.
 
     The error is Keras's RMS distance to the truth relative to the layer's scale, in every view that both reports have.
-    An error below one rounding of the computed type counts as one rounding.
+    An error below one rounding of the computed type counts as one rounding. Raises ReportError if the two have no layer
+    in common.
     """
     now = {layer.source: layer for layer in report.layers}
+    known = [layer.source for layer in baseline.layers if not layer.is_output]
+    if known and not any(name in now for name in known):
+        raise ReportError(
+            f"the baseline is of another model: none of its {counted(len(known), 'layer')} is in the report",
+            hint="Give a report of the same model.",
+        )
     found = []
     for old in baseline.layers:
         new = now.get(old.source)

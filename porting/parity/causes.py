@@ -14,9 +14,10 @@ import numpy as np
 from porting.kinds import kind_called, kind_of_layer, kind_of_module
 from porting.kinds.base import Kind, Leaf, attribute, with_change, with_value
 from porting.models.inputs import Axes, inverse
+from porting.models.stacks import layers_of_stack, modules_of, owner_of
 from porting.parity.content import as_real
 from porting.parity.diagnose import EXPLAINED, as_tensors, diagnose
-from porting.parity.fused import Core, core_of
+from porting.parity.fused import Activations, Core, core_of
 from porting.parity.record import Recording
 from porting.parity.report import OUTPUT, Diagnosis
 from porting.parity.trace import Node, Tracer
@@ -71,11 +72,34 @@ def cause_of(
     index: int,
     axes: Axes,
     actual: Tensor,
-    behind: Callable[[Tensor], Tensor] | None = None,
+    inside: Activations | None = None,
 ) -> Diagnosis | None:
-    """Look for the cause why a Keras call differs from the PyTorch call; `behind` is an activation behind both."""
+    """Look for the cause why a Keras call differs from the PyTorch call; `inside` is the Keras layer's activation."""
+    found = _cause_of(session, recording, tracer, node, call, index, axes, actual, inside)
+    owner, place = owner_of(call.partition("#")[0], session.modules)
+    if found is None or owner == call.partition("#")[0]:
+        return found
+
+    def named(text: str) -> str:
+        """With the names that the tensors of a layer in a stack have in the stack."""
+        return text.replace(f"{owner}.l{place}.", f"{owner}.").replace("_l0", f"_l{place}")
+
+    return replace(found, cause=named(found.cause), checked=tuple(named(each) for each in found.checked))
+
+
+def _cause_of(
+    session: Session,
+    recording: Recording,
+    tracer: Tracer,
+    node: Node,
+    call: str,
+    index: int,
+    axes: Axes,
+    actual: Tensor,
+    inside: Activations | None,
+) -> Diagnosis | None:
     base = call.partition("#")[0]
-    module = dict(session.double_model.named_modules()).get(base)
+    module = modules_of(session.double_model).get(base)
     layer = session.layer(node.name)
     inputs = [truth.tensor for truth in recording.calls[call].inputs]
     truth = recording.calls[call].outputs[index].tensor
@@ -93,8 +117,10 @@ def cause_of(
     sides = _sides_before(tracer, node)
     elsewhere = partial(_owner, session, base)
     core = core_of(session, recording, call, layer)
+    behind = None if inside is None else inside.ours
     if behind is not None:
-        truth, core = behind(truth), Core(base, module, inputs, (behind,), False)
+        truth = behind(truth)
+        core = replace(core or Core(base, module, inputs, (), False), tail=(*(core.tail if core else ()), behind))
     if core is not None:
         cause = _cause_in_core(core, layer, truth, found, sides, elsewhere)
         cause = cause or _other_order(tracer, node, core.module, core.inputs, found, core.name, core.behind)
@@ -215,15 +241,16 @@ def _weights(module: Any, layer: Any, sides: str = "") -> list[_Weight]:
     kind = kind_of_module(module)
     if kind is None or layer is None or kind is not kind_of_layer(layer):
         return []
-    found = list(_weights_as(kind, module, layer))
-    if not sides or kind.name != "dense":
-        return found
-    flattened = list(_weights_as(kind_called(f"dense:{sides}"), module, layer))
+    kinds = [kind]
+    if sides and kind.name == "dense":
+        kinds.append(kind_called(f"dense:{sides}"))
+    if stack := layers_of_stack(module):
+        kinds = [kind_called(f"{kind.name}:l{len(stack) - 1}")]
 
     def differing(weights: list[_Weight]) -> int:
         return sum(int((each.expected != each.actual).sum()) for each in weights)
 
-    return flattened if flattened and differing(flattened) < differing(found) else found
+    return min((each for one in kinds if (each := list(_weights_as(one, module, layer)))), key=differing, default=[])
 
 
 def _sides_before(tracer: Tracer, node: Node) -> str:
@@ -322,14 +349,7 @@ def _differing_weights(
     results = [each if behind is None else behind(each) for each in made]
     left = [_share_left(truth, found, each) for each in results if each.shape == found.shape]
     unexplained = min(left, default=math.inf)
-    if unexplained > EXPLAINED and behind is None and _is_activated(layer):
-        unexplained = EXPLAINED  # what the activation makes of it is not known here
     return Diagnosis(call, "; ".join(causes), unexplained, tuple(causes)) if unexplained <= EXPLAINED else None
-
-
-def _is_activated(layer: Any) -> bool:
-    """Whether a Keras layer has an activation inside, other than the linear one."""
-    return getattr(getattr(layer, "activation", None), "__name__", "linear") != "linear"
 
 
 def _share_left(truth: Tensor, found: Tensor, guess: Tensor) -> float:

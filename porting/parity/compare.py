@@ -193,7 +193,7 @@ def _run_batches(
         if exact is None:
             continue
         noise = NoiseObserver(recording, exact.wanted)
-        with torch.no_grad(), observe_modules(session.rounded, noise):
+        with torch.no_grad(), observe_modules(session.rounded, noise, stacks=True):
             noise.results(batch.call_reference(session.rounded, torch.float32))
         step(3, "Keras, float32")
         rounding = RoundingObserver(session, recording, limits, start)

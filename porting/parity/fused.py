@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from porting.kinds import kind_of_layer, kind_of_module
-from porting.kinds.activation import GRID
+from porting.kinds.activation import GRID, LINEAR, functions
 from porting.kinds.activation import KIND as ACTIVATION
 from porting.models.observe import to_torch
+from porting.models.stacks import modules_of
 from porting.parity.content import as_real
 from porting.parity.derived import fold
 from porting.parity.record import Recording
+from porting.parity.report import Diagnosis
 from porting.parity.trace import Node, Tracer, key_of
 
 if TYPE_CHECKING:
@@ -67,29 +69,85 @@ def last_of_fused(session: Session, recording: Recording, tracer: Tracer, node: 
     return current if current != call else _nearest(session, recording, node, call)
 
 
-def activation_in_both(
-    session: Session, node: Node, call: str, expected: Tensor, actual: Tensor
-) -> Callable[[Tensor], Tensor] | None:
-    """The activation inside a Keras layer, if PyTorch's code calls the same as a function behind the module `call`.
+@dataclass(frozen=True)
+class Activations:
+    """The activation inside a Keras layer, and what PyTorch's code does with the result of the layer's module.
 
-    No module returns its result, so this is told by what is nearer to Keras's result: the module's own or, without
-    being equal to it, what the activation makes of that. If they are equal, the activation itself may be the mistake.
+    `theirs` is None if that is not known. The names say LINEAR for no activation.
+    """
+
+    ours: Callable[[Tensor], Tensor]
+    theirs: Callable[[Tensor], Tensor] | None
+    our_name: str
+    their_name: str
+
+    def another(self, call: str, expected: Tensor, actual: Tensor) -> Diagnosis | None:
+        """Diagnose a Keras activation that is not PyTorch's, behind weights that are right."""
+        if self.theirs is None or self.our_name == self.their_name or not same(self.ours(expected), actual):
+            return None
+        theirs = "no activation" if self.their_name == LINEAR else self.their_name
+        cause = f"its activation is {self.our_name} in Keras, and PyTorch applies {theirs} to its result"
+        return Diagnosis(call, cause, 0.0, (cause,))
+
+    def expected(self, truth: Tensor, actual: Tensor) -> Tensor:
+        """What Keras should return, if the module returns `truth`."""
+        if self.theirs is not None:
+            return self.theirs(truth)
+        activated = self.ours(truth)
+        return min(activated, truth, key=lambda tensor: float((actual - tensor).square().mean()))
+
+
+def activations_of(
+    session: Session, recording: Recording, node: Node, call: str, truth: Tensor, expected: Tensor
+) -> Activations | None:
+    """The activation inside a Keras layer and the function that PyTorch's code calls behind the module `call`.
+
+    No module returns that function's result, but a later one takes it. `expected` is the truth in Keras's order. None
+    if the layer has no activation inside, or PyTorch has a module for it.
     """
     import keras
 
     layer = session.layer(node.name)
-    if layer is None or not session.kind_matches(call, node.name) or not _has_activation(layer):
+    function = ACTIVATION.inside(layer)
+    if function is None or ACTIVATION.is_module(session.modules[call.partition("#")[0]]):
         return None
 
-    def activation(tensor: Tensor) -> Tensor:
+    def ours(tensor: Tensor) -> Tensor:
         with session.float64.active():
-            return to_torch(layer.activation(keras.ops.convert_to_tensor(tensor.numpy())))
+            return to_torch(function(keras.ops.convert_to_tensor(tensor.numpy())))
 
-    def distance(tensor: Tensor) -> float:
-        return float((actual - tensor).square().mean().sqrt())
+    taken = _taken_behind(session, recording, call, truth)
+    known = functions()
+    their_name = next((name for name in known if any(same(known[name](truth), each) for each in taken)), "")
+    result = ours(expected)
+    # A function may compute what it says by another formula, such as a polynomial: only the same results are the same.
+    our_name = next((name for name in known if same(known[name](expected), result)), "")
+    if our_name == LINEAR:
+        return None
+    our_name = our_name or getattr(function, "__name__", type(function).__name__)
+    theirs = ours if our_name == their_name else known.get(their_name)
+    return Activations(ours, theirs, our_name, their_name)
 
-    own = distance(expected)
-    return activation if 1e-12 * own < distance(activation(expected)) < own else None
+
+def _taken_behind(session: Session, recording: Recording, call: str, truth: Tensor) -> list[Tensor]:
+    """The tensors of this size that later modules take, and results. Dropouts and identities do not take anything."""
+    from torch import nn
+
+    order, found = recording.order.get(call, -1), []
+    for name in recording.order:
+        module = session.modules.get(name.partition("#")[0])
+        passes = isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd))
+        if recording.order[name] > order:
+            taken = (given.tensor for given in recording.calls[name].inputs)
+            found += [each for each in taken if not (passes and each is truth)]
+    found += [each.tensor for each in recording.outputs.values()]
+    return [each for each in found if each.shape == truth.shape]
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of float64 agree up to rounding."""
+    scale = float(other.square().mean().sqrt())
+    return bool(other.isfinite().all()) and float((one - other).square().mean().sqrt()) <= 1e-12 * scale
 
 
 def core_of(session: Session, recording: Recording, call: str, layer: Any) -> Core | None:
@@ -99,7 +157,7 @@ def core_of(session: Session, recording: Recording, call: str, layer: Any) -> Co
     kind = kind_of_layer(layer) if layer is not None else None
     if kind is None:
         return None
-    modules = dict(session.double_model.named_modules())
+    modules = modules_of(session.double_model)
     made_by = {
         id(truth): name
         for name, each in recording.calls.items()

@@ -12,11 +12,13 @@ from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from porting.errors import KeyMapError
-from porting.kinds import kind_of_module
+from porting.kinds import kind_called, kind_of_module
+from porting.kinds.base import Kind
 from porting.kinds.transforms import Constant
 from porting.mapping.key_map import KeyMap, LayerPair, TensorEntry
 from porting.models.live import effective_names
 from porting.models.rows import entries_filling
+from porting.models.stacks import layers_of_stack, owner_of
 from porting.models.traverse import named_variables, owned_variables
 from porting.parity.bits import compare_bits
 from porting.parity.loud import compare_loud_outputs
@@ -80,7 +82,7 @@ def infer_key_map(session: Session) -> KeyMap | None:
     if filled != fits.shapes.keys() or fits.unread(entries):
         return None
     try:
-        rows = [LayerPair(modules[target], target, fits.kind_names[modules[target]]) for target in found]
+        rows = [fits.row(modules[target], target) for target in found]
         return KeyMap.of(rows, entries)
     except KeyMapError:  # two layers share a tensor
         return None
@@ -97,14 +99,25 @@ class _Fits:
         self._names = {id(variable): name for name, variable in self._variables.items()}
         self.shapes = {name: tuple(variable.shape) for name, variable in self._variables.items()}
         self._kinds = {name: kind_of_module(module) for name, module in session.modules.items()}
-        self.kind_names = {name: kind.name for name, kind in self._kinds.items() if kind is not None}
+        self.kind_names = {name: self._kind_name(name, kind) for name, kind in self._kinds.items() if kind is not None}
+
+    def _kind_name(self, source: str, kind: Kind) -> str:
+        """The kind of a row: of a layer in a stack, with its index."""
+        owner, place = owner_of(source, self._session.modules)
+        return f"{kind.name}:l{place}" if layers_of_stack(self._session.modules[owner]) else kind.name
+
+    def row(self, source: str, target: str) -> LayerPair:
+        owner, _ = owner_of(source, self._session.modules)
+        return LayerPair(owner, target, self.kind_names[source])
 
     def entries(self, source: str, target: str) -> tuple[TensorEntry, ...]:
         """The entries that fill all variables of a layer from a module's tensors; empty if they do not fit."""
         layer, kind = self._session.layer(target), self._kinds.get(source)
         if layer is None or kind is None or not kind.leaves:
             return ()
-        found = entries_filling(kind, source, self._session.modules[source], layer, self._tensors, self._names)
+        owner, _ = owner_of(source, self._session.modules)
+        kind, module = kind_called(self.kind_names[source]), self._session.modules[owner]
+        found = entries_filling(kind, owner, module, layer, self._tensors, self._names)
         return found if all(self._accepts(entry) for entry in found) else ()
 
     def named_or_equal(self, target: str, taken: Collection[str]) -> tuple[str, tuple[TensorEntry, ...]] | None:

@@ -26,7 +26,7 @@ from porting.parity.content import (
     computes_in_float32,
 )
 from porting.parity.diagnose import diagnose
-from porting.parity.fused import activation_in_both, last_of_fused
+from porting.parity.fused import activations_of, last_of_fused, same
 from porting.parity.measure import measure_candidate
 from porting.parity.record import Recording, output_name
 from porting.parity.report import Culprit, Diagnosis, Limits
@@ -160,6 +160,9 @@ def _next_culprit(
             taken = _wrongly_taken(tracer, first, recording.calls[call].inputs)
             if taken is None:
                 call = last_of_fused(session, recording, tracer, first, call)
+                if _is_right_inside(session, recording, first, call):
+                    tracer.assume(first.outputs[0])
+                    continue
                 return _own_mistake(session, recording, tracer, first, call, began)
             # Where PyTorch's tensor did not help there, the layer stands for something else.
             if (first.name, False, taken) not in innocent:
@@ -225,12 +228,12 @@ def _search(
             before = _beside(tracer, gap, innocent)
             step = next((each for each in before if key_of(each) not in seen), None)
             around = gap.node.parent if gap.node is not None else None
-            if step is None and gap.node is not None and around is not None and not known(gap.node):
+            if step is None and gap.node is not None and around is not None:
                 step = next(
                     (each for each in around.inputs if not tracer.is_exact(each) and key_of(each) not in seen), None
                 )
                 if step is None:
-                    return around
+                    return gap if known(gap.node) else around
                 gap = Gap(around, next(i for i, each in enumerate(around.inputs) if each is step))
             if step is None:
                 return gap
@@ -285,12 +288,25 @@ def _wrongly_taken(tracer: Tracer, node: Node, expected: list[Truth]) -> int | N
 
 def _behind_paddings(tracer: Tracer, tensor: Tensor, truth: Truth) -> Tensor:
     """The tensor, or the input of the paddings before it that has as many elements as the truth."""
-    while tensor.numel() != truth.tensor.numel():
+    seen = set[int]()  # a layer may return the very tensor that it takes
+    while tensor.numel() != truth.tensor.numel() and key_of(tensor) not in seen:
+        seen.add(key_of(tensor))
         producer = tracer.producer(tensor)
         if producer is None or len(producer.inputs) != 1 or tracer.match(tensor) is not None or producer.children:
             return tensor
         tensor = producer.inputs[0]
     return tensor
+
+
+def _is_right_inside(session: Session, recording: Recording, node: Node, call: str) -> bool:
+    """Whether a layer returns PyTorch's result of its module behind an activation that PyTorch shows to no module."""
+    truth, actual = recording.calls[call].outputs[:1], as_real(node.outputs[0])
+    axes = session.axes_in_keras(truth[0].tensor, actual) if truth else None
+    if axes is None:
+        return False
+    expected = truth[0].tensor.permute(axes).reshape(actual.shape).contiguous()
+    inside = activations_of(session, recording, node, call, truth[0].tensor, expected)
+    return inside is not None and inside.theirs is None and same(inside.ours(expected), actual)
 
 
 def _own_mistake(
@@ -308,11 +324,12 @@ def _own_mistake(
         text = f"shape {tuple(actual.shape)} for PyTorch's {tuple(truth.tensor.shape)}"
         return None, Culprit(label, node.name, text, 1.0), None
     expected = truth.tensor.permute(axes).reshape(actual.shape).contiguous()
-    behind = activation_in_both(session, node, call, expected, actual)
-    if behind is not None:
-        expected = behind(expected)
+    inside = activations_of(session, recording, node, call, truth.tensor, expected)
+    cause = None if inside is None else inside.another(call, expected, actual)
+    cause = cause or cause_of(session, recording, tracer, node, call, index, axes, actual, inside)
+    if inside is not None:
+        expected = inside.expected(expected, actual).contiguous()
     relative = _relative(actual, expected, truth)
-    cause = cause_of(session, recording, tracer, node, call, index, axes, actual, behind)
     if cause is not None and not cause.pattern and cause.layer != call:
         label = cause.layer  # the layer is several modules, and this one has the mistake
     culprit = Culprit(label, node.name, _by_how_much(relative), relative, diagnosis=cause)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from porting.models.inputs import leaves_by_key
 from porting.models.observe import Observer, Replacement, observe_modules
+from porting.models.stacks import modules_of
 from porting.parity.content import Truth, as_real
 from porting.parity.report import OUTPUT
 
@@ -102,7 +103,7 @@ def record(model: nn.Module, run: Callable[[nn.Module], Any]) -> Recording:
 
     @contextlib.contextmanager
     def running(observer: Observer) -> Iterator[Callable[[], dict[str, Any]]]:
-        with torch.no_grad(), observe_modules(model, observer):
+        with torch.no_grad(), observe_modules(model, observer, stacks=True):
             yield lambda: leaves_by_key(run(model))
 
     return record_run(running)
@@ -157,4 +158,4 @@ class NoiseObserver:
 
 def kinds_of(model: nn.Module) -> Mapping[str, str]:
     """The class of every module, by its name."""
-    return {path: type(module).__name__ for path, module in model.named_modules()}
+    return {path: type(module).__name__ for path, module in modules_of(model).items()}

@@ -39,6 +39,10 @@ ROUNDOFF = {EXACT: FLOAT64_ROUNDOFF, FLOAT32: FLOAT32_ROUNDOFF}
 REPRODUCED = 1e-6
 
 
+# What runs an exported file, by the name of the format.
+RUNTIMES = {"litert": "LiteRT", "onnx": "ONNX Runtime", "saved_model": "TensorFlow"}
+
+
 @dataclass(frozen=True)
 class Distance:
     """The greatest absolute value and the root mean square over all elements."""
@@ -436,6 +440,13 @@ class ParityReport:
                 if (view != EXACT or layer.is_output) and (reason := self.limits.objection(layer, view)):
                     found.append(Divergence(layer.source, view, reason))
         return tuple(found)
+
+    @property
+    def runtime(self) -> str:
+        """What was compared with PyTorch: "Keras", or the runtime of an exported file."""
+        export = self.context.get("export")
+        form = export.get("format") if isinstance(export, dict) else None
+        return RUNTIMES.get(form, "Keras") if isinstance(form, str) else "Keras"
 
     @property
     def first_divergence(self) -> Culprit | Divergence | None:

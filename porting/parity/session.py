@@ -16,6 +16,7 @@ from porting.kinds.transforms import Array
 from porting.models.float64 import in_float64, is_double
 from porting.models.inputs import Axes, Inputs
 from porting.models.keras_float64 import Float64Model
+from porting.models.stacks import modules_of
 from porting.parity.bits import Bits
 from porting.parity.content import Library, Truth
 from porting.parity.derived import rounds_to
@@ -124,7 +125,7 @@ class Session:
         self.output_axes, self.float64, self.rounded = output_axes, float64, rounded
         self._large = large
         self.truth_model = reference if large else in_float64(reference)
-        self.modules = dict(reference.named_modules())
+        self.modules = modules_of(reference)
         self.pairs: dict[tuple[str, int], Pair] = {}
         self.results: dict[str, Pair] = {}
         self.lone: dict[str, None] = {}

@@ -16,6 +16,7 @@ import numpy as np
 from porting.kinds import kind_of_layer, kind_of_module
 from porting.kinds.activation import name_of_function
 from porting.kinds.base import Kind, Settings
+from porting.models.stacks import modules_of
 from porting.models.traverse import named_layers
 from porting.parity.report import Audit, SettingDifference
 
@@ -42,7 +43,7 @@ def compare_settings(
     "module:setting", never count.
     """
     layers = named_layers(candidate)
-    modules = dict(reference.named_modules())
+    modules = modules_of(reference)
     differences: list[SettingDifference] = []
     compared_layers = compared = 0
     for source, target in targets.items():

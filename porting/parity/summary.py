@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from porting.kinds.transforms import Array
+from porting.models.stacks import modules_of
 from porting.models.traverse import named_variables, owned_variables
 from porting.parity.record import kinds_of
 from porting.parity.report import (
@@ -123,7 +124,7 @@ def with_usual_rounding(layers: list[LayerComparison], reference: nn.Module) -> 
     independent terms have an RMS error of about sqrt(n) / 4 roundings of the sum. If the median of the layers just
     before is greater, that is used instead.
     """
-    modules = dict(reference.named_modules())
+    modules = modules_of(reference)
     known: dict[tuple[object, ...], float] = {}
     before: deque[float] = deque(maxlen=_LAYERS_BEFORE)
     for layer in layers:

@@ -95,8 +95,8 @@ def _made(context: dict[str, Any]) -> str:
 def _plot(report: ParityReport, width: int) -> str:
     """Plot the relative error along depth, in both views."""
     series = [
-        Series("Keras in float64", "#3b82f6", "dot", _points(report, EXACT, "actual_error")),
-        Series("Keras in float32", "#e08a00", "square", _points(report, FLOAT32, "actual_error")),
+        Series(f"{report.runtime} in float64", "#3b82f6", "dot", _points(report, EXACT, "actual_error")),
+        Series(f"{report.runtime} in float32", "#e08a00", "square", _points(report, FLOAT32, "actual_error")),
         Series("PyTorch in float32", GREY, "line", _points(report, FLOAT32, "expected_error")),
         Series("limit in float32", "#dc2626", "line", _limits(report), dashed=True),
     ]

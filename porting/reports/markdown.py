@@ -20,8 +20,8 @@ def to_markdown(report: ParityReport) -> str:
     worst = sorted(report.layers, key=lambda layer: (not report.failed(layer), -layer.ratio))[:WORST]
     lines += [
         "",
-        f"The {len(worst)} worst of {len(report.layers)} tensors. exact: Keras's distance from PyTorch in float64. "
-        "float32: Keras's error in units of PyTorch's own rounding error.",
+        f"The {len(worst)} worst of {len(report.layers)} tensors. exact: {report.runtime}'s distance from PyTorch in "
+        f"float64. float32: {report.runtime}'s error in units of PyTorch's own rounding error.",
         "",
         "| layer | shape | exact | float32 | parity |",
         "|---|---|---:|---:|---|",

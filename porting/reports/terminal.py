@@ -83,7 +83,8 @@ def _verified(report: ParityReport) -> str:
     # Where the outputs differ, only tensors that agree say anything of the weights before them.
     agreed = not any(divergence.view == EXACT for divergence in report.divergences)
     what = "Weights observed in use" if agreed else "Weights confirmed by tensors that agree"
-    line = f"{what}: {share:.4g} % of {verified.weights:,}"
+    percent = f"{share:.2f}".rstrip("0").rstrip(".")
+    line = f"{what}: {percent} % of {verified.weights:,}"
     if verified.compared_bits:
         line += f"; {counted(verified.compared_bits, 'tensor')} compared bit by bit"
     if not verified.through_layers:
@@ -96,8 +97,17 @@ def _verified(report: ParityReport) -> str:
 def findings(report: ParityReport) -> list[str]:
     """The findings against parity as sentences: each culprit with its cause, settings that differ, and the rest."""
     lines = []
-    for number, culprit in enumerate(report.culprits):
-        lines.append(f"{'First divergence' if number == 0 else f'Divergence {number + 1}'}: {culprit}")
+    alike: dict[str, list[str]] = {}
+    for culprit in report.culprits:
+        if culprit.diagnosis and not culprit.diagnosis.pattern:
+            alike.setdefault(culprit.diagnosis.cause, []).append(culprit.layer)
+    number = 0
+    for culprit in report.culprits:
+        same = alike.get(culprit.diagnosis.cause, []) if culprit.diagnosis else []
+        if culprit.layer in same[1:]:
+            continue
+        number += 1
+        lines.append(f"{'First divergence' if number == 1 else f'Divergence {number}'}: {culprit}")
         if cause := culprit.diagnosis:
             if cause.pattern:
                 lines.append(f"Looks like: {cause.cause} ({cause.unexplained:.2g} of the difference is unexplained)")
@@ -105,10 +115,14 @@ def findings(report: ParityReport) -> list[str]:
                 visible = cause.unexplained > REPRODUCED
                 left = f" ({cause.unexplained:.2g} of the difference is unexplained)" if visible else ""
                 lines.append(f"Cause, {cause.confidence}: {cause.cause}{left}")
+                if same[1:]:
+                    lines.append(f"The same in {counted(len(same) - 1, 'more layer')}: {listed(same[1:])}")
     if not report.culprits and (first := report.first_divergence):
         lines.append(f"First divergence: {first}")
     if report.loud is not None and not report.loud.passed:
-        lines.append(f"On {report.loud.what}, the outputs differ by {report.loud.relative:.2g} of their size")
+        finite = math.isfinite(report.loud.relative)
+        how = f"differ by {report.loud.relative:.2g} of their size" if finite else "are not finite"
+        lines.append(f"On {report.loud.what}, the outputs {how}")
     if report.verified is not None and report.verified.differing:
         found = report.verified.details or report.verified.differing
         lines.append(f"Weights that differ from the checkpoint ({len(found)}): {listed(found, 5, '; ')}")
@@ -179,14 +193,13 @@ def _layer_table(rows: tuple[LayerComparison, ...], report: ParityReport) -> Tab
     from rich import box
     from rich.table import Table
 
-    caption = (
-        "exact: RMS distance to PyTorch in float64, relative to the result; ratio: Keras's float32 error in units of "
-        "PyTorch's own"
-    )
+    exact = any(EXACT in row.views for row in rows)
+    caption = "exact: RMS distance to PyTorch in float64, relative to the result; " if exact else ""
+    caption += f"ratio: {report.runtime}'s error in units of PyTorch's own, both against PyTorch in float64"
     table = Table(caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("layer", overflow="fold", ratio=1, min_width=12)
     table.add_column("shape", overflow="fold")
-    for heading in ("exact", "PyTorch error", "Keras error", "ratio"):
+    for heading in (*(("exact",) if exact else ()), "PyTorch error", f"{report.runtime} error", "ratio"):
         table.add_column(heading, justify="right")
     table.add_column("parity")
     for row in rows:
@@ -195,7 +208,7 @@ def _layer_table(rows: tuple[LayerComparison, ...], report: ParityReport) -> Tab
         table.add_row(
             row.source,
             "x".join(map(str, row.shape)),
-            exact_text(row),
+            *((exact_text(row),) if exact else ()),
             f"{view.expected_error.rms:.1e}" if view else "-",
             (view.problem or f"{view.actual_error.rms:.1e}") if view else "-",
             ratio_text(row, FLOAT32),

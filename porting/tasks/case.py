@@ -167,8 +167,8 @@ class Case:
     def describe(self) -> dict[str, Any]:
         """The facts of the case for provenance and reports."""
         facts: dict[str, Any] = {
-            **self.family.facts(self.spec),
             "num_classes": self.num_classes,
+            **self.family.facts(self.spec),
             "layout": self.naming.name,
             "settings": self.spec.settings,
             "absorbed_epsilon": list(self.key_map.absorbed),
@@ -178,7 +178,7 @@ class Case:
         }
         if self.checkpoint is not None:
             facts["source"] = describe_source(self.source, self.checkpoint)
-        return facts
+        return {name: fact for name, fact in facts.items() if fact is not None}
 
 
 def open_case(

@@ -87,3 +87,97 @@ def test_one_mistake_is_one_culprit(functional: bool, fused: bool, dropout: bool
     assert cause in str(report.diagnosis)
     assert report.diagnosis is not None
     assert report.diagnosis.confidence == "certain"
+
+
+def tanh_gelu(x: object) -> object:
+    return keras.activations.gelu(x, approximate=True)
+
+
+class Functions(nn.Module):
+    """Two dense layers with a function behind the first, as a module or in the code, maybe with a dropout."""
+
+    def __init__(self, function: nn.Module, functional: bool, dropout: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc1, self.fc2 = nn.Linear(6, 20), nn.Linear(20, 5)
+        self.act = (lambda x: function(x)) if functional else function  # a lambda is no module
+        self.before, self.after = (
+            nn.Dropout(0.3) if dropout == place else nn.Identity() for place in ("before", "after")
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.after(self.act(self.before(self.fc1(x)))))
+
+
+FUNCTIONS = {
+    "gelu for tanh gelu": (nn.GELU("tanh"), "gelu", "GELU"),
+    "tanh gelu for gelu": (nn.GELU(), tanh_gelu, "tanh"),
+    "gelu for relu": (nn.ReLU(), "gelu", "GELU"),
+    "relu for nothing": (nn.Identity(), "relu", "ReLU"),
+    "relu for relu6": (nn.ReLU6(), "relu", "ReLU"),
+}
+
+
+@pytest.mark.parametrize("case", FUNCTIONS)
+@pytest.mark.parametrize("dropout", ["", "before", "after"])
+@pytest.mark.parametrize("functional", [False, True])
+def test_another_activation_inside_a_layer(functional: bool, dropout: str, case: str) -> None:
+    function, wrong, cause = FUNCTIONS[case]
+    reference = Functions(function, functional, dropout).eval()
+    inputs = keras.Input((6,))
+    x = layers.Dense(20, activation=wrong, name="fc1")(inputs)
+    candidate = keras.Model(inputs, layers.Dense(5, name="fc2")(layers.Dropout(0.3)(x)))
+    for name in ("fc1", "fc2"):
+        module = getattr(reference, name)
+        candidate.get_layer(name).set_weights([4 * module.weight.detach().T, module.bias.detach()])
+        module.weight.data *= 4
+    numbers = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
+    report = porting.check_parity(reference, candidate, numbers)
+    assert len(report.culprits) == 1, str(report)
+    assert cause in str(report.diagnosis)
+    assert report.diagnosis is not None
+    assert report.diagnosis.confidence == "certain"
+
+
+@pytest.mark.parametrize("activation", ["softmax", "log_softmax", "sigmoid"])
+def test_probabilities_for_logits(activation: str) -> None:
+    reference = Functions(nn.ReLU(), True, "after").eval()
+    inputs = keras.Input((6,))
+    x = layers.Dense(20, activation="relu", name="fc1")(inputs)
+    candidate = keras.Model(inputs, layers.Dense(5, activation=activation, name="fc2")(x))
+    for name in ("fc1", "fc2"):
+        module = getattr(reference, name)
+        candidate.get_layer(name).set_weights([module.weight.detach().T, module.bias.detach()])
+    report = porting.check_parity(reference, candidate, np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32))
+    (culprit,) = report.culprits
+    assert culprit.layer == "fc2"
+    assert report.diagnosis is not None
+    assert report.diagnosis.confidence == "certain"
+    assert report.diagnosis.cause.startswith(f"its activation is {activation.replace('_', ' ')} in Keras")
+
+
+@pytest.mark.parametrize("fault", [False, True])
+def test_an_activation_that_pytorch_shows_to_no_module(fault: bool) -> None:
+    """A gate: the product of a dense layer behind SiLU and another one."""
+
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.up, self.down = nn.Linear(6, 20), nn.Linear(6, 20), nn.Linear(20, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+    torch.manual_seed(0)
+    reference = Gate().eval()
+    inputs = keras.Input((6,))
+    x = layers.Dense(20, activation="silu", name="gate")(inputs) * layers.Dense(20, name="up")(inputs)
+    candidate = keras.Model(inputs, layers.Dense(3, name="down")(x))
+    for name in ("gate", "up", "down"):
+        module = getattr(reference, name)
+        candidate.get_layer(name).set_weights([module.weight.detach().T, module.bias.detach()])
+    if fault:
+        candidate.get_layer("up").bias.assign(np.zeros(20))
+    report = porting.check_parity(reference, candidate, np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32))
+    assert report.passed is not fault
+    assert [culprit.layer for culprit in report.culprits] == (["up"] if fault else [])

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import math
 
+import pytest
+
+from porting.errors import ReportError
 from porting.parity.baseline import regressions
 from porting.parity.report import FLOAT32, Difference, Distance, LayerComparison, ParityReport, View
 
@@ -35,5 +38,10 @@ def test_below_one_rounding_nothing_counts() -> None:
 
 
 def test_a_layer_that_is_gone_or_not_finite() -> None:
-    assert regressions(report(), report(a=1e-6)) == ["a is in the baseline and is no longer compared"]
+    assert regressions(report(b=1e-6), report(a=1e-6, b=1e-6)) == ["a is in the baseline and is no longer compared"]
     assert len(regressions(report(a=math.nan), report(a=1e-6))) == 1
+
+
+def test_a_baseline_of_another_model() -> None:
+    with pytest.raises(ReportError, match="of another model: none of its 2 layers"):
+        regressions(report(c=1e-6), report(a=1e-6, b=1e-6))

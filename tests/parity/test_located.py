@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import keras
 import numpy as np
+import pytest
 import torch
 from keras import layers
 from torch import nn
@@ -192,3 +193,60 @@ def test_a_dropout_is_not_blamed_for_what_it_passes_on() -> None:
     body.get_layer("fc2").kernel.assign(kernel)
     report = porting.check_parity(reference, candidate, sequences)
     assert [culprit.layer for culprit in report.culprits] == ["fc2"]
+
+
+class Merging(nn.Module):
+    """Joins each square of four tokens, as Swin does between its stages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.reduction = nn.LayerNorm(24), nn.Linear(24, 8, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
+        return self.reduction(self.norm(torch.cat(parts, -1)))
+
+
+class Stages(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.merging, self.two = nn.Linear(6, 6), Merging(), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.two(self.merging(self.one(x).relu()))
+
+
+class KerasMerging(layers.Layer):  # type: ignore[misc]
+    columns_first = True
+
+    def __init__(self) -> None:
+        super().__init__(name="merging")
+        self.norm = layers.LayerNormalization(epsilon=1e-5, name="norm")
+        self.reduction = layers.Dense(8, use_bias=False, name="reduction")
+
+    def call(self, x: object) -> object:
+        places = [(row, column) for column in (0, 1) for row in (0, 1)]
+        places = places if self.columns_first else [(row, column) for column, row in places]
+        parts = [x[:, row::2, column::2] for row, column in places]  # type: ignore[index]
+        return self.reduction(self.norm(keras.ops.concatenate(parts, -1)))
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"), [("one", "one: "), ("order", "merging feeds merging.norm wrongly"), ("", "")]
+)
+def test_code_between_layers_is_blamed_only_for_its_own_mistakes(fault: str, said: str) -> None:
+    torch.manual_seed(0)
+    reference = Stages().eval()
+    inputs = keras.Input((8, 8, 6))
+    x = layers.Dense(6, activation="relu", name="one")(inputs)
+    candidate = keras.Model(inputs, layers.Dense(3, name="two")(KerasMerging()(x)))
+    given = np.random.default_rng(0).normal(size=(2, 8, 8, 6)).astype(np.float32)
+    porting.port_weights(reference, candidate, inputs=given)
+    candidate.get_layer("merging").columns_first = fault != "order"
+    if fault == "one":
+        kernel = candidate.get_layer("one").kernel
+        kernel.assign(kernel * (1 + 1e-3 * (np.arange(36).reshape(6, 6) == 20)))
+    report = porting.check_parity(reference, candidate, given, input_axes=[(0, 1, 2, 3)])
+    assert report.passed == (not fault)
+    assert len(report.culprits) == bool(fault)
+    assert all(str(culprit).startswith(said) for culprit in report.culprits)

@@ -1,0 +1,77 @@
+"""Stacks of recurrent layers: each layer is paired, compared and named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import torch
+from keras import layers
+from torch import nn
+
+import porting
+
+HEIGHT, UNITS = 3, 8
+SEQUENCES = np.random.default_rng(0).normal(size=(3, 7, 5)).astype(np.float32)
+
+
+class Net(nn.Module):
+    def __init__(self, made: Any, bidirectional: bool) -> None:
+        super().__init__()
+        self.rnn = made(5, UNITS, HEIGHT, batch_first=True, bidirectional=bidirectional)
+        self.fc = nn.Linear(UNITS * (1 + bidirectional), 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.rnn(x)[0].mean(1))
+
+
+def pair(name: str, bidirectional: bool) -> tuple[nn.Module, keras.Model]:
+    torch.manual_seed(0)
+    reference = Net(getattr(nn, name), bidirectional).eval()
+    made = layers.SimpleRNN if name == "RNN" else getattr(layers, name)
+    inputs = x = keras.Input((7, 5))
+    for index in range(HEIGHT):
+        one = made(UNITS, return_sequences=True, name=f"layer{index}")
+        x = layers.Bidirectional(one, name=f"both{index}")(x) if bidirectional else one(x)
+    candidate = keras.Model(inputs, layers.Dense(3, name="fc")(layers.GlobalAveragePooling1D()(x)))
+    report = porting.port_weights(reference, candidate, inputs=SEQUENCES).report
+    assert report is not None
+    assert report.passed
+    assert {"rnn.l0", "rnn.l1", "rnn"} <= {layer.source for layer in report.layers}
+    return reference, candidate
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+def test_a_mistake_is_found_in_its_layer(name: str, bidirectional: bool) -> None:
+    reference, candidate = pair(name, bidirectional)
+    report = porting.check_parity(reference, candidate, SEQUENCES)
+    assert report.passed
+    assert report.verified is not None
+    assert report.verified.compared_bits
+    for index, label in enumerate(["rnn.l0", "rnn.l1", "rnn"]):
+        layer = candidate.get_layer(f"both{index}" if bidirectional else f"layer{index}")
+        own = layer.get_weights()
+        wrong = [each.copy() for each in own]
+        wrong[0][2, 3] *= 1.01
+        layer.set_weights(wrong)
+        (culprit,) = porting.check_parity(reference, candidate, SEQUENCES).culprits
+        layer.set_weights(own)
+        assert culprit.layer == label
+        assert culprit.diagnosis is not None
+        assert f"rnn.weight_ih_l{index}[" in culprit.diagnosis.cause
+
+
+@pytest.mark.parametrize("index", range(HEIGHT))
+def test_exchanged_gates(index: int) -> None:
+    reference, candidate = pair("LSTM", False)
+    layer = candidate.get_layer(f"layer{index}")
+    weights = layer.get_weights()
+    order = np.r_[UNITS : 2 * UNITS, :UNITS, 2 * UNITS : 4 * UNITS]
+    layer.set_weights([weights[0], weights[1][:, order], weights[2]])
+    (culprit,) = porting.check_parity(reference, candidate, SEQUENCES).culprits
+    assert culprit.layer == ["rnn.l0", "rnn.l1", "rnn"][index]
+    assert culprit.diagnosis is not None
+    assert culprit.diagnosis.cause == f"the input gate and the forget gate are exchanged in weight_hh_l{index}"
