@@ -164,7 +164,8 @@ def reach_mistakes(module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
         )
         return
     yield Mistake(
-        'zero padding as in TensorFlow\'s "same": less on the left and top than on the right and bottom',
+        'zero padding as in TensorFlow\'s "same", less on the left and top than on the right and bottom: '
+        f"{padding_advice(padding)}",
         lambda: _padded_as_same(module, inputs[0]),
     )
     for mode in ("reflect", "replicate"):

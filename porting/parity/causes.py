@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from porting.kinds import kind_called, kind_of_layer, kind_of_module
+from porting.kinds.activation import LINEAR, functions
 from porting.kinds.base import Kind, Leaf, attribute, with_change, with_value
 from porting.models.inputs import Axes, inverse
 from porting.models.stacks import layers_of_stack, modules_of, owner_of
@@ -35,17 +36,19 @@ _NORM = ", with the norm behind it folded in,"
 _FEW = 3
 
 
-def as_an_activation(label: str, expected: Tensor, actual: Tensor) -> Diagnosis | None:
-    """Diagnose a softmax or sigmoid after the last layer that only one side has."""
-    for cause, guess, target in (
-        ("a softmax follows it in Keras alone", expected.softmax(-1), actual),
-        ("a softmax follows it in PyTorch alone", actual.softmax(-1), expected),
-        ("a sigmoid follows it in Keras alone", expected.sigmoid(), actual),
-        ("a sigmoid follows it in PyTorch alone", actual.sigmoid(), expected),
-    ):
-        left = float((guess - target).square().mean().sqrt())
-        if left <= 1e-9 * float(target.square().mean().sqrt()):
-            return Diagnosis(label, cause, 0.0, (cause,))
+def as_an_activation(label: str, expected: Tensor, actual: Tensor, place: str) -> Diagnosis | None:
+    """Diagnose an activation that only one side has at a `place`, such as "before fc2"."""
+    for name, function in functions().items():
+        if name == LINEAR:
+            continue
+        for side, guess, target in (
+            ("Keras", function(expected), actual),
+            ("PyTorch", function(actual), expected),
+        ):
+            left = float((guess - target).square().mean().sqrt())
+            if left <= 1e-9 * float(target.square().mean().sqrt()):
+                text = f"{name} comes {place} in {side} alone"
+                return Diagnosis(label, text, 0.0, (text,))
     return None
 
 

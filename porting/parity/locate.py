@@ -364,8 +364,9 @@ def _wrong_input(
     relative = _relative(actual, expected, truth)
     cause = None
     if expected.ndim == truth.tensor.ndim:
-        others = tensors_near(recording, call)
-        cause = diagnose(call, None, [], truth.tensor, actual.permute(inverse(axes)), others)
+        found, others = actual.permute(inverse(axes)), tensors_near(recording, call)
+        cause = as_an_activation(call, truth.tensor, found, f"before {call}")
+        cause = cause or diagnose(call, None, [], truth.tensor, found, others)
     said = cause or exchanged_parts(tracer, node, call)
     label, is_input = _to_blame(session, recording, tracer, call, truth)
     culprit = Culprit(label, node.name, _by_how_much(relative), relative, is_input, said)
@@ -428,7 +429,7 @@ def _wrong_result(session: Session, recording: Recording, key: str, wrong: list[
         cause = Diagnosis(label, text, 0.0, (text,))
     else:
         found = diagnose(label, None, [], truth.tensor, actual.permute(inverse(axes)), tensors_near(recording, ""))
-        cause = found or as_an_activation(label, expected, actual)
+        cause = as_an_activation(label, expected, actual, f"before the {label}") or found
     return Culprit(label, label, _by_how_much(relative), relative, diagnosis=cause)
 
 

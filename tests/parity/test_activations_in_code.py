@@ -181,3 +181,19 @@ def test_an_activation_that_pytorch_shows_to_no_module(fault: bool) -> None:
     report = porting.check_parity(reference, candidate, np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32))
     assert report.passed is not fault
     assert [culprit.layer for culprit in report.culprits] == (["up"] if fault else [])
+
+
+@pytest.mark.parametrize(("side", "name"), [("PyTorch", "ReLU"), ("PyTorch", "SiLU"), ("Keras", "tanh")])
+def test_an_activation_that_one_side_lacks(side: str, name: str) -> None:
+    function = {"ReLU": nn.ReLU(), "SiLU": nn.SiLU(), "tanh": nn.Identity()}[name]
+    reference = Functions(function, True, "").eval()
+    inputs = keras.Input((6,))
+    x = layers.Dense(20, name="fc1")(inputs)
+    x = layers.Activation("tanh")(x) if side == "Keras" else x
+    candidate = keras.Model(inputs, layers.Dense(5, name="fc2")(x))
+    for layer in ("fc1", "fc2"):
+        module = getattr(reference, layer)
+        candidate.get_layer(layer).set_weights([module.weight.detach().T, module.bias.detach()])
+    report = porting.check_parity(reference, candidate, np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32))
+    assert report.diagnosis is not None
+    assert report.diagnosis.cause == f"{name} comes before fc2 in {side} alone"

@@ -415,7 +415,7 @@ def test_a_function_after_the_last_layer_is_seen(
     report = run(toy, keras.Model(candidate.input, function(candidate.output)), images)
     assert [culprit.culprit for culprit in report.culprits] == ["output"]
     assert report.diagnosis is not None
-    assert report.diagnosis.cause == f"a {name} follows it in Keras alone"
+    assert report.diagnosis.cause == f"{name} comes before the output in Keras alone"
 
 
 def test_models_that_have_nothing_to_do_with_each_other(images: np.ndarray) -> None:

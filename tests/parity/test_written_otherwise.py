@@ -507,7 +507,7 @@ def reflection_as_zeros() -> Port:
     return Port(reference, model, numbers(2, 6, 6, 4))
 
 
-@wrong('zero padding as TensorFlow\'s "same" does it')
+@wrong('zero padding as in TensorFlow\'s "same"')
 def strided_same_where_all_sides_are_equal() -> Port:
     reference = seeded(lambda: named(stem=nn.Conv2d(3, 16, 3, 2, 1), last=nn.Conv2d(16, 5, 1)))
     inputs = keras.Input((32, 32, 3))
