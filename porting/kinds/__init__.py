@@ -64,6 +64,12 @@ def kind_of_module(module: nn.Module) -> Kind | None:
     return next((kind for kind in KINDS.values() if kind.is_module(module)), None)
 
 
+def becomes(module: nn.Module, layer: keras.layers.Layer) -> bool:
+    """Whether a module may become a Keras layer: both are of one kind, or the module's kind fills the layer's."""
+    kind, own = kind_of_module(module), kind_of_layer(layer)
+    return kind is not None and own is not None and (kind is own or kind.fills == own.name)
+
+
 def kind_of_layer(layer: keras.layers.Layer) -> Kind | None:
     """The kind of a Keras layer; None for an unknown one."""
     return next((kind for kind in KINDS.values() if kind.is_layer(layer)), None)

@@ -60,10 +60,12 @@ class Kind:
     """One kind of layer: its tensors, settings and known mistakes. A subclass overrides what applies to it.
 
     `leaves` are the tensors. `drops` are the last names of PyTorch tensors that Keras does not keep.
-    `training_settings` names the settings that have no effect at inference.
+    `training_settings` names the settings that have no effect at inference. `fills` is the kind of the Keras layers
+    that modules of this kind become, if it is another one.
     """
 
     name: str
+    fills: str = ""
     leaves: tuple[Leaf, ...] = ()
     drops: tuple[str, ...] = ()
     training_settings: frozenset[str] = frozenset()

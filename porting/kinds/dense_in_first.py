@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 class DenseInFirst(Kind):
     name = "dense_in_first"
+    fills = "dense"
     leaves = (Leaf("weight", "kernel", VECTOR), Leaf("bias", "bias", VECTOR, 0.0))
 
     def is_module(self, module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from porting.kinds import kind_called, kind_of_layer, kind_of_module
+from porting.kinds import becomes, kind_called, kind_of_module
 from porting.kinds.activation import LINEAR, functions
 from porting.kinds.base import Kind, Leaf, attribute, with_change, with_value
 from porting.models.inputs import Axes, inverse
@@ -242,7 +242,7 @@ class _Weight:
 def _weights(module: Any, layer: Any, sides: str = "") -> list[_Weight]:
     """The weights that both sides have. Behind a Flatten of a map with `sides`, rows may be in the order of Keras's."""
     kind = kind_of_module(module)
-    if kind is None or layer is None or kind is not kind_of_layer(layer):
+    if kind is None or layer is None or not becomes(module, layer):
         return []
     kinds = [kind]
     if sides and kind.name == "dense":

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from porting.kinds import kind_of_layer, kind_of_module
+from porting.kinds import becomes, kind_of_layer, kind_of_module
 from porting.kinds.activation import GRID, LINEAR, functions
 from porting.kinds.activation import KIND as ACTIVATION
 from porting.models.observe import to_torch
@@ -154,8 +154,7 @@ def core_of(session: Session, recording: Recording, call: str, layer: Any) -> Co
     """The module of the layer's kind that comes before `call`; None if the layer is `call` itself."""
     from torch import nn
 
-    kind = kind_of_layer(layer) if layer is not None else None
-    if kind is None:
+    if layer is None or kind_of_layer(layer) is None:
         return None
     modules = modules_of(session.double_model)
     made_by = {
@@ -166,7 +165,7 @@ def core_of(session: Session, recording: Recording, call: str, layer: Any) -> Co
     }
     tail: list[nn.Module] = []
     current = call
-    while kind_of_module(modules[current.partition("#")[0]]) is not kind:
+    while not becomes(modules[current.partition("#")[0]], layer):
         inputs = recording.calls[current].inputs
         before = made_by.get(id(inputs[0])) if len(inputs) == 1 else None
         if before is None or len(tail) == _MOST_BEHIND:

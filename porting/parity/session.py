@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from porting.kinds import kind_of_layer, kind_of_module
+from porting.kinds import becomes, kind_of_layer
 from porting.kinds.base import Kind
 from porting.kinds.transforms import Array
 from porting.models.float64 import in_float64, is_double
@@ -226,9 +226,8 @@ class Session:
         return fitting[0] if fitting else self.inputs.output_axes(rank)
 
     def kind_matches(self, call: str, layer_name: str) -> bool:
-        module = self.modules.get(call.partition("#")[0])
-        kind = None if module is None else kind_of_module(module)
-        return kind is not None and kind is self.layer_kind(layer_name)
+        module, layer = self.modules.get(call.partition("#")[0]), self.layer(layer_name)
+        return module is not None and layer is not None and becomes(module, layer)
 
     @property
     def layer_of_module(self) -> dict[str, str]:

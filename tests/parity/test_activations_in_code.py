@@ -197,3 +197,33 @@ def test_an_activation_that_one_side_lacks(side: str, name: str) -> None:
     report = porting.check_parity(reference, candidate, np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32))
     assert report.diagnosis is not None
     assert report.diagnosis.cause == f"{name} comes before fc2 in {side} alone"
+
+
+def test_a_mistake_before_an_activation_of_its_own_module() -> None:
+    """The Conv1D of GPT-2 is of a kind of its own, and becomes a Dense."""
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+
+    class Feedforward(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c_fc, self.act, self.c_proj = conv1d(20, 6), nn.GELU("tanh"), conv1d(3, 20)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.c_proj(self.act(self.c_fc(x)))
+
+    torch.manual_seed(0)
+    reference = Feedforward().eval()
+    for parameter in reference.parameters():
+        parameter.data.normal_(0, 0.3)
+    inputs = keras.Input((6,))
+    x = layers.Dense(20, activation=tanh_gelu, name="up")(inputs)
+    candidate = keras.Model(inputs, layers.Dense(3, name="down")(x))
+    for name, module in (("up", reference.c_fc), ("down", reference.c_proj)):
+        candidate.get_layer(name).set_weights([module.weight.detach(), module.bias.detach()])
+    kernel = candidate.get_layer("up").kernel
+    kernel.assign(kernel * 1.0001)
+    report = porting.check_parity(reference, candidate, np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32))
+    (culprit,) = report.culprits
+    assert culprit.layer == "c_fc"
+    assert culprit.diagnosis is not None
+    assert culprit.diagnosis.cause == "c_fc.weight is 1.0001 times what it should be"
