@@ -15,6 +15,7 @@ from porting.errors import ExportError
 from porting.exporting.base import OF_WEIGHTS, Exportable, last_of_each_layer
 from porting.exporting.usage import Usage
 from porting.kinds.transforms import Array
+from porting.models.frameworks import holding_back_stderr
 from porting.models.traverse import named_layers
 
 if TYPE_CHECKING:
@@ -113,14 +114,15 @@ class LiteRTRuntime:
         from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
         try:
-            self._fast = Interpreter(str(path))
-            self._open = Interpreter(
-                str(path),
-                experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
-                experimental_preserve_all_tensors=True,
-            )
-            for interpreter in (self._fast, self._open):
-                interpreter.allocate_tensors()
+            with holding_back_stderr():  # it says which delegate it uses
+                self._fast = Interpreter(str(path))
+                self._open = Interpreter(
+                    str(path),
+                    experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
+                    experimental_preserve_all_tensors=True,
+                )
+                for interpreter in (self._fast, self._open):
+                    interpreter.allocate_tensors()
         except (ValueError, RuntimeError) as error:
             said = str(error).partition("\n")[0]
             hint = "In int8, --no-split-kernels avoids sums that XNNPACK rejects." if "XNNPACK" in said else ""

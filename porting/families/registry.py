@@ -28,6 +28,7 @@ _FAMILIES = {
     "efficientnet": "porting.families.efficientnet:EfficientNetFamily",
     "efficientnetv2": "porting.families.efficientnetv2:EfficientNetV2Family",
     "gpt2": "porting.families.gpt2:GPT2Family",
+    "inceptionresnetv2": "porting.families.inceptionresnetv2:InceptionResNetV2Family",
     "mobilenetv3": "porting.families.mobilenetv3:MobileNetV3Family",
     "resnet": "porting.families.resnet:ResNetFamily",
     "resnetv2": "porting.families.resnetv2:ResNetV2Family",

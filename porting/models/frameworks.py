@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import logging
 import os
 import sys
 import tempfile
@@ -37,6 +38,7 @@ def start_tensorflow(threads: int | None = None) -> None:
 
         with contextlib.suppress(RuntimeError):  # TensorFlow has begun to compute
             tf.config.threading.set_intra_op_parallelism_threads(threads)
+    silence_retracing()
     if "tensorflow" in sys.modules:
         return
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -45,6 +47,18 @@ def start_tensorflow(threads: int | None = None) -> None:
     with holding_back_stderr():
         import keras  # noqa: F401
         import tensorflow  # noqa: F401
+
+
+def silence_retracing() -> None:
+    """Leave out TensorFlow's warning that Keras compiles grouped convolutions anew for each layer.
+
+    Nobody who uses Keras can change it.
+    """
+    logging.getLogger("tensorflow").addFilter(_is_of_interest)  # adding it again has no effect
+
+
+def _is_of_interest(record: logging.LogRecord) -> bool:
+    return "_conv_xla" not in record.getMessage()
 
 
 @contextlib.contextmanager

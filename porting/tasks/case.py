@@ -119,12 +119,12 @@ class Case:
 
         Model and checkpoint share memory if the checkpoint is already in float32.
         """
-        own = {entry.targets: entry.sources for entry in self.reference_map.entries}
+        # Both maps have their entries in the same order. Some have no targets to tell them apart.
         return self.reference_with(
             {
                 mine: self.state_dict[theirs]
-                for entry in self.key_map.entries
-                for mine, theirs in zip(own[entry.targets], entry.sources, strict=True)
+                for own, entry in zip(self.reference_map.entries, self.key_map.entries, strict=True)
+                for mine, theirs in zip(own.sources, entry.sources, strict=True)
             }
         )
 

@@ -200,3 +200,24 @@ def test_a_layer_that_joins_the_sides_of_a_map(scale: float) -> None:
     report = compare_outputs(reference, run, images)
     assert report.passed == (scale == 1.0), str(report)
     assert {layer.source for layer in report.layers} == {"0", "output"}
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_tensor_that_has_only_the_name_in_common(wrong: bool) -> None:
+    """keras-hub's RoBERTa calls "embeddings" what PyTorch normalises inside its `embeddings`."""
+    torch.manual_seed(0)
+    reference = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 3)).eval()
+    values = np.random.default_rng(0).normal(size=(2, 5)).astype(np.float32)
+    inputs = Inputs((values,), (values,), ((0, 1),))
+
+    def run(sample: Inputs) -> dict[str, Any]:
+        with torch.no_grad():
+            inner = reference[0](torch.from_numpy(sample.candidate[0].copy()))
+            result = reference[1](inner) * (1.001 if wrong else 1.0)
+            return {"0": (inner + 3).numpy(), "output": result.numpy()}
+
+    report = compare_outputs(reference, run, inputs)
+    assert report.passed is not wrong
+    if not wrong:
+        assert [layer.source for layer in report.layers] == ["output"]
+        assert report.notes == ("0 of the file is not PyTorch's 0",)

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import pytest
+
+from porting.models import frameworks
+
+
+def test_keras_own_retracing_is_not_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    frameworks.silence_retracing()
+    logger = logging.getLogger("tensorflow")
+    before = len(logger.filters)
+    frameworks.silence_retracing()
+    assert len(logger.filters) == before
+    with caplog.at_level("WARNING"):
+        caplog.handler.setLevel("WARNING")
+        logger.addHandler(caplog.handler)
+        logger.warning("5 out of the last 5 calls to <function conv.<locals>._conv_xla> triggered retracing")
+        logger.warning("another warning")
+        logger.removeHandler(caplog.handler)
+    assert {record.getMessage() for record in caplog.records} == {"another warning"}
+
+
+def test_models_without_memory_are_not_filled() -> None:
+    """Filling tensors of the meta device would load torch._dynamo, which takes a second."""
+    program = (
+        "import sys, torch\n"
+        "from porting.models.frameworks import without_memory\n"
+        "with without_memory():\n"
+        "    layer = torch.nn.Linear(3, 4)\n"
+        "    torch.nn.init.normal_(layer.weight, std=0.1)\n"
+        "    layer.bias.data.normal_()\n"
+        "    torch.nn.init.trunc_normal_(layer.weight)\n"
+        "assert layer.weight.is_meta\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
