@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 
@@ -14,3 +15,15 @@ def listed(names: Sequence[str], most: int = 10, separator: str = ", ") -> str:
     """The first `most` names, and how many there are beside them."""
     shown = separator.join(names[:most])
     return shown if len(names) <= most else f"{shown}{separator}and {len(names) - most:,} more"
+
+
+def reason_of(error: Exception) -> str:
+    """The line of an error's text that says what is wrong, without the frames of TensorFlow and Keras around it."""
+    text = re.sub(r"\x1b\[\d*m", "", str(error))  # Keras prints the reason in bold
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    if lines[0] == "in user code:":  # a traced function, whose frames come first
+        return lines[-1][:300]
+    framed = lines[0].startswith("Exception encountered when calling") and len(lines) > 1
+    return lines[1 if framed else 0][:300]

@@ -27,6 +27,7 @@ from porting.models.images import IMAGENET, Preprocessing
 from porting.models.rows import key_map_of_rows
 from porting.progress import SILENT, Progress
 from porting.sources.table import USUAL_CLASSES, Source
+from porting.wording import reason_of
 
 if TYPE_CHECKING:
     import keras
@@ -113,9 +114,8 @@ class LibraryFamily(Family):
         except (FamilyError, SourceError):
             raise
         except Exception as error:  # the package and its HTTP client may raise anything
-            first_line = str(error).strip().partition("\n")[0]
             raise SourceError(
-                f"{self.publisher} cannot load the published weights of {variant}: {first_line[:300]}",
+                f"{self.publisher} cannot load the published weights of {variant}: {reason_of(error)}",
                 hint="Download them on a machine with access and give them with --checkpoint FILE.",
             ) from None
         tensors = {name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}

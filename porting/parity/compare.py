@@ -55,6 +55,7 @@ from porting.parity.results import pair_results
 from porting.parity.session import Session
 from porting.parity.summary import precision_of, summarize
 from porting.progress import SILENT, Progress
+from porting.wording import reason_of
 
 if TYPE_CHECKING:
     import keras
@@ -374,5 +375,5 @@ def _without_result(problem: str, limits: Limits, name: str) -> ParityReport:
 
 
 def _first_line(error: Exception) -> str:
-    text = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+    text = reason_of(error)
+    return text if text.startswith(type(error).__name__) else f"{type(error).__name__}: {text}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -127,12 +127,19 @@ class Proposal:
         if self.agrees and not lines:
             return self
         lines += [f"  {line}" for line in self.differences]
+        lines += [f"  {line}" for line in self._culprits()]
         if not lines:
             lines = ["  the outputs still differ"]
         raise KeyMapError(
             "the two models could not be mapped completely:\n" + "\n".join(lines[:50]),
             hint="Mend the layers that differ. Rows of your own, in port_weights, help only where a layer is open.",
         )
+
+    def _culprits(self) -> Iterator[str]:
+        """What the check of the map found, unless `differences` say more."""
+        for culprit in self.report.culprits if self.report is not None and not self.differences else ():
+            known = culprit.diagnosis is not None and not culprit.diagnosis.pattern
+            yield f"{culprit}: {culprit.diagnosis.cause}" if known and culprit.diagnosis else str(culprit)
 
     def __repr__(self) -> str:
         return f"<Proposal: {self.summary.splitlines()[0]}>"

@@ -38,6 +38,7 @@ from porting.reports.document import to_json
 from porting.run import describe_run
 from porting.tasks.case import Case, case_of_file, files_of, open_case, refuse_another
 from porting.tasks.options import CheckOptions
+from porting.wording import reason_of
 
 if TYPE_CHECKING:
     import keras
@@ -297,8 +298,7 @@ def _export_errors(what: str) -> Iterator[None]:
     except (PortingError, OSError):
         raise
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ExportError(f"{what}: {lines[0][:300] if lines else repr(error)}") from None
+        raise ExportError(f"{what}: {reason_of(error)}") from None
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from porting.mapping.rules import KeyRule
 from porting.models.frameworks import start_tensorflow
 from porting.progress import SILENT, Progress
 from porting.proposing.proposal import Proposal, propose_map
+from porting.wording import reason_of
 
 
 def map_models(
@@ -42,8 +43,7 @@ def map_models(
             reference, candidate, given, pairs=pairs, rows=rows, absorb_epsilon=absorb_epsilon, progress=progress
         )
     except (RuntimeError, TypeError, ValueError) as error:  # a model rejects these inputs
-        first_line = str(error).strip().partition("\n")[0]
         raise FamilyError(
-            f"the models cannot be run on these inputs: {first_line[:300]}",
+            f"the models cannot be run on these inputs: {reason_of(error)}",
             hint="Give inputs that both models accept with --inputs FILE.npz, named like the Keras model's inputs.",
         ) from None

@@ -31,6 +31,7 @@ from porting.models.images import prepare_in_tensorflow
 from porting.models.inputs import Inputs, leaves_by_key, names_in_reference
 from porting.parity.report import FLOAT32_ROUNDOFF
 from porting.tasks.case import Case, open_case
+from porting.wording import reason_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -128,9 +129,8 @@ class Plan:
             try:
                 single = _tensor(self.reference(tensor)).numpy().astype(np.float64)
             except RuntimeError as error:
-                first_line = str(error).partition("\n")[0]
                 raise FamilyError(
-                    f"the PyTorch model cannot run on images of shape {images.shape[1:]}: {first_line[:200]}",
+                    f"the PyTorch model cannot run on images of shape {images.shape[1:]}: {reason_of(error)}",
                     hint="Prepare them with --pytorch-preprocessing FILE.py:FUNCTION.",
                 ) from None
             if single.ndim != 2:

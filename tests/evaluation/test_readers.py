@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from porting.errors import SourceError
+from porting.errors import OptionError, SourceError
 from porting.evaluation.items import Block, Item, blocks_of
 from porting.evaluation.labels import Labels, read_labels, usual_labels
 from porting.evaluation.readers import open_data
@@ -223,8 +223,10 @@ def test_labels_of_a_file(tmp_path: Path) -> None:
     labels = read_labels(path, 2)
     assert labels.of_folders(["n01443537", "n01440764"]) == {"n01443537": 1, "n01440764": 0}
     assert labels.number("Goldfish") == 1
-    with pytest.raises(SourceError, match="lists 2 classes, but the model has 3"):
+    with pytest.raises(OptionError, match="lists 2 classes, but the model has 3"):
         read_labels(path, 3)
+    with pytest.raises(SourceError, match=r"nix.txt: no such file"):
+        read_labels(tmp_path / "nix.txt", 3)
 
 
 def test_imagenet_synsets_are_known() -> None:

@@ -227,3 +227,12 @@ def test_a_mistake_before_an_activation_of_its_own_module() -> None:
     assert culprit.layer == "c_fc"
     assert culprit.diagnosis is not None
     assert culprit.diagnosis.cause == "c_fc.weight is 1.0001 times what it should be"
+
+
+def test_a_port_without_a_map_says_what_differs() -> None:
+    reference = Functions(nn.ReLU(), True, "").eval()
+    inputs = keras.Input((6,))
+    x = layers.Dense(20, activation="relu")(inputs)
+    candidate = keras.Model(inputs, layers.Dense(5, activation="softmax")(x))
+    with pytest.raises(porting.PortingError, match="fc2: .*: its activation is softmax in Keras"):
+        porting.port_weights(reference, candidate, inputs=np.random.default_rng(0).normal(size=(8, 6)))
