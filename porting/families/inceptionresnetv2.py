@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from porting.families.base import Spec
 from porting.families.library import LibraryFamily, application, timm_model
 from porting.mapping.rules import KeyRule
+from porting.models.images import Preprocessing
 
 if TYPE_CHECKING:
     import keras
@@ -57,6 +58,7 @@ class InceptionResNetV2Family(LibraryFamily):
     models = {"inception_resnet_v2": "InceptionResNetV2"}
     head = "classif"
     rows = tuple(_rows())
+    inputs = Preprocessing(299, 333)
 
     def synthetic_reference(self, spec: Spec) -> nn.Module:
         reference = super().synthetic_reference(spec)

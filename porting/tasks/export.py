@@ -205,7 +205,7 @@ def _classes(case: Case, model: keras.Model) -> int:
 
 
 def _labels(case: Case, classes: int, path: Path | None) -> tuple[str, ...]:
-    """The names of the classes in order; empty if they are unknown. Raises SourceError for a list that does not fit."""
+    """The names of the classes in order; empty if they are unknown. Raises as `read_labels` does."""
     if path is not None:
         known = read_labels(path, classes)
     elif not case.num_classes:
