@@ -83,6 +83,7 @@ class Options:
         for call in recording.calls:
             self._calls.setdefault(call.partition("#")[0], []).append(call)
         self._plain = {name for name in self.modules if not source.holds_tensors(name)}
+        self._fitting_known: dict[tuple[str, str, tuple[str, ...]], tuple[Option, ...]] = {}
         self.order = {call.partition("#")[0]: place for call, place in reversed(list(recording.order.items()))}
 
     def takers(self, truth: Truth) -> list[str]:
@@ -108,11 +109,20 @@ class Options:
 
     def modules_like(self, layer_name: str) -> list[Option]:
         """Every module whose kind and shapes fit a layer, in the order of execution."""
-        ran = sorted((name for name in self.order if self.kinds.get(name) is not None), key=self.order.__getitem__)
-        return [option for name in ran for option in self.fitting(layer_name, name)]
+        return [option for name in self._ran for option in self.fitting(layer_name, name)]
 
-    def fitting(self, layer_name: str, module_name: str, sides: Sequence[str] = ()) -> Iterator[Option]:
-        """Yield the ways in which the tensors of a module can fill all variables of a layer."""
+    @cached_property
+    def _ran(self) -> list[str]:
+        return sorted((name for name in self.order if self.kinds.get(name) is not None), key=self.order.__getitem__)
+
+    def fitting(self, layer_name: str, module_name: str, sides: Sequence[str] = ()) -> tuple[Option, ...]:
+        """The ways in which the tensors of a module can fill all variables of a layer."""
+        key = layer_name, module_name, tuple(sides)
+        if key not in self._fitting_known:  # a search asks for the same ones many times
+            self._fitting_known[key] = tuple(self._fitting(*key))
+        return self._fitting_known[key]
+
+    def _fitting(self, layer_name: str, module_name: str, sides: Sequence[str]) -> Iterator[Option]:
         raise NotImplementedError
 
     def parameters_like(self, variable: str, truths: Iterable[Truth] = ()) -> list[Option]:
@@ -187,7 +197,7 @@ class AcrossFrameworks(Options):
     source: TorchSide
     target: KerasSide
 
-    def fitting(self, layer_name: str, module_name: str, sides: Sequence[str] = ()) -> Iterator[Option]:
+    def _fitting(self, layer_name: str, module_name: str, sides: Sequence[str]) -> Iterator[Option]:
         layer, module = self.layers[layer_name], self.modules[module_name]
         kind, names = self.kinds[module_name], self.target.names
         if kind is None:
@@ -236,7 +246,7 @@ class WithinFramework(Options):
     # Kinds that compute the same product, with axes of size 1 or split axes between their kernels.
     _PRODUCTS = frozenset({"dense", "conv"})
 
-    def fitting(self, layer_name: str, module_name: str, sides: Sequence[str] = ()) -> Iterator[Option]:
+    def _fitting(self, layer_name: str, module_name: str, sides: Sequence[str]) -> Iterator[Option]:
         kind, other = self.kinds[module_name], self.target.kind(layer_name)
         same = type(self.modules[module_name]) is type(self.layers[layer_name])
         if kind is None or other is None:
