@@ -26,6 +26,7 @@ from porting.progress import SILENT, Progress
 from porting.proposing.options import AcrossFrameworks, Options, WithinFramework
 from porting.proposing.sides import KerasSide, TorchSide, make_sides
 from porting.proposing.walk import Choice, Outcome, Stated, Walk
+from porting.wording import listed
 
 if TYPE_CHECKING:
     import keras
@@ -157,6 +158,8 @@ class Proposal:
         lines += [f"  {row}" for row in self.rows if row.confidence != PROVEN]
         lines += [f"  PyTorch only: {name}" for name in self.unused_sources]
         lines += [f"  PyTorch only: {name}, which must hold zeros for the outputs to be exact" for name in self.zeros]
+        if ones := [name for entry in self.key_map.entries if _is_of_ones(entry) for name in entry.sources]:
+            lines.append(f"  PyTorch only: {listed(ones)}, which must hold ones")
         lines += [f"  Keras only: {name}" for name in self.unfilled_targets]
         lines += [f"  {line}" for line in self.differences]
         lines.append(f"Outputs: {'exact in float64' if self.agrees else 'not the same'}")
@@ -202,7 +205,7 @@ def propose_map(
     """
     source, target = make_sides(reference, candidate, inputs, reference_inputs, input_axes)
     progress("running the reference")
-    source.fill_with_synthetic_weights()
+    source.fill_with_synthetic_weights(target.lacking() if isinstance(target, KerasSide) else None)
 
     def search() -> tuple[Proposal, Options]:
         recording = record_run(source.running)
@@ -229,6 +232,10 @@ def propose_map(
         proposal = replace(proposal, report=_report(proposal, options.source, candidate, progress))
     progress("done", 1, 1)
     return proposal
+
+
+def _is_of_ones(entry: TensorEntry) -> bool:
+    return not entry.targets and isinstance(entry.transform, Constant) and entry.transform.value == 1.0
 
 
 def _with_zeros(proposal: Proposal, names: Collection[str]) -> Proposal:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from porting.kinds import kind_of_layer, kind_of_module
-from porting.kinds.base import Kind
+from porting.kinds import KINDS, kind_of_layer, kind_of_module
+from porting.kinds.base import Kind, Leaf, attribute
 from porting.kinds.transforms import Array, Shape
 from porting.mapping.rules import join_name
 from porting.models.float64 import in_float64
@@ -80,7 +80,7 @@ class Side(Protocol):
         """Set tensors of the float64 model to zero."""
         ...
 
-    def fill_with_synthetic_weights(self) -> None:
+    def fill_with_synthetic_weights(self, defaults: Mapping[str, Sequence[Leaf]] | None = None) -> None:
         """Give every tensor of the float64 model values that reveal errors."""
         ...
 
@@ -158,10 +158,22 @@ class TorchSide:
         self.assign({name: np.zeros_like(self._tensors[name]) for name in names})
         self._refresh()
 
-    def fill_with_synthetic_weights(self) -> None:
+    def fill_with_synthetic_weights(self, defaults: Mapping[str, Sequence[Leaf]] | None = None) -> None:
+        """Fill the model with weights that show mistakes.
+
+        `defaults` are tensors, by kind, that no layer of the target holds: the scale of norms without one. They get
+        their default, which the published weights must have too if they fit the target.
+        """
         import torch
 
         fill_with_synthetic_weights(self.model, 0, run=self.call)
+        for module in self.model.modules():
+            kind = kind_of_module(module)
+            for leaf in (defaults or {}).get(kind.name, ()) if kind is not None else ():
+                for name in leaf.sources:
+                    tensor = attribute(module, name)
+                    if tensor is not None:
+                        tensor.data.fill_(leaf.default)
         self.model.eval()
         generator = torch.Generator().manual_seed(1)
         for module in self.model.modules():
@@ -199,6 +211,17 @@ class KerasSide:
     def kind(self, layer: str) -> Kind | None:
         return kind_of_layer(self.layers[layer]) if layer else None
 
+    def lacking(self) -> dict[str, list[Leaf]]:
+        """The leaves that are 1 by default, such as the scale of a norm, and that no layer of their kind has."""
+        held: dict[str, set[str]] = {}
+        for layer in self.layers.values():
+            if (kind := kind_of_layer(layer)) is not None:
+                held.setdefault(kind.name, set()).update(kind.variables(layer))
+        return {
+            name: [leaf for leaf in KINDS[name].leaves if leaf.default == 1.0 and own.isdisjoint(leaf.targets)]
+            for name, own in held.items()
+        }
+
     def holds_tensors(self, layer: str) -> bool:
         return bool(self.layers[layer].weights)
 
@@ -235,7 +258,7 @@ class KerasSide:
         cleared = set(names)
         self._float64.substitute(lambda name, values: np.zeros_like(values) if name in cleared else None)
 
-    def fill_with_synthetic_weights(self) -> None:
+    def fill_with_synthetic_weights(self, defaults: Mapping[str, Sequence[Leaf]] | None = None) -> None:
         rng = np.random.default_rng(0)
 
         def drawn(name: str, values: Array) -> Array:
