@@ -88,7 +88,7 @@ class WeightsFileError(PortingError):
 
 
 class ReportError(PortingError):
-    """A parity report cannot be read."""
+    """A parity report cannot be read, or is one of another model."""
 
     exit_code = 8
 

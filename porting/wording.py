@@ -23,7 +23,13 @@ def reason_of(error: Exception) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
-    if lines[0] == "in user code:":  # a traced function, whose frames come first
-        return lines[-1][:300]
-    framed = lines[0].startswith("Exception encountered when calling") and len(lines) > 1
-    return lines[1 if framed else 0][:300]
+    frames = [place for place, line in enumerate(lines) if "Exception encountered when calling" in line]
+    if frames and frames[-1] + 1 < len(lines):
+        return lines[frames[-1] + 1][:300]
+    return lines[-1 if lines[0] == "in user code:" else 0][:300]  # of a traced function, whose frames come first
+
+
+def typed_reason_of(error: Exception) -> str:
+    """The type of an error and its reason."""
+    reason, name = reason_of(error), type(error).__name__
+    return reason if reason.startswith(name) else f"{name}: {reason}"

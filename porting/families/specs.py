@@ -13,7 +13,7 @@ from typing import Any
 
 from porting.errors import FamilyError, SourceError
 from porting.models.frameworks import import_library
-from porting.wording import reason_of
+from porting.wording import typed_reason_of
 
 FORMS = (
     "timm:NAME, torchvision:NAME, transformers:CLASS[:config.json], keras.applications:NAME, "
@@ -54,7 +54,7 @@ def build_model(spec: str, arguments: Mapping[str, Any]) -> Any:
             hint="Install it in the environment of van-port, or mend the import.",
         ) from None
     except Exception as error:  # the code that builds the model may raise anything
-        raise FamilyError(f"{spec}: cannot be built: {type(error).__name__}: {reason_of(error)}") from None
+        raise FamilyError(f"{spec}: cannot be built: {typed_reason_of(error)}") from None
 
 
 def load_function(spec: str) -> Callable[..., Any]:
@@ -70,7 +70,7 @@ def load_function(spec: str) -> Callable[..., Any]:
     except (FamilyError, SourceError):
         raise
     except Exception as error:  # that code may raise anything
-        raise FamilyError(f"{spec}: cannot be loaded: {type(error).__name__}: {reason_of(error)}") from None
+        raise FamilyError(f"{spec}: cannot be loaded: {typed_reason_of(error)}") from None
     if not callable(found):
         raise FamilyError(f"{spec} is not a function")
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -124,8 +125,8 @@ def _values(function: Any) -> Settings:
     return {"activation": values}
 
 
-def functions() -> dict[str, Callable[[Tensor], Tensor]]:
-    """The activations that can be told from one another, by name."""
+def functions(rank: int = 1) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The activations that can be told from one another, by name, for tensors in Keras's order of axes."""
     import torch
     from torch.nn import functional as F
 
@@ -149,6 +150,7 @@ def functions() -> dict[str, Callable[[Tensor], Tensor]]:
         "softplus": F.softplus,
         "softmax": lambda x: x.softmax(-1),
         "log softmax": lambda x: x.log_softmax(-1),
+        **{f"softmax over axis {axis}": partial(torch.softmax, dim=axis) for axis in range(1, rank - 1)},
         LINEAR: lambda x: x,
     }
 

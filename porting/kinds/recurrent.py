@@ -22,6 +22,11 @@ _ORDERS = {"LSTM": (0, 1, 2, 3), "GRU": (1, 0, 2), "RNN": (0,)}
 _GATES = {"LSTM": ("input", "forget", "cell", "output"), "GRU": ("reset", "update", "new")}
 
 
+def _mode(module: Any) -> str:
+    """LSTM, GRU or RNN, also for a class that derives from them."""
+    return str(getattr(module, "mode", "")).partition("_")[0]
+
+
 class Recurrent(Kind):
     name = "recurrent"
 
@@ -38,7 +43,7 @@ class Recurrent(Kind):
         return Recurrent(int(details[1:]))
 
     def leaves_for(self, module: nn.Module) -> tuple[Leaf, ...]:
-        order = _ORDERS.get(type(module).__name__)
+        order = _ORDERS.get(_mode(module))
         return () if order is None else _leaves(order, self.layer)
 
     def variables(self, layer: Any) -> dict[str, keras.Variable]:
@@ -59,7 +64,7 @@ class Recurrent(Kind):
 
     def module_settings(self, module: Any) -> Settings:
         settings = {"hidden_size": module.hidden_size, "bidirectional": module.bidirectional}
-        return {**settings, "reset_after": True} if type(module).__name__ == "GRU" else settings
+        return {**settings, "reset_after": True} if _mode(module) == "GRU" else settings
 
     def layer_settings(self, layer: Any) -> Settings:
         own = getattr(layer, "forward_layer", layer)
@@ -68,7 +73,7 @@ class Recurrent(Kind):
 
     def mistakes(self, module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
         names = list(dict(module.named_parameters()))
-        gates = _GATES.get(type(module).__name__, ())
+        gates = _GATES.get(_mode(module), ())
         for one, other in itertools.combinations(range(len(gates)), 2):
             text = f"the {gates[one]} gate and the {gates[other]} gate are exchanged"
             exchange = partial(_exchanged, len(gates), one, other)
@@ -81,7 +86,7 @@ class Recurrent(Kind):
         yield _changed(module, inputs, "the biases are lost", biases, lambda values: values * 0)
         if module.bidirectional:
             yield Mistake("its two directions are exchanged", with_change(module, inputs, _exchange_directions))
-        if type(module).__name__ == "GRU" and module.num_layers == 1 and not module.bidirectional:
+        if _mode(module) == "GRU" and module.num_layers == 1 and not module.bidirectional:
             yield Mistake(
                 "reset_after=False in Keras, where PyTorch resets after", partial(_reset_before, module, inputs)
             )

@@ -91,10 +91,18 @@ class KeyMap:
 
     @property
     def one_to_one(self) -> dict[str, str]:
-        """The layer of each module that has a layer to itself, without rows for single parameters."""
+        """The layer of each module that has a layer to itself, without rows for single parameters.
+
+        The layers of a stack, one module with several rows, are called `lstm.l0` and so on.
+        """
         count = Counter(pair.target for pair in self.layers)
         layers = [pair for pair in self.layers if pair.kind.partition(":")[0] != "parameter"]
-        return {pair.source: pair.target for pair in layers if count[pair.target] == 1}
+        stacks = {pair.source for pair in layers if pair.kind.startswith("recurrent:")}
+        names = {
+            pair: f"{pair.source}.{pair.kind.partition(':')[2] or 'l0'}" if pair.source in stacks else pair.source
+            for pair in layers
+        }
+        return {names[pair]: pair.target for pair in layers if count[pair.target] == 1}
 
     @classmethod
     def match(

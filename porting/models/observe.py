@@ -76,25 +76,26 @@ def observe_modules(model: nn.Module, observer: Observer, *, stacks: bool = Fals
     calls = _Calls()
 
     def run_layers(name: str, layers: list[nn.Module], given: list[Tensor]) -> None:
-        if len(given) != 1 or given[0].ndim not in {2, 3}:
-            return  # states of one's own, or packed sequences
-        (tensor,) = given
-        for index, layer in enumerate(layers[:-1]):
-            taken = tensor
-            observer.before(calls.begin(f"{name}.l{index}"), [taken])
-            tensor, states = layer(taken)
+        tensor, *states = given
+        # Packed sequences have fewer axes, and states have as many, with one for layers and directions.
+        directions = 2 if layers[0].bidirectional else 1
+        if tensor.ndim not in {2, 3} or any(len(each) != directions * len(layers) for each in states):
+            return
+        for index, layer in enumerate(layers):
+            own = [each[directions * index : directions * (index + 1)] for each in states]
+            observer.before(calls.begin(f"{name}.l{index}"), [tensor, *own])
+            tensor, after = layer(tensor, tuple(own) if len(own) > 1 else own[0]) if own else layer(tensor)
             found: list[Tensor] = []
-            _collect((tensor, states), found)
+            _collect((tensor, after), found)
             observer.after(calls.end(), found)
 
     def hooks_for(name: str, module: nn.Module) -> tuple[Any, Any]:
-        layers = layers_of_stack(module) if stacks else []
-
         def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
             found: list[Tensor] = []
+            layers = layers_of_stack(module) if stacks else []  # now, since it may compute its weights for each call
             if observer.watches_inputs or layers:
                 _collect((args, kwargs), found)
-            if layers:
+            if layers and found:
                 run_layers(name, layers, found)
             replaced = observer.before(calls.begin(name), found)
             return None if replaced is None else _replace((args, kwargs), iter(replaced))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,7 +39,7 @@ _FEW = 3
 
 def as_an_activation(label: str, expected: Tensor, actual: Tensor, place: str) -> Diagnosis | None:
     """Diagnose an activation that only one side has at a `place`, such as "before fc2"."""
-    for name, function in functions().items():
+    for name, function in functions(expected.ndim).items():
         if name == LINEAR:
             continue
         for side, guess, target in (
@@ -85,7 +86,7 @@ def cause_of(
 
     def named(text: str) -> str:
         """With the names that the tensors of a layer in a stack have in the stack."""
-        return text.replace(f"{owner}.l{place}.", f"{owner}.").replace("_l0", f"_l{place}")
+        return re.sub(r"\b((?:weight|bias)_\w\w)_l0", rf"\1_l{place}", text.replace(f"{owner}.l{place}.", f"{owner}."))
 
     return replace(found, cause=named(found.cause), checked=tuple(named(each) for each in found.checked))
 
@@ -120,7 +121,7 @@ def _cause_of(
     sides = _sides_before(tracer, node)
     elsewhere = partial(_owner, session, base)
     core = core_of(session, recording, call, layer)
-    behind = None if inside is None else inside.ours
+    behind = None if inside is None else inside.behind
     if behind is not None:
         truth = behind(truth)
         core = replace(core or Core(base, module, inputs, (), False), tail=(*(core.tail if core else ()), behind))
@@ -247,8 +248,8 @@ def _weights(module: Any, layer: Any, sides: str = "") -> list[_Weight]:
     kinds = [kind]
     if sides and kind.name == "dense":
         kinds.append(kind_called(f"dense:{sides}"))
-    if stack := layers_of_stack(module):
-        kinds = [kind_called(f"{kind.name}:l{len(stack) - 1}")]
+    if stack := layers_of_stack(module):  # its layers were not recorded: it may be any of them
+        kinds = [kind_called(f"{kind.name}:l{index}") for index in range(len(stack))]
 
     def differing(weights: list[_Weight]) -> int:
         return sum(int((each.expected != each.actual).sum()) for each in weights)
@@ -283,6 +284,23 @@ def _weights_as(kind: Kind, module: Any, layer: Any) -> Iterator[_Weight]:
         for name, one, other in zip(leaf.sources, expected, actual, strict=True):
             if one.shape == other.shape:
                 yield _Weight(name, one, other, leaf, variables, shapes)
+
+
+def _joined(module: Any, layer: Any) -> dict[str, Array]:
+    """Keras's values of tensors of which several make one variable, such as an LSTM's two biases."""
+    kind = kind_of_module(module)
+    if kind is None or layers_of_stack(module):
+        return {}
+    own = kind.variables(layer)
+    found: dict[str, Array] = {}
+    for leaf in kind.leaves_for(module):
+        held = [attribute(module, name) for name in leaf.sources]
+        if len(held) > len(leaf.targets) and all(name in own for name in leaf.targets):
+            arrays = [np.asarray(own[name]).astype(np.float32) for name in leaf.targets]
+            shapes = [tuple(tensor.shape) for tensor in held if tensor is not None]
+            if len(shapes) == len(held):
+                found |= dict(zip(leaf.sources, leaf.transform.to_torch(arrays, shapes), strict=True))
+    return found
 
 
 def _few_numbers(call: str, module: Any, layer: Any, sides: str, slack: float = 0.0) -> Diagnosis | None:
@@ -339,14 +357,16 @@ def _differing_weights(
     causes = _said_of_weights(call, weights, elsewhere, slack)
     if not causes:
         return None
+    joined = _joined(module, layer)
 
     def put_in(changed: Any) -> None:
         import torch
 
-        for weight in weights:
-            owner, _, name = weight.name.rpartition(".")
+        actual = {weight.name: weight.actual for weight in weights}
+        for path, values in (joined | actual).items():
+            owner, _, name = path.rpartition(".")
             tensor = getattr(changed.get_submodule(owner), name)
-            tensor.data = torch.from_numpy(weight.actual.astype(np.float64))
+            tensor.data = torch.from_numpy(values.astype(np.float64))
 
     made = as_tensors(with_change(module, inputs, put_in)())
     results = [each if behind is None else behind(each) for each in made]
@@ -369,19 +389,24 @@ def _share_left(truth: Tensor, found: Tensor, guess: Tensor) -> float:
 
 
 def _owner(session: Session, call: str, values: Array) -> str:
-    """The module other than `call` that holds these numbers in PyTorch; empty if none does or many may.
+    """The module other than `call` that alone holds these numbers in PyTorch; empty if none does, or several do.
 
     Equal numbers, such as the ones of a new norm, say nothing.
     """
     if values.size < 2 or (values == values.reshape(-1)[0]).all():
         return ""
+    own, found = owner_of(call, session.modules)[0], []
     for name, module in session.modules.items():
-        if name == call:
-            continue
-        for own in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            if own.shape == values.shape and np.array_equal(own.detach().float().numpy(), values):
-                return str(name)
-    return ""
+        # The layers of a stack stand for the stack.
+        if name not in {call, own} and not layers_of_stack(module):
+            tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+            if any(each.shape == values.shape and _equal(each, values) for each in tensors):
+                found.append(name)
+    return found[0] if len(found) == 1 else ""
+
+
+def _equal(tensor: Tensor, values: Array) -> bool:
+    return bool(np.array_equal(tensor.detach().float().numpy(), values))
 
 
 def _said_of_weights(call: str, weights: list[_Weight], elsewhere: Callable[[Array], str], slack: float) -> list[str]:

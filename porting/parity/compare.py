@@ -25,6 +25,7 @@ from porting.models.keras_float64 import Float64Model
 from porting.models.live import effective_tensors, require_models
 from porting.models.observe import observe_layers, observe_modules, to_torch
 from porting.models.precision import in_precision
+from porting.models.stacks import last_layer
 from porting.models.traverse import named_layers, named_variables
 from porting.parity.bits import compare_bits
 from porting.parity.derived import (
@@ -55,7 +56,7 @@ from porting.parity.results import pair_results
 from porting.parity.session import Session
 from porting.parity.summary import precision_of, summarize
 from porting.progress import SILENT, Progress
-from porting.wording import reason_of
+from porting.wording import typed_reason_of
 
 if TYPE_CHECKING:
     import keras
@@ -126,7 +127,7 @@ def check_parity(
             given = make_inputs(reference, candidate, inputs, reference_inputs, input_axes)
             names = Names(reference, candidate, pairs)
         except (RuntimeError, TypeError, AttributeError) as error:
-            return _without_result(f"the inputs do not fit the models: {_first_line(error)}", limits, name)
+            return _without_result(f"the inputs do not fit the models: {typed_reason_of(error)}", limits, name)
         if problem := given.not_finite():
             return _without_result(problem, limits, name)
         axes = _stated_axes(output_axes)
@@ -137,7 +138,9 @@ def check_parity(
             float64 = Float64Model(candidate, build_float64, saving_memory=large and _in_full_precision(candidate))
             session = Session(reference, candidate, given, names, axes, float64, rounded, large=large)
         except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
-            return _without_result(f"the PyTorch model cannot be run in float64: {_first_line(error)}", limits, name)
+            return _without_result(
+                f"the PyTorch model cannot be run in float64: {typed_reason_of(error)}", limits, name
+            )
         try:
             if key_map is not None and any(isinstance(entry.transform, Shifted) for entry in key_map.entries):
                 _substitute_by_key_map(session, key_map)
@@ -182,7 +185,7 @@ def _run_batches(
             recording = session.record_truth(batch)
         except Exception as error:  # a model may raise anything on unsuitable inputs
             raise CannotRunError(
-                f"the PyTorch model cannot run in float64 on these inputs: {_first_line(error)}"
+                f"the PyTorch model cannot run in float64 on these inputs: {typed_reason_of(error)}"
             ) from None
         step(1, "Keras, float64")
         if start == 0:
@@ -209,6 +212,7 @@ def _run_batches(
             call: None
             for call in recording.order
             if not any(id(truth) in exact.matched for truth in recording.calls[call].outputs)
+            and last_layer(call, session.modules, recording.calls) == call
         }
         if len(partners) == 1:
             ((theirs, ours),) = partners.items()
@@ -225,7 +229,7 @@ def _build(session: Session, batch: Inputs) -> None:
     try:
         session.candidate(batch.for_candidate(session.candidate), training=False)
     except Exception as error:  # a model may raise anything on unsuitable inputs
-        raise CannotRunError(f"the Keras model cannot run on these inputs: {_first_line(error)}") from None
+        raise CannotRunError(f"the Keras model cannot run on these inputs: {typed_reason_of(error)}") from None
     session.names.layers.update(named_layers(session.candidate))
 
 
@@ -291,7 +295,7 @@ def _run_exact(session: Session, recording: Recording, batch: Inputs, start: int
                     session.float64.clone()
                     continue
             where = "in float64" if _runs(session, batch) else "on these inputs"
-            raise CannotRunError(f"the Keras model cannot run {where}: {_first_line(error)}") from None
+            raise CannotRunError(f"the Keras model cannot run {where}: {typed_reason_of(error)}") from None
     return None
 
 
@@ -372,8 +376,3 @@ def _stated_axes(output_axes: Any) -> dict[str, Axes]:
 
 def _without_result(problem: str, limits: Limits, name: str) -> ParityReport:
     return ParityReport((), (), (), None, (), limits, name, problem=problem)
-
-
-def _first_line(error: Exception) -> str:
-    text = reason_of(error)
-    return text if text.startswith(type(error).__name__) else f"{type(error).__name__}: {text}"

@@ -135,8 +135,9 @@ def _of_module(module: nn.Module) -> Iterator[Array]:
         for suffix in _directions(module):
             one, other = (getattr(module, f"bias_{name}_{suffix}").detach().numpy() for name in ("ih", "hh"))
             yield one + other
-    if _is_parametrized(module):
-        weight = module.weight.detach().numpy()  # type: ignore[operator]
+    tensor: Any = getattr(module, "weight", None)
+    if tensor is not None and _is_parametrized(module):
+        weight = tensor.detach().numpy()
         kind = kind_of_module(module)
         for leaf in kind.leaves if kind is not None else ():
             if leaf.sources == ("weight",):

@@ -12,6 +12,7 @@ import numpy as np
 from porting.kinds import becomes, kind_of_layer, kind_of_module
 from porting.kinds.activation import GRID, LINEAR, functions
 from porting.kinds.activation import KIND as ACTIVATION
+from porting.models.inputs import Axes, inverse
 from porting.models.observe import to_torch
 from porting.models.stacks import modules_of
 from porting.parity.content import as_real
@@ -73,13 +74,21 @@ def last_of_fused(session: Session, recording: Recording, tracer: Tracer, node: 
 class Activations:
     """The activation inside a Keras layer, and what PyTorch's code does with the result of the layer's module.
 
-    `theirs` is None if that is not known. The names say LINEAR for no activation.
+    Both take tensors in Keras's order of axes. `theirs` is None if that is not known. The names say LINEAR for no
+    activation.
     """
 
     ours: Callable[[Tensor], Tensor]
     theirs: Callable[[Tensor], Tensor] | None
     our_name: str
     their_name: str
+    axes: Axes
+
+    def behind(self, result: Tensor) -> Tensor:
+        """What Keras makes of a result of the module in PyTorch's order of axes, in that order."""
+        if result.ndim != len(self.axes):
+            return self.ours(result)
+        return self.ours(result.permute(self.axes)).permute(inverse(self.axes))
 
     def another(self, call: str, expected: Tensor, actual: Tensor) -> Diagnosis | None:
         """Diagnose a Keras activation that is not PyTorch's, behind weights that are right."""
@@ -98,12 +107,12 @@ class Activations:
 
 
 def activations_of(
-    session: Session, recording: Recording, node: Node, call: str, truth: Tensor, expected: Tensor
+    session: Session, recording: Recording, node: Node, call: str, truth: Tensor, axes: Axes, actual: Tensor
 ) -> Activations | None:
     """The activation inside a Keras layer and the function that PyTorch's code calls behind the module `call`.
 
-    No module returns that function's result, but a later one takes it. `expected` is the truth in Keras's order. None
-    if the layer has no activation inside, or PyTorch has a module for it.
+    No module returns that function's result, but a later one takes it. `truth` is the module's result, and `axes` puts
+    it into Keras's order. None if the layer has no activation inside, or PyTorch has a module for it.
     """
     import keras
 
@@ -114,11 +123,14 @@ def activations_of(
 
     def ours(tensor: Tensor) -> Tensor:
         with session.float64.active():
-            return to_torch(function(keras.ops.convert_to_tensor(tensor.numpy())))
+            return to_torch(function(keras.ops.convert_to_tensor(tensor.contiguous().numpy())))
 
-    taken = _taken_behind(session, recording, call, truth)
-    known = functions()
-    their_name = next((name for name in known if any(same(known[name](truth), each) for each in taken)), "")
+    def in_keras(tensor: Tensor) -> Tensor:
+        return tensor.permute(axes).reshape(actual.shape)
+
+    expected, known = in_keras(truth), functions(actual.ndim)
+    taken = [in_keras(each) for each in _taken_behind(session, recording, call, truth)]
+    their_name = next((name for name in known if any(same(known[name](expected), each) for each in taken)), "")
     result = ours(expected)
     # A function may compute what it says by another formula, such as a polynomial: only the same results are the same.
     our_name = next((name for name in known if same(known[name](expected), result)), "")
@@ -126,20 +138,23 @@ def activations_of(
         return None
     our_name = our_name or getattr(function, "__name__", type(function).__name__)
     theirs = ours if our_name == their_name else known.get(their_name)
-    return Activations(ours, theirs, our_name, their_name)
+    return Activations(ours, theirs, our_name, their_name, axes)
 
 
 def _taken_behind(session: Session, recording: Recording, call: str, truth: Tensor) -> list[Tensor]:
-    """The tensors of this size that later modules take, and results. Dropouts and identities do not take anything."""
-    from torch import nn
+    """The tensors of this size that later modules take, and results.
 
+    The result itself counts as taken only by modules with weights: dropouts and the like do nothing to it, and modules
+    of other kinds may begin with an activation.
+    """
     order, found = recording.order.get(call, -1), []
     for name in recording.order:
-        module = session.modules.get(name.partition("#")[0])
-        passes = isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd))
         if recording.order[name] > order:
-            taken = (given.tensor for given in recording.calls[name].inputs)
-            found += [each for each in taken if not (passes and each is truth)]
+            module = session.modules.get(name.partition("#")[0])
+            kind = None if module is None else kind_of_module(module)
+            takes = kind is not None and bool(kind.leaves)
+            tensors = (given.tensor for given in recording.calls[name].inputs)
+            found += [each for each in tensors if takes or each is not truth]
     found += [each.tensor for each in recording.outputs.values()]
     return [each for each in found if each.shape == truth.shape]
 

@@ -99,7 +99,11 @@ class _Fits:
         self._names = {id(variable): name for name, variable in self._variables.items()}
         self.shapes = {name: tuple(variable.shape) for name, variable in self._variables.items()}
         self._kinds = {name: kind_of_module(module) for name, module in session.modules.items()}
-        self.kind_names = {name: self._kind_name(name, kind) for name, kind in self._kinds.items() if kind is not None}
+        self.kind_names = {
+            name: self._kind_name(name, kind)
+            for name, kind in self._kinds.items()
+            if kind is not None and not layers_of_stack(session.modules[name])  # its layers stand for a stack
+        }
 
     def _kind_name(self, source: str, kind: Kind) -> str:
         """The kind of a row: of a layer in a stack, with its index."""

@@ -16,6 +16,7 @@ import numpy as np
 
 from porting.models.inputs import Inputs, inverse, leaves_by_key
 from porting.models.observe import observe_layers
+from porting.models.stacks import last_layer
 from porting.parity.causes import as_an_activation, cause_of, exchanged_parts, tensors_near
 from porting.parity.content import (
     SAME,
@@ -136,7 +137,7 @@ def _next_culprit(
     def known(node: Node) -> bool:
         return _partner(session, recording, tracer, node) is not None
 
-    while True:
+    for _ in range(len(tracer.nodes) + 2):  # each time one more tensor is assumed to be right
         candidates: list[tuple[int, Node | Gap]] = []
         for key, tensor, _ in wrong:
             found = _search(tracer, tensor, Gap(None, 0, key), innocent, known)
@@ -157,23 +158,24 @@ def _next_culprit(
             # The cell of a recurrent layer has no partner, but the layer has one.
             first, call = around, _partner(session, recording, tracer, around)
         if call is not None:
+            call = last_layer(call, session.modules, recording.calls)
             taken = _wrongly_taken(tracer, first, recording.calls[call].inputs)
             if taken is None:
                 call = last_of_fused(session, recording, tracer, first, call)
-                if _is_right_inside(session, recording, first, call):
-                    tracer.assume(first.outputs[0])
-                    continue
-                return _own_mistake(session, recording, tracer, first, call, began)
+                if not _is_right_inside(session, recording, first, call):
+                    return _own_mistake(session, recording, tracer, first, call, began)
             # Where PyTorch's tensor did not help there, the layer stands for something else.
-            if (first.name, False, taken) not in innocent:
+            elif (first.name, False, taken) not in innocent:
                 return _wrong_input(session, recording, tracer, Gap(first, taken), began)
-        # PyTorch has no module for it, such as a padding: look at the layers that take its result.
+        # PyTorch shows its result to no module, such as a padding's: look at the layers that take its result.
         for output in first.outputs:
             tracer.assume(output)
         given = {key_of(output) for output in first.outputs}
         result = next((key for key, tensor, _ in wrong if key_of(tensor) in given), None)
         if result is not None:
             return None, _wrong_result(session, recording, result, wrong), None
+    if isinstance(first, Node):
+        return None, None, None
     other = _gives_anothers(session, recording, tracer, first, innocent)
     if other is not None:
         return _own_mistake(session, recording, tracer, *other, other[0].began)
@@ -202,7 +204,8 @@ def _gives_anothers(
         match, inside = tracer.match(node.outputs[0]), f"{call.partition('#')[0]}."
         if match is not None and any(place[0].startswith(inside) for place in match.truth.places):
             continue  # Keras has a layer for each part of this module, such as its activation
-        return node, call
+        if not _is_right_inside(session, recording, node, call):
+            return node, call
     return None
 
 
@@ -305,7 +308,7 @@ def _is_right_inside(session: Session, recording: Recording, node: Node, call: s
     if axes is None:
         return False
     expected = truth[0].tensor.permute(axes).reshape(actual.shape).contiguous()
-    inside = activations_of(session, recording, node, call, truth[0].tensor, expected)
+    inside = activations_of(session, recording, node, call, truth[0].tensor, axes, actual)
     return inside is not None and inside.theirs is None and same(inside.ours(expected), actual)
 
 
@@ -324,7 +327,7 @@ def _own_mistake(
         text = f"shape {tuple(actual.shape)} for PyTorch's {tuple(truth.tensor.shape)}"
         return None, Culprit(label, node.name, text, 1.0), None
     expected = truth.tensor.permute(axes).reshape(actual.shape).contiguous()
-    inside = activations_of(session, recording, node, call, truth.tensor, expected)
+    inside = activations_of(session, recording, node, call, truth.tensor, axes, actual)
     cause = None if inside is None else inside.another(call, expected, actual)
     cause = cause or cause_of(session, recording, tracer, node, call, index, axes, actual, inside)
     if inside is not None:
@@ -365,7 +368,7 @@ def _wrong_input(
     cause = None
     if expected.ndim == truth.tensor.ndim:
         found, others = actual.permute(inverse(axes)), tensors_near(recording, call)
-        cause = as_an_activation(call, truth.tensor, found, f"before {call}")
+        cause = as_an_activation(call, expected, actual, f"before {call}")
         cause = cause or diagnose(call, None, [], truth.tensor, found, others)
     said = cause or exchanged_parts(tracer, node, call)
     label, is_input = _to_blame(session, recording, tracer, call, truth)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rapidfuzz import process
 
+from porting.models.stacks import modules_of
 from porting.models.traverse import named_layers
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class Names:
     """
 
     def __init__(self, reference: nn.Module, candidate: keras.Model, pairs: Mapping[str, Any] | None) -> None:
-        modules = [name for name, _ in reference.named_modules() if name]
+        modules = [name for name in modules_of(reference) if name]
         layers = named_layers(candidate)
         given = {source: _layer_name(target, layers) for source, target in (pairs or {}).items()}
         _refuse_unknown("pairs", [_base(source) for source in given], modules, "module of the PyTorch model")
@@ -79,7 +80,7 @@ def _refuse_unknown(what: str, names: list[str], known: Iterable[str], whose: st
 
 def refuse_unknown_layers(what: str, names: Iterable[str], reference: nn.Module, others: Iterable[str] = ()) -> None:
     """Raise ValueError for a name that is no module of the PyTorch model. Call numbers are ignored."""
-    known = [*(name for name, _ in reference.named_modules() if name), *others]
+    known = [*(name for name in modules_of(reference) if name), *others]
     _refuse_unknown(what, [_base(name) for name in names], known, "module of the PyTorch model")
 
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 _TRIES = 48
 # How long, in seconds, to go back and try other options.
 _SEARCH_SECONDS = 120.0
+# How long it looks for another choice before a layer whose result is not PyTorch's, where all else agrees.
+_FORCED_SECONDS = 30.0
 # How long, in seconds, to test whether exchanging two choices changes the outputs.
 _TIES_SECONDS = 60.0
 
@@ -156,13 +158,20 @@ class Walk:
         while True:
             self.progress("looking for layers", len(self.choices), len(self.options.layers))
             stuck, agrees = self._run()
-            if stuck is None and (agrees or "" in self._given_up):
+            # Where a layer before it may be another one, such as a branch of several alike, its result may come right.
+            forced = next((place for place, each in enumerate(self.choices.values()) if each.steered), None)
+            if stuck is None and ((agrees and forced is None) or "" in self._given_up):
                 break
             if len(self.choices) > furthest:
                 furthest, place, tries = len(self.choices), stuck or "", 0
                 kept = {name: _copied(choice) for name, choice in self.choices.items()}
             tries += 1
-            if tries <= _TRIES and time.monotonic() - begin <= _SEARCH_SECONDS and self._back():
+            seconds = _SEARCH_SECONDS if stuck is not None or not agrees else _FORCED_SECONDS
+            if (
+                tries <= _TRIES
+                and time.monotonic() - begin <= seconds
+                and self._back(before=forced if agrees else None)
+            ):
                 continue
             # No other option leads further, so the first was as good as any.
             self.choices, furthest = kept, -1
@@ -171,13 +180,14 @@ class Walk:
             self._find_ties()
         return Outcome(self.choices, self.open, agrees, tuple(self._notes))
 
-    def _back(self, first: int = 0) -> bool:
+    def _back(self, first: int = 0, before: int | None = None) -> bool:
         """Take the next option of the latest choice that has one, and forget all choices after it.
 
-        Choices before the place `first` stay, and so do guesses: nothing speaks for one of them more than for another.
+        Choices before the place `first` stay, and with `before` all from there on are forgotten. Guesses stay: nothing
+        speaks for one of them more than for another.
         """
         names = list(self.choices)
-        for place in range(len(names) - 1, first - 1, -1):
+        for place in range((len(names) if before is None else before) - 1, first - 1, -1):
             choice = self.choices[names[place]]
             if choice.guessed:
                 continue

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from porting.parity.report import EXACT, FLOAT32, REPRODUCED, LayerComparison, ParityReport
+from porting.parity.report import EXACT, FLOAT32, REPRODUCED, Culprit, LayerComparison, ParityReport
 from porting.wording import counted, listed
 
 if TYPE_CHECKING:
@@ -97,14 +97,14 @@ def _verified(report: ParityReport) -> str:
 def findings(report: ParityReport) -> list[str]:
     """The findings against parity as sentences: each culprit with its cause, settings that differ, and the rest."""
     lines = []
-    alike: dict[str, list[str]] = {}
+    alike: dict[str, list[Culprit]] = {}
     for culprit in report.culprits:
-        if culprit.diagnosis and not culprit.diagnosis.pattern:
-            alike.setdefault(culprit.diagnosis.cause, []).append(culprit.layer)
+        if culprit.diagnosis and not culprit.diagnosis.pattern and not culprit.is_input:
+            alike.setdefault(culprit.diagnosis.cause, []).append(culprit)
     number = 0
     for culprit in report.culprits:
-        same = alike.get(culprit.diagnosis.cause, []) if culprit.diagnosis else []
-        if culprit.layer in same[1:]:
+        same = alike.get(culprit.diagnosis.cause, []) if culprit.diagnosis and not culprit.is_input else []
+        if any(culprit is other for other in same[1:]):
             continue
         number += 1
         lines.append(f"{'First divergence' if number == 1 else f'Divergence {number}'}: {culprit}")
@@ -115,8 +115,8 @@ def findings(report: ParityReport) -> list[str]:
                 visible = cause.unexplained > REPRODUCED
                 left = f" ({cause.unexplained:.2g} of the difference is unexplained)" if visible else ""
                 lines.append(f"Cause, {cause.confidence}: {cause.cause}{left}")
-                if same[1:]:
-                    lines.append(f"The same in {counted(len(same) - 1, 'more layer')}: {listed(same[1:])}")
+                if others := [each.layer for each in same[1:]]:
+                    lines.append(f"The same in {counted(len(others), 'more layer')}: {listed(others)}")
     if not report.culprits and (first := report.first_divergence):
         lines.append(f"First divergence: {first}")
     if report.loud is not None and not report.loud.passed:

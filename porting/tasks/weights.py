@@ -14,6 +14,7 @@ from porting.mapping.key_map import KeyMap
 from porting.mapping.rules import KeyRule
 from porting.models.live import assign_tensors, effective_tensors, require_models, shapes_of
 from porting.models.rows import key_map_of_rows
+from porting.models.stacks import modules_of
 from porting.models.traverse import named_layers, named_variables
 from porting.parity.compare import check_parity
 from porting.parity.report import ParityReport, refusal
@@ -161,7 +162,7 @@ def _proposed(
 
 def _pairs(key_map: KeyMap, reference: nn.Module, candidate: keras.Model) -> dict[str, str]:
     """The layer of each module, for modules and layers that correspond one to one."""
-    modules, layers = dict(reference.named_modules()), named_layers(candidate)
+    modules, layers = modules_of(reference), named_layers(candidate)
     found = key_map.one_to_one.items()
     return {source: target for source, target in found if source and source in modules and target in layers}
 

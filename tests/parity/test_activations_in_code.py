@@ -236,3 +236,84 @@ def test_a_port_without_a_map_says_what_differs() -> None:
     candidate = keras.Model(inputs, layers.Dense(5, activation="softmax")(x))
     with pytest.raises(porting.PortingError, match="fc2: .*: its activation is softmax in Keras"):
         porting.port_weights(reference, candidate, inputs=np.random.default_rng(0).normal(size=(8, 6)))
+
+
+@pytest.mark.parametrize("last", ["tanh", "softmax"])
+def test_an_unknown_function_behind_the_last_layer_ends_the_search(last: str) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 3 * self.fc(x) if last == "tanh" else (self.fc(x) / 2).softmax(-1)
+
+    torch.manual_seed(0)
+    reference = Scaled().eval()
+    inputs = keras.Input((6,))
+    candidate = keras.Model(inputs, layers.Dense(5, activation=last, name="fc")(inputs))
+    candidate.get_layer("fc").set_weights([reference.fc.weight.detach().T, reference.fc.bias.detach()])
+    numbers = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
+    report = porting.check_parity(reference, candidate, numbers)
+    assert [culprit.layer for culprit in report.culprits] == ["output"]
+    with pytest.raises(porting.PortingError):
+        porting.port_weights(reference, candidate, inputs=numbers)
+
+
+class SiluMul(nn.Module):
+    """Begins with an activation of what it takes."""
+
+    def forward(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return nn.functional.silu(gate) * up
+
+
+def test_a_module_that_begins_with_the_activation() -> None:
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.up, self.down = nn.Linear(6, 20), nn.Linear(6, 20), nn.Linear(20, 3)
+            self.product = SiluMul()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(self.product(self.gate(x), self.up(x)))
+
+    torch.manual_seed(0)
+    reference = Gate().eval()
+    inputs = keras.Input((6,))
+    x = layers.Dense(20, activation="silu", name="gate")(inputs) * layers.Dense(20, name="up")(inputs)
+    candidate = keras.Model(inputs, layers.Dense(3, name="down")(x))
+    for name in ("gate", "up", "down"):
+        module = getattr(reference, name)
+        candidate.get_layer(name).set_weights([module.weight.detach().T, module.bias.detach()])
+    candidate.get_layer("up").bias.assign(np.zeros(20))
+    report = porting.check_parity(reference, candidate, np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32))
+    assert [culprit.layer for culprit in report.culprits] == ["up"]
+    assert "bias is lost" in str(report.diagnosis)
+
+
+@pytest.mark.parametrize(("axis", "fault"), [(1, "bias"), (-1, "axis")])
+def test_a_softmax_over_an_axis_of_a_map(axis: int, fault: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c, self.d = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.d(self.c(x).softmax(axis))
+
+    torch.manual_seed(0)
+    reference = Net().eval()
+    inputs = keras.Input((6, 7, 3))
+    x = layers.Conv2D(4, 3, padding="same", activation="softmax", name="c")(inputs)
+    candidate = keras.Model(inputs, layers.Conv2D(2, 1, name="d")(x))
+    for name in ("c", "d"):
+        module = getattr(reference, name)
+        candidate.get_layer(name).set_weights([module.weight.detach().permute(2, 3, 1, 0), module.bias.detach()])
+    if fault == "bias":
+        candidate.get_layer("c").bias.assign(np.zeros(4))
+    images = np.random.default_rng(0).normal(size=(2, 6, 7, 3)).astype(np.float32)
+    report = porting.check_parity(reference, candidate, images)
+    assert [culprit.layer for culprit in report.culprits] == ["c"]
+    assert report.diagnosis is not None
+    cause = "its activation is softmax in Keras, and PyTorch applies softmax over axis 2 to its result"
+    assert report.diagnosis.cause == ("the bias is lost" if fault == "bias" else cause)

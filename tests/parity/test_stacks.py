@@ -39,7 +39,7 @@ def pair(name: str, bidirectional: bool) -> tuple[nn.Module, keras.Model]:
     report = porting.port_weights(reference, candidate, inputs=SEQUENCES).report
     assert report is not None
     assert report.passed
-    assert {"rnn.l0", "rnn.l1", "rnn"} <= {layer.source for layer in report.layers}
+    assert {"rnn.l0", "rnn.l1", "rnn.l2"} <= {layer.source for layer in report.layers}
     return reference, candidate
 
 
@@ -51,7 +51,7 @@ def test_a_mistake_is_found_in_its_layer(name: str, bidirectional: bool) -> None
     assert report.passed
     assert report.verified is not None
     assert report.verified.compared_bits
-    for index, label in enumerate(["rnn.l0", "rnn.l1", "rnn"]):
+    for index, label in enumerate(["rnn.l0", "rnn.l1", "rnn.l2"]):
         layer = candidate.get_layer(f"both{index}" if bidirectional else f"layer{index}")
         own = layer.get_weights()
         wrong = [each.copy() for each in own]
@@ -72,6 +72,47 @@ def test_exchanged_gates(index: int) -> None:
     order = np.r_[UNITS : 2 * UNITS, :UNITS, 2 * UNITS : 4 * UNITS]
     layer.set_weights([weights[0], weights[1][:, order], weights[2]])
     (culprit,) = porting.check_parity(reference, candidate, SEQUENCES).culprits
-    assert culprit.layer == ["rnn.l0", "rnn.l1", "rnn"][index]
+    assert culprit.layer == ["rnn.l0", "rnn.l1", "rnn.l2"][index]
     assert culprit.diagnosis is not None
     assert culprit.diagnosis.cause == f"the input gate and the forget gate are exchanged in weight_hh_l{index}"
+
+
+class Own(nn.LSTM):
+    """A class with arguments of its own."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, size, 2, batch_first=True)
+
+
+class Stacked(nn.Module):
+    def __init__(self, stack: nn.Module, states: bool) -> None:
+        super().__init__()
+        self.rnn, self.fc, self.states = stack, nn.Linear(UNITS, 3), states
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        zeros = torch.zeros(2, len(x), UNITS, dtype=x.dtype)
+        return self.fc((self.rnn(x, (zeros, zeros)) if self.states else self.rnn(x))[0].mean(1))
+
+
+@pytest.mark.parametrize("states", [False, True])
+@pytest.mark.parametrize("own", [False, True])
+def test_layers_of_one_size(own: bool, states: bool) -> None:
+    """The stack and its last layer take tensors of one size, and only one of them is what the Keras layer takes."""
+    torch.manual_seed(0)
+    reference = Stacked(Own(UNITS) if own else nn.LSTM(UNITS, UNITS, 2, batch_first=True), states).eval()
+    inputs = x = keras.Input((7, UNITS))
+    for index in range(2):
+        x = layers.LSTM(UNITS, return_sequences=True, name=f"layer{index}")(x)
+    candidate = keras.Model(inputs, layers.Dense(3, name="fc")(layers.GlobalAveragePooling1D()(x)))
+    given = np.random.default_rng(0).normal(size=(3, 7, UNITS)).astype(np.float32)
+    ported = porting.port_weights(reference, candidate, inputs=given).require_parity()
+    for index in range(2):
+        kernel = candidate.get_layer(f"layer{index}").cell.kernel
+        right = kernel.numpy()
+        kernel.assign(right * (1 + 0.5 * (np.arange(right.size).reshape(right.shape) == 45)))
+        for key_map in (None, ported.key_map):
+            (culprit,) = porting.check_parity(reference, candidate, given, key_map=key_map).culprits
+            assert culprit.layer == f"rnn.l{index}"
+            assert culprit.diagnosis is not None
+            assert f"rnn.weight_ih_l{index}[13, 1] is " in culprit.diagnosis.cause
+        kernel.assign(right)
