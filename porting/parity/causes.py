@@ -67,6 +67,19 @@ def tensors_near(recording: Recording, call: str) -> dict[str, Tensor]:
     return near
 
 
+def with_names_of_stack(session: Session, call: str, found: Diagnosis | None) -> Diagnosis | None:
+    """A diagnosis with the names that the tensors of a layer in a stack have in the stack."""
+    base = call.partition("#")[0]
+    owner, place = owner_of(base, session.modules)
+    if found is None or owner == base:
+        return found
+
+    def named(text: str) -> str:
+        return re.sub(r"\b((?:weight|bias)_\w\w)_l0", rf"\1_l{place}", text.replace(f"{base}.", f"{owner}."))
+
+    return replace(found, cause=named(found.cause), checked=tuple(named(each) for each in found.checked))
+
+
 def cause_of(
     session: Session,
     recording: Recording,
@@ -79,29 +92,6 @@ def cause_of(
     inside: Activations | None = None,
 ) -> Diagnosis | None:
     """Look for the cause why a Keras call differs from the PyTorch call; `inside` is the Keras layer's activation."""
-    found = _cause_of(session, recording, tracer, node, call, index, axes, actual, inside)
-    owner, place = owner_of(call.partition("#")[0], session.modules)
-    if found is None or owner == call.partition("#")[0]:
-        return found
-
-    def named(text: str) -> str:
-        """With the names that the tensors of a layer in a stack have in the stack."""
-        return re.sub(r"\b((?:weight|bias)_\w\w)_l0", rf"\1_l{place}", text.replace(f"{owner}.l{place}.", f"{owner}."))
-
-    return replace(found, cause=named(found.cause), checked=tuple(named(each) for each in found.checked))
-
-
-def _cause_of(
-    session: Session,
-    recording: Recording,
-    tracer: Tracer,
-    node: Node,
-    call: str,
-    index: int,
-    axes: Axes,
-    actual: Tensor,
-    inside: Activations | None,
-) -> Diagnosis | None:
     base = call.partition("#")[0]
     module = modules_of(session.double_model).get(base)
     layer = session.layer(node.name)

@@ -17,7 +17,7 @@ import numpy as np
 from porting.models.inputs import Inputs, inverse, leaves_by_key
 from porting.models.observe import observe_layers
 from porting.models.stacks import last_layer
-from porting.parity.causes import as_an_activation, cause_of, exchanged_parts, tensors_near
+from porting.parity.causes import as_an_activation, cause_of, exchanged_parts, tensors_near, with_names_of_stack
 from porting.parity.content import (
     SAME,
     SAME_IN_FLOAT32,
@@ -330,6 +330,7 @@ def _own_mistake(
     inside = activations_of(session, recording, node, call, truth.tensor, axes, actual)
     cause = None if inside is None else inside.another(call, expected, actual)
     cause = cause or cause_of(session, recording, tracer, node, call, index, axes, actual, inside)
+    cause = with_names_of_stack(session, call, cause)
     if inside is not None:
         expected = inside.expected(expected, actual).contiguous()
     relative = _relative(actual, expected, truth)

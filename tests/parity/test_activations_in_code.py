@@ -156,31 +156,42 @@ def test_probabilities_for_logits(activation: str) -> None:
     assert report.diagnosis.cause.startswith(f"its activation is {activation.replace('_', ' ')} in Keras")
 
 
+class SiluMul(nn.Module):
+    """Begins with an activation of what it takes."""
+
+    def forward(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return nn.functional.silu(gate) * up
+
+
+class Gate(nn.Module):
+    """The product of a dense layer behind SiLU and another one, in the code or in a module of its own."""
+
+    def __init__(self, module: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.up, self.down = nn.Linear(6, 20), nn.Linear(6, 20), nn.Linear(20, 3)
+        self.product = SiluMul() if module else lambda gate, up: nn.functional.silu(gate) * up
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.product(self.gate(x), self.up(x)))
+
+
+@pytest.mark.parametrize("module", [False, True])
 @pytest.mark.parametrize("fault", [False, True])
-def test_an_activation_that_pytorch_shows_to_no_module(fault: bool) -> None:
-    """A gate: the product of a dense layer behind SiLU and another one."""
-
-    class Gate(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gate, self.up, self.down = nn.Linear(6, 20), nn.Linear(6, 20), nn.Linear(20, 3)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
-
-    torch.manual_seed(0)
-    reference = Gate().eval()
+def test_an_activation_that_pytorch_shows_to_no_module(fault: bool, module: bool) -> None:
+    reference = Gate(module).eval()
     inputs = keras.Input((6,))
     x = layers.Dense(20, activation="silu", name="gate")(inputs) * layers.Dense(20, name="up")(inputs)
     candidate = keras.Model(inputs, layers.Dense(3, name="down")(x))
     for name in ("gate", "up", "down"):
-        module = getattr(reference, name)
-        candidate.get_layer(name).set_weights([module.weight.detach().T, module.bias.detach()])
+        own = getattr(reference, name)
+        candidate.get_layer(name).set_weights([own.weight.detach().T, own.bias.detach()])
     if fault:
         candidate.get_layer("up").bias.assign(np.zeros(20))
     report = porting.check_parity(reference, candidate, np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32))
     assert report.passed is not fault
     assert [culprit.layer for culprit in report.culprits] == (["up"] if fault else [])
+    assert not fault or "bias is lost" in str(report.diagnosis)
 
 
 @pytest.mark.parametrize(("side", "name"), [("PyTorch", "ReLU"), ("PyTorch", "SiLU"), ("Keras", "tanh")])
@@ -258,37 +269,6 @@ def test_an_unknown_function_behind_the_last_layer_ends_the_search(last: str) ->
     assert [culprit.layer for culprit in report.culprits] == ["output"]
     with pytest.raises(porting.PortingError):
         porting.port_weights(reference, candidate, inputs=numbers)
-
-
-class SiluMul(nn.Module):
-    """Begins with an activation of what it takes."""
-
-    def forward(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return nn.functional.silu(gate) * up
-
-
-def test_a_module_that_begins_with_the_activation() -> None:
-    class Gate(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gate, self.up, self.down = nn.Linear(6, 20), nn.Linear(6, 20), nn.Linear(20, 3)
-            self.product = SiluMul()
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.down(self.product(self.gate(x), self.up(x)))
-
-    torch.manual_seed(0)
-    reference = Gate().eval()
-    inputs = keras.Input((6,))
-    x = layers.Dense(20, activation="silu", name="gate")(inputs) * layers.Dense(20, name="up")(inputs)
-    candidate = keras.Model(inputs, layers.Dense(3, name="down")(x))
-    for name in ("gate", "up", "down"):
-        module = getattr(reference, name)
-        candidate.get_layer(name).set_weights([module.weight.detach().T, module.bias.detach()])
-    candidate.get_layer("up").bias.assign(np.zeros(20))
-    report = porting.check_parity(reference, candidate, np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32))
-    assert [culprit.layer for culprit in report.culprits] == ["up"]
-    assert "bias is lost" in str(report.diagnosis)
 
 
 @pytest.mark.parametrize(("axis", "fault"), [(1, "bias"), (-1, "axis")])
