@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import re
@@ -46,8 +47,8 @@ def as_an_activation(label: str, expected: Tensor, actual: Tensor, place: str) -
             ("Keras", function(expected), actual),
             ("PyTorch", function(actual), expected),
         ):
-            left = float((guess - target).square().mean().sqrt())
-            if left <= 1e-9 * float(target.square().mean().sqrt()):
+            left, size = (float(each.square().mean().sqrt()) for each in (guess - target, target))
+            if size and left <= 1e-9 * size:
                 text = f"{name} comes {place} in {side} alone"
                 return Diagnosis(label, text, 0.0, (text,))
     return None
@@ -288,8 +289,9 @@ def _joined(module: Any, layer: Any) -> dict[str, Array]:
         if len(held) > len(leaf.targets) and all(name in own for name in leaf.targets):
             arrays = [np.asarray(own[name]).astype(np.float32) for name in leaf.targets]
             shapes = [tuple(tensor.shape) for tensor in held if tensor is not None]
-            if len(shapes) == len(held):
-                found |= dict(zip(leaf.sources, leaf.transform.to_torch(arrays, shapes), strict=True))
+            with contextlib.suppress(ValueError):  # Keras's may have another shape
+                made = leaf.transform.to_torch(arrays, shapes) if len(shapes) == len(held) else []
+                found |= dict(zip(leaf.sources, made, strict=True))
     return found
 
 

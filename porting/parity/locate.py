@@ -349,7 +349,7 @@ def _wrong_input(
     inputs = recording.calls[call].inputs if call is not None else []
     while index < len(inputs) and node.inputs[index].numel() != inputs[index].tensor.numel():
         producer = tracer.producer(node.inputs[index])
-        if producer is None or len(producer.inputs) != 1 or producer.children:
+        if producer is None or producer is node or len(producer.inputs) != 1 or producer.children:
             break
         node, index, inputs = producer, 0, [inputs[index]]
     actual = as_real(node.inputs[index])
@@ -484,7 +484,9 @@ def _first_known(tracer: Tracer, tensor: Tensor) -> Match | None:
     """The match of a tensor, or of the input of layers without a PyTorch module before it, such as a padding."""
     while (match := tracer.match(tensor)) is None:
         producer = tracer.producer(tensor)
-        if producer is None or len(producer.inputs) != 1 or producer.children or producer.inputs[0] is tensor:
+        if producer is None or len(producer.inputs) != 1 or producer.children:
+            return None
+        if key_of(producer.inputs[0]) == key_of(tensor):
             return None
         tensor = producer.inputs[0]
     return match
