@@ -16,6 +16,7 @@ from torch import nn
 
 from porting.families.van import VanFamily
 from porting.kinds import KINDS
+from porting.tasks.export import export
 from porting.tasks.port import port
 from tests.documents import GUIDES, ROOT, python_blocks, python_files
 
@@ -76,6 +77,21 @@ def test_the_block_runs(
     names |= {"old_model": Net().eval(), "new_model": Net().eval(), "batch": images.transpose(0, 3, 1, 2)}
     if "van_nano.h5" in block:
         port(VanFamily(), "nano", tmp_path / "van_nano.h5", checkpoint=checkpoint, check=False)
+    if "van_nano.tflite" in block:
+        port(VanFamily(), "nano", tmp_path / "van_nano.h5", checkpoint=checkpoint, check=False)
+        ends = {"with_preprocessing": True, "with_softmax": True}
+        out = tmp_path / "van_nano.tflite"
+        export(
+            VanFamily(),
+            "nano",
+            tmp_path / "van_nano.h5",
+            out,
+            form="litert",
+            checkpoint=checkpoint,
+            check=False,
+            **ends,
+        )
+    if "photo.jpg" in block:
         pixels = np.random.default_rng(0).integers(0, 255, (70, 90, 3)).astype(np.uint8)
         Image.fromarray(pixels).save(tmp_path / "photo.jpg")
     if "own.pth" in block:
@@ -90,6 +106,8 @@ def test_the_block_runs(
         names["test_port"](assert_parity)
         return
     exec(block, names)
+    if "probabilities" in names:
+        assert names["probabilities"].sum() == pytest.approx(1)
     if "maps" in names:
         assert len(names["maps"]) == 4
     if "ported" in names:
