@@ -79,17 +79,9 @@ def test_the_block_runs(
         port(VanFamily(), "nano", tmp_path / "van_nano.h5", checkpoint=checkpoint, check=False)
     if "van_nano.tflite" in block:
         port(VanFamily(), "nano", tmp_path / "van_nano.h5", checkpoint=checkpoint, check=False)
-        ends = {"with_preprocessing": True, "with_softmax": True}
-        out = tmp_path / "van_nano.tflite"
+        weights, out = tmp_path / "van_nano.h5", tmp_path / "van_nano.tflite"
         export(
-            VanFamily(),
-            "nano",
-            tmp_path / "van_nano.h5",
-            out,
-            form="litert",
-            checkpoint=checkpoint,
-            check=False,
-            **ends,
+            VanFamily(), "nano", weights, out, form="litert", check=False, with_preprocessing=True, with_softmax=True
         )
     if "photo.jpg" in block:
         pixels = np.random.default_rng(0).integers(0, 255, (70, 90, 3)).astype(np.uint8)
