@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from porting.kinds import kind_of_module
+from porting.kinds import kind_called, kind_of_module
 from porting.kinds.transforms import CONVOLUTION, DENSE, DEPTHWISE, Array
 from porting.parity.record import Recording
 
@@ -135,6 +135,8 @@ def _of_module(module: nn.Module) -> Iterator[Array]:
         for suffix in _directions(module):
             one, other = (getattr(module, f"bias_{name}_{suffix}").detach().numpy() for name in ("ih", "hh"))
             yield one + other
+    if isinstance(module, nn.RNNBase):
+        yield from _computed_weights(module)
     tensor: Any = getattr(module, "weight", None)
     if tensor is not None and _is_parametrized(module):
         weight = tensor.detach().numpy()
@@ -144,6 +146,17 @@ def _of_module(module: nn.Module) -> Iterator[Array]:
                 with contextlib.suppress(ValueError):
                     yield from leaf.transform.to_keras([weight], [])
         yield weight
+
+
+def _computed_weights(module: nn.RNNBase) -> Iterator[Array]:
+    """The weights of recurrent layers that are no parameters, as Keras holds them, such as those under weight_norm."""
+    from torch import nn
+
+    for index in range(module.num_layers):
+        for leaf in kind_called(f"recurrent:l{index}").leaves_for(module):
+            tensors = [getattr(module, name, None) for name in leaf.sources]
+            if len(tensors) == 1 and tensors[0] is not None and not isinstance(tensors[0], nn.Parameter):
+                yield from leaf.transform.to_keras([tensors[0].detach().double().numpy()], [])
 
 
 def _directions(module: Any) -> Iterator[str]:

@@ -116,3 +116,24 @@ def test_layers_of_one_size(own: bool, states: bool) -> None:
             assert culprit.diagnosis is not None
             assert f"rnn.weight_ih_l{index}[13, 1] is " in culprit.diagnosis.cause
         kernel.assign(right)
+
+
+def test_a_stack_that_computes_its_weights() -> None:
+    """weight_norm computes in float64 what a port holds in float32, which is no mistake."""
+    torch.manual_seed(0)
+    stack = nn.LSTM(UNITS, UNITS, 2, batch_first=True)
+    for index in range(2):
+        nn.utils.parametrizations.weight_norm(stack, f"weight_hh_l{index}")
+        stack.get_parameter(f"parametrizations.weight_hh_l{index}.original0").data *= 1.3
+    reference = Stacked(stack, False).eval()
+    inputs = x = keras.Input((7, UNITS))
+    for index in range(2):
+        x = layers.LSTM(UNITS, return_sequences=True, name=f"layer{index}")(x)
+    candidate = keras.Model(inputs, layers.Dense(3, name="fc")(layers.GlobalAveragePooling1D()(x)))
+    given = np.random.default_rng(0).normal(size=(3, 7, UNITS)).astype(np.float32)
+    porting.port_weights(reference, candidate, inputs=given).require_parity()
+    assert porting.check_parity(reference, candidate, given).passed
+    kernel = candidate.get_layer("layer1").cell.recurrent_kernel
+    kernel.assign(kernel * (1 + 1e-3 * (np.arange(256).reshape(8, 32) == 45)))
+    (culprit,) = porting.check_parity(reference, candidate, given).culprits
+    assert culprit.layer == "rnn.l1"
