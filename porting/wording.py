@@ -17,7 +17,7 @@ def listed(names: Sequence[str], most: int = 10, separator: str = ", ") -> str:
     return shown if len(names) <= most else f"{shown}{separator}and {len(names) - most:,} more"
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """The line of an error's text that says what is wrong, without the frames of TensorFlow and Keras around it."""
     text = re.sub(r"\x1b\[\d*m", "", str(error))  # Keras prints the reason in bold
     lines = [line.strip() for line in text.splitlines() if line.strip()]

@@ -19,6 +19,7 @@ from porting.errors import PortingError, SourceError
 from porting.evaluation.items import Item
 from porting.evaluation.labels import Labels
 from porting.models.images import IMAGE_SUFFIXES
+from porting.wording import reason_of
 
 _SUFFIXES = (*IMAGE_SUFFIXES, ".jpe", ".gif", ".tif", ".tiff")
 # Possible names of a table's columns, the most likely first.
@@ -56,7 +57,7 @@ def open_data(spec: str, labels: Labels, *, tokenizer: Tokenizer | None = None) 
     except PortingError:
         raise
     except Exception as error:  # storage clients and packages that read data sets may raise anything
-        raise SourceError(f"{spec}: {_first_line(error)}") from None
+        raise SourceError(f"{spec}: {reason_of(error)}") from None
 
     def items() -> Iterator[Item]:
         try:
@@ -64,7 +65,7 @@ def open_data(spec: str, labels: Labels, *, tokenizer: Tokenizer | None = None) 
         except PortingError:
             raise
         except Exception as error:
-            raise SourceError(f"{spec}: cannot be read: {_first_line(error)}") from None
+            raise SourceError(f"{spec}: cannot be read: {reason_of(error)}") from None
 
     return replace(found, items=items, described=spec if local else found.described)
 
@@ -87,7 +88,7 @@ def _open_data(spec: str, labels: Labels, *, tokenizer: Tokenizer | None = None)
     try:
         is_folder = file_system.isdir(path)
     except Exception as error:  # the storage client may raise anything
-        raise SourceError(f"{spec}: {_first_line(error)}") from None
+        raise SourceError(f"{spec}: {reason_of(error)}") from None
     if not is_folder:
         raise SourceError(
             f"{spec}: no such folder, and not a known form of data set",
@@ -107,13 +108,9 @@ def _file_system(spec: str) -> tuple[Any, str]:
         file_system, path = fsspec.core.url_to_fs(spec)
     except (ImportError, ValueError) as error:
         raise SourceError(
-            f"{spec}: {_first_line(error)}", hint="fsspec needs a package for this kind of storage, such as s3fs."
+            f"{spec}: {reason_of(error)}", hint="fsspec needs a package for this kind of storage, such as s3fs."
         ) from None
     return file_system, path
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0][:300] or type(error).__name__
 
 
 def _address(spec: str, file_system: Any, path: str) -> str:
@@ -176,7 +173,7 @@ def _table(spec: str, suffix: str, labels: Labels, tokenizer: Tokenizer | None) 
                             raise ValueError(f"line {number} is not an object")
                         yield number, row
         except (OSError, ValueError, csv.Error, RecursionError) as error:
-            raise SourceError(f"{spec}: cannot be read: {_first_line(error)}") from None
+            raise SourceError(f"{spec}: cannot be read: {reason_of(error)}") from None
 
     def items() -> Iterator[Item]:
         for number, row in rows():
@@ -224,7 +221,7 @@ def _shards(spec: str, labels: Labels) -> Dataset:
                 with fsspec.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
                     yield from _samples(path, tar)
             except (OSError, tarfile.TarError, ValueError) as error:  # ValueError: storage without byte ranges
-                raise SourceError(f"{path}: not a complete tar file: {_first_line(error)}") from None
+                raise SourceError(f"{path}: not a complete tar file: {reason_of(error)}") from None
 
     def _samples(path: str, tar: tarfile.TarFile) -> Iterator[Item]:
         key, image, label, rank = None, None, None, len(_LABEL_FILES)
@@ -308,7 +305,7 @@ def _parquet(spec: str, labels: Labels) -> Dataset:
         try:
             return parquet.ParquetFile(fsspec.open(spec, "rb").open())
         except Exception as error:  # pyarrow's errors have several base classes
-            raise SourceError(f"{spec}: not a Parquet file: {_first_line(error)}") from None
+            raise SourceError(f"{spec}: not a Parquet file: {reason_of(error)}") from None
 
     names = opened().schema_arrow.names
     image, label = _column(dict.fromkeys(names), _IMAGE_COLUMNS), _column(dict.fromkeys(names), _LABEL_COLUMNS)
@@ -349,7 +346,7 @@ def _tfds(rest: str, labels: Labels) -> Dataset:
         total = int(builder.info.splits[split].num_examples)
     except Exception as error:  # unknown names, or any error of the downloader
         raise SourceError(
-            f"tfds:{rest}: {_first_line(error)}",
+            f"tfds:{rest}: {reason_of(error)}",
             hint="Prepare it first with tfds build NAME, or check its name and split.",
         ) from None
     features = builder.info.features
@@ -381,7 +378,7 @@ def _hugging_face(rest: str, labels: Labels) -> Dataset:
             found = found.cast_column(image, datasets.Image(decode=False))
     except Exception as error:  # errors of datasets, its client or the file system
         raise SourceError(
-            f"hf:{rest}: {_first_line(error)}", hint="Check the name and the split: hf:NAME:SPLIT."
+            f"hf:{rest}: {reason_of(error)}", hint="Check the name and the split: hf:NAME:SPLIT."
         ) from None
     if image is None:
         raise SourceError(f"hf:{rest}: no column of images among {', '.join(found.features)}")
@@ -427,5 +424,5 @@ def hugging_face_tokenizer(folder: str) -> Tokenizer:
     try:
         made = transformers.AutoTokenizer.from_pretrained(folder)
     except Exception as error:
-        raise SourceError(f"{folder}: not a tokenizer: {_first_line(error)}") from None
+        raise SourceError(f"{folder}: not a tokenizer: {reason_of(error)}") from None
     return lambda text: list(made(text)["input_ids"])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from porting.exporting.ends import Ends
 from porting.kinds.transforms import Array
+from porting.models.frameworks import convolving, replaced
 from porting.models.inputs import Inputs, leaves_by_key
 
 if TYPE_CHECKING:
@@ -119,11 +120,8 @@ def plain_activations() -> Iterator[None]:
         x = tf.convert_to_tensor(x)
         return x * tf.sigmoid(x)
 
-    try:
-        backend.nn.gelu, backend.nn.silu = gelu, silu
+    with replaced(backend.nn, gelu=gelu, silu=silu):
         yield
-    finally:
-        backend.nn.gelu, backend.nn.silu = own
 
 
 @contextmanager
@@ -132,30 +130,19 @@ def grouped_convolutions_inline() -> Iterator[None]:
 
     Keras calls a function compiled by XLA for them, because TensorFlow cannot run them on a CPU without it.
     """
-    from keras.src.backend import nn
-
-    own = nn.conv
 
     def conv(
-        inputs: Any,
-        kernel: Any,
-        strides: Any = 1,
-        padding: str = "valid",
-        data_format: str | None = None,
-        dilation_rate: Any = 1,
-    ) -> Any:
+        inputs: Any, kernel: Any, strides: Any, padding: str, data_format: str | None, dilation_rate: Any
+    ) -> Any | None:
         import tensorflow as tf
         from keras import config
 
         if (data_format or config.image_data_format()) != "channels_last" or inputs.shape[-1] == kernel.shape[-2]:
-            return own(inputs, kernel, strides, padding, data_format, dilation_rate)
+            return None
         return tf.nn.convolution(inputs, kernel, strides, padding.upper(), dilations=dilation_rate)
 
-    try:
-        nn.conv = conv
+    with convolving(conv):
         yield
-    finally:
-        nn.conv = own
 
 
 class Runtime(Protocol):

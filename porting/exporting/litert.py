@@ -17,6 +17,7 @@ from porting.exporting.usage import Usage
 from porting.kinds.transforms import Array
 from porting.models.frameworks import holding_back_stderr
 from porting.models.traverse import named_layers
+from porting.wording import reason_of
 
 if TYPE_CHECKING:
     import keras
@@ -124,7 +125,7 @@ class LiteRTRuntime:
                 for interpreter in (self._fast, self._open):
                     interpreter.allocate_tensors()
         except (ValueError, RuntimeError) as error:
-            said = str(error).partition("\n")[0]
+            said = reason_of(error)
             hint = "In int8, --no-split-kernels avoids sums that XNNPACK rejects." if "XNNPACK" in said else ""
             raise ExportError(f"LiteRT cannot load the file: {said}", hint=hint) from None
         details = [each for each in self._open.get_tensor_details() if each["name"] and each["shape"].size > 1]

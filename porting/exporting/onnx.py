@@ -16,6 +16,8 @@ from porting.errors import ExportError
 from porting.exporting.base import OF_WEIGHTS, Exportable, grouped_convolutions_inline, last_of_each_layer
 from porting.exporting.usage import Usage
 from porting.kinds.transforms import Array
+from porting.models.frameworks import replaced
+from porting.wording import reason_of
 
 # The latest opset that tf2onnx writes, and the first that has Gelu.
 _OPSET_WRITTEN, _OPSET = 18, 20
@@ -92,7 +94,7 @@ def _few_copies() -> Iterator[None]:
     """
     from tf2onnx import graph, optimizer
 
-    update, optimize, numpy = graph.Node.update_proto, optimizer.optimize_graph, graph.np
+    update, optimize = graph.Node.update_proto, optimizer.optimize_graph
 
     def update_others(node: Any, storage: Any = None) -> None:
         if not node.is_const():
@@ -101,11 +103,12 @@ def _few_copies() -> Iterator[None]:
     def optimize_in_place(given: Any, catch_errors: bool = True, optimizers: Any = None) -> Any:
         return optimize(given, False, optimizers)
 
-    graph.Node.update_proto, optimizer.optimize_graph, graph.np = update_others, optimize_in_place, _Numpy()
-    try:
+    with (
+        replaced(graph.Node, update_proto=update_others),
+        replaced(graph, np=_Numpy()),
+        replaced(optimizer, optimize_graph=optimize_in_place),
+    ):
         yield
-    finally:
-        graph.Node.update_proto, optimizer.optimize_graph, graph.np = update, optimize, numpy
 
 
 def _polished(model: Any, inputs: Sequence[str]) -> Any:
@@ -183,7 +186,7 @@ class OnnxRuntime:
             shown.graph.output.extend(more)
             self._open = onnxruntime.InferenceSession(shown.SerializeToString(), providers=["CPUExecutionProvider"])
         except Exception as error:  # both libraries raise many types
-            raise ExportError(f"ONNX Runtime cannot load the file: {str(error).partition(chr(10))[0]}") from None
+            raise ExportError(f"ONNX Runtime cannot load the file: {reason_of(error)}") from None
 
     def run(self, sample: Mapping[str, Array]) -> tuple[Mapping[str, Array], Mapping[str, Array]]:
         given = {each.name: sample[each.name] for each in self._fast.get_inputs()}  # unused inputs are not in this list

@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -111,6 +111,45 @@ def without_memory() -> Iterator[None]:
             return func(*args, **kwargs)
 
     with torch.device("meta"), Unfilled():
+        yield
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, **functions: Any) -> Iterator[None]:
+    """Replace attributes of a module or a class in this context."""
+    own = {name: getattr(owner, name) for name in functions}
+    try:
+        for name, function in functions.items():
+            setattr(owner, name, function)
+        yield
+    finally:
+        for name, function in own.items():
+            setattr(owner, name, function)
+
+
+@contextlib.contextmanager
+def convolving(special: Callable[..., Any]) -> Iterator[None]:
+    """Let Keras's backend convolve by `special` in this context, or as it does wherever that returns None.
+
+    `special` takes the arguments of the backend's `conv`, all by place.
+    """
+    from keras.src.backend import nn
+
+    own = nn.conv
+
+    def conv(
+        inputs: Any,
+        kernel: Any,
+        strides: Any = 1,
+        padding: str = "valid",
+        data_format: str | None = None,
+        dilation_rate: Any = 1,
+    ) -> Any:
+        given = inputs, kernel, strides, padding, data_format, dilation_rate
+        result = special(*given)
+        return own(*given) if result is None else result
+
+    with replaced(nn, conv=conv):
         yield
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from porting.kinds.transforms import Array
+from porting.models.frameworks import convolving, replaced, silence_retracing
 from porting.models.traverse import named_layers, named_variables
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Float64Model:
     def __init__(
         self, model: keras.Model, build: Callable[[], keras.Model] | None = None, *, saving_memory: bool = False
     ) -> None:
+        silence_retracing()
         self.model, self.how = model, IN_PLACE
         self._casts = saving_memory
         self._origin, self._substitutes = model, dict[str, Any]()
@@ -176,7 +178,7 @@ def _exact_functions() -> Iterator[None]:
     import tensorflow as tf
     from keras.src.backend import nn
 
-    cast, convolution = tf.cast, nn.conv
+    cast = tf.cast
 
     def leaky_relu(x: Any, negative_slope: float = 0.2) -> Any:
         x = keras.ops.convert_to_tensor(x)
@@ -194,32 +196,17 @@ def _exact_functions() -> Iterator[None]:
         return tf.constant(x, dtype) if exact else cast(x, dtype, name)
 
     def conv(
-        inputs: Any,
-        kernel: Any,
-        strides: Any = 1,
-        padding: str = "valid",
-        data_format: str | None = None,
-        dilation_rate: Any = 1,
-    ) -> Any:
+        inputs: Any, kernel: Any, strides: Any, padding: str, data_format: str | None, dilation_rate: Any
+    ) -> Any | None:
         # TensorFlow has no fast grouped convolution in float64. A depthwise one computes the same sums.
         channels = inputs.shape[1 if data_format == "channels_first" else -1]
-        if kernel.shape[-2] == 1 and kernel.shape[-1] == channels > 1 and len(kernel.shape) == 4:
-            kernel = keras.ops.transpose(kernel, (0, 1, 3, 2))
-            strides, dilation_rate = (
-                each if isinstance(each, int) else tuple(each) for each in (strides, dilation_rate)
-            )
-            return nn.depthwise_conv(inputs, kernel, strides, padding, data_format, dilation_rate)
-        return convolution(inputs, kernel, strides, padding, data_format, dilation_rate)
+        if not (kernel.shape[-2] == 1 and kernel.shape[-1] == channels > 1 and len(kernel.shape) == 4):
+            return None
+        kernel = keras.ops.transpose(kernel, (0, 1, 3, 2))
+        strides, dilation_rate = (each if isinstance(each, int) else tuple(each) for each in (strides, dilation_rate))
+        return nn.depthwise_conv(inputs, kernel, strides, padding, data_format, dilation_rate)
 
-    with contextlib.ExitStack() as stack:
-        for module, name, function in (
-            (nn, "conv", conv),
-            (nn, "leaky_relu", leaky_relu),
-            (nn, "gelu", gelu),
-            (tf, "cast", exact_cast),
-        ):
-            stack.callback(setattr, module, name, getattr(module, name))
-            setattr(module, name, function)
+    with convolving(conv), replaced(nn, leaky_relu=leaky_relu, gelu=gelu), replaced(tf, cast=exact_cast):
         yield
 
 

@@ -13,6 +13,7 @@ from porting.kinds.transforms import Constant
 from porting.mapping.key_map import KeyMap, LayerPair, TensorEntry, expand
 from porting.mapping.rules import KeyRule, join_name
 from porting.models.live import effective_names
+from porting.models.stacks import modules_of
 from porting.models.traverse import named_layers, named_variables
 from porting.wording import listed
 
@@ -57,6 +58,13 @@ def key_map_of_rows(reference: nn.Module, candidate: keras.Model, rows: Iterable
         found = {name: names[id(each)] for name, each in kind.variables(layer).items() if id(each) in names}
         entries += entries_of(own, leaves, tensors, found)
     return KeyMap.of(pairs, entries, drops)
+
+
+def pairs_of(key_map: KeyMap, reference: nn.Module, candidate: keras.Model) -> dict[str, str]:
+    """The layer of each module, for modules and layers that correspond one to one, as `check_parity` takes them."""
+    modules, layers = modules_of(reference), named_layers(candidate)
+    found = key_map.one_to_one.items()
+    return {source: target for source, target in found if source and source in modules and target in layers}
 
 
 def _unnumbered(name: str) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 from porting.kinds import KINDS
 from porting.kinds.transforms import Shifted
 from porting.mapping.key_map import KeyMap
-from porting.models.frameworks import silence_retracing, torch_on_one_thread
+from porting.models.frameworks import torch_on_one_thread
 from porting.models.inputs import Axes, Inputs, leaves_by_key, make_inputs
 from porting.models.keras_float64 import Float64Model
 from porting.models.live import effective_tensors, require_models
@@ -170,7 +170,6 @@ def _run_batches(
 ) -> None:
     import torch
 
-    silence_retracing()
     given = session.inputs
     size = batch_size or len(given)
     starts = range(0, len(given), size)

@@ -17,7 +17,7 @@ from porting.mapping.rules import KeyRule, join_name
 from porting.models.float64 import in_float64
 from porting.models.inputs import Axes
 from porting.models.live import assign_tensors, effective_tensors
-from porting.models.stacks import modules_of
+from porting.models.rows import pairs_of
 from porting.models.traverse import named_variables
 from porting.parity.compare import check_parity
 from porting.parity.content import Library
@@ -140,8 +140,8 @@ class Proposal:
     def _culprits(self) -> Iterator[str]:
         """What the check of the map found, unless `differences` say more."""
         for culprit in self.report.culprits if self.report is not None and not self.differences else ():
-            known = culprit.diagnosis is not None and not culprit.diagnosis.pattern
-            yield f"{culprit}: {culprit.diagnosis.cause}" if known and culprit.diagnosis else str(culprit)
+            cause = culprit.diagnosis
+            yield str(culprit) if cause is None or cause.pattern else f"{culprit}: {cause.cause}"
 
     def __repr__(self) -> str:
         return f"<Proposal: {self.summary.splitlines()[0]}>"
@@ -255,7 +255,6 @@ def _with_zeros(proposal: Proposal, names: Collection[str]) -> Proposal:
 def _report(proposal: Proposal, source: TorchSide, candidate: keras.Model, progress: Progress) -> ParityReport:
     """The parity of the two models with the synthetic weights and the proposed map. Their own weights come back."""
     reference = in_float64(source.model).float()
-    modules = modules_of(reference)
     variables = named_variables(candidate)
     own = {name: np.array(variable) for name, variable in variables.items()}
     arrays = effective_tensors(reference)
@@ -269,7 +268,7 @@ def _report(proposal: Proposal, source: TorchSide, candidate: keras.Model, progr
             source.given.for_candidate(candidate),
             reference_inputs=source.given.for_reference(),
             input_axes=source.given.axes,
-            pairs={name: layer for name, layer in proposal.key_map.one_to_one.items() if name in modules},
+            pairs=pairs_of(proposal.key_map, reference, candidate),
             key_map=proposal.key_map,
             name="with the proposed map",
             waive=tuple(f"{name}:eps" for name in proposal.key_map.absorbed),

@@ -16,7 +16,7 @@ from porting.kinds.base import Kind, Leaf, attribute
 from porting.kinds.transforms import Array, Shape
 from porting.mapping.rules import join_name
 from porting.models.float64 import in_float64
-from porting.models.frameworks import silence_retracing, torch_on_one_thread
+from porting.models.frameworks import torch_on_one_thread
 from porting.models.inputs import Axes, Inputs, equal_inputs, leaves_by_key, make_inputs
 from porting.models.keras_float64 import Float64Model
 from porting.models.live import assign_tensors, effective_tensors
@@ -193,7 +193,6 @@ class KerasSide:
     separator = "/"
 
     def __init__(self, model: keras.Model, given: Inputs) -> None:
-        silence_retracing()
         if not all(layer.built for layer in (model, *named_layers(model).values())):
             # It has no weights before its first call, which makes them in its own type.
             model(given.for_candidate(model), training=False)

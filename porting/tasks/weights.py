@@ -13,9 +13,8 @@ from porting.mapping.convert import Conversion, convert, invert
 from porting.mapping.key_map import KeyMap
 from porting.mapping.rules import KeyRule
 from porting.models.live import assign_tensors, effective_tensors, require_models, shapes_of
-from porting.models.rows import key_map_of_rows
-from porting.models.stacks import modules_of
-from porting.models.traverse import named_layers, named_variables
+from porting.models.rows import key_map_of_rows, pairs_of
+from porting.models.traverse import named_variables
 from porting.parity.compare import check_parity
 from porting.parity.report import ParityReport, refusal
 from porting.proposing.proposal import propose_map
@@ -98,7 +97,7 @@ def port_weights(
     report = None
     if inputs is not None:
         options = {
-            "pairs": _pairs(key_map, reference, candidate),
+            "pairs": pairs_of(key_map, reference, candidate),
             "strict_settings": False,  # for a user's own models, settings that matter only in training are notes
             **check_options,
         }
@@ -158,13 +157,6 @@ def _proposed(
     tensors = effective_tensors(reference)
     zeros = [name for name in proposal.zeros if not tensors[name].any()]
     return proposal.require_complete([*drop, *zeros], keep).key_map
-
-
-def _pairs(key_map: KeyMap, reference: nn.Module, candidate: keras.Model) -> dict[str, str]:
-    """The layer of each module, for modules and layers that correspond one to one."""
-    modules, layers = modules_of(reference), named_layers(candidate)
-    found = key_map.one_to_one.items()
-    return {source: target for source, target in found if source and source in modules and target in layers}
 
 
 def _assign(candidate: keras.Model, variables: Mapping[str, Any], conversion: Conversion) -> None:
