@@ -6,6 +6,7 @@ Commands import heavy packages inside their functions, so that `van-port --help`
 from __future__ import annotations
 
 import errno
+import gc
 import io
 import os
 import sys
@@ -26,6 +27,7 @@ from porting.cli.report import report
 from porting.cli.revert import revert
 from porting.cli.terminal import route_results, say
 from porting.errors import INTERRUPTED, OutputError, PortingError
+from porting.models.frameworks import postpone_garbage_collection
 from porting.run import set_command
 
 _BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
@@ -101,10 +103,12 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # escape characters that the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
     set_command(sys.argv[1:])
+    postpone_garbage_collection()
     try:
         try:
             cli(prog_name="van-port")
         finally:
+            gc.freeze()  # the process ends: what it leaves need not be searched
             if sys.stdout is not None:
                 sys.stdout.flush()
     except OSError as error:  # standard output itself failed: commands turn all other OSErrors into PortingErrors

@@ -38,3 +38,22 @@ def test_models_without_memory_are_not_filled() -> None:
         "assert 'torch._dynamo' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_garbage_is_collected_again_once_tensorflow_is_loaded() -> None:
+    """A process that is ours alone postpones it; the process of somebody else is left as it was."""
+    program = (
+        "import gc\n"
+        "from porting.models.frameworks import collecting_later, postpone_garbage_collection, start_tensorflow\n"
+        "with collecting_later():\n"
+        "    assert not gc.isenabled()\n"
+        "assert gc.isenabled() and not gc.get_freeze_count()\n"
+        "gc.disable()\n"
+        "with collecting_later():\n"
+        "    pass\n"
+        "assert not gc.isenabled()\n"
+        "postpone_garbage_collection()\n"
+        "start_tensorflow()\n"
+        "assert gc.isenabled() and gc.get_freeze_count() > 100_000\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
