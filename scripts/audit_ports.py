@@ -1,12 +1,14 @@
-"""Check the ports of a published converter, and print a table: exact or not, and where the models diverge.
+"""Check ports that others publish, and print a table: exact or not, and where the models diverge.
 
+\b
     python scripts/audit_ports.py                          # every port
     python scripts/audit_ports.py --port timm/densenet121  # one of them
 
 keras-hub converts checkpoints of timm and of transformers when it loads them. This script gives each PyTorch model
 synthetic weights, saves it with its own package's function, and loads that folder with keras-hub's `from_preset`, as
-users load a published checkpoint. Nothing is downloaded. This project takes no part in the port; it only judges the
-result. Every port runs in a separate process.
+users load a published checkpoint. facenet-pytorch and mtcnn contain the same three trained networks, one package for
+each framework; their ports need both packages. Nothing is downloaded. This project takes no part in the port; it only
+judges the result. Every port runs in a separate process.
 """
 
 from __future__ import annotations
@@ -118,7 +120,13 @@ TRANSFORMERS = {
     "dinov2": Port("Dinov2Model", {**_IMAGES, "mlp_ratio": 2}, 64),
     "swin": Port("SwinModel", _WINDOWED, 64),
 }
-PORTS = (*(f"timm/{name}" for name in TIMM), *(f"transformers/{name}" for name in TRANSFORMERS))
+# The networks that facenet-pytorch and mtcnn contain, and the sides of their images.
+MTCNN = {"PNet": 64, "RNet": 24, "ONet": 48}
+PORTS = (
+    *(f"timm/{name}" for name in TIMM),
+    *(f"transformers/{name}" for name in TRANSFORMERS),
+    *(f"facenet-pytorch/{name}" for name in MTCNN),
+)
 
 
 def of_timm(name: str, folder: Path) -> tuple[Any, Any, Any]:
@@ -179,6 +187,19 @@ def of_transformers(name: str, folder: Path) -> tuple[Any, Any, Any]:
     return reference, backbone, given
 
 
+def of_facenet_pytorch(name: str, folder: Path) -> tuple[Any, Any, Any]:
+    """A trained network of facenet-pytorch, and that of mtcnn."""
+    import numpy as np
+    from facenet_pytorch.models import mtcnn as theirs
+    from mtcnn import stages as ours
+
+    images = np.random.default_rng(1).uniform(-1.0, 1.0, (4, MTCNN[name], MTCNN[name], 3)).astype(np.float32)
+    return getattr(theirs, name)(), getattr(ours, f"Stage{name}")().model, images
+
+
+_MAKERS = {"timm": of_timm, "transformers": of_transformers, "facenet-pytorch": of_facenet_pytorch}
+
+
 def judge(port: str) -> dict[str, Any]:
     """Check one port."""
     from porting.models.frameworks import start_tensorflow
@@ -189,8 +210,7 @@ def judge(port: str) -> dict[str, Any]:
     package, _, name = port.partition("/")
     with tempfile.TemporaryDirectory() as folder:
         try:
-            make = of_timm if package == "timm" else of_transformers
-            reference, candidate, inputs = make(name, Path(folder))
+            reference, candidate, inputs = _MAKERS[package](name, Path(folder))
         except Exception as error:  # packages raise anything for unsupported models
             lines = str(error).strip().splitlines()
             return {"failed": f"{type(error).__name__}: {lines[0] if lines else ''}"}

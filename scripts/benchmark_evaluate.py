@@ -1,5 +1,6 @@
 """Measure the cost of an evaluation per sample, relative to the work that it contains, and its memory.
 
+\b
     van-port --variant nano
     python scripts/benchmark_evaluate.py --weights van_nano.h5 --data FOLDER_OF_CLASS_FOLDERS
 

@@ -1,5 +1,6 @@
 """Measure inference on a CPU: PyTorch, our Keras model and its exports, and alternatives, side by side.
 
+\b
     pip install '.[bench]'
     python scripts/benchmark_inference.py b0 b1
     python scripts/benchmark_inference.py b0 --trials

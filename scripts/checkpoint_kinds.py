@@ -1,5 +1,6 @@
 """Port every common kind of checkpoint, written by the library that usually writes it, and print a table.
 
+\b
     python scripts/checkpoint_kinds.py            # the table, as Markdown
     python scripts/checkpoint_kinds.py --keep DIR # also keep the files
 

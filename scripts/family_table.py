@@ -1,5 +1,6 @@
 """Port the smallest variant of every family with synthetic weights, check the port and the revert, and print a table.
 
+\b
     python scripts/family_table.py                       # every family whose packages are installed
     python scripts/family_table.py --family vit --all    # every variant of one family
     python scripts/family_table.py --more                # exports with their proof, and planted faults, as well

@@ -1,5 +1,6 @@
 """Plant known porting mistakes into a healthy port, one at a time, and print which are found and named.
 
+\b
     python scripts/fault_study.py                  # the faults
     python scripts/fault_study.py --healthy 50     # only healthy ports: are there false alarms?
 

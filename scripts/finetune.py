@@ -1,5 +1,6 @@
 """Fine-tune ported weights on a folder of images, with the paper's recipe (arXiv 2202.09741, section 4.1).
 
+\b
     python scripts/finetune.py IMAGES --variant nano --weights van_nano.h5 --out run
     tensorboard --logdir run/log
 

@@ -1,5 +1,6 @@
 """Feed broken and hostile files to every reader, and count failures.
 
+\b
     python scripts/fuzz_inputs.py                 # 2,400 cases
     python scripts/fuzz_inputs.py --cases 20000 --seed 7
 

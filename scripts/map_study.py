@@ -1,5 +1,6 @@
 """Maps models of two libraries without a row, and counts what is right, beside other ways to guess a map.
 
+\b
     python scripts/map_study.py                          # every pair, under its own names and under random ones
     python scripts/map_study.py --pair vit --pair gpt2 --no-rivals
     python scripts/map_study.py --planted                # one difference planted in each

@@ -1,5 +1,6 @@
 """Plant porting mistakes into healthy ports of several small models, and look for false alarms in healthy ones.
 
+\b
     python scripts/model_study.py                    # every fault of every model, in a table by model and kind
     python scripts/model_study.py --sample 40        # 40 faults, drawn with the date as seed
     python scripts/model_study.py --healthy 100      # healthy ports in several styles

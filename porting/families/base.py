@@ -89,6 +89,10 @@ class Family:
         """Build the PyTorch model, which maps `(N, 3, H, W)` to `(N, num_classes)` logits, or to its features."""
         raise NotImplementedError
 
+    def build_empty_reference(self, spec: Spec) -> nn.Module:
+        """Build the PyTorch model for weights that are about to be loaded: its parameters may hold anything."""
+        return self.build_reference(spec)
+
     def build_candidate(self, spec: Spec) -> keras.Model:
         """Build the Keras model, which maps `(N, H, W, 3)` to `(N, num_classes)` logits, or to its features."""
         raise NotImplementedError

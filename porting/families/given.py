@@ -72,6 +72,9 @@ class GivenFamily(LibraryFamily):
     def build_reference(self, spec: Spec) -> nn.Module:
         return pytorch_model(self._source, self._source_arguments)
 
+    def build_empty_reference(self, spec: Spec) -> nn.Module:
+        return self.build_reference(spec)  # its code may use numbers that it has drawn
+
     def make_candidate(self, spec: Spec) -> keras.Model:
         candidate = keras_model(self._target, self._target_arguments)
         self._declared = getattr(candidate, "inputs", None)  # a subclassed model may state none

@@ -124,6 +124,12 @@ class LibraryFamily(Family):
             digest.update(name.encode() + np.ascontiguousarray(tensors[name]).tobytes())
         return Checkpoint(Path(variant), digest.hexdigest(), f"{self.publisher}'s own loading", tensors)
 
+    def build_empty_reference(self, spec: Spec) -> nn.Module:
+        from porting.models.frameworks import without_filling
+
+        with without_filling():
+            return self.build_reference(spec)
+
     def build_candidate(self, spec: Spec) -> keras.Model:
         # Reuse the model that the rows were matched against: nothing has changed its weights.
         spare: dict[tuple[str, int], Any] = vars(self).setdefault("_spare", {})

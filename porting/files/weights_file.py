@@ -186,7 +186,7 @@ def _keras_error(path: Path, error: Exception, what: str) -> WeightsFileError:
 
 def _load_by_name(path: Path, model: keras.Model, what: str) -> None:
     variables = named_variables(model)
-    found: dict[str, Array] = {}
+    found: dict[str, h5py.Dataset] = {}
     with h5py.File(path, "r") as file:
         # A whole model saved as .h5 keeps its weights in a separate group.
         root = file["model_weights"] if "layer_names" not in file.attrs and "model_weights" in file else file
@@ -201,15 +201,16 @@ def _load_by_name(path: Path, model: keras.Model, what: str) -> None:
                 # Version 0.1 named a VAN's blocks block1.0, but Keras's torch backend does not accept dots.
                 names = (f"{layer}/{short}", f"{layer.replace('.', '_')}/{short}", short, short.replace(".", "_"))
                 known = next((each for each in names if each in variables), names[0])
-                array = np.asarray(root[layer][name])
-                if array.dtype.kind not in _REAL:
+                held = root[layer][name]
+                dtype = held.dtype if isinstance(held, h5py.Dataset) else "group"
+                if isinstance(dtype, str) or dtype.kind not in _REAL:
                     raise WeightsFileError(
-                        f"{path}: {known} is of type {array.dtype}, but weights are real numbers", hint=_CHECK_VARIANT
+                        f"{path}: {known} is of type {dtype}, but weights are real numbers", hint=_CHECK_VARIANT
                     )
-                found[known] = array
-    _refuse_other_variables(path, {name: array.shape for name, array in found.items()}, model, what)
-    for name, variable in variables.items():
-        variable.assign(found[name])
+                found[known] = held
+        _refuse_other_variables(path, {name: held.shape for name, held in found.items()}, model, what)
+        for name, variable in variables.items():
+            variable.assign(np.asarray(found[name]))  # one at a time: the file may be as large as the memory
 
 
 def _refuse_other_variables(path: Path, found: Mapping[str, Shape], model: keras.Model, what: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ from rapidfuzz import fuzz, process
 
 from porting.errors import CheckpointError, KeyMapError
 from porting.kinds.transforms import Array, Shape
-from porting.mapping.key_map import KeyMap
+from porting.mapping.key_map import KeyMap, TensorEntry
 from porting.wording import counted
 
 _MOST_COMPARISONS = 4_000_000  # of two names, which takes about a second
@@ -69,10 +69,11 @@ class KeyDiff:
 class Conversion:
     """Keras weights by path, float32 in Keras's axis order.
 
-    `dropped` are the tensors that were dropped on purpose, `non_finite` those that hold NaN or infinity.
+    Each array is made when it is asked for: together they may be as large as the checkpoint. `dropped` are the tensors
+    that were dropped on purpose, `non_finite` those that hold NaN or infinity.
     """
 
-    weights: dict[str, Array]
+    weights: Mapping[str, Array]
     dropped: tuple[str, ...]
     non_finite: tuple[str, ...] = ()
 
@@ -121,17 +122,38 @@ def convert(
     CheckpointError when a tensor holds NaN or infinity and `allow_non_finite` is False.
     """
     refuse_other_keys(state_dict, key_map, target_shapes, hint=hint)
-    weights: dict[str, Array] = {}
-    used: dict[str, Array] = {}
     for entry in key_map.entries:
-        own = {name: to_float32(state_dict[name]) for name in entry.sources}
-        used |= own
         try:
-            weights |= entry.to_keras(own, target_shapes)
+            _convert_row(entry, state_dict, target_shapes)
         except ValueError as error:
             raise KeyMapError(f"{', '.join(entry.sources)}: {error}", hint=hint()) from None
+    used = {name: state_dict[name] for entry in key_map.entries for name in entry.sources}
     non_finite = refuse_non_finite(used, allowed=allow_non_finite)
+    weights = _ConvertedWeights(state_dict, key_map, target_shapes)
     return Conversion(weights, key_map.dropped(state_dict), non_finite)
+
+
+def _convert_row(
+    entry: TensorEntry, state_dict: Mapping[str, Array], target_shapes: Mapping[str, Shape]
+) -> dict[str, Array]:
+    return entry.to_keras({name: to_float32(state_dict[name]) for name in entry.sources}, target_shapes)
+
+
+class _ConvertedWeights(Mapping[str, Array]):
+    """The result of `convert`, which holds nothing but the row that writes each weight."""
+
+    def __init__(self, state_dict: Mapping[str, Array], key_map: KeyMap, target_shapes: Mapping[str, Shape]) -> None:
+        self._state_dict, self._shapes = state_dict, target_shapes
+        self._rows = {name: entry for entry in key_map.entries for name in entry.targets}
+
+    def __getitem__(self, name: str) -> Array:
+        return _convert_row(self._rows[name], self._state_dict, self._shapes)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
 
 def invert(
@@ -175,7 +197,7 @@ def to_float32(array: Array) -> Array:
 
 def refuse_non_finite(tensors: Mapping[str, Array], *, allowed: bool = False) -> tuple[str, ...]:
     """Return the names of tensors with NaN or infinity. Raise CheckpointError with all of them unless `allowed`."""
-    found = {name: array for name, array in tensors.items() if not np.isfinite(array).all()}
+    found = {name: array for name, given in tensors.items() if not np.isfinite(array := to_float32(given)).all()}
     if found and not allowed:
         rows = [
             f"  {name}: {np.isnan(array).sum()} NaN, {np.isinf(array).sum()} infinite of {array.size}"

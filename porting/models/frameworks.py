@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import importlib.util
@@ -131,20 +132,50 @@ def without_memory() -> Iterator[None]:
     about a second and 300 MB.
     """
     import torch
+
+    with torch.device("meta"), without_filling():
+        yield
+
+
+@contextlib.contextmanager
+def without_filling() -> Iterator[None]:
+    """Build PyTorch models in this context without initialisation: parameters hold whatever is in their memory.
+
+    Memory that nothing is written to takes up nothing, so a large model takes none until its weights are loaded.
+    """
+    import torch
     from torch.overrides import TorchFunctionMode
+
+    drawing = {torch.Tensor.normal_, torch.Tensor.uniform_}
 
     class Unfilled(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
             # PyTorch calls the functions of torch.nn.init with `tensor` by name.
-            fills = func is torch.Tensor.normal_ or getattr(func, "__module__", "") == "torch.nn.init"
             tensor = kwargs.get("tensor", args[0] if args else None)
-            if fills and isinstance(tensor, torch.Tensor) and tensor.is_meta:
+            if isinstance(tensor, torch.Tensor) and (
+                func in drawing
+                # Not for a buffer, which may be none of the weights that are loaded.
+                or (
+                    getattr(func, "__module__", "") == "torch.nn.init"
+                    and (tensor.is_meta or isinstance(tensor, torch.nn.Parameter))
+                )
+            ):
                 return tensor
             return func(*args, **kwargs)
 
-    with torch.device("meta"), Unfilled():
+    with Unfilled():
         yield
+
+
+def return_free_memory() -> None:
+    """Collect garbage, and return to the system the memory that is free.
+
+    Otherwise the C library of Linux keeps what was freed in pieces of up to 32 MiB, as the weights of most layers are.
+    """
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextlib.contextmanager

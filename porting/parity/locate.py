@@ -380,11 +380,12 @@ def _wrong_input(
 def _to_blame(session: Session, recording: Recording, tracer: Tracer, call: str, truth: Truth) -> tuple[str, bool]:
     """Find the call to blame when `call` takes something else than `truth`, and whether only its input is wrong."""
     same = [match.truth for match in tracer.library.find(truth.tensor)]
+    made = truth in _agreeing(tracer)  # by a layer that is right: then the call takes another tensor
     makers = [
         name
         for each in dict.fromkeys((truth, *same))
         for name, is_output, _ in each.places
-        if is_output and name in session.modules and each not in recording.calls[name].inputs
+        if is_output and name in session.modules and each not in recording.calls[name].inputs and not made
     ]
     nodes = {session.names.source(node.name, recording.calls): node for node in tracer.nodes}
     for maker in makers:

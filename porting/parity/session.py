@@ -14,6 +14,7 @@ from porting.kinds import becomes, kind_of_layer
 from porting.kinds.base import Kind
 from porting.kinds.transforms import Array
 from porting.models.float64 import in_float64, is_double
+from porting.models.frameworks import return_free_memory
 from porting.models.inputs import Axes, Inputs
 from porting.models.keras_float64 import Float64Model
 from porting.models.stacks import modules_of
@@ -155,6 +156,7 @@ class Session:
                 self.truth_model.load_state_dict(self.reference.state_dict())
                 self.truth_model.eval()
             return
+        return_free_memory()
         self.truth_model = copy.deepcopy(self.reference).float()
         try:
             yield self.truth_model

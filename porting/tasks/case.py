@@ -132,10 +132,13 @@ class Case:
         """Build the PyTorch model with a state_dict that uses the reference's own names."""
         import torch
 
-        reference = self.family.build_reference(self.spec)
+        dropped = self.reference_map.drops
+        reference = self.family.build_empty_reference(self.spec)
+        if any(name in dropped for name, _ in reference.named_parameters()):
+            reference = self.family.build_reference(self.spec)  # these keep the numbers of their initialisation
         own = reference.state_dict()
         # The class also has counters and constants of its own, which the key map drops.
-        state_dict = {**{name: own[name].numpy() for name in own.keys() & self.reference_map.drops}, **state_dict}
+        state_dict = {**{name: own[name].numpy() for name in own.keys() & dropped}, **state_dict}
         arrays = {
             name: array if np.issubdtype(array.dtype, np.integer) else to_float32(array)
             for name, array in state_dict.items()
@@ -147,7 +150,7 @@ class Case:
     def convert_reference(self, reference: nn.Module) -> dict[str, Array]:
         """Convert a reference with weights other than the checkpoint's to Keras weights, by name."""
         tensors = {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
-        return convert(tensors, self.reference_map, self.shapes, allow_non_finite=True).weights
+        return dict(convert(tensors, self.reference_map, self.shapes, allow_non_finite=True).weights)
 
     def load_candidate(self, weights: Path) -> keras.Model:
         """Build the Keras model and load a weights file; raises WeightsFileError if they do not fit."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from porting.files.atomic import move_into_place, output_errors
 from porting.files.result import PendingResult, pending_result, refuse_result_clashes
 from porting.kinds.transforms import Array
 from porting.mapping.convert import Conversion, convert
-from porting.models.frameworks import start_tensorflow
+from porting.models.frameworks import return_free_memory, start_tensorflow
 from porting.models.traverse import named_variables
 from porting.parity.report import FLOAT32, ParityReport, refusal
 from porting.progress import SILENT, Progress
@@ -126,6 +125,7 @@ def _port(
         progress("reading back")
         candidate = weights_file.load_model(temporary, case.build_candidate)
         _refuse_other_weights(candidate, conversion.weights)
+        return_free_memory()
         report = compare_models(case, candidate, options, progress)
         provenance["parity"] = _verdict(report)
     with output_errors(out):
@@ -154,7 +154,7 @@ def _write(temporary: Path, out: Path, case: Case, conversion: Conversion, progr
     progress("writing")
     with output_errors(out):
         weights_file.write_weights(temporary, case.build_candidate(), conversion.weights)
-    gc.collect()  # a model's layers form reference cycles, and a large model takes much memory
+    return_free_memory()  # a model's layers form reference cycles, and a large model takes much memory
 
 
 def _refuse_other_weights(candidate: keras.Model, weights: Mapping[str, Array]) -> None:

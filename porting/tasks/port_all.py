@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from porting.errors import PortingError
 from porting.families.base import Family
 from porting.files.atomic import refuse_clashes, report_path_of
+from porting.models.frameworks import return_free_memory
 from porting.progress import SILENT, Progress
 from porting.tasks.case import files_of
 from porting.tasks.options import CheckOptions
@@ -80,4 +80,4 @@ def port_all(
             del result
         except PortingError as error:
             yield Outcome(variant, out, time.perf_counter() - begin, error=error)
-        gc.collect()  # free the models of a large variant before building the next
+        return_free_memory()  # free the models of a large variant before building the next

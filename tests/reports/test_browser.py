@@ -48,7 +48,7 @@ def pages(reference: VAN, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     family = VanFamily()
     model = family.build("nano", 10)
     state_dict = {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
-    weights = convert(state_dict, family.key_map(family.spec("nano")), variable_shapes(model)).weights
+    weights = dict(convert(state_dict, family.key_map(family.spec("nano")), variable_shapes(model)).weights)
     images = np.random.default_rng(0).normal(size=(1, 64, 48, 3)).astype(np.float32)
     folder = tmp_path_factory.mktemp("pages")
     kernel = BROKEN.replace(".", "/").replace("block2/0", "block2_0") + "/kernel"
