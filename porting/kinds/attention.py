@@ -9,13 +9,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from porting.errors import KeyMapError
-from porting.kinds.base import Kind, Leaf, Mistake, Settings, with_change
+from porting.kinds.base import CallInputs, Kind, Leaf, Mistake, Settings, with_change
 from porting.kinds.transforms import DENSE, VECTOR, HeadsInFront
 
 if TYPE_CHECKING:
     import keras
     from torch import Tensor, nn
 
+_MASKS = {"attn_mask": "attention mask", "key_padding_mask": "padding mask"}
 _PARTS = ("query", "key", "value")
 # PyTorch orders the rows of a projection as (heads, size).
 _ROWS = {"heads": "(heads, size) read as (size, heads)", "size": "(size, heads) read as (heads, size)"}
@@ -69,6 +70,7 @@ class Attention(Kind):
 
     def mistakes(self, module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
         made = partial(_made, module, inputs)
+        yield from _mask_mistakes(module, inputs)
         if module.in_proj_weight is not None:
             for order in itertools.permutations(range(3)):
                 moved = [part for index, part in enumerate(_PARTS) if order[index] != index]
@@ -95,6 +97,25 @@ class Attention(Kind):
                 yield made(f"its {part}'s bias is lost", partial(_without_bias, index))
         if module.out_proj.bias is not None:
             yield made("its output's bias is lost", lambda m: m.out_proj.bias.data.zero_())
+
+
+def _mask_mistakes(module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
+    import torch
+
+    if not isinstance(inputs, CallInputs):
+        return
+    given = {name: tensor for name, tensor in zip(inputs.keywords, inputs, strict=True) if name in _MASKS}
+    for mask, tensor in given.items():
+        yield _made(module, inputs.without(mask, "is_causal"), f"its {_MASKS[mask]} ({mask}) is not applied", _nothing)
+        if tensor.dtype == torch.bool:
+            inverted = inputs.change(mask, torch.logical_not)
+            yield _made(module, inverted, f"its {_MASKS[mask]} ({mask}) is inverted", _nothing)
+    if len(given) > 1:
+        yield _made(module, inputs.without(*given, "is_causal"), "none of its masks is applied", _nothing)
+
+
+def _nothing(module: Any) -> None:
+    """Change nothing: the inputs are changed."""
 
 
 def _made(module: Any, inputs: list[Tensor], cause: str, change: Callable[[Any], object]) -> Mistake:

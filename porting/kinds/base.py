@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -123,6 +123,53 @@ def attribute(owner: Any, name: str) -> Any:
     return owner
 
 
+class CallInputs(list[Any]):
+    """The tensors that a call of a module took, and how it took them.
+
+    `fill` makes positional and keyword arguments of as many tensors. `keywords` are the names of those that have one,
+    "" for others.
+    """
+
+    def __init__(
+        self,
+        tensors: Iterable[Tensor],
+        fill: Callable[[Iterator[Tensor]], tuple[tuple[Any, ...], dict[str, Any]]] | None = None,
+        keywords: Sequence[str] = (),
+    ) -> None:
+        super().__init__(tensors)
+        self.fill, self.keywords = fill, tuple(keywords)
+
+    def with_other(self, tensors: Iterable[Tensor]) -> CallInputs:
+        """Take other tensors in the same way."""
+        return CallInputs(tensors, self.fill, self.keywords)
+
+    def without(self, *keywords: str) -> CallInputs:
+        """Leave out what the call took by these names."""
+        fill = self.fill
+        assert fill is not None  # it has keywords
+
+        def filled(tensors: Iterator[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            arguments, named = fill(tensors)
+            left_out = {name: False if isinstance(named[name], bool) else None for name in keywords if name in named}
+            return arguments, named | left_out
+
+        return CallInputs(self, filled, self.keywords)
+
+    def change(self, keyword: str, change: Callable[[Tensor], Tensor]) -> CallInputs:
+        """Change the tensor that the call took by this name."""
+        pairs = zip(self, self.keywords, strict=True)
+        return self.with_other(change(tensor) if name == keyword else tensor for tensor, name in pairs)
+
+
+def call(module: nn.Module, inputs: Sequence[Tensor]) -> Any:
+    """Call a module in float64 as a recorded call did; with tensors alone, by their places."""
+    doubles = [in_double(tensor) for tensor in inputs]
+    if not isinstance(inputs, CallInputs) or inputs.fill is None:
+        return module(*doubles)
+    arguments, named = inputs.fill(iter(doubles))
+    return module(*arguments, **named)
+
+
 def with_change(module: nn.Module, inputs: list[Tensor], change: Callable[[Any], object]) -> Callable[[], Made]:
     """Return a function that computes the float64 result of a copy of the module after one change.
 
@@ -137,8 +184,8 @@ def with_change(module: nn.Module, inputs: list[Tensor], change: Callable[[Any],
         with torch.no_grad():
             try:
                 change(changed)
-                result = changed(*[in_double(tensor) for tensor in inputs])
-            except (RuntimeError, ValueError, TypeError, AttributeError):
+                result = call(changed, inputs)
+            except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError):
                 return None  # the mistake cannot be made with these shapes
         return result if isinstance(result, torch.Tensor) else _tensors(result)
 

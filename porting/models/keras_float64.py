@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from porting.kinds.transforms import Array
-from porting.models.frameworks import convolving, replaced, silence_retracing
+from porting.models.exact_functions import exact_functions
+from porting.models.frameworks import silence_retracing
 from porting.models.traverse import named_layers, named_variables
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ class Float64Model:
         silence_retracing()
         self.model, self.how = model, IN_PLACE
         self._casts = saving_memory
+        # Whether code that casts to float32 stays in float64. Not all code runs so: TensorFlow mixes no types.
+        self.stays = True
         self._origin, self._substitutes = model, dict[str, Any]()
         self._turned = build is None
         if build is not None:
@@ -53,7 +55,7 @@ class Float64Model:
     def active(self) -> Iterator[keras.Model]:
         """Yield the model, which computes in float64 inside this context."""
         turned = _turned(self.model, self._doubles, self._casts) if self._turned else contextlib.nullcontext()
-        with float64_defaults(), _exact_functions(), turned:
+        with float64_defaults(), exact_functions(staying=self.stays), turned:
             yield self.model
 
     def weights(self, without: Collection[str] = ()) -> dict[str, Array]:
@@ -165,49 +167,6 @@ def _item_set(table: dict[str, str], key: str, value: str) -> Iterator[None]:
         yield
     finally:
         table[key] = own
-
-
-@contextlib.contextmanager
-def _exact_functions() -> Iterator[None]:
-    """Replace functions in which TensorFlow rounds constants to float32 even in float64, or takes very long."""
-    import keras
-
-    if keras.backend.backend() != "tensorflow":
-        yield
-        return
-    import tensorflow as tf
-    from keras.src.backend import nn
-
-    cast = tf.cast
-
-    def leaky_relu(x: Any, negative_slope: float = 0.2) -> Any:
-        x = keras.ops.convert_to_tensor(x)
-        return keras.ops.where(x < 0, x * negative_slope, x)
-
-    def gelu(x: Any, approximate: bool = True) -> Any:
-        x = keras.ops.convert_to_tensor(x)
-        if not approximate:
-            return 0.5 * x * tf.math.erfc(-x * math.sqrt(0.5))
-        return 0.5 * x * (1.0 + keras.ops.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)))
-
-    def exact_cast(x: Any, dtype: Any, name: str | None = None) -> Any:
-        # tf.cast would turn a Python number into a float32 first.
-        exact = isinstance(x, float) and tf.as_dtype(dtype).is_floating
-        return tf.constant(x, dtype) if exact else cast(x, dtype, name)
-
-    def conv(
-        inputs: Any, kernel: Any, strides: Any, padding: str, data_format: str | None, dilation_rate: Any
-    ) -> Any | None:
-        # TensorFlow has no fast grouped convolution in float64. A depthwise one computes the same sums.
-        channels = inputs.shape[1 if data_format == "channels_first" else -1]
-        if not (kernel.shape[-2] == 1 and kernel.shape[-1] == channels > 1 and len(kernel.shape) == 4):
-            return None
-        kernel = keras.ops.transpose(kernel, (0, 1, 3, 2))
-        strides, dilation_rate = (each if isinstance(each, int) else tuple(each) for each in (strides, dilation_rate))
-        return nn.depthwise_conv(inputs, kernel, strides, padding, data_format, dilation_rate)
-
-    with convolving(conv), replaced(nn, leaky_relu=leaky_relu, gelu=gelu), replaced(tf, cast=exact_cast):
-        yield
 
 
 @contextlib.contextmanager

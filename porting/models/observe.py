@@ -10,6 +10,7 @@ The calls of a module or layer that runs more than once are named `name`, `name#
 from __future__ import annotations
 
 import contextlib
+import itertools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from porting.kinds.base import CallInputs
 from porting.models.stacks import layers_of_stack
 from porting.models.traverse import named_layers
 
@@ -69,11 +71,13 @@ class _Calls:
 def observe_modules(model: nn.Module, observer: Observer, *, stacks: bool = False) -> Iterator[None]:
     """Show the observer every call of a submodule of `model`, under its name in `named_modules()`.
 
-    With `stacks`, the layers inside a stack of recurrent layers are shown too. They run once more for this.
+    An observer with a method `keep_arguments` gets the arguments of each call as well, after the tensors in them. With
+    `stacks`, the layers inside a stack of recurrent layers are shown too. They run once more for this.
     """
     import torch
 
     calls = _Calls()
+    keep_arguments = getattr(observer, "keep_arguments", None)
 
     def run_layers(name: str, layers: list[nn.Module], given: list[Tensor]) -> None:
         tensor, *states = given
@@ -97,7 +101,10 @@ def observe_modules(model: nn.Module, observer: Observer, *, stacks: bool = Fals
                 _collect((args, kwargs), found)
             if layers and found:
                 run_layers(name, layers, found)
-            replaced = observer.before(calls.begin(name), found)
+            numbered = calls.begin(name)
+            replaced = observer.before(numbered, found)
+            if keep_arguments is not None:
+                keep_arguments(numbered, args, kwargs)
             return None if replaced is None else _replace((args, kwargs), iter(replaced))
 
         def after(_: nn.Module, args: Any, output: Any) -> Any:
@@ -149,6 +156,26 @@ def _replace(value: Any, replacements: Iterator[Tensor | None]) -> Any:
         items = [_replace(item, replacements) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
+
+
+def call_inputs(tensors: Iterable[Tensor], args: Any, kwargs: Any) -> CallInputs:
+    """The tensors of a call together with the way in which they were given."""
+    import torch
+
+    found: list[Tensor] = []
+    _collect(args, found)
+    keywords = [""] * len(found)
+    for name, value in kwargs.items():
+        own = tensors_in(value)
+        keywords += [name if value is each else "" for each in own]
+    nothing = torch.empty(0)  # in the place of each tensor, which would otherwise be kept alive
+    outline = _replace((args, kwargs), itertools.repeat(nothing))
+
+    def fill(tensors: Iterator[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        filled: tuple[tuple[Any, ...], dict[str, Any]] = _replace(outline, tensors)
+        return filled
+
+    return CallInputs(tensors, fill, keywords)
 
 
 def tensors_in(value: Any) -> list[Tensor]:

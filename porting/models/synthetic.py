@@ -37,7 +37,7 @@ def fill_with_synthetic_weights(
                     draw(parameter, *((0.6, 1.4) if name == "weight" else (-0.3, 0.3)))
                 elif name == "bias":
                     draw(parameter, -0.2, 0.2)
-                elif parameter.ndim == 1:  # a single parameter, such as a layer scale
+                elif parameter.ndim <= 1:  # a single parameter, such as a layer scale
                     draw(parameter, 0.1, 0.5)
                 else:
                     fan_in = parameter[0].numel()

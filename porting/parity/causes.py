@@ -96,7 +96,7 @@ def cause_of(
     base = call.partition("#")[0]
     module = modules_of(session.double_model).get(base)
     layer = session.layer(node.name)
-    inputs = [truth.tensor for truth in recording.calls[call].inputs]
+    inputs = recording.calls[call].taken()
     truth = recording.calls[call].outputs[index].tensor
     if module is None:
         return None

@@ -279,9 +279,12 @@ def _substitute_derived(session: Session, recording: Recording) -> None:
 
 
 def _run_exact(session: Session, recording: Recording, batch: Inputs, start: int) -> ExactObserver | None:
-    """Run the Keras model in float64, in place or else as a clone. Raises CannotRunError if neither runs."""
+    """Run the Keras model in float64, in place or else as a clone. Raises CannotRunError if neither runs.
+
+    If its code does not run where casts to float32 are left out, they are made.
+    """
     kept = dict(session.pairs), dict(session.lone), set(session.used)
-    for attempt in ("in place", "clone"):
+    for attempt in ("without casts", "in place", "clone"):
         observer = ExactObserver(session, recording, start)
         try:
             with torch_on_one_thread(), session.float64.active() as model, observe_layers(model, observer):
@@ -289,6 +292,9 @@ def _run_exact(session: Session, recording: Recording, batch: Inputs, start: int
             return observer
         except Exception as error:
             session.pairs, session.lone, session.used = kept[0].copy(), kept[1].copy(), kept[2].copy()
+            if attempt == "without casts" and start == 0:
+                session.float64.stays = False
+                continue
             if attempt == "in place" and start == 0:
                 with contextlib.suppress(Exception):
                     session.float64.clone()

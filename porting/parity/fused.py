@@ -199,8 +199,7 @@ def core_of(session: Session, recording: Recording, call: str, layer: Any) -> Co
             return None
         module, tail = copy.deepcopy(module), tail[1:]
         module.weight, module.bias = nn.Parameter(folded[0]), nn.Parameter(folded[1])
-    taken = [truth.tensor for truth in recording.calls[current].inputs]
-    return Core(name, module, taken, tuple(tail), is_folded)
+    return Core(name, module, recording.calls[current].taken(), tuple(tail), is_folded)
 
 
 def _behind(session: Session, recording: Recording, call: str) -> Iterator[str]:

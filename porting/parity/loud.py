@@ -122,7 +122,7 @@ def _on_loud_weights(
                 for entry in key_map.entries:
                     if entry.is_in(arrays, variables):
                         for name, values in entry.to_keras(arrays, shapes).items():
-                            variables[name].assign(np.ascontiguousarray(values))
+                            variables[name].assign(np.asarray(values, order="C"))
             return _judged_loud(session, one, "loud random weights", limits, locates)
     except (RuntimeError, ValueError):  # a model that cannot be filled with loud weights has none
         return None, ()

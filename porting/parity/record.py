@@ -9,22 +9,33 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from porting.kinds.base import CallInputs
 from porting.models.inputs import leaves_by_key
-from porting.models.observe import Observer, Replacement, observe_modules
+from porting.models.observe import Observer, Replacement, call_inputs, observe_modules
 from porting.models.stacks import modules_of
 from porting.parity.content import Truth, as_real
 from porting.parity.report import OUTPUT
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 
 @dataclass
 class Call:
-    """The inputs and outputs of one call of a module."""
+    """The inputs and outputs of one call of a module, and how it was given its inputs."""
 
     inputs: list[Truth] = field(default_factory=list)
     outputs: list[Truth] = field(default_factory=list)
+    given: CallInputs = field(default_factory=lambda: CallInputs(()))
+    types: list[torch.dtype] = field(default_factory=list)
+
+    def taken(self) -> CallInputs:
+        """The tensors that the call took, to call the module again in the same way."""
+        return self.given.with_other(
+            truth.tensor if dtype.is_floating_point or dtype.is_complex else truth.tensor.to(dtype)
+            for truth, dtype in zip(self.inputs, self.types, strict=True)
+        )
 
 
 @dataclass
@@ -60,7 +71,11 @@ class _Recorder:
     def before(self, name: str, inputs: list[Tensor]) -> Replacement:
         call = self.recording.calls.setdefault(name, Call())
         call.inputs = [self._keep(tensor, (name, False, index)) for index, tensor in enumerate(inputs)]
+        call.types = [tensor.dtype for tensor in inputs]
         return None
+
+    def keep_arguments(self, name: str, args: Any, kwargs: Any) -> None:
+        self.recording.calls[name].given = call_inputs((), args, kwargs)
 
     def after(self, name: str, outputs: list[Tensor]) -> Replacement:
         recording = self.recording

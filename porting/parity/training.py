@@ -242,7 +242,7 @@ def _in_torchs_order(arrays: Mapping[str, Array], key_map: KeyMap) -> dict[str, 
     import torch
 
     return {
-        name: torch.from_numpy(np.ascontiguousarray(values))
+        name: torch.from_numpy(np.asarray(values, order="C"))
         for entry in key_map.entries
         if all(target in arrays for target in entry.targets)
         for name, values in entry.to_torch(arrays, {}).items()

@@ -202,7 +202,7 @@ def _values(model: keras.Model) -> dict[str, Array]:
 
 def _cast(name: str, array: Array, dtype: str) -> Array:
     with np.errstate(over="ignore"):
-        cast: Array = np.ascontiguousarray(array.astype(DTYPES[dtype], copy=False))
+        cast: Array = np.asarray(array.astype(DTYPES[dtype], copy=False), order="C")
     if not np.isfinite(cast.astype(np.float32)[np.isfinite(array)]).all():
         raise OutputError(f"{name} has values that {dtype} cannot hold", hint="Write it with --dtype float32.")
     return cast

@@ -161,7 +161,7 @@ def _proposed(
 
 def _assign(candidate: keras.Model, variables: Mapping[str, Any], conversion: Conversion) -> None:
     for name, values in conversion.weights.items():
-        variables[name].assign(np.ascontiguousarray(values))
+        variables[name].assign(np.asarray(values, order="C"))
 
 
 def _refuse_unknown(option: str, names: Sequence[str], known: Iterable[str]) -> None:

@@ -1,0 +1,187 @@
+"""Functions of TensorFlow for float64, where its own round to float32, have no float64 version, or take very long."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from porting.kinds.transforms import Array
+from porting.models.frameworks import convolving, replaced
+
+_MAPS, _VOLUMES = 4, 5  # numbers of axes, with those of samples and channels
+
+
+@contextlib.contextmanager
+def exact_functions(*, staying: bool) -> Iterator[None]:
+    """Let a Keras model that runs in float64 compute in it throughout. Does nothing on other backends.
+
+    If it is `staying`, code that casts float64 to float32 gets what it cast, as on PyTorch's side.
+    """
+    import keras
+
+    if keras.backend.backend() != "tensorflow":
+        yield
+        return
+    import tensorflow as tf
+    from keras.src.backend import nn
+
+    raw, old = tf.raw_ops, tf.compat.v1.image
+    with (
+        convolving(_depthwise),
+        replaced(nn, leaky_relu=_leaky_relu, gelu=_gelu),
+        replaced(tf, cast=_cast(tf.cast, staying)),
+        replaced(tf.image, resize=_resize(tf.image.resize)),
+        replaced(raw, ResizeBilinear=_resize_bilinear(raw.ResizeBilinear)),
+        replaced(old, resize_bilinear=_resize_bilinear(old.resize_bilinear)),
+        replaced(tf.nn, max_pool=_pool(tf.nn.max_pool), avg_pool=_pool(tf.nn.avg_pool)),
+    ):
+        yield
+
+
+def _leaky_relu(x: Any, negative_slope: float = 0.2) -> Any:
+    import keras
+
+    x = keras.ops.convert_to_tensor(x)
+    return keras.ops.where(x < 0, x * negative_slope, x)
+
+
+def _gelu(x: Any, approximate: bool = True) -> Any:
+    import keras
+    import tensorflow as tf
+
+    x = keras.ops.convert_to_tensor(x)
+    if not approximate:
+        return 0.5 * x * tf.math.erfc(-x * math.sqrt(0.5))
+    return 0.5 * x * (1.0 + keras.ops.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)))
+
+
+def _cast(own: Callable[..., Any], staying: bool) -> Callable[..., Any]:
+    import keras
+    import tensorflow as tf
+
+    def cast(x: Any, dtype: Any, name: str | None = None) -> Any:
+        # tf.cast would turn a Python number into a float32 first.
+        if isinstance(x, float) and tf.as_dtype(dtype).is_floating:
+            return tf.constant(x, dtype)
+        # Code that casts around a norm or a softmax, to be safe in half precision, must not leave float64.
+        computed = tf.is_tensor(x) or isinstance(x, keras.Variable)
+        stays = staying and computed and tf.as_dtype(x.dtype) == tf.float64 and tf.as_dtype(dtype) == tf.float32
+        return tf.convert_to_tensor(x) if stays else own(x, dtype, name)
+
+    return cast
+
+
+def _depthwise(
+    inputs: Any, kernel: Any, strides: Any, padding: str, data_format: str | None, dilation_rate: Any
+) -> Any | None:
+    """TensorFlow has no fast grouped convolution in float64. A depthwise one computes the same sums."""
+    import keras
+    from keras.src.backend import nn
+
+    channels = inputs.shape[1 if data_format == "channels_first" else -1]
+    if not (kernel.shape[-2] == 1 and kernel.shape[-1] == channels > 1 and len(kernel.shape) == _MAPS):
+        return None
+    kernel = keras.ops.transpose(kernel, (0, 1, 3, 2))
+    strides, dilation_rate = (each if isinstance(each, int) else tuple(each) for each in (strides, dilation_rate))
+    return nn.depthwise_conv(inputs, kernel, strides, padding, data_format, dilation_rate)
+
+
+def _resize(own: Callable[..., Any]) -> Callable[..., Any]:
+    def resize(
+        images: Any,
+        size: Any,
+        method: str = "bilinear",
+        preserve_aspect_ratio: bool = False,
+        antialias: bool = False,
+        name: str | None = None,
+    ) -> Any:
+        if method == "bilinear" and not preserve_aspect_ratio and not antialias:
+            resized = _interpolated(images, size, align_corners=False, half_pixel_centers=True)
+            if resized is not None:
+                return resized
+        return own(images, size, method, preserve_aspect_ratio, antialias, name)
+
+    return resize
+
+
+def _resize_bilinear(own: Callable[..., Any]) -> Callable[..., Any]:
+    def resize_bilinear(
+        images: Any,
+        size: Any,
+        align_corners: bool = False,
+        name: str | None = None,
+        half_pixel_centers: bool = False,
+    ) -> Any:
+        how = {"align_corners": align_corners, "half_pixel_centers": half_pixel_centers}
+        resized = _interpolated(images, size, **how)
+        return own(images=images, size=size, name=name, **how) if resized is None else resized
+
+    return resize_bilinear
+
+
+def _interpolated(images: Any, size: Any, *, align_corners: bool, half_pixel_centers: bool) -> Any | None:
+    """Resize maps `(N, H, W, C)` in float64 bilinearly; None for anything else, or if a side is not known."""
+    import tensorflow as tf
+
+    if not tf.is_tensor(images) or images.dtype != tf.float64 or images.shape.rank != _MAPS:
+        return None
+    given, wanted = images.shape[1:3].as_list(), tf.get_static_value(tf.convert_to_tensor(size))
+    if None in given or wanted is None:
+        return None
+    rows, columns = (
+        tf.constant(_weights(before, int(after), align_corners, half_pixel_centers))
+        for before, after in zip(given, wanted, strict=True)
+    )
+    return tf.einsum("jw,nhwc->nhjc", columns, tf.einsum("ih,nhwc->niwc", rows, images))
+
+
+def _weights(before: int, after: int, align_corners: bool, half_pixel_centers: bool) -> Array:
+    """The share `(after, before)` of each position in each new one."""
+    place = np.arange(after, dtype=np.float64)
+    if align_corners and after > 1:
+        place *= (before - 1) / (after - 1)
+    elif half_pixel_centers:
+        place = (place + 0.5) * (before / after) - 0.5
+    else:
+        place *= before / after
+    below = np.floor(place)
+    share = place - below
+    weights = np.zeros((after, before))
+    for step, part in ((0, 1.0 - share), (1, share)):
+        nearest = np.clip(below.astype(int) + step, 0, before - 1)
+        np.add.at(weights, (np.arange(after), nearest), part)
+    return weights
+
+
+def _pool(own: Callable[..., Any]) -> Callable[..., Any]:
+    """TensorFlow pools volumes only in float32. Pooling along one axis after the others gives the same."""
+
+    def pool(
+        input: Any, ksize: Any, strides: Any, padding: Any, data_format: str | None = None, name: str | None = None
+    ) -> Any:
+        import tensorflow as tf
+
+        volumes = tf.is_tensor(input) and input.dtype == tf.float64 and input.shape.rank == _VOLUMES
+        if not volumes or data_format not in {None, "NDHWC"}:
+            return own(input, ksize, strides, padding, data_format, name)
+        sides, steps = _of_volume(ksize), _of_volume(strides)
+        count, depth, height, width, channels = tf.unstack(tf.shape(input))
+        maps = tf.reshape(input, (count * depth, height, width, channels))
+        maps = own(maps, sides[1:], steps[1:], padding)
+        _, height, width, _ = tf.unstack(tf.shape(maps))
+        rows = tf.reshape(maps, (count, depth, height * width, channels))
+        rows = own(rows, (sides[0], 1), (steps[0], 1), padding)
+        return tf.reshape(rows, (count, tf.shape(rows)[1], height, width, channels))
+
+    return pool
+
+
+def _of_volume(sides: Any) -> tuple[int, ...]:
+    """Depth, height and width, of a number or of a list that may name samples and channels too."""
+    if isinstance(sides, int):
+        return (sides,) * 3
+    return tuple(sides) if len(sides) == 3 else tuple(sides)[1:-1] if len(sides) == _VOLUMES else tuple(sides) * 3
