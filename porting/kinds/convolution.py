@@ -150,10 +150,23 @@ def _interleaved(weight: Tensor, groups: int) -> Tensor:
     return weight.reshape(groups, -1, *weight.shape[1:]).transpose(0, 1).reshape(weight.shape)
 
 
+# The dilations that are tried in the place of a module's own.
+_DILATIONS = (2, 3, 4, 6, 8, 12, 16, 18, 24, 36)
+
+
 def reach_mistakes(module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
     """Mistakes in the dilation and the padding."""
     if any(step > 1 for step in module.dilation):
-        yield Mistake("the dilation is lost", lambda: _without_dilation(module, inputs[0]))
+        yield Mistake("the dilation is lost", partial(_dilated, module, inputs[0], 1))
+    yield from _padding_mistakes(module, inputs)
+    own = module.dilation[0] if len(set(module.dilation)) == 1 else module.dilation
+    for step in _DILATIONS if max(module.kernel_size) > 1 else ():
+        if step != own:
+            text = f"its dilation is {step} in Keras, {own} in PyTorch"
+            yield Mistake(text, partial(_dilated, module, inputs[0], step))
+
+
+def _padding_mistakes(module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
     padding = module.padding
     if not isinstance(padding, tuple) or not any(padding):
         return
@@ -182,8 +195,23 @@ def _convolve(module: Any, x: Tensor, padding: Any, dilation: Any) -> Tensor:
     return convolve(in_double(x), module.weight.double(), bias, module.stride, padding, dilation, module.groups)
 
 
-def _without_dilation(module: Any, x: Tensor) -> Tensor:
-    return _convolve(module, x, tuple((size - 1) // 2 for size in module.kernel_size), (1,) * len(module.kernel_size))
+def _dilated(module: Any, x: Tensor, step: int) -> Tensor | None:
+    """The result with another dilation and as much padding as keeps its size.
+
+    If the code around pads, it pads for the right dilation, on both sides or, as for a causal convolution, in front.
+    """
+    from torch.nn import functional as F
+
+    more = [(size - 1) * (step - own) for size, own in zip(module.kernel_size, module.dilation, strict=True)]
+    if isinstance(module.padding, str):
+        return _convolve(module, x, module.padding, (step,) * len(more))
+    if any(module.padding):
+        if any(each % 2 for each in more):
+            return None
+        padding = tuple(own + each // 2 for own, each in zip(module.padding, more, strict=True))
+        return None if min(padding) < 0 else _convolve(module, x, padding, (step,) * len(more))
+    in_front = [side for each in reversed(more) for side in (each, 0)]  # F.pad takes the last axis first
+    return _convolve(module, F.pad(in_double(x), in_front), 0, (step,) * len(more))
 
 
 def _padded_as_same(module: Any, x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import numpy as np
 
 from porting.kinds.transforms import Array
 from porting.models.exact_functions import exact_functions
+from porting.models.float32_trace import Float32Trace
 from porting.models.frameworks import silence_retracing
 from porting.models.traverse import named_layers, named_variables
 
@@ -40,6 +41,7 @@ class Float64Model:
         self._casts = saving_memory
         # Whether code that casts to float32 stays in float64. Not all code runs so: TensorFlow mixes no types.
         self.stays = True
+        self.trace: Float32Trace | None = None
         self._origin, self._substitutes = model, dict[str, Any]()
         self._turned = build is None
         if build is not None:
@@ -55,7 +57,8 @@ class Float64Model:
     def active(self) -> Iterator[keras.Model]:
         """Yield the model, which computes in float64 inside this context."""
         turned = _turned(self.model, self._doubles, self._casts) if self._turned else contextlib.nullcontext()
-        with float64_defaults(), exact_functions(staying=self.stays), turned:
+        traced = contextlib.nullcontext() if self.trace is None else self.trace.active()
+        with float64_defaults(), exact_functions(staying=self.stays), turned, traced:
             yield self.model
 
     def weights(self, without: Collection[str] = ()) -> dict[str, Array]:

@@ -314,6 +314,7 @@ class _Bridge:
 
     def _remember(self, leaf: Any, tensor: Tensor) -> None:
         identity, known = id(leaf), self._known
+        tensor.keras_id = getattr(leaf, "_id", None)  # type: ignore[attr-defined]  # by it TensorFlow's own is known
 
         def forget(gone: weakref.ref[Any]) -> None:
             # The id may belong to another tensor by now.

@@ -185,9 +185,8 @@ def _other_order(
     if len(node.inputs) != 1 or len(inputs) != 1 or node.inputs[0].numel() != inputs[0].numel():
         return None
     found_by = [match for match in tracer.library.find(as_real(node.inputs[0])) if match.truth.tensor is inputs[0]]
-    if not found_by or not found_by[0].reordered:
+    if not found_by or not found_by[0].reordered or not tracer.is_flattened(node.inputs[0], inputs[0]):
         return None
-
     with torch.no_grad():
         guess = module(node.inputs[0].double().reshape(inputs[0].shape))
         guess = guess if behind is None else behind(guess)
@@ -378,6 +377,13 @@ def _share_left(truth: Tensor, found: Tensor, guess: Tensor) -> float:
         return 0.0
     total = float((found - truth)[finite].square().mean())
     return math.sqrt(float((found - guess)[finite].square().mean()) / total) if total else 0.0
+
+
+def has_weights_of(session: Session, node: Node, call: str) -> bool:
+    """Whether a Keras layer has the very weights of a PyTorch call's module."""
+    module = session.modules[call.partition("#")[0]]
+    weights = _weights(module, session.layer(node.name))
+    return bool(weights) and all(np.array_equal(each.expected, each.actual) for each in weights)
 
 
 def _owner(session: Session, call: str, values: Array) -> str:

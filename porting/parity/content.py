@@ -135,6 +135,17 @@ class Library:
                 found.append(match)
         return sorted(found, key=lambda match: match.reordered)
 
+    def maps_in_order(self, flat: Tensor) -> Iterator[Tensor]:
+        """Yield the maps that PyTorch flattened into a tensor."""
+        for truth in self._by_count.get(flat.numel(), ()):
+            sides = truth.tensor.shape
+            if (
+                2 < len(sides) <= _MOST_AXES
+                and len(sides) > flat.ndim
+                and bool((truth.tensor.reshape(flat.shape) == flat).all())
+            ):
+                yield truth.tensor
+
     def find_part(self, actual: Tensor) -> tuple[Truth, int, int] | None:
         """Find a tensor of which Keras's is a part, such as q in qkv: the tensor, the part's index, and the count."""
         if actual.ndim < 2 or actual.numel() < 2:

@@ -9,7 +9,7 @@ continues with the next culprit until the outputs agree.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,14 +17,20 @@ import numpy as np
 from porting.models.inputs import Inputs, inverse, leaves_by_key
 from porting.models.observe import observe_layers
 from porting.models.stacks import last_layer
-from porting.parity.causes import as_an_activation, cause_of, exchanged_parts, tensors_near, with_names_of_stack
+from porting.parity.causes import (
+    as_an_activation,
+    cause_of,
+    exchanged_parts,
+    has_weights_of,
+    tensors_near,
+    with_names_of_stack,
+)
 from porting.parity.content import (
     SAME,
     SAME_IN_FLOAT32,
     Match,
     Truth,
     as_real,
-    computes_in_float32,
 )
 from porting.parity.diagnose import diagnose
 from porting.parity.fused import activations_of, last_of_fused, same
@@ -43,22 +49,34 @@ MAX_CULPRITS = 10
 _FINEST = 2e-14
 
 
+@dataclass(frozen=True)
+class _Difference:
+    """What a culprit has too much, and whether its own layer made it."""
+
+    values: Tensor
+    own: bool
+
+
 def locate(session: Session, inputs: Inputs, limits: Limits, most: int = MAX_CULPRITS) -> Iterator[Culprit]:
     """Yield at most `most` culprits in the order of data flow; none if the outputs agree."""
+    import torch
+
     recording = session.record_truth(inputs)
-    library = session.library(recording)
+    # What the models are given is right, even where only PyTorch's code takes it.
+    library = session.library(recording, [torch.from_numpy(array) for array in inputs.candidate])
     fixes: dict[Place, Tensor] = {}
     innocent: set[Place] = set()
     found: list[tuple[int, Culprit]] = []
+    carried: list[Tensor] = []
     previous: tuple[float, int] | None = None
     last: Place | None = None
     tolerance = SAME
-    for _ in range(3 * most):
-        tracer = Tracer(library, fixes, tolerance)
+    for _ in range(3 * most):  # some culprits turn out to be none
+        tracer = Tracer(library, fixes, tolerance, session.computes_in_float32)
         with session.float64.active() as model, observe_layers(model, tracer) as seen:
             result = model(inputs.for_candidate(model), training=False)
             ours = {key: seen(leaf) for key, leaf in leaves_by_key(result).items()}
-        wrong = _wrong_results(session, recording, ours, tolerance)
+        wrong = _wrong_results(session, recording, ours, tolerance, loosely=not tracer.is_doubtful)
         if not wrong:
             break
         worst = max(relative for _, _, relative in wrong)
@@ -71,19 +89,34 @@ def locate(session: Session, inputs: Inputs, limits: Limits, most: int = MAX_CUL
             innocent.add(last)
             fixes.pop(last, None)
             found.pop()
+            carried.pop()
             last = None
             continue
         previous = worst, agreeing
-        place, culprit, truth = _next_culprit(session, recording, tracer, wrong, innocent)
+        place, culprit, truth, difference = _next_culprit(session, recording, tracer, wrong, innocent)
         if culprit is None:
             break
+        fixed = None if truth is None or place is None else (place[0], place[1], place[3] if len(place) > 3 else 0)
+        if fixed is not None and truth is not None and difference is not None:
+            if not difference.own and any(_is_carried(difference.values, each) for each in carried):
+                fixes[fixed] = truth
+                last = None
+                continue
+            carried.append(difference.values)
         found.append((place[2] if place else 0, culprit))
-        last = None
-        if truth is None or place is None or len(found) >= most:
+        last = fixed
+        if fixed is None or truth is None or len(found) >= most:
             break
-        last = place[0], place[1], place[3] if len(place) > 3 else 0
-        fixes[last] = truth
+        fixes[fixed] = truth
     yield from _once_a_layer([culprit for _, culprit in found])
+
+
+def _is_carried(difference: Tensor, earlier: Tensor) -> bool:
+    """Whether a sum beside the layers, such as that of a residual block, carries an earlier difference on."""
+    if difference.numel() != earlier.numel():
+        return False
+    size = float(earlier.square().mean().sqrt())
+    return _distance(difference.reshape(earlier.shape), earlier) <= (1e-6 * size) ** 2
 
 
 def _once_a_layer(culprits: list[Culprit]) -> Iterator[Culprit]:
@@ -102,9 +135,12 @@ def _once_a_layer(culprits: list[Culprit]) -> Iterator[Culprit]:
 
 
 def _wrong_results(
-    session: Session, recording: Recording, ours: dict[str, Tensor], tolerance: float
+    session: Session, recording: Recording, ours: dict[str, Tensor], tolerance: float, *, loosely: bool
 ) -> list[tuple[str, Tensor, float]]:
-    """List the results that differ: key, Keras's tensor, and the difference relative to the truth's RMS."""
+    """List the results that differ: key, Keras's tensor, and the difference relative to the truth's RMS.
+
+    `loosely` is whether to allow for the rounding of what is computed in float32.
+    """
     from porting.parity.results import pair_results
 
     partners, _ = pair_results(recording.outputs, ours)
@@ -118,7 +154,8 @@ def _wrong_results(
             continue
         distance = measure_candidate(actual, expected, None).total().rms
         relative = distance / truth.rms if truth.rms else float(distance > 0)
-        inside = computes_in_float32(ours[own], Match(truth, axes, measure_candidate(actual, expected, None)))
+        match = Match(truth, axes, measure_candidate(actual, expected, None))
+        inside = loosely and session.computes_in_float32(ours[own], match)
         limit = SAME_IN_FLOAT32 if inside else min(tolerance, 1e-13)
         if not relative <= limit:
             wrong.append((theirs, ours[own], relative))
@@ -131,7 +168,7 @@ def _next_culprit(
     tracer: Tracer,
     wrong: list[tuple[str, Tensor, float]],
     innocent: set[Place],
-) -> tuple[Any, Culprit | None, Tensor | None]:
+) -> tuple[Any, Culprit | None, Tensor | None, _Difference | None]:
     """Find the first culprit that makes results differ: its place, the culprit, and the truth to put in there."""
 
     def known(node: Node) -> bool:
@@ -173,14 +210,14 @@ def _next_culprit(
         given = {key_of(output) for output in first.outputs}
         result = next((key for key, tensor, _ in wrong if key_of(tensor) in given), None)
         if result is not None:
-            return None, _wrong_result(session, recording, result, wrong), None
+            return None, _wrong_result(session, recording, result, wrong), None, None
     if isinstance(first, Node):
-        return None, None, None
+        return None, None, None, None
     other = _gives_anothers(session, recording, tracer, first, innocent)
     if other is not None:
         return _own_mistake(session, recording, tracer, *other, other[0].began)
     if first.node is None:
-        return None, _wrong_result(session, recording, first.key, wrong), None
+        return None, _wrong_result(session, recording, first.key, wrong), None, None
     return _wrong_input(session, recording, tracer, first, began)
 
 
@@ -275,16 +312,26 @@ def _beside(tracer: Tracer, gap: Gap, innocent: set[Place]) -> list[Tensor]:
 
 
 def _wrongly_taken(tracer: Tracer, node: Node, expected: list[Truth]) -> int | None:
-    """The index of an input that differs from its partner's of the same size; None if none does, or it is unclear."""
-    if len(expected) != len(node.inputs):
+    """The index of an input that differs from its partner's of the same size; None if none does, or it is unclear.
+
+    An attention layer of Keras takes fewer tensors, in another order: what it takes must be one of PyTorch's.
+    """
+    if len(node.inputs) > len(expected):
         return None
-    for index, (tensor, truth) in enumerate(zip(node.inputs, expected, strict=True)):
-        actual = as_real(_behind_paddings(tracer, tensor, truth))
-        if actual.numel() != truth.tensor.numel() or actual.numel() < 2:
+    fewer = len(node.inputs) < len(expected)
+    for index, (tensor, truth) in enumerate(zip(node.inputs, expected, strict=False)):
+        given = _behind_paddings(tracer, tensor, truth)
+        actual = as_real(given)
+        if actual.numel() != truth.tensor.numel() or actual.numel() < 2 or (fewer and _is_mask(actual)):
             continue
-        # The same numbers in another order come from a Flatten, and count as right: the weights must follow.
+        partners = [each for each in expected if each.tensor.numel() == actual.numel()] if fewer else [truth]
+        # The numbers of a map in another order come from a Flatten, and count as right: the weights must follow.
         found = tracer.library.find(actual, tracer.tolerance)
-        if not any(match.truth is truth for match in found) and tracer.library.match(actual, truth) is None:
+        same = any(
+            match.truth in partners and (not match.reordered or tracer.is_flattened(given, match.truth.tensor))
+            for match in found
+        )
+        if not same and all(tracer.library.match(actual, each) is None for each in partners):
             return index
     return None
 
@@ -314,7 +361,7 @@ def _is_right_inside(session: Session, recording: Recording, node: Node, call: s
 
 def _own_mistake(
     session: Session, recording: Recording, tracer: Tracer, node: Node, call: str, began: int
-) -> tuple[Any, Culprit, Tensor | None]:
+) -> tuple[Any, Culprit, Tensor | None, _Difference | None]:
     own = next((i for i, output in enumerate(node.outputs) if not tracer.is_exact(output)), 0)
     actual, given = as_real(node.outputs[own]), recording.calls[call].outputs
     # Keras may return only the last step, where PyTorch returns all steps and also the last one.
@@ -325,7 +372,7 @@ def _own_mistake(
     axes = session.axes_in_keras(truth.tensor, actual)
     if axes is None:
         text = f"shape {tuple(actual.shape)} for PyTorch's {tuple(truth.tensor.shape)}"
-        return None, Culprit(label, node.name, text, 1.0), None
+        return None, Culprit(label, node.name, text, 1.0), None, None
     expected = truth.tensor.permute(axes).reshape(actual.shape).contiguous()
     inside = activations_of(session, recording, node, call, truth.tensor, axes, actual)
     cause = None if inside is None else inside.another(call, expected, actual)
@@ -337,12 +384,12 @@ def _own_mistake(
     if cause is not None and not cause.pattern and cause.layer != call:
         label = cause.layer  # the layer is several modules, and this one has the mistake
     culprit = Culprit(label, node.name, _by_how_much(relative), relative, diagnosis=cause)
-    return (node.name, True, began, own), culprit, expected
+    return (node.name, True, began, own), culprit, expected, _Difference(actual - expected, own=True)
 
 
 def _wrong_input(
     session: Session, recording: Recording, tracer: Tracer, gap: Gap, began: int
-) -> tuple[Any, Culprit, Tensor | None]:
+) -> tuple[Any, Culprit, Tensor | None, _Difference | None]:
     node, index = gap.node, gap.index
     assert node is not None  # the caller has seen to it
     call = _partner(session, recording, tracer, node)
@@ -358,23 +405,41 @@ def _wrong_input(
             None,
             Culprit(node.name.replace("/", "."), node.name, "is fed a tensor that PyTorch does not have", 1.0, True),
             None,
+            None,
         )
     truth = inputs[index]
-    axes = session.axes_in_keras(truth.tensor, actual)
-    if axes is None:
+    orders = session.orders_in_keras(truth.tensor, actual)
+    if not orders:
         text = f"shape {tuple(actual.shape)} for PyTorch's {tuple(truth.tensor.shape)}"
-        return None, Culprit(call, node.name, text, 1.0, True), None
-    expected = truth.tensor.permute(axes).reshape(actual.shape).contiguous()
+        return None, Culprit(call, node.name, text, 1.0, True), None, None
+    # What comes in differs in every order. Where sides are equal, the nearest is the one that is meant.
+    axes = min(orders, key=lambda each: _distance(actual, truth.tensor.permute(each).reshape(actual.shape)))
+    expected = _as_flattened(tracer, node.inputs[index], truth.tensor, truth.tensor.permute(axes).reshape(actual.shape))
     relative = _relative(actual, expected, truth)
     cause = None
     if expected.ndim == truth.tensor.ndim:
         found, others = actual.permute(inverse(axes)), tensors_near(recording, call)
         cause = as_an_activation(call, expected, actual, f"before {call}")
-        cause = cause or diagnose(call, None, [], truth.tensor, found, others)
+        cause = cause or diagnose(call, None, [], expected.permute(inverse(axes)), found, others)
     said = cause or exchanged_parts(tracer, node, call)
     label, is_input = _to_blame(session, recording, tracer, call, truth)
     culprit = Culprit(label, node.name, _by_how_much(relative), relative, is_input, said)
-    return _place_of_input(tracer, node, index, began, truth), culprit, expected
+    return (
+        _place_of_input(tracer, node, index, began, truth),
+        culprit,
+        expected,
+        _Difference(actual - expected, own=False),
+    )
+
+
+def _as_flattened(tracer: Tracer, tensor: Tensor, truth: Tensor, expected: Tensor) -> Tensor:
+    """What Keras should have in the place of `tensor`: `expected`, or its numbers in the order of Keras's Flatten."""
+    actual, given = as_real(tensor), tracer.map_before(tensor)
+    if given is None or truth.ndim != 2:
+        return expected.contiguous()
+    count, *sides, channels = given.shape
+    rows = truth.reshape(count, channels, *sides).movedim(1, -1).reshape(actual.shape)
+    return min((expected, rows), key=lambda each: _distance(actual, each)).contiguous()
 
 
 def _to_blame(session: Session, recording: Recording, tracer: Tracer, call: str, truth: Truth) -> tuple[str, bool]:
@@ -476,8 +541,16 @@ def _partner(session: Session, recording: Recording, tracer: Tracer, node: Node)
     for pool in (same_input, later, fitting):
         own_kind = [call for call in pool if session.kind_matches(call, node.name)]
         if own_kind:
-            return own_kind[0]
-    leaves = [call for call in same_input if not list(session.modules[call.partition("#")[0]].children())]
+            same_weights = [call for call in own_kind if pool is not same_input and has_weights_of(session, node, call)]
+            return (same_weights or own_kind)[0]
+    modules = {call: session.modules[call.partition("#")[0]] for call in same_input}
+    # A layer without weights, such as an addition, stands for no module that has some.
+    weighs = bool(getattr(session.layer(node.name), "weights", None))
+    leaves = [
+        call
+        for call, module in modules.items()
+        if not list(module.children()) and (weighs or not list(module.parameters()))
+    ]
     return leaves[0] if leaves else None
 
 
@@ -501,6 +574,10 @@ def _agreeing(tracer: Tracer) -> list[Truth]:
 def _relative(actual: Tensor, expected: Tensor, truth: Truth) -> float:
     distance = measure_candidate(actual, expected, None).total().rms
     return distance / truth.rms if truth.rms else float("inf")
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    return float((one - other).square().mean().nan_to_num(float("inf")))
 
 
 def _by_how_much(relative: float) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from porting.models.inputs import Axes, Inputs, leaves_by_key
 from porting.models.observe import Replacement, to_torch
-from porting.parity.content import SAME, SAME_IN_FLOAT32, Match, Truth, as_real, computes_in_float32
+from porting.parity.content import SAME, SAME_IN_FLOAT32, Match, Truth, as_real
 from porting.parity.measure import DifferenceSum, DistanceSum, measure_candidate
 from porting.parity.record import Recording, output_name
 from porting.parity.report import (
@@ -37,6 +37,8 @@ class ExactObserver:
         self.wanted: set[int] = set()
         self.matched: set[int] = set()
         self._known: dict[int, tuple[weakref.ref[Any], list[Match]]] = {}
+        # Set once a tensor is nearly right: what differs after it need not be the rounding of float32.
+        self._is_doubtful = False
 
     def before(self, name: str, inputs: list[Tensor]) -> Replacement:
         return None
@@ -73,7 +75,7 @@ class ExactObserver:
         return _steered(match, output) if match.in_float32 else None
 
     def _match(self, actual: Tensor, truth: Truth, pair: Pair) -> Match | None:
-        tolerance = SAME_IN_FLOAT32 if pair.in_float32 else SAME
+        tolerance = SAME_IN_FLOAT32 if pair.in_float32 and not self._is_doubtful else SAME
         found = self.library.match(actual, truth, tolerance, likely=True)
         if found is None and pair.reordered:
             found = next((each for each in self.library.find(actual) if each.truth is truth), None)
@@ -89,11 +91,10 @@ class ExactObserver:
         matches = [match] if match is not None else self.library.find(actual)
         if not matches:
             # Some layers always compute in float32.
-            matches += [
-                replace(each, in_float32=True)
-                for each in self.library.find(actual, SAME_IN_FLOAT32)
-                if computes_in_float32(output, each)
-            ]
+            near = self.library.find(actual, SAME_IN_FLOAT32)
+            inside = [replace(each, in_float32=True) for each in near if self.session.computes_in_float32(output, each)]
+            self._is_doubtful |= bool(near) and not inside
+            matches += [] if self._is_doubtful else inside
         self._known[id(output)] = weakref.ref(output), matches
         return matches
 
@@ -182,7 +183,8 @@ class ExactObserver:
                 pair.exact.problem = f"shape {tuple(actual.shape)} instead of {tuple(expected.shape)}"
                 continue
             distance = measure_candidate(actual, expected, None)
-            in_float32 = computes_in_float32(found[ours], Match(truth, axes, distance))
+            in_float32 = session.computes_in_float32(found[ours], Match(truth, axes, distance))
+            in_float32 &= not self._is_doubtful
             pair.in_float32 |= in_float32 and not distance.total().rms <= SAME * truth.rms
             pair.exact.scale.include(truth.size)
             pair.exact.actual_error.include(distance)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from porting.models.inputs import Axes, Inputs
 from porting.models.keras_float64 import Float64Model
 from porting.models.stacks import modules_of
 from porting.parity.bits import Bits
-from porting.parity.content import Library, Truth
+from porting.parity.content import Library, Match, Truth, computes_in_float32
 from porting.parity.derived import rounds_to
 from porting.parity.measure import DifferenceSum, DistanceSum
 from porting.parity.pairing import Names
@@ -206,9 +206,16 @@ class Session:
             for variable, values in held:
                 variable.assign(values)
 
-    def library(self, recording: Recording) -> Library:
+    def computes_in_float32(self, output: Tensor, match: Match) -> bool:
+        """Whether a tensor was computed in float32 internally, so that only a loose match is possible."""
+        trace = self.float64.trace
+        return computes_in_float32(output, match) or (trace is not None and trace.has(output) and not match.reordered)
+
+    def library(self, recording: Recording, others: Sequence[Tensor] = ()) -> Library:
+        """All tensors of a run, and others that are no module's."""
         ranks = {truth.tensor.ndim for truth in recording.truths}
-        return Library(recording.truths, {rank: self.inputs.output_axes(rank) for rank in ranks})
+        truths = [*recording.truths, *(Truth(tensor.double()) for tensor in others)]
+        return Library(truths, {rank: self.inputs.output_axes(rank) for rank in ranks})
 
     def axes_of_result(self, key: str, rank: int) -> Axes:
         """PyTorch's axes in Keras's order for a result: as the caller stated, or by convention."""
@@ -219,13 +226,17 @@ class Session:
 
         None if the two tensors have different numbers of elements.
         """
+        return next(iter(self.orders_in_keras(expected, actual)), None)
+
+    def orders_in_keras(self, expected: Tensor, actual: Tensor) -> list[Axes]:
+        """All orders that fit the shape, as in `axes_in_keras`; the convention's if none does."""
         rank = expected.ndim
         if expected.numel() != actual.numel():
-            return None
+            return []
         same = tuple(range(rank))
         orders = dict.fromkeys((self.inputs.output_axes(rank), same, (0, *range(2, rank), 1) if rank > 2 else same))
         fitting = [axes for axes in orders if tuple(expected.shape[axis] for axis in axes) == tuple(actual.shape)]
-        return fitting[0] if fitting else self.inputs.output_axes(rank)
+        return fitting or [self.inputs.output_axes(rank)]
 
     def kind_matches(self, call: str, layer_name: str) -> bool:
         module, layer = self.modules.get(call.partition("#")[0]), self.layer(layer_name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,6 @@ from porting.parity.content import (
     Library,
     Match,
     as_real,
-    computes_in_float32,
 )
 
 if TYPE_CHECKING:
@@ -54,8 +54,17 @@ class Tracer:
 
     watches_inputs = True
 
-    def __init__(self, library: Library, fixes: dict[Place, Tensor], tolerance: float) -> None:
+    def __init__(
+        self,
+        library: Library,
+        fixes: dict[Place, Tensor],
+        tolerance: float,
+        computes_in_float32: Callable[[Tensor, Match], bool],
+    ) -> None:
         self.library, self.fixes, self.tolerance = library, fixes, tolerance
+        self._computes_in_float32 = computes_in_float32
+        # Set once a tensor is nearly right: what differs after it need not be the rounding of float32.
+        self.is_doubtful = False
         self.nodes: list[Node] = []
         self._stack: list[Node] = []
         self._producers: dict[int, Node] = {}
@@ -104,8 +113,10 @@ class Tracer:
         """The truth to put in place of a result that was computed in float32; None if it was not."""
         if self.is_exact(output):
             return None
-        for match in self.library.find(as_real(output), SAME_IN_FLOAT32):
-            if computes_in_float32(output, match):
+        near = self.library.find(as_real(output), SAME_IN_FLOAT32)
+        self.is_doubtful |= bool(near) and not any(self._computes_in_float32(output, match) for match in near)
+        for match in near:
+            if not self.is_doubtful and self._computes_in_float32(output, match):
                 expected = match.expected(as_real(output)).contiguous()
                 self._give(expected, match)
                 return expected
@@ -154,13 +165,27 @@ class Tracer:
 
     def _may_be_flattened(self, tensor: Tensor, match: Match) -> bool:
         """Whether a Flatten of a Keras map, maybe of this tensor, may give PyTorch's order. True if there is no map."""
-        given, truth = tensor if tensor.ndim > 2 else self.map_before(tensor), match.truth.tensor
-        if given is None or given.ndim > _MOST_SIDES or len(given) != len(truth):
+        given = self._map_of(tensor)
+        return given is None or self._is_order_of(as_real(given), match.truth.tensor)
+
+    def is_flattened(self, tensor: Tensor, truth: Tensor) -> bool:
+        """Whether two tensors have the numbers of one map, with its axes in different orders."""
+        given = self._map_of(tensor)
+        if given is not None:
+            return self._is_order_of(as_real(given), truth)
+        return any(self._is_order_of(each, as_real(tensor)) for each in self.library.maps_in_order(truth))
+
+    def _map_of(self, tensor: Tensor) -> Tensor | None:
+        given = tensor if tensor.ndim > 2 else self.map_before(tensor)
+        return None if given is None or given.ndim > _MOST_SIDES else given
+
+    def _is_order_of(self, given: Tensor, flat: Tensor) -> bool:
+        """Whether a map, with its axes in some order, has the numbers of another tensor in their order."""
+        if len(given) != len(flat):
             return True
-        given = as_real(given)
-        limit = max(self.tolerance, SAME) * match.truth.rms
+        limit = max(self.tolerance, SAME) * float(flat.square().mean().sqrt())
         return any(
-            float((given.permute(0, *axes).reshape(truth.shape) - truth).square().mean().sqrt()) <= limit
+            float((given.permute(0, *axes).reshape(flat.shape) - flat).square().mean().sqrt()) <= limit
             for axes in itertools.permutations(range(1, given.ndim))
         )
 

@@ -21,13 +21,13 @@ from porting.models.rows import pairs_of
 from porting.models.traverse import named_variables
 from porting.parity.compare import check_parity
 from porting.parity.content import Library
-from porting.parity.record import record_run
+from porting.parity.record import Recording, record_run
 from porting.parity.report import ParityReport
 from porting.progress import SILENT, Progress
 from porting.proposing.options import AcrossFrameworks, Options, WithinFramework
 from porting.proposing.sides import KerasSide, TorchSide, make_sides
 from porting.proposing.walk import Choice, Outcome, Stated, Walk
-from porting.wording import listed
+from porting.wording import listed, typed_reason_of
 
 if TYPE_CHECKING:
     import keras
@@ -206,10 +206,16 @@ def propose_map(
     """
     source, target = make_sides(reference, candidate, inputs, reference_inputs, input_axes)
     progress("running the reference")
-    source.fill_with_synthetic_weights(target.lacking() if isinstance(target, KerasSide) else None)
+    try:
+        source.fill_with_synthetic_weights(target.lacking() if isinstance(target, KerasSide) else None)
+        recorded = record_run(source.running)
+    except Exception as error:  # a model may raise anything
+        raise KeyMapError(
+            f"the reference cannot run on these inputs: {typed_reason_of(error)}",
+            hint="Give inputs that both models take; reference_inputs= are those of the reference alone.",
+        ) from None
 
-    def search() -> tuple[Proposal, Options]:
-        recording = record_run(source.running)
+    def search(recording: Recording) -> tuple[Proposal, Options]:
         ranks = {truth.tensor.ndim for truth in recording.truths}
         library = Library(recording.truths, {rank: target.given.output_axes(rank) for rank in ranks})
         options: Options
@@ -220,17 +226,21 @@ def propose_map(
         stated = _by_pairs(pairs or {}, options) | _by_rows(rows, options)
         return _proposal(Walk(options, library, stated, progress).search(), options), options
 
-    proposal, options = search()
+    proposal, options = search(recorded)
     spare = proposal.unused_sources
     if not proposal.agrees and 0 < len(spare) <= _MOST_SPARE:
         # Published weights may hold zeros in a tensor that the candidate has no place for.
         source.clear(spare)
-        again, options = search()
+        again, options = search(record_run(source.running))
         if again.agrees:
             proposal = _with_zeros(again, spare)
     if check and isinstance(options, AcrossFrameworks):
         progress("checking the map")
-        proposal = replace(proposal, report=_report(proposal, options.source, candidate, progress))
+        report = _report(proposal, options.source, candidate, progress)
+        proposal = replace(proposal, report=report)
+        if report.passed and not any(row.confidence == OPEN for row in proposal.rows):
+            # The check knows what the search does not, such as weights that are computed from several.
+            proposal = replace(proposal, agrees=True, differences=())
     progress("done", 1, 1)
     return proposal
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from porting.errors import KeyMapError
 from porting.kinds import KINDS, kind_of_layer, kind_of_module
 from porting.kinds.base import Kind, Leaf, attribute
 from porting.kinds.transforms import Array, Shape
@@ -23,6 +24,7 @@ from porting.models.live import assign_tensors, effective_tensors
 from porting.models.observe import Observer, Replay, observe_layers, observe_modules, to_torch
 from porting.models.synthetic import fill_with_synthetic_weights
 from porting.models.traverse import named_layers, named_variables, owned_variables
+from porting.wording import typed_reason_of
 
 if TYPE_CHECKING:
     import keras
@@ -197,6 +199,7 @@ class KerasSide:
             # It has no weights before its first call, which makes them in its own type.
             model(given.for_candidate(model), training=False)
         self._float64, self.given = Float64Model(model), given
+        self._try_out()
         self.replay: Replay | None = Replay()
         self.layers = named_layers(model)
         self._variables = named_variables(model)
@@ -206,6 +209,22 @@ class KerasSide:
             name: [self.names[id(each)] for each in own if id(each) in self.names]
             for name, own in owned_variables(model).items()
         }
+
+    def _try_out(self) -> None:
+        """Run the model once, with casts to float32 if it does not run without. Raises KeyMapError if it never does."""
+        for stays in (True, False):
+            self._float64.stays = stays
+            try:
+                with torch_on_one_thread(), self._float64.active() as model:
+                    model(self.given.for_candidate(model), training=False)
+            except Exception as error:  # a model may raise anything
+                reason = typed_reason_of(error)
+            else:
+                return
+        raise KeyMapError(
+            f"the Keras model cannot run in float64: {reason}",
+            hint="The search compares numbers in float64. Rows of your own, in port_weights, need no search.",
+        )
 
     def kind(self, layer: str) -> Kind | None:
         return kind_of_layer(self.layers[layer]) if layer else None

@@ -1,0 +1,161 @@
+"""Follows float32 through a Keras run in float64: which tensors depend on numbers that were computed in it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from porting.kinds.transforms import Array
+from porting.models.frameworks import replaced
+
+# Operations that only move numbers or choose among them: the result is as exact as what they take.
+_MOVING = frozenset(
+    [
+        "Abs",
+        "BroadcastTo",
+        "Ceil",
+        "ConcatV2",
+        "Const",
+        "EnsureShape",
+        "ExpandDims",
+        "Fill",
+        "Floor",
+        "Gather",
+        "GatherNd",
+        "GatherV2",
+        "Identity",
+        "MatrixBandPart",
+        "Max",
+        "MaxPool",
+        "Maximum",
+        "Min",
+        "Minimum",
+        "MirrorPad",
+        "Neg",
+        "OneHot",
+        "OnesLike",
+        "Pack",
+        "Pad",
+        "PadV2",
+        "Range",
+        "ReadVariableOp",
+        "Relu",
+        "Reshape",
+        "ReverseV2",
+        "Round",
+        "Select",
+        "SelectV2",
+        "Sign",
+        "Slice",
+        "Snapshot",
+        "Split",
+        "SplitV",
+        "Squeeze",
+        "StopGradient",
+        "StridedSlice",
+        "Tile",
+        "Transpose",
+        "Unpack",
+        "Where",
+        "ZerosLike",
+    ]
+)
+
+
+# How far a constant that was computed in float32 may be from the same in float64, relative to its greatest number: a
+# few roundings, such as those of an angle and of its sine.
+_ROUNDINGS = 2.0**-20
+
+
+class Float32Trace:
+    """Names the tensors of a run that depend on arithmetic in float32 or half precision.
+
+    A layer may compute in float32 whatever its dtype is, such as the angles of a rotary embedding. The trace tells such
+    rounding from a mistake, whatever module comes next. It slows a run down, so it is only used where outputs differ by
+    about as much as float32 rounds. Only TensorFlow can be followed.
+
+    `constants` are numbers that PyTorch holds in float32, such as a table of sines. Where Keras computes the same in
+    float64, PyTorch's side is the one that was rounded.
+    """
+
+    def __init__(self, constants: Iterable[Array] = ()) -> None:
+        self._touched: set[int] = set()
+        self._constants = [each for each in (np.ravel(array) for array in constants) if np.unique(each[:64]).size > 1]
+
+    def __bool__(self) -> bool:
+        """Whether any such tensor was seen."""
+        return bool(self._touched)
+
+    def has(self, tensor: Any) -> bool:
+        """Whether a tensor that an observer got depends on float32."""
+        return getattr(tensor, "keras_id", None) in self._touched
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Follow the operations of this context."""
+        import tensorflow as tf
+        from tensorflow.python.framework import op_callbacks
+
+        op_callbacks.add_op_callback(self._follow)
+        try:
+            # Numbers that NumPy computed come in by these, and not by an operation.
+            with replaced(
+                tf,
+                cast=self._converting(tf.cast),
+                constant=self._converting(tf.constant),
+                convert_to_tensor=self._converting(tf.convert_to_tensor),
+            ):
+                yield
+        finally:
+            op_callbacks.remove_op_callback(self._follow)
+
+    def _follow(
+        self,
+        operation: str | bytes,
+        inputs: tuple[Any, ...],
+        attributes: Any,
+        outputs: tuple[Any, ...],
+        op_name: str | None = None,
+        graph: Any = None,
+    ) -> None:
+        if graph is not None:
+            return  # a function is being compiled: nothing is computed yet
+        name = operation.decode() if isinstance(operation, bytes) else operation
+        touched = any(getattr(each, "_id", None) in self._touched for each in inputs) or (
+            name not in _MOVING
+            and any(each.dtype.is_floating and each.dtype.size <= 4 for each in outputs)  # bytes
+            and any(each.dtype.is_floating for each in inputs)
+        )
+        for each in outputs:
+            if each.dtype.is_floating and (touched or self._is_constant(each)):
+                self._touched.add(each._id)
+
+    def _converting(self, own: Callable[..., Any]) -> Callable[..., Any]:
+        def convert(value: Any, *args: Any, **kwargs: Any) -> Any:
+            made = own(value, *args, **kwargs)
+            if isinstance(value, (np.ndarray, list, tuple)) and self._is_constant(made):
+                self._touched.add(made._id)
+            return made
+
+        return convert
+
+    def _is_constant(self, output: Any) -> bool:
+        """Whether PyTorch holds these numbers rounded to float32."""
+        import tensorflow as tf
+
+        if not self._constants or output.dtype != tf.float64:
+            return False
+        count = int(np.prod(output.shape))
+        # Code may use the first rows of a table.
+        fitting = [each[:count] for each in self._constants if each.size >= count > 1]
+        values = output.numpy().ravel() if fitting else None
+        for each in fitting:
+            limit = _ROUNDINGS * float(np.abs(each).max())
+            if values is not None and abs(values[-1] - each[-1]) <= limit < np.inf:
+                distance = float(np.abs(values - each).max())
+                if 0.0 < distance <= limit:
+                    return True
+        return False
