@@ -34,6 +34,7 @@ _FILES = (
     "parameter",
     "activation",
     "prelu",
+    "pooling",
     "resampling",
     "dropout",
 )

@@ -65,11 +65,11 @@ class Activation(Kind):
         return {"activation": values} if values.shape == GRID.shape else {}
 
     def layer_settings(self, layer: Any) -> Settings:
-        return _values(layer if type(layer).__name__ in _WITHOUT_ARGUMENT else layer.activation)
+        return settings_of_function(layer if type(layer).__name__ in _WITHOUT_ARGUMENT else layer.activation)
 
     def fused_settings(self, layer: Any) -> Settings:
         function = self.inside(layer)
-        return {} if function is None else _values(function)
+        return {} if function is None else settings_of_function(function)
 
     def inside(self, layer: Any) -> Callable[[Any], Any] | None:
         """The function of a layer with an `activation` argument."""
@@ -111,7 +111,7 @@ class Activation(Kind):
         yield made("no activation at all", lambda x: x)
 
 
-def _values(function: Any) -> Settings:
+def settings_of_function(function: Any) -> Settings:
     """The values of a Keras function on `GRID`; {} when it is not a function of one number."""
     import keras
 

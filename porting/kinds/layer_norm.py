@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from porting.errors import KeyMapError
 from porting.kinds.base import Kind, Leaf, Mistake, Settings, with_forward
 from porting.kinds.batch_norm import norm_mistakes, scaled_and_shifted
+from porting.kinds.transforms import Permutation
 
 if TYPE_CHECKING:
     import keras
     from torch import Tensor, nn
 
 
+_CHANNELS_LAST = Permutation("channels_last", last=(0,), ranks=(2, 3, 4))
+
+
 class LayerNorm(Kind):
     name = "layer_norm"
-    leaves = (Leaf("weight", "gamma", default=1.0), Leaf("bias", "beta", default=0.0))
+    leaves: tuple[Leaf, ...] = (Leaf("weight", "gamma", default=1.0), Leaf("bias", "beta", default=0.0))
+
+    def with_details(self, details: str) -> Kind:
+        """`channels_first`: the module normalises maps `(C, H, W)`, and the layer `(H, W, C)`."""
+        if details != "channels_first":
+            raise KeyMapError(f"the kind layer_norm takes channels_first: got {details!r}")
+        other = LayerNorm()
+        other.leaves = tuple(replace(leaf, transform=_CHANNELS_LAST) for leaf in self.leaves)
+        return other
 
     def is_module(self, module: nn.Module) -> bool:
         from torch import nn

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from porting.errors import KeyMapError
+from porting.kinds.activation import name_of_function, settings_of_function
 from porting.kinds.base import Kind, Leaf, Mistake, Settings, in_double, with_change
 from porting.kinds.transforms import Gates, JoinedBiases
 
@@ -63,12 +64,22 @@ class Recurrent(Kind):
         return isinstance(own, (layers.LSTM, layers.GRU, layers.SimpleRNN))
 
     def module_settings(self, module: Any) -> Settings:
-        settings = {"hidden_size": module.hidden_size, "bidirectional": module.bidirectional}
+        settings = {
+            "hidden_size": module.hidden_size,
+            "bidirectional": module.bidirectional,
+            "activation": "ReLU" if module.mode == "RNN_RELU" else "tanh",
+        }
+        if _mode(module) in _GATES:
+            settings["recurrent_activation"] = "sigmoid"
         return {**settings, "reset_after": True} if _mode(module) == "GRU" else settings
 
     def layer_settings(self, layer: Any) -> Settings:
         own = getattr(layer, "forward_layer", layer)
         settings = {"hidden_size": own.units, "bidirectional": own is not layer}
+        for name in ("activation", "recurrent_activation"):
+            values = settings_of_function(getattr(own, name, None)).get("activation")
+            if values is not None:
+                settings[name] = name_of_function(values)
         return {**settings, "reset_after": own.reset_after} if hasattr(own, "reset_after") else settings
 
     def mistakes(self, module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
@@ -84,6 +95,12 @@ class Recurrent(Kind):
         for name in biases:
             yield _changed(module, inputs, f"{name} is lost", [name], lambda values: values * 0)
         yield _changed(module, inputs, "the biases are lost", biases, lambda values: values * 0)
+        if _mode(module) == "GRU" and biases:
+            yield Mistake("its two biases are exchanged", with_change(module, inputs, _exchange_biases))
+            yield Mistake(
+                "its two biases are added up in the first, but one belongs inside the reset gate",
+                with_change(module, inputs, _add_biases),
+            )
         if module.bidirectional:
             yield Mistake("its two directions are exchanged", with_change(module, inputs, _exchange_directions))
         if _mode(module) == "GRU" and module.num_layers == 1 and not module.bidirectional:
@@ -109,6 +126,22 @@ def _leaves(order: tuple[int, ...], layer: int) -> tuple[Leaf, ...]:
             Leaf((f"bias_ih_{end}", f"bias_hh_{end}"), f"{place}bias", biases, 0.0),
         ]
     return tuple(found)
+
+
+def _pairs_of_biases(module: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    for name, bias in module.named_parameters():
+        if name.startswith("bias_ih"):
+            yield bias, getattr(module, name.replace("_ih", "_hh"))
+
+
+def _exchange_biases(module: Any) -> None:
+    for one, other in _pairs_of_biases(module):
+        one.data, other.data = other.data.clone(), one.data.clone()
+
+
+def _add_biases(module: Any) -> None:
+    for one, other in _pairs_of_biases(module):
+        one.data, other.data = one.data + other.data, other.data * 0
 
 
 def _of_cell(layer: Any, prefix: str) -> dict[str, keras.Variable]:

@@ -238,6 +238,8 @@ def _weights(module: Any, layer: Any, sides: str = "") -> list[_Weight]:
     kinds = [kind]
     if sides and kind.name == "dense":
         kinds.append(kind_called(f"dense:{sides}"))
+    if kind.name == "layer_norm" and len(module.normalized_shape) > 1:
+        kinds.append(kind_called("layer_norm:channels_first"))
     if stack := layers_of_stack(module):  # its layers were not recorded: it may be any of them
         kinds = [kind_called(f"{kind.name}:l{index}") for index in range(len(stack))]
 

@@ -8,6 +8,7 @@ a derived one, the exact view uses the number before rounding. Otherwise it keep
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,18 @@ def derived_weights(model: nn.Module, recording: Recording, epsilons: Iterable[f
     """
     found = [each for module in model.modules() for each in _of_module(module)]
     found += [*_folded_norms(model, recording), *_shifted_variances(model, set(epsilons))]
+    found += [rows for each in found for rows in _behind_a_flatten(each, recording)]
     return [np.ascontiguousarray(each) for each in found]
+
+
+def _behind_a_flatten(kernel: Array, recording: Recording) -> Iterator[Array]:
+    """The kernel of a Dense with its rows in the order of Keras's Flatten, for every map that it may follow."""
+    if kernel.ndim != 2:
+        return
+    maps = {tuple(truth.tensor.shape[1:]) for truth in recording.truths if truth.tensor.ndim > 2}
+    for channels, *sides in maps:
+        if channels * math.prod(sides) == len(kernel):
+            yield np.moveaxis(kernel.reshape(channels, *sides, -1), 0, -2).reshape(kernel.shape)
 
 
 def _shifted_variances(model: nn.Module, epsilons: set[float]) -> Iterator[Array]:

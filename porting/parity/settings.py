@@ -40,8 +40,10 @@ def compare_settings(
 
     `targets` gives the name of the Keras layer for each PyTorch module. A setting that only one side has is left out.
     Without `strict`, settings that matter only in training do not count. Those in `waive`, given as "module" or
-    "module:setting", never count.
+    "module:setting", never count, and neither does a padding that depends on the size of images, where the Keras model
+    takes images of one size alone: the numbers say all there is to say.
     """
+    one_size = _takes_one_size(candidate)
     layers = named_layers(candidate)
     modules = modules_of(reference)
     differences: list[SettingDifference] = []
@@ -60,6 +62,7 @@ def compare_settings(
         for name in common:
             if not _same(expected[name], actual[name]):
                 training = name in kind.training_settings
+                settled = one_size and name == "padding" and isinstance(actual[name], str)
                 differences.append(
                     SettingDifference(
                         source,
@@ -68,10 +71,16 @@ def compare_settings(
                         _show(actual[name]),
                         kind.advice(name, expected[name]),
                         training,
-                        (strict or not training) and not {source, f"{source}:{name}"} & set(waive),
+                        (strict or not training) and not settled and not {source, f"{source}:{name}"} & set(waive),
                     )
                 )
     return Audit(compared_layers, compared, tuple(differences))
+
+
+def _takes_one_size(model: keras.Model) -> bool:
+    """Whether every side of a model's inputs is fixed, except for the number of samples."""
+    inputs = getattr(model, "inputs", None)
+    return bool(inputs) and all(None not in tuple(each.shape)[1:] for each in inputs or ())
 
 
 def settings_beside(kind: Kind, layer: keras.layers.Layer) -> Settings:

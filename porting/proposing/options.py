@@ -207,6 +207,8 @@ class AcrossFrameworks(Options):
             details = [kind.name, *(f"{kind.name}:l{index}" for index in range(1, module.num_layers))]
         if kind.name == "dense":
             details = [*(f"dense:{each}" for each in sides), *details]
+        if kind.name == "layer_norm" and len(module.normalized_shape) > 1:
+            details.append("layer_norm:channels_first")
         if getattr(kind_of_layer(layer), "name", "") == "attention" and kind.name in {"dense", "dense_in_first"}:
             details = ["qkv" if kind.name == "dense" else "qkv:in_first"]
         if self._absorbs and kind.name == "batch_norm" and getattr(layer, "epsilon", module.eps) != module.eps:

@@ -90,6 +90,10 @@ class Side(Protocol):
         """What the activation fused into a layer makes of a tensor; None if it has none."""
         ...
 
+    def result_of(self, layer: str, tensor: Tensor) -> Tensor | None:
+        """What a layer makes of a tensor, inside `running`; None if this side cannot call it alone."""
+        ...
+
 
 class TorchSide:
     """A PyTorch model, copied to float64."""
@@ -186,6 +190,9 @@ class TorchSide:
         self._refresh()
 
     def activated(self, layer: str, tensor: Tensor) -> Tensor | None:
+        return None
+
+    def result_of(self, layer: str, tensor: Tensor) -> Tensor | None:
         return None
 
 
@@ -293,6 +300,14 @@ class KerasSide:
 
         activation = getattr(self.layers[layer], "activation", None)
         return None if not callable(activation) else to_torch(activation(keras.ops.convert_to_tensor(tensor.numpy())))
+
+    def result_of(self, layer: str, tensor: Tensor) -> Tensor | None:
+        import keras
+
+        with contextlib.suppress(Exception):  # a layer may raise anything
+            result = self.layers[layer].call(keras.ops.convert_to_tensor(tensor.numpy()))  # past the observer
+            return to_torch(result) if keras.ops.is_tensor(result) else None
+        return None
 
 
 # This many numbers per sample identify tensors. If inputs have fewer, a second sample is used.

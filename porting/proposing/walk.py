@@ -9,7 +9,7 @@ the first is used for now, and the first unknown tensor sends the walk back to t
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -307,7 +307,7 @@ class Walk:
             return  # its sublayers are filled one by one
         table = not options and len(wanted) == 1 and bool(self.options.parameters_like(wanted[0]))
         if not table and (options or self.options.target.kind(base) is not None):
-            self._settle(base, base, options, bool(truths), fixed is not None)
+            self._settle(base, base, options, bool(truths), fixed is not None, inputs)
             return
         self._choose_parameters(base, wanted, truths, fixed)
 
@@ -321,9 +321,23 @@ class Walk:
             own = [each for each in own if self.options.owner_of(each.source) not in self._taken] or own
             self._settle(name, base, own, True, stated is not None)
 
-    def _settle(self, slot: str, base: str, options: list[Option], known: bool, stated: bool) -> None:
+    def _settle(
+        self,
+        slot: str,
+        base: str,
+        options: list[Option],
+        known: bool,
+        stated: bool,
+        inputs: Sequence[Tensor] = (),
+    ) -> None:
         free = [option for option in options if self._taken.isdisjoint(option.claims)]
         guessed = False
+        if not free and not stated and slot == base and len(inputs) == 1:
+            # PyTorch has no module that takes the input, but one may give the result.
+            options = self._guesses(base)
+            free = [
+                each for each in options if self._taken.isdisjoint(each.claims) and self._gives(each, base, inputs[0])
+            ]
         if not free:
             if not known and base not in self._given_up:
                 raise _StuckError(base)
@@ -346,6 +360,16 @@ class Walk:
         self.choices[slot] = Choice(slot, base, free, list(free if guessed else options), guessed=guessed)
         self._taken |= free[0].claims
         self._fill(self.choices[slot])
+
+    def _gives(self, option: Option, base: str, tensor: Tensor) -> bool:
+        """Whether a layer makes what PyTorch has from a tensor, filled by an option."""
+        choice = Choice(base, base, [option], [option])
+        own = self._results_of(choice)
+        self._fill(choice)
+        made = self.options.target.result_of(base, tensor)
+        if made is None:
+            return False
+        return any(self._is(made, truth) for truth in own) or self._agrees_inside(choice, [made], own)
 
     def _rank(self, option: Option, slot: str) -> tuple[bool, float, int]:
         """The order in which options are tried: whole tables first, then by name, then as PyTorch runs them."""

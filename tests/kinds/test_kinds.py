@@ -51,6 +51,14 @@ CASES: dict[str, tuple[str, Callable[[], nn.Module], Callable[[], Any], tuple[in
     ),
     "RMS norm": ("rms_norm", lambda: nn.RMSNorm(5, eps=1e-6), layers.RMSNormalization, (2, 5)),
     "PReLU": ("prelu", lambda: nn.PReLU(4), lambda: layers.PReLU(shared_axes=[1, 2]), (2, 4, 6, 6)),
+    "pooling": ("pooling", lambda: nn.MaxPool2d(3, 2, 1), lambda: layers.MaxPooling2D(3, 2, "same"), (2, 3, 6, 6)),
+    "pooling of means": (
+        "pooling",
+        lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True),
+        lambda: layers.AveragePooling2D(3, 2, "same"),
+        (2, 3, 8, 8),
+    ),
+    "global pooling": ("pooling", lambda: nn.AdaptiveAvgPool2d(1), layers.GlobalAveragePooling2D, (2, 3, 6, 6)),
     "resizing": (
         "resampling",
         lambda: nn.Upsample(scale_factor=2, mode="bilinear"),
@@ -112,7 +120,7 @@ def test_settings_agree_where_the_two_are_set_alike(case: str) -> None:
     built(given, given) if name == "attention" else built(given)
     expected, actual = kind.module_settings(module()), kind.layer_settings(built)
     common = [key for key in expected if key in actual and key not in {"eps", "momentum", "padding"}]
-    assert common or name in {"dense", "layer_norm", "prelu", "resampling"}
+    assert common or name in {"dense", "layer_norm", "prelu", "pooling", "resampling"}
     for key in common:
         assert np.allclose(expected[key], actual[key]) if key == "activation" else expected[key] == actual[key], key
 
