@@ -65,6 +65,8 @@ _MOVING = frozenset(
 )
 
 
+# A variable is compared with PyTorch's tensors elsewhere.
+_READING = "ReadVariableOp"
 # How far a constant that was computed in float32 may be from the same in float64, relative to its greatest number: a
 # few roundings, such as those of an angle and of its sine.
 _ROUNDINGS = 2.0**-20
@@ -130,7 +132,7 @@ class Float32Trace:
             and any(each.dtype.is_floating for each in inputs)
         )
         for each in outputs:
-            if each.dtype.is_floating and (touched or self._is_constant(each)):
+            if each.dtype.is_floating and (touched or (name != _READING and self._is_constant(each))):
                 self._touched.add(each._id)
 
     def _converting(self, own: Callable[..., Any]) -> Callable[..., Any]:

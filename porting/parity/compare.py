@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from porting.kinds import KINDS
+from porting.kinds import KINDS, kind_of_module
 from porting.kinds.transforms import Array, Shifted
 from porting.mapping.key_map import KeyMap
 from porting.models.float32_trace import Float32Trace
@@ -326,10 +326,11 @@ def _follow_float32(session: Session) -> None:
 
 
 def _constants(model: nn.Module) -> list[Array]:
-    """The buffers of a model, and other tensors that its modules hold."""
+    """The buffers of a model, and other tensors that its modules hold, but for those that are weights of a kind."""
     import torch
 
-    held = (value for module in model.modules() for value in (*module.buffers(recurse=False), *vars(module).values()))
+    modules = [module for module in model.modules() if kind_of_module(module) is None]
+    held = (value for module in modules for value in (*module.buffers(recurse=False), *vars(module).values()))
     floats = (each for each in held if isinstance(each, torch.Tensor) and each.is_floating_point())
     return [each.detach().double().numpy() for each in floats if each.numel() > 1]
 
