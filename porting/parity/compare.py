@@ -35,8 +35,10 @@ from porting.parity.derived import (
     derived_weights,
     halved_weights,
     has_derived,
+    in_all_orders,
     is_too_large_to_copy,
     rounds_to,
+    scaled_weight,
     substitute_for,
 )
 from porting.parity.inferred import with_inferred_weights
@@ -58,7 +60,7 @@ from porting.parity.results import pair_results
 from porting.parity.session import Session
 from porting.parity.summary import precision_of, summarize
 from porting.progress import SILENT, Progress
-from porting.wording import typed_reason_of
+from porting.wording import counted, typed_reason_of
 
 if TYPE_CHECKING:
     import keras
@@ -279,6 +281,19 @@ def _substitute_derived(session: Session, recording: Recording) -> None:
         session.notes[f"{count} weights are computed from several tensors of PyTorch's, exactly up to float32"] = None
 
 
+def _substitute_scaled(session: Session) -> int:
+    """Give the float64 model the exact products of weights that a factor was folded into. Returns how many it has."""
+    exact: dict[int, list[Array]] = {}
+    for tensor in session.double_model.state_dict().values():
+        if tensor.is_floating_point() and tensor.numel() > 1:
+            for each in in_all_orders(tensor.detach().numpy()):
+                exact.setdefault(each.size, []).append(each)
+    count = session.float64.substitute(lambda name, values: scaled_weight(values, exact.get(values.size, ())))
+    if count:
+        session.notes[f"{counted(count, 'weight')} of PyTorch's times the root of a whole number"] = None
+    return count
+
+
 def _run_exact(session: Session, recording: Recording, batch: Inputs, start: int) -> ExactObserver:
     """Run the Keras model in float64, in place or else as a clone. Raises CannotRunError if neither runs.
 
@@ -286,14 +301,16 @@ def _run_exact(session: Session, recording: Recording, batch: Inputs, start: int
     """
     kept = dict(session.pairs), dict(session.lone), set(session.used)
     attempts = iter(("without casts", "in place", "clone"))
-    attempt = next(attempts)
+    attempt, is_scaled = next(attempts), False
     while True:
         observer = ExactObserver(session, recording, start)
         try:
             with torch_on_one_thread(), session.float64.active() as model, observe_layers(model, observer):
                 observer.results(model(batch.for_candidate(model), training=False))
             if start == 0 and _may_round_in_float32(session):
-                _follow_float32(session)
+                if is_scaled or not _substitute_scaled(session):
+                    _follow_float32(session)
+                is_scaled = True
                 session.pairs, session.lone, session.used = kept[0].copy(), kept[1].copy(), kept[2].copy()
                 session.results.clear()
                 continue

@@ -21,6 +21,7 @@ from porting.parity.record import Recording
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+_GREATEST_FACTOR = 4096
 # A few roundings of the greatest number, since a sum of terms that cancel is rounded relative to the terms.
 _ROUNDED = 2.0**-21
 # The bytes of a model's float32 weights from which on copies in float64 are avoided.
@@ -117,6 +118,26 @@ def substitute_for(values: Array, derived: list[Array]) -> Array | None:
     return None
 
 
+# The factors that are folded into weights are such powers of a whole number, as of the size of an attention's heads.
+_POWERS = (-0.5, -0.25, 0.5, 0.25)
+
+
+def scaled_weight(values: Array, tensors: Iterable[Array]) -> Array | None:
+    """A tensor times the root of a whole number, if float32 `values` are its rounding; None if there is none."""
+    for tensor in tensors:
+        exact = tensor.reshape(values.shape)
+        size = float(np.square(exact).sum())
+        factor = float((values * exact).sum()) / size if size else 0.0
+        if factor <= 0.0 or abs(values - factor * exact).max() > _ROUNDED * abs(values).max():
+            continue
+        for power in _POWERS:
+            number = factor ** (1 / power)
+            if 2 <= round(number) <= _GREATEST_FACTOR and abs(number / round(number) - 1.0) < 1e-6:
+                scaled: Array = exact * float(round(number)) ** power
+                return scaled
+    return None
+
+
 def is_too_large_to_copy(model: nn.Module) -> bool:
     """Whether to run a model in float64 without a copy in float64, casting each weight while it is used.
 
@@ -186,6 +207,31 @@ def _is_parametrized(module: nn.Module) -> bool:
     return any(type(hook).__name__ in {"WeightNorm", "SpectralNorm"} for hook in module._forward_pre_hooks.values())
 
 
+def _with_norm_before(norm: nn.modules.batchnorm._BatchNorm, module: nn.Module) -> Iterator[Array]:
+    """The kernel and bias of a dense layer, or of a convolution without padding, with the norm before it folded in."""
+    import torch
+    from torch import nn
+
+    if not isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return
+    if not isinstance(module, nn.Linear) and (module.groups > 1 or any(module.padding)):
+        return  # what it pads with would have to be shifted too
+    assert norm.running_var is not None  # the caller has seen to it
+    assert norm.running_mean is not None
+    if module.weight.shape[1] != len(norm.running_var):
+        return
+    scale = torch.rsqrt(norm.running_var + norm.eps)
+    shift = -norm.running_mean * scale
+    if norm.affine:
+        scale, shift = scale * norm.weight, shift * norm.weight + norm.bias
+    weight = module.weight.detach()
+    per_input = (1, -1, *[1] * (weight.ndim - 2))
+    more = (weight * shift.detach().view(per_input)).flatten(1).sum(1)
+    yield (more if module.bias is None else more + module.bias.detach()).numpy()
+    kernel = (weight * scale.detach().view(per_input)).numpy()
+    yield DENSE.apply(kernel) if kernel.ndim == 2 else CONVOLUTION.apply(kernel)
+
+
 def fold(module: nn.Module, norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor] | None:
     """Fold a norm into the kernel and bias of the convolution or dense layer before it; None for other modules."""
     from torch import nn
@@ -203,12 +249,15 @@ def fold(module: nn.Module, norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tens
 
 
 def _folded_norms(model: nn.Module, recording: Recording) -> Iterator[Array]:
-    """Yield kernels and biases of convolutions and dense layers with the BatchNorm after them folded in."""
+    """Yield kernels and biases of convolutions and dense layers with a BatchNorm after or before them folded in."""
     from torch import nn
 
     modules = dict(model.named_modules())
     made_by = {id(truth): name for name, call in recording.calls.items() for truth in call.outputs if name in modules}
     for name, call in recording.calls.items():
+        maker = modules.get(made_by.get(id(call.inputs[0]), "")) if call.inputs else None
+        if isinstance(maker, nn.modules.batchnorm._BatchNorm) and maker.running_var is not None:
+            yield from _with_norm_before(maker, modules[name]) if name in modules else ()
         norm = modules.get(name)
         if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_var is None or not call.inputs:
             continue

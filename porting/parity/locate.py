@@ -493,9 +493,14 @@ def _wrong_result(session: Session, recording: Recording, key: str, wrong: list[
         text = f"shape {tuple(actual.shape)} instead of {tuple(expected.shape)}"
         return Culprit(label, label, text, 1.0)
     cause = None
-    other = session.library(recording).match(actual, truth)
+    library = session.library(recording)
+    moved = next((k for k, each in recording.outputs.items() if k != key and library.match(actual, each)), None)
+    other = library.match(actual, truth)
     if other is not None and not other.reshaped:
         text = f"its axes are in the order {other.axes}, not {axes}"
+        cause = Diagnosis(label, text, 0.0, (text,))
+    elif moved is not None:
+        text = f"it is what PyTorch returns as {output_name(moved)}: the results come in another order"
         cause = Diagnosis(label, text, 0.0, (text,))
     else:
         found = diagnose(label, None, [], truth.tensor, actual.permute(inverse(axes)), tensors_near(recording, ""))

@@ -166,6 +166,9 @@ class ExactObserver:
         """Compare the results of the model. Their axes follow the convention and are never chosen to fit."""
         session = self.session
         found = {key: to_torch(leaf) for key, leaf in leaves_by_key(result).items()}
+        session.has_whole_results = bool(found) and not any(
+            leaf.is_floating_point() or leaf.is_complex() for leaf in found.values()
+        )
         partners, notes = pair_results(self.recording.outputs, found)
         session.notes.update(dict.fromkeys(notes))
         for theirs, ours in partners.items():

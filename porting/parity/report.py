@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from porting.wording import counted
+from porting.wording import counted, listed
 
 # The name under which the models' own results are compared, after all layers.
 OUTPUT = "output"
@@ -274,7 +274,8 @@ class Verified:
     `weights` and `verified` count numbers. `unverified` names the variables that no compared result depends on. If a
     key map is given, or the paired layers imply one, `differing` names the variables that differ from the checkpoint
     in any bit, of `compared_bits` variables compared, and `details` says how each differs. `through_layers` is whether
-    tensors inside the models were compared, not only the outputs.
+    tensors inside the models were compared, not only the outputs. `whole_numbers` means that all results are whole
+    numbers, such as those of an argmax, which hide most mistakes: only weights before a tensor that agrees count then.
     """
 
     weights: int
@@ -284,6 +285,7 @@ class Verified:
     through_layers: bool = True
     compared_bits: int = 0
     details: tuple[str, ...] = ()
+    whole_numbers: bool = False
 
 
 @dataclass(frozen=True)
@@ -394,7 +396,12 @@ class ParityReport:
             if self.verified.differing:
                 first = next(iter(self.verified.details), self.verified.differing[0])
                 found.append(f"{counted(len(self.verified.differing), 'weight')} not the checkpoint's: {first}")
-            if self.verified.weights and not self.verified.verified:
+            if self.verified.whole_numbers and self.verified.unverified and not self.verified.compared_bits:
+                found.append(
+                    f"the results are whole numbers, which do not show {listed(self.verified.unverified)}: "
+                    "return what they were made from too, or give a key map"
+                )
+            elif self.verified.weights and not self.verified.verified:
                 found.append("no weight of the Keras model was observed in use")
         if self.audit is not None and self.audit.failures:
             found.append(f"{counted(len(self.audit.failures), 'setting')} not equal, first {self.audit.failures[0]}")

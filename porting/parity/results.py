@@ -2,8 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+
+def same_results(
+    theirs: Mapping[str, Any], ours: Mapping[str, Any], partners: Mapping[str, str], agree: Callable[[Any, Any], bool]
+) -> dict[str, str]:
+    """For each of PyTorch's results that its partner does not agree with, the result of Keras that does.
+
+    `agree` takes one of Keras's and one of PyTorch's.
+    """
+    found = {}
+    for key, own in partners.items():
+        if not agree(ours[own], theirs[key]):
+            other = next((each for each in ours if each != own and agree(ours[each], theirs[key])), None)
+            if other is not None:
+                found[key] = other
+    return found
+
+
+def in_another_order(found: Mapping[str, str]) -> str:
+    """Say which results of Keras are those of PyTorch, from what `same_results` returns."""
+    said = ", ".join(f"{key or 'the result'} is {own or 'the result'} in Keras" for key, own in found.items())
+    return f"the results come in another order: {said}"
 
 
 def pair_results(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:

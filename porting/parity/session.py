@@ -137,6 +137,8 @@ class Session:
         self.logits: list[tuple[Array, Array]] = []
         self.halved: list[Array] = []
         self.bits = Bits()
+        # Whether no result has fractions, so that most mistakes do not show.
+        self.has_whole_results = False
         self.used: set[tuple[str, bool, int]] = set()
 
     @property

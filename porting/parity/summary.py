@@ -84,12 +84,16 @@ def _written(layer: LayerComparison, session: Session) -> LayerComparison:
 def _verified(session: Session, agreed: bool) -> Verified:
     variables = named_variables(session.candidate)
     called = {name.partition("#")[0] for name in session.called}
-    if not agreed:
+    if agreed and session.has_whole_results:
+        order, paired = list(session.called), {pair.target for pair in session.pairs.values() if not pair.named}
+        last = max((index for index, name in enumerate(order) if name in paired), default=-1)
+        called = {name.partition("#")[0] for name in order[: last + 1]}
+    elif not agreed:
         called = {pair.target.partition("#")[0] for pair in session.pairs.values() if not pair.named}
     seen: set[int] = set()
     for layer_name, own in owned_variables(session.candidate).items():
         # The model itself runs in every pass.
-        if layer_name in called or (agreed and not layer_name):
+        if layer_name in called or (agreed and not layer_name and not session.has_whole_results):
             seen |= {id(variable) for variable in own}
     sizes = {name: math.prod(variable.shape) for name, variable in variables.items()}
     unverified = tuple(name for name, variable in variables.items() if id(variable) not in seen)
@@ -105,6 +109,7 @@ def _verified(session: Session, agreed: bool) -> Verified:
         through_layers=through,
         compared_bits=len(bits.compared),
         details=tuple(bits.differing.values()),
+        whole_numbers=session.has_whole_results,
     )
 
 

@@ -230,10 +230,15 @@ def propose_map(
     spare = proposal.unused_sources
     if not proposal.agrees and 0 < len(spare) <= _MOST_SPARE:
         # Published weights may hold zeros in a tensor that the candidate has no place for.
-        source.clear(spare)
+        first, tensors = options, source.tensors()
+        held = {name: np.array(tensors[name]) for name in spare}
+        source.replace({name: np.zeros_like(values) for name, values in held.items()})
         again, options = search(record_run(source.running))
         if again.agrees:
             proposal = _with_zeros(again, spare)
+        else:
+            source.replace(held)
+            options = first
     if check and isinstance(options, AcrossFrameworks):
         progress("checking the map")
         report = _report(proposal, options.source, candidate, progress)

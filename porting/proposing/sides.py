@@ -6,7 +6,7 @@ Every side has the same methods, so that the search for a key map does not depen
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -78,8 +78,8 @@ class Side(Protocol):
         """Yield a function that runs the float64 model under the eyes of `observer` and returns its results by key."""
         ...
 
-    def clear(self, names: Iterable[str]) -> None:
-        """Set tensors of the float64 model to zero."""
+    def replace(self, values: Mapping[str, Array]) -> None:
+        """Give tensors of the float64 model other values."""
         ...
 
     def fill_with_synthetic_weights(self, defaults: Mapping[str, Sequence[Leaf]] | None = None) -> None:
@@ -160,8 +160,8 @@ class TorchSide:
         with torch.no_grad(), observe_modules(self.model, observer):
             yield run
 
-    def clear(self, names: Iterable[str]) -> None:
-        self.assign({name: np.zeros_like(self._tensors[name]) for name in names})
+    def replace(self, values: Mapping[str, Array]) -> None:
+        self.assign(values)
         self._refresh()
 
     def fill_with_synthetic_weights(self, defaults: Mapping[str, Sequence[Leaf]] | None = None) -> None:
@@ -279,9 +279,8 @@ class KerasSide:
 
             yield run
 
-    def clear(self, names: Iterable[str]) -> None:
-        cleared = set(names)
-        self._float64.substitute(lambda name, values: np.zeros_like(values) if name in cleared else None)
+    def replace(self, values: Mapping[str, Array]) -> None:
+        self._float64.substitute(lambda name, _: values.get(name))
 
     def fill_with_synthetic_weights(self, defaults: Mapping[str, Sequence[Leaf]] | None = None) -> None:
         rng = np.random.default_rng(0)

@@ -18,7 +18,7 @@ import numpy as np
 from porting.models.observe import Replacement
 from porting.parity.content import Library, Match, Truth, as_real
 from porting.parity.record import version
-from porting.parity.results import pair_results
+from porting.parity.results import in_another_order, pair_results, same_results
 from porting.parity.trace import key_of
 from porting.progress import Progress
 from porting.proposing.options import AcrossFrameworks, Option, Options, filled
@@ -231,7 +231,10 @@ class Walk:
         theirs = self.recording.outputs
         partners, self._notes = pair_results(theirs, ours)
         if not self._testing or all(key == own for key, own in partners.items()):
-            return bool(partners) and all(self._is(ours[own], theirs[key]) for key, own in partners.items())
+            agree = bool(partners) and all(self._is(ours[own], theirs[key]) for key, own in partners.items())
+            if not agree and (moved := same_results(theirs, ours, partners, self._is)):
+                self._notes = [in_another_order(moved)]
+            return agree
         left = list(theirs.values())
         for own in partners.values():
             match = next((truth for truth in left if self._is(ours[own], truth)), None)
