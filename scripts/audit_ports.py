@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -190,9 +191,9 @@ def of_transformers(name: str, folder: Path) -> tuple[Any, Any, Any]:
 def of_facenet_pytorch(name: str, folder: Path) -> tuple[Any, Any, Any]:
     """A trained network of facenet-pytorch, and that of mtcnn."""
     import numpy as np
-    from facenet_pytorch.models import mtcnn as theirs
-    from mtcnn import stages as ours
 
+    # Not among this project's extras: facenet-pytorch asks for an old version of torch, though it runs with any.
+    theirs, ours = import_module("facenet_pytorch.models.mtcnn"), import_module("mtcnn.stages")
     images = np.random.default_rng(1).uniform(-1.0, 1.0, (4, MTCNN[name], MTCNN[name], 3)).astype(np.float32)
     return getattr(theirs, name)(), getattr(ours, f"Stage{name}")().model, images
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from porting.errors import KeyMapError
-from porting.kinds.activation import name_of_function, settings_of_function
+from porting.kinds.activation import LINEAR, functions, name_of_function, settings_of_function
 from porting.kinds.base import Kind, Leaf, Mistake, Settings, in_double, with_change
 from porting.kinds.transforms import Gates, JoinedBiases
 
@@ -103,6 +103,7 @@ class Recurrent(Kind):
             )
         if module.bidirectional:
             yield Mistake("its two directions are exchanged", with_change(module, inputs, _exchange_directions))
+        yield from _activation_mistakes(module, inputs)
         if _mode(module) == "GRU" and module.num_layers == 1 and not module.bidirectional:
             yield Mistake(
                 "reset_after=False in Keras, where PyTorch resets after", partial(_reset_before, module, inputs)
@@ -142,6 +143,56 @@ def _exchange_biases(module: Any) -> None:
 def _add_biases(module: Any) -> None:
     for one, other in _pairs_of_biases(module):
         one.data, other.data = one.data + other.data, other.data * 0
+
+
+def _activation_mistakes(module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
+    """Other functions inside a layer of one direction: of its gates, or of what it lets through them."""
+    import torch
+
+    if module.num_layers > 1 or module.bidirectional or getattr(module, "proj_size", 0) or len(inputs) > 1:
+        return
+    known = functions()
+    own = "ReLU" if module.mode == "RNN_RELU" else "tanh"
+    if _mode(module) in _GATES:
+        text = "its recurrent_activation is hard sigmoid in Keras, sigmoid in PyTorch"
+        yield Mistake(text, partial(_by_hand, module, inputs[0], known["hard sigmoid"], torch.tanh))
+    for name in ("tanh", "ReLU", "sigmoid", "hard sigmoid", LINEAR):
+        if name != own:
+            text = f"its activation is {name} in Keras, {own} in PyTorch"
+            yield Mistake(text, partial(_by_hand, module, inputs[0], torch.sigmoid, known[name]))
+
+
+def _by_hand(
+    module: Any, x: Tensor, gate: Callable[[Tensor], Tensor], activation: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, ...] | None:
+    """Run one layer step by step with other functions. Returns all steps, then the last one."""
+    import torch
+
+    if x.ndim != 3:
+        return None
+    steps = in_double(x if not module.batch_first else x.transpose(0, 1))
+    weights = [getattr(module, f"{name}_l0").detach().double() for name in ("weight_ih", "weight_hh")]
+    nothing = steps.new_zeros(len(weights[0]))
+    biases = [
+        getattr(module, f"{name}_l0").detach().double() if module.bias else nothing for name in ("bias_ih", "bias_hh")
+    ]
+    state = cell = steps.new_zeros(steps.shape[1], module.hidden_size)
+    found = []
+    for step in steps:
+        given, held = step @ weights[0].T + biases[0], state @ weights[1].T + biases[1]
+        if _mode(module) == "LSTM":
+            first, forget, new, last = (given + held).chunk(4, 1)
+            cell = gate(forget) * cell + gate(first) * activation(new)
+            state = gate(last) * activation(cell)
+        elif _mode(module) == "GRU":
+            (reset, update, new), (reset_held, update_held, new_held) = given.chunk(3, 1), held.chunk(3, 1)
+            share = gate(update + update_held)
+            state = (1 - share) * activation(new + gate(reset + reset_held) * new_held) + share * state
+        else:
+            state = activation(given + held)
+        found.append(state)
+    made = torch.stack(found)
+    return made.transpose(0, 1) if module.batch_first else made, state[None]
 
 
 def _of_cell(layer: Any, prefix: str) -> dict[str, keras.Variable]:

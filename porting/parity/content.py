@@ -26,7 +26,7 @@ SAME = 1e-11
 SAME_IN_FLOAT32 = 1e-5
 # The number of elements on which an order of axes is tried before all are compared.
 _TRIED = 64
-_MOST_AXES = 5
+MOST_AXES = 5
 # How many times the RMS distance a single element may be apart.
 _FAR = 1e3
 
@@ -140,7 +140,7 @@ class Library:
         for truth in self._by_count.get(flat.numel(), ()):
             sides = truth.tensor.shape
             if (
-                2 < len(sides) <= _MOST_AXES
+                2 < len(sides) <= MOST_AXES
                 and len(sides) > flat.ndim
                 and bool((truth.tensor.reshape(flat.shape) == flat).all())
             ):
@@ -175,7 +175,7 @@ class Library:
         sides = actual.shape
         for axes in known:
             yield axes
-        if rank > _MOST_AXES or rank < 2:
+        if rank > MOST_AXES or rank < 2:
             return
         for axes in itertools.permutations(range(rank)):
             if axes in known:

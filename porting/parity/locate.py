@@ -37,6 +37,7 @@ from porting.parity.fused import activations_of, last_of_fused, same
 from porting.parity.measure import measure_candidate
 from porting.parity.record import Recording, output_name
 from porting.parity.report import Culprit, Diagnosis, Limits
+from porting.parity.results import other_shape, pair_results
 from porting.parity.trace import Gap, Node, Place, Tracer, key_of
 
 if TYPE_CHECKING:
@@ -141,8 +142,6 @@ def _wrong_results(
 
     `loosely` is whether to allow for the rounding of what is computed in float32.
     """
-    from porting.parity.results import pair_results
-
     partners, _ = pair_results(recording.outputs, ours)
     wrong = []
     for theirs, own in partners.items():
@@ -490,8 +489,7 @@ def _wrong_result(session: Session, recording: Recording, key: str, wrong: list[
     expected = truth.tensor.permute(axes)
     label = output_name(key)
     if expected.shape != actual.shape:
-        text = f"shape {tuple(actual.shape)} instead of {tuple(expected.shape)}"
-        return Culprit(label, label, text, 1.0)
+        return Culprit(label, label, other_shape(actual, expected, truth), 1.0)
     cause = None
     library = session.library(recording)
     moved = next((k for k, each in recording.outputs.items() if k != key and library.match(actual, each)), None)

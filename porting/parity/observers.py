@@ -18,7 +18,7 @@ from porting.parity.report import (
     OUTPUT,
     Limits,
 )
-from porting.parity.results import pair_results
+from porting.parity.results import other_shape, pair_results
 from porting.parity.session import Pair, Session
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ class ExactObserver:
             pair.shape = (self.samples_before + actual.shape[0], *actual.shape[1:]) if actual.ndim else ()
             self.wanted.add(id(truth))
             if expected.shape != actual.shape:
-                pair.exact.problem = f"shape {tuple(actual.shape)} instead of {tuple(expected.shape)}"
+                pair.exact.problem = other_shape(actual, expected, truth)
                 continue
             distance = measure_candidate(actual, expected, None)
             in_float32 = session.computes_in_float32(found[ours], Match(truth, axes, distance))

@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from porting.parity.content import MOST_AXES, SAME, Truth
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def other_shape(actual: Tensor, expected: Tensor, truth: Truth) -> str:
+    """Describe a result of another shape, with the order of axes in which PyTorch's has the same numbers, if any."""
+    text = f"shape {tuple(actual.shape)} instead of {tuple(expected.shape)}"
+    orders = itertools.permutations(range(truth.tensor.ndim)) if actual.ndim == truth.tensor.ndim <= MOST_AXES else ()
+    for axes in orders:
+        moved = truth.tensor.permute(axes)
+        if moved.shape == actual.shape and float((actual - moved).square().mean().sqrt()) <= SAME * truth.rms:
+            return f"{text}: its numbers are right, in PyTorch's axes {axes}, as output_axes={axes} would state"
+    return text
 
 
 def same_results(

@@ -137,6 +137,7 @@ class Session:
         self.logits: list[tuple[Array, Array]] = []
         self.halved: list[Array] = []
         self.bits = Bits()
+        self._result_keys: list[str] = []
         # Whether no result has fractions, so that most mistakes do not show.
         self.has_whole_results = False
         self.used: set[tuple[str, bool, int]] = set()
@@ -172,13 +173,15 @@ class Session:
             return batch.call_reference(model, torch.float64)
 
         try:
-            return record(self.truth_model, run)
+            recording = record(self.truth_model, run)
         except Exception:
             if is_double(self.truth_model):
                 raise
             # Its code may write into its tensors, or may be compiled in part: then it needs a copy all the same.
             self._large = False
-            return record(self.double_model, run)
+            recording = record(self.double_model, run)
+        self._result_keys = list(recording.outputs)
+        return recording
 
     def few(self, count: int) -> Inputs:
         """The first `count` samples, or all of them if the PyTorch model takes only batches of a fixed size."""
@@ -221,7 +224,10 @@ class Session:
 
     def axes_of_result(self, key: str, rank: int) -> Axes:
         """PyTorch's axes in Keras's order for a result: as the caller stated, or by convention."""
-        return self.output_axes.get(key, self.inputs.output_axes(rank))
+        stated = self.output_axes.get(key)
+        if stated is None and key in self._result_keys:  # the axes of a list are those of the results in order
+            stated = self.output_axes.get(f"[{self._result_keys.index(key)}]")
+        return self.inputs.output_axes(rank) if stated is None else stated
 
     def axes_in_keras(self, expected: Tensor, actual: Tensor) -> Axes | None:
         """PyTorch's axes in Keras's order: the first order that fits the shape, beginning with the convention.
