@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 import cloup
@@ -27,6 +28,23 @@ from porting.cli.groups import (
 
 if TYPE_CHECKING:
     from porting.tasks.options import CheckOptions
+
+
+class PerChannel(click.ParamType):  # type: ignore[type-arg]
+    """Numbers with commas between them."""
+
+    name = "R,G,B"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(float(each) for each in str(value).split(","))
+        except ValueError:
+            numbers = ()
+        if not numbers or not all(map(math.isfinite, numbers)):
+            self.fail(f"{value!r} is no list of numbers, such as 0.485,0.456,0.406", param, ctx)
+        return numbers
 
 
 @cloup.command(short_help="Export to SavedModel, LiteRT or ONNX, with proof.")
@@ -67,6 +85,16 @@ if TYPE_CHECKING:
         is_flag=True,
         help="Put the normalisation into the graph: it takes RGB from 0 to 255.",
     ),
+    click.option(
+        "--mean",
+        type=PerChannel(),
+        help="Mean of each channel that the model was trained with, of values from 0 to 1.  [default: the family's]",
+    ),
+    click.option(
+        "--std",
+        type=PerChannel(),
+        help="Standard deviation of each channel, likewise.",
+    ),
     click.option("--with-softmax", is_flag=True, help="Put a softmax behind the logits."),
     click.option(
         "--labels",
@@ -88,6 +116,8 @@ def export(
     fused: bool,
     split_kernels: bool | None,
     with_preprocessing: bool,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
     with_softmax: bool,
     labels: Path | None,
     checkpoint: CheckpointChoice,
@@ -112,6 +142,8 @@ def export(
     form = form or by_suffix.get(out.suffix)
     if form is None:
         raise click.UsageError("give --format, or an --out that ends in .tflite or .onnx")
+    if (mean is None) != (std is None):
+        raise click.UsageError("give both --mean and --std")
     family, variant = model.of_file(weights)
     reporting.require_writable(result_paths(out), {"--weights": [weights], "--checkpoint": checkpoint.files})
     options = make_options()
@@ -129,6 +161,7 @@ def export(
             fused=fused,
             split_kernels=split_kernels,
             with_preprocessing=with_preprocessing,
+            normalization=None if mean is None or std is None else (mean, std),
             with_softmax=with_softmax,
             labels=labels,
             **checkpoint.arguments,

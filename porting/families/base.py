@@ -78,6 +78,8 @@ class Family:
     inputs: Preprocessing
     # Whether settings that matter only in training must agree between the two models that are built here.
     strict_settings = True
+    # Whether the family knows how its images are normalised, or takes none.
+    knows_preprocessing = True
     # The PyTorch name of the token embedding, for language models whose head shares its weights.
     tied_head = ""
 

@@ -37,6 +37,7 @@ class GivenFamily(LibraryFamily):
     """
 
     name = "given"
+    knows_preprocessing = False
     publisher = "the model's own"
 
     def __init__(

@@ -28,8 +28,8 @@ class Preprocessing:
 
     input_size: int
     resize_size: int
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
 
 def find_images(folder: Path) -> list[Path]:

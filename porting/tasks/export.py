@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from porting.files.survey import survey_file
 from porting.kinds.transforms import Array
 from porting.mapping.convert import refuse_other_keys
 from porting.models.frameworks import start_tensorflow
+from porting.models.images import Preprocessing
 from porting.models.inputs import Inputs, image_inputs, make_inputs
 from porting.models.precision import PRECISIONS, in_precision
 from porting.parity.exported import compare_outputs
@@ -38,7 +39,7 @@ from porting.reports.document import to_json
 from porting.run import describe_run
 from porting.tasks.case import Case, case_of_file, files_of, open_case, refuse_another
 from porting.tasks.options import CheckOptions
-from porting.wording import reason_of
+from porting.wording import counted, reason_of
 
 if TYPE_CHECKING:
     import keras
@@ -77,6 +78,7 @@ def export(
     fused: bool = True,
     split_kernels: bool | None = None,
     with_preprocessing: bool = False,
+    normalization: tuple[Sequence[float], Sequence[float]] | None = None,
     with_softmax: bool = False,
     labels: Path | None = None,
     check: bool = True,
@@ -93,8 +95,10 @@ def export(
     its CPU kernels; the default is on for float32 and float16.
 
     `with_preprocessing` puts the normalisation of images into the graph, which then takes RGB from 0 to 255, and
-    `with_softmax` a softmax behind the logits. `labels` is a file with the names of the classes, one per line, for the
-    artifact's metadata; by default these are the family's, or ImageNet's if timm is installed.
+    `with_softmax` a softmax behind the logits. `normalization` is the mean and the standard deviation per channel, of
+    values from 0 to 1, that a model of images was trained with, if it is not the family's own. `labels` is a file with
+    the names of the classes, one per line, for the artifact's metadata; by default these are the family's, or
+    ImageNet's if timm is installed.
 
     With `check`, the artifact is loaded in its own runtime and compared with the PyTorch model of the checkpoint, in
     units of the error that this precision causes in PyTorch. If it passes, it gets its name, with the report beside
@@ -104,6 +108,11 @@ def export(
     converted or run, or FailedParityError. `out` is then unchanged.
     """
     _check_arguments(form, precision, out)
+    if with_preprocessing and normalization is None and not family.knows_preprocessing:
+        raise ExportError(
+            "--with-preprocessing needs the normalisation that this model was trained with",
+            hint="State it for values from 0 to 1: --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225.",
+        )
     weights_file.require_file(weights)
     options = options or CheckOptions()
     if split_kernels is None:
@@ -138,6 +147,8 @@ def export(
             with _export_errors("the model cannot be fused"):
                 model = case.fuse(model, form)
         preprocessing = case.preprocessing if given is None else None
+        if normalization is not None:
+            preprocessing = _stated(normalization, samples)
         classes = _classes(case, model)
         if with_preprocessing and preprocessing is None:
             raise ExportError("--with-preprocessing is for families of image models", hint="Leave it out.")
@@ -178,6 +189,23 @@ def export(
                 raise FailedParityError(f"{out} was not written: {refusal(report)}", report)
             report_path = pending.commit(to_json(report))
     return ExportResult(out, form, precision, _size(out), operators, usage, report, report_path)
+
+
+def _stated(normalization: tuple[Sequence[float], Sequence[float]], samples: Inputs) -> Preprocessing:
+    """The preprocessing that the caller states. Raises ExportError unless the model takes images of these channels."""
+    mean, std = (tuple(map(float, each)) for each in normalization)
+    shapes = [array.shape for array in samples.candidate if array.dtype.kind == "f"]
+    if len(samples.candidate) > 1 or len(shapes) != 1 or len(shapes[0]) != 4:
+        raise ExportError("--mean and --std are for models of one image", hint="Leave them out.")
+    _, height, _, channels = shapes[0]
+    if not len(mean) == len(std) == channels:
+        raise ExportError(
+            f"--mean has {counted(len(mean), 'number')} and --std {len(std)}, and the images have {channels} channels",
+            hint="Give one number per channel, such as --mean 0.485,0.456,0.406.",
+        )
+    if not all(each > 0 for each in std):
+        raise ExportError("--std has a number that is not above 0", hint="Give the deviations of values from 0 to 1.")
+    return Preprocessing(height, height, mean, std)
 
 
 def _facts(case: Case, precision: str, provenance: Mapping[str, Any] | None, *, check: bool) -> dict[str, Any]:

@@ -112,6 +112,43 @@ def test_export(run_cli: RunCli, given: list[str], tmp_path: Path) -> None:
     assert out.exists()
 
 
+def test_export_with_the_normalisation_that_the_user_states(run_cli: RunCli, given: list[str], tmp_path: Path) -> None:
+    checkpoint, weights, out = tmp_path / "own.pth", tmp_path / "own.h5", tmp_path / "own.tflite"
+    assert run_cli(*given, "--checkpoint", checkpoint, "--out", weights, "--no-check").exit_code == 0
+    command = ["export", *given, "--weights", weights, "--checkpoint", checkpoint, "--out", out]
+    stated = ["--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225"]
+    result = run_cli(*command, "--with-preprocessing")
+    assert result.exit_code == 9, result.output
+    assert "--mean 0.485,0.456,0.406 --std 0.229,0.224,0.225" in result.output
+    for wrong, code, said in (
+        (["--mean", "0.5"], 2, "give both --mean and --std"),
+        (["--mean", "a,b", "--std", "1,1,1"], 2, "is no list of numbers"),
+        (["--mean", "0.5", "--std", "0.5"], 9, "the images have 3 channels"),
+        (["--mean", "0,0,0", "--std", "1,1,0"], 9, "not above 0"),
+    ):
+        result = run_cli(*command, *wrong)
+        assert (result.exit_code, said in result.output) == (code, True), result.output
+    assert not out.exists()
+    result = run_cli(*command, "--with-preprocessing", *stated)
+    assert result.exit_code == 0, result.output
+    assert "1x32x32x3 float32" in result.output, result.output
+    from ai_edge_litert.interpreter import Interpreter
+
+    image = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3)).astype(np.float32)
+    run = Interpreter(str(out)).get_signature_runner()
+    (name,) = run.get_input_details()
+    (found,) = run(**{name: image}).values()
+    reference = build_model(given[1], {})
+    reference.load_state_dict(torch.load(checkpoint, weights_only=True))
+    mean, std = (np.array([float(each) for each in text.split(",")]) for text in stated[1::2])
+    ready = torch.from_numpy(((image / 255 - mean) / std).transpose(0, 3, 1, 2)).float()
+    with torch.no_grad():
+        np.testing.assert_allclose(found, reference.eval()(ready).numpy(), rtol=0, atol=1e-4)
+    result = run_cli(*command[:-1], tmp_path / "plain.tflite", *stated)
+    assert result.exit_code == 0, result.output
+    assert "(x / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]" in result.output
+
+
 TEXT = """
 import keras
 import torch
