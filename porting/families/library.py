@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import hashlib
 import inspect
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -127,8 +128,12 @@ class LibraryFamily(Family):
     def build_empty_reference(self, spec: Spec) -> nn.Module:
         from porting.models.frameworks import without_filling
 
-        with without_filling():
-            return self.build_reference(spec)
+        with without_filling(), _transformers_without_filling(self.publisher):
+            reference = self.build_reference(spec)
+        for module in reference.modules():
+            if hasattr(module, "tie_weights"):  # it belongs to the initialisation that was left out
+                module.tie_weights()
+        return reference
 
     def build_candidate(self, spec: Spec) -> keras.Model:
         # Reuse the model that the rows were matched against: nothing has changed its weights.
@@ -246,6 +251,20 @@ class LibraryFamily(Family):
                 return self.build_reference(spec)
         except (NotImplementedError, RuntimeError):
             return self.build_reference(spec)
+
+
+@contextlib.contextmanager
+def _transformers_without_filling(publisher: str) -> Iterator[None]:
+    """Leave out the initialisation of transformers' models, by the package's own switch."""
+    from porting.models.frameworks import import_library
+
+    with contextlib.ExitStack() as stack:
+        for module in ("modeling_utils", "initialization") if publisher == "transformers" else ():
+            with contextlib.suppress(ImportError):  # each version has it in one of them
+                if switch := getattr(import_library(f"transformers.{module}"), "no_init_weights", None):
+                    stack.enter_context(switch())
+                    break
+        yield
 
 
 def renamed(name: str, parts: Iterable[tuple[str, str]]) -> str:

@@ -139,32 +139,40 @@ def without_memory() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_filling() -> Iterator[None]:
-    """Build PyTorch models in this context without initialisation: parameters hold whatever is in their memory.
+    """Build PyTorch models in this context without the functions of torch.nn.init: parameters hold anything.
 
     Memory that nothing is written to takes up nothing, so a large model takes none until its weights are loaded.
     """
     import torch
+    from torch.nn import init
     from torch.overrides import TorchFunctionMode
 
     drawing = {torch.Tensor.normal_, torch.Tensor.uniform_}
+
+    def may_stay(tensor: Any) -> bool:
+        # Not a buffer, which may be none of the weights that are loaded.
+        return isinstance(tensor, torch.nn.Parameter) or (isinstance(tensor, torch.Tensor) and tensor.is_meta)
 
     class Unfilled(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
             # PyTorch calls the functions of torch.nn.init with `tensor` by name.
             tensor = kwargs.get("tensor", args[0] if args else None)
-            if isinstance(tensor, torch.Tensor) and (
-                func in drawing
-                # Not for a buffer, which may be none of the weights that are loaded.
-                or (
-                    getattr(func, "__module__", "") == "torch.nn.init"
-                    and (tensor.is_meta or isinstance(tensor, torch.nn.Parameter))
-                )
-            ):
+            # Code may draw again until numbers fit, so drawing itself is left out only where there are no numbers.
+            fills = func in drawing and isinstance(tensor, torch.Tensor) and tensor.is_meta
+            if fills or (getattr(func, "__module__", "") == init.__name__ and may_stay(tensor)):
                 return tensor
             return func(*args, **kwargs)
 
-    with Unfilled():
+    def leaving(own: Callable[..., Any]) -> Callable[..., Any]:
+        def fill(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+            return tensor if may_stay(tensor) else own(tensor, *args, **kwargs)
+
+        return fill
+
+    # Not all of them can be seen by the mode.
+    own = {name: each for name, each in vars(init).items() if name.endswith("_") and not name.startswith("_")}
+    with replaced(init, **{name: leaving(each) for name, each in own.items()}), Unfilled():
         yield
 
 

@@ -57,3 +57,21 @@ def test_garbage_is_collected_again_once_tensorflow_is_loaded() -> None:
         "assert gc.isenabled() and gc.get_freeze_count() > 100_000\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_without_filling_ends_and_fills_what_is_no_parameter() -> None:
+    """PyTorch's truncated normal draws again until all numbers fit, which numbers that stay as they are never do."""
+    import torch
+    from torch.nn.init import trunc_normal_
+
+    own = torch.nn.init.trunc_normal_
+    parameter, buffer = torch.nn.Parameter(torch.full((4, 4), 9.0)), torch.zeros(3)
+    with frameworks.without_filling():
+        torch.nn.init.trunc_normal_(parameter, a=-1.0, b=1.0)
+        torch.nn.init.kaiming_uniform_(parameter)
+        torch.nn.init.constant_(buffer, 2.0)
+        assert bool((parameter == 9.0).all())
+        trunc_normal_(parameter, a=-1.0, b=1.0)  # imported before, so it runs as ever
+    assert float(parameter.abs().max()) <= 1.0
+    assert bool((buffer == 2.0).all())
+    assert torch.nn.init.trunc_normal_ is own
