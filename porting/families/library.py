@@ -131,8 +131,9 @@ class LibraryFamily(Family):
         with without_filling(), _transformers_without_filling(self.publisher):
             reference = self.build_reference(spec)
         for module in reference.modules():
-            if hasattr(module, "tie_weights"):  # it belongs to the initialisation that was left out
-                module.tie_weights()
+            tie = getattr(module, "tie_weights", None)
+            if callable(tie):  # it belongs to the initialisation that was left out
+                tie()
         return reference
 
     def build_candidate(self, spec: Spec) -> keras.Model:
