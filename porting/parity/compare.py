@@ -161,7 +161,8 @@ def check_parity(
         if locate_culprits and report.divergences:
             progress("looking for the cause")
             _follow_float32(session)  # for what rounds beside a mistake
-            report = replace(report, culprits=_culprits(session, report))
+            notes = (*report.notes, *_rounded_weights(session))
+            report = replace(report, culprits=_culprits(session, report), notes=notes)
         progress("done", 1, 1)
         return report
 
@@ -368,6 +369,23 @@ def _runs(session: Session, batch: Inputs) -> bool:
     except Exception:  # a model may raise anything on unsuitable inputs
         return False
     return True
+
+
+def _rounded_weights(session: Session) -> Iterator[str]:
+    """Say so if all kernels of the Keras model hold numbers of half precision, and those of PyTorch do not."""
+    import torch
+
+    ours = [torch.from_numpy(np.array(each, np.float32)) for each in session.candidate.weights if len(each.shape) > 1]
+    theirs = [each.detach().float() for each in session.reference.parameters() if each.ndim > 1]
+    for dtype in (torch.bfloat16, torch.float16):
+
+        def holds(tensors: list[torch.Tensor], dtype: torch.dtype = dtype) -> bool:
+            return all(torch.equal(each.to(dtype).float(), each) for each in tensors)
+
+        if ours and holds(ours) and not holds(theirs):
+            name = str(dtype).removeprefix("torch.")
+            yield f"all kernels in Keras hold numbers of {name}: they were rounded on the way"
+            return
 
 
 def _culprits(session: Session, report: ParityReport) -> tuple[Culprit, ...]:

@@ -202,3 +202,15 @@ def test_constants_of_pytorch_survive_the_search() -> None:
     x = layers.Activation("sigmoid")(layers.Conv2D(4, 3)(x))
     candidate = keras.Model(inputs, layers.GlobalAveragePooling2D()(x))
     assert port_weights(seeded(Net), candidate, inputs=numbers(2, 8, 8, 3), drop=["mean", "std"]).require_parity()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_that_were_rounded_on_the_way_are_said_so(dtype: torch.dtype) -> None:
+    reference, inputs = seeded(lambda: nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))), keras.Input((5,))
+    candidate = keras.Model(inputs, layers.Dense(3)(layers.Dense(4)(inputs)))
+    for name, layer in zip("01", candidate.layers[1:], strict=True):
+        kernel, bias = _dense(reference, name)
+        layer.set_weights([torch.from_numpy(kernel.copy()).to(dtype).float().numpy(), bias])
+    report = check_parity(reference, candidate, numbers(3, 5))
+    said = f"all kernels in Keras hold numbers of {str(dtype).removeprefix('torch.')}: they were rounded on the way"
+    assert said in report.notes
