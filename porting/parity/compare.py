@@ -40,6 +40,7 @@ from porting.parity.derived import (
     rounds_to,
     scaled_weight,
     substitute_for,
+    table_with_row,
 )
 from porting.parity.inferred import with_inferred_weights
 from porting.parity.locate import locate
@@ -160,7 +161,9 @@ def check_parity(
             report = replace(report, loud=found, culprits=on_loud)
         if locate_culprits and report.divergences:
             progress("looking for the cause")
-            _follow_float32(session)  # for what rounds beside a mistake
+            # What rounds beside a mistake is none.
+            _substitute_computed(session)
+            _follow_float32(session)
             notes = (*report.notes, *_rounded_weights(session))
             report = replace(report, culprits=_culprits(session, report), notes=notes)
         progress("done", 1, 1)
@@ -282,16 +285,28 @@ def _substitute_derived(session: Session, recording: Recording) -> None:
         session.notes[f"{count} weights are computed from several tensors of PyTorch's, exactly up to float32"] = None
 
 
-def _substitute_scaled(session: Session) -> int:
-    """Give the float64 model the exact products of weights that a factor was folded into. Returns how many it has."""
-    exact: dict[int, list[Array]] = {}
-    for tensor in session.double_model.state_dict().values():
-        if tensor.is_floating_point() and tensor.numel() > 1:
-            for each in in_all_orders(tensor.detach().numpy()):
-                exact.setdefault(each.size, []).append(each)
-    count = session.float64.substitute(lambda name, values: scaled_weight(values, exact.get(values.size, ())))
+def _substitute_computed(session: Session) -> int:
+    """Give the float64 model the exact weights that a factor or a row was folded into. Returns how many there are."""
+    tensors = [
+        tensor.detach().numpy()
+        for tensor in session.double_model.state_dict().values()
+        if tensor.is_floating_point() and tensor.numel() > 1
+    ]
+    by_size: dict[int, list[Array]] = {}
+    for tensor in tensors:
+        for each in in_all_orders(tensor):
+            by_size.setdefault(each.size, []).append(each)
+
+    def computed(name: str, values: Array) -> Array | None:
+        same_size = by_size.get(values.size, [])
+        if any(np.array_equal(each.reshape(values.shape), values) for each in same_size):
+            return None
+        scaled = scaled_weight(values, same_size)
+        return table_with_row(values, tensors) if scaled is None else scaled
+
+    count = session.float64.substitute(computed)
     if count:
-        session.notes[f"{counted(count, 'weight')} of PyTorch's times the root of a whole number"] = None
+        session.notes[f"{counted(count, 'weight')} of Keras's computed from PyTorch's, exactly up to float32"] = None
     return count
 
 
@@ -302,16 +317,16 @@ def _run_exact(session: Session, recording: Recording, batch: Inputs, start: int
     """
     kept = dict(session.pairs), dict(session.lone), set(session.used)
     attempts = iter(("without casts", "in place", "clone"))
-    attempt, is_scaled = next(attempts), False
+    attempt, is_computed = next(attempts), False
     while True:
         observer = ExactObserver(session, recording, start)
         try:
             with torch_on_one_thread(), session.float64.active() as model, observe_layers(model, observer):
                 observer.results(model(batch.for_candidate(model), training=False))
             if start == 0 and _may_round_in_float32(session):
-                if is_scaled or not _substitute_scaled(session):
+                if is_computed or not _substitute_computed(session):
                     _follow_float32(session)
-                is_scaled = True
+                is_computed = True
                 session.pairs, session.lone, session.used = kept[0].copy(), kept[1].copy(), kept[2].copy()
                 session.results.clear()
                 continue

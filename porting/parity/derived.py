@@ -8,6 +8,7 @@ a derived one, the exact view uses the number before rounding. Otherwise it keep
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _GREATEST_FACTOR = 4096
+# A table of the types of tokens has at most so many rows.
+_MOST_TYPES = 4
 # A few roundings of the greatest number, since a sum of terms that cancel is rounded relative to the terms.
 _ROUNDED = 2.0**-21
 # The bytes of a model's float32 weights from which on copies in float64 are avoided.
@@ -135,6 +138,23 @@ def scaled_weight(values: Array, tensors: Iterable[Array]) -> Array | None:
             if 2 <= round(number) <= _GREATEST_FACTOR and abs(number / round(number) - 1.0) < 1e-6:
                 scaled: Array = exact * float(round(number)) ** power
                 return scaled
+    return None
+
+
+def table_with_row(values: Array, tensors: Iterable[Array]) -> Array | None:
+    """A table to whose rows another's first row is added, as a type of token is to positions; None if there is none.
+
+    The sum has as many rows as float32 `values`, which are its rounding, from the beginning or the end of the table.
+    """
+    tables = [each for each in tensors if values.ndim == each.ndim == 2 and each.shape[1] == values.shape[1]]
+    limit = _ROUNDED * float(np.abs(values).max(initial=0.0))
+    for table, other in itertools.permutations(tables, 2):
+        if len(table) < len(values) or len(other) > _MOST_TYPES:
+            continue
+        for rows in (table[: len(values)], table[len(table) - len(values) :]):
+            found: Array = rows + other[0]
+            if bool((np.abs(values - found) <= limit).all()):
+                return found
     return None
 
 

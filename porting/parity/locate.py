@@ -74,9 +74,19 @@ def locate(session: Session, inputs: Inputs, limits: Limits, most: int = MAX_CUL
     tolerance = SAME
     for _ in range(3 * most):  # some culprits turn out to be none
         tracer = Tracer(library, fixes, tolerance, session.computes_in_float32)
-        with session.float64.active() as model, observe_layers(model, tracer) as seen:
-            result = model(inputs.for_candidate(model), training=False)
-            ours = {key: seen(leaf) for key, leaf in leaves_by_key(result).items()}
+        try:
+            with session.float64.active() as model, observe_layers(model, tracer) as seen:
+                result = model(inputs.for_candidate(model), training=False)
+                ours = {key: seen(leaf) for key, leaf in leaves_by_key(result).items()}
+        except Exception:  # a layer may not take PyTorch's tensor, such as positions that count from two
+            if last is None:
+                break
+            innocent.add(last)
+            fixes.pop(last, None)
+            found.pop()
+            carried.pop()
+            last = None
+            continue
         wrong = _wrong_results(session, recording, ours, tolerance, loosely=not tracer.is_doubtful)
         if not wrong:
             break

@@ -214,3 +214,42 @@ def test_weights_that_were_rounded_on_the_way_are_said_so(dtype: torch.dtype) ->
     report = check_parity(reference, candidate, numbers(3, 5))
     said = f"all kernels in Keras hold numbers of {str(dtype).removeprefix('torch.')}: they were rounded on the way"
     assert said in report.notes
+
+
+class Typed(nn.Module):
+    """Words, positions behind two rows for padding, and the only type of token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places, self.types = nn.Embedding(30, 6), nn.Embedding(10, 6), nn.Embedding(1, 6)
+        self.norm, self.out = nn.LayerNorm(6), nn.Linear(6, 3)
+
+    def forward(self, tokens: torch.Tensor) -> Any:
+        places = torch.arange(tokens.shape[1]) + 2
+        return self.out(self.norm(self.words(tokens) + self.places(places) + self.types(tokens * 0)))
+
+
+class Untyped(keras.Model):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = layers.Embedding(30, 6), layers.Embedding(8, 6)
+        self.norm, self.dense = layers.LayerNormalization(epsilon=1e-5), layers.Dense(3)
+
+    def call(self, tokens: Any) -> Any:
+        return self.dense(self.norm(self.words(tokens) + self.places(ops.arange(tokens.shape[1]))))
+
+
+@pytest.mark.parametrize("factor", [1.0, 1 + 1e-5])
+def test_a_row_that_is_added_to_a_table(factor: float) -> None:
+    reference, candidate = seeded(Typed), Untyped()
+    tokens = np.random.default_rng(0).integers(0, 30, (3, 8)).astype(np.int32)
+    candidate(tokens)
+    words, places, types, scale, shift, kernel, bias = (each.detach().numpy() for each in reference.parameters())
+    values = [words, places[2:] + types[0] * np.float32(factor), scale, shift, kernel.T, bias]
+    candidate.set_weights(values)
+    report = check_parity(reference, candidate, tokens)
+    assert report.passed == (factor == 1.0), str(report)
+    candidate.set_weights([*values[:4], kernel.T * np.float32(1.0001), bias])
+    culprits = [culprit.layer for culprit in check_parity(reference, candidate, tokens).culprits]
+    assert culprits[-1] == "out"
+    assert factor != 1.0 or culprits == ["out"]
