@@ -96,7 +96,7 @@ def convolution_layer_settings(layer: Any, *, groups: int) -> Settings:
     reach = tuple((size - 1) * step for size, step in zip(kernel, dilation, strict=True))
     if layer.padding == "same":
         even = all(total % 2 == 0 for total in reach) and all(step == 1 for step in layer.strides)
-        settings["padding"] = tuple(total // 2 for total in reach) if even else "asymmetric (same)"
+        settings["padding"] = tuple(total // 2 for total in reach) if even else ASYMMETRIC
     return settings
 
 
@@ -150,6 +150,8 @@ def _interleaved(weight: Tensor, groups: int) -> Tensor:
     return weight.reshape(groups, -1, *weight.shape[1:]).transpose(0, 1).reshape(weight.shape)
 
 
+# TensorFlow's "same" where it pads more behind than in front, at least for some sizes.
+ASYMMETRIC = "asymmetric (same)"
 # The dilations that are tried in the place of a module's own.
 _DILATIONS = (2, 3, 4, 6, 8, 12, 16, 18, 24, 36)
 
@@ -198,7 +200,7 @@ def _convolve(module: Any, x: Tensor, padding: Any, dilation: Any) -> Tensor:
 def _dilated(module: Any, x: Tensor, step: int) -> Tensor | None:
     """The result with another dilation and as much padding as keeps its size.
 
-    If the code around pads, it pads for the right dilation, on both sides or, as for a causal convolution, in front.
+    If the module does not pad, code around it may have, as for a causal convolution: then more or less is in front.
     """
     from torch.nn import functional as F
 

@@ -69,8 +69,8 @@ class KeyDiff:
 class Conversion:
     """Keras weights by path, float32 in Keras's axis order.
 
-    Each array is made when it is asked for: together they may be as large as the checkpoint. `dropped` are the tensors
-    that were dropped on purpose, `non_finite` those that hold NaN or infinity.
+    Each array is made from the checkpoint's when it is asked for, since together they may be as large. `dropped` are
+    the tensors that were dropped on purpose, `non_finite` those that hold NaN or infinity.
     """
 
     weights: Mapping[str, Array]
@@ -145,9 +145,13 @@ class _ConvertedWeights(Mapping[str, Array]):
     def __init__(self, state_dict: Mapping[str, Array], key_map: KeyMap, target_shapes: Mapping[str, Shape]) -> None:
         self._state_dict, self._shapes = state_dict, target_shapes
         self._rows = {name: entry for entry in key_map.entries for name in entry.targets}
+        self._last: tuple[TensorEntry, dict[str, Array]] | None = None
 
     def __getitem__(self, name: str) -> Array:
-        return _convert_row(self._rows[name], self._state_dict, self._shapes)[name]
+        row = self._rows[name]
+        if self._last is None or self._last[0] is not row:  # the weights of a row are asked for one after another
+            self._last = row, _convert_row(row, self._state_dict, self._shapes)
+        return self._last[1][name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._rows)

@@ -70,6 +70,7 @@ _READING = "ReadVariableOp"
 # How far a constant that was computed in float32 may be from the same in float64, relative to its greatest number: a
 # few roundings, such as those of an angle and of its sine.
 _ROUNDINGS = 2.0**-20
+_GREATEST = 1e4
 
 
 class Float32Trace:
@@ -85,7 +86,11 @@ class Float32Trace:
 
     def __init__(self, constants: Iterable[Array] = ()) -> None:
         self._touched: set[int] = set()
-        self._constants = [each for each in (np.ravel(array) for array in constants) if np.unique(each[:64]).size > 1]
+        # A mask's great numbers would allow for anything beside them. Many layers hold the same table.
+        flat = (np.ravel(array) for array in constants)
+        useful = [each for each in flat if np.unique(each[:64]).size > 1 and np.abs(each).max() < _GREATEST]
+        distinct = {(each.size, each.tobytes()): each for each in useful}
+        self._constants = [(each, _ROUNDINGS * float(np.abs(each).max())) for each in distinct.values()]
 
     def __bool__(self) -> bool:
         """Whether any such tensor was seen."""
@@ -136,13 +141,19 @@ class Float32Trace:
                 self._touched.add(each._id)
 
     def _converting(self, own: Callable[..., Any]) -> Callable[..., Any]:
+        import tensorflow as tf
+
+        @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
         def convert(value: Any, *args: Any, **kwargs: Any) -> Any:
             made = own(value, *args, **kwargs)
+            if not tf.executing_eagerly():
+                return made  # a function is being compiled
             if isinstance(value, (np.ndarray, list, tuple)) and self._is_constant(made):
                 self._touched.add(made._id)
             return made
 
-        return convert
+        converting: Callable[..., Any] = convert
+        return converting
 
     def _is_constant(self, output: Any) -> bool:
         """Whether PyTorch holds these numbers rounded to float32."""
@@ -152,12 +163,11 @@ class Float32Trace:
             return False
         count = int(np.prod(output.shape))
         # Code may use the first rows of a table.
-        fitting = [each[:count] for each in self._constants if each.size >= count > 1]
-        values = output.numpy().ravel() if fitting else None
-        for each in fitting:
-            limit = _ROUNDINGS * float(np.abs(each).max())
-            if values is not None and abs(values[-1] - each[-1]) <= limit < np.inf:
-                distance = float(np.abs(values - each).max())
-                if 0.0 < distance <= limit:
-                    return True
+        fitting = [(each[:count], limit) for each, limit in self._constants if each.size >= count > 1]
+        if not fitting:
+            return False
+        values = output.numpy().ravel()
+        for each, limit in fitting:
+            if abs(values[-1] - each[-1]) <= limit and 0.0 < float(np.abs(values - each).max()) <= limit:
+                return True
         return False

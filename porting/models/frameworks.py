@@ -56,7 +56,7 @@ _postponed = False
 
 
 def postpone_garbage_collection() -> None:
-    """Collect no cyclic garbage until TensorFlow is loaded, and never search what was loaded until then.
+    """Collect no cyclic garbage until a framework was imported here, and never search what was loaded until then.
 
     Call this at the start of a process that belongs to us. The frameworks make a million objects that stay. Python
     searches them while they load and again at exit, which takes more than two seconds.

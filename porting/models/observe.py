@@ -169,7 +169,10 @@ def call_inputs(tensors: Iterable[Tensor], args: Any, kwargs: Any) -> CallInputs
         own = tensors_in(value)
         keywords += [name if value is each else "" for each in own]
     nothing = torch.empty(0)  # in the place of each tensor, which would otherwise be kept alive
-    outline = _replace((args, kwargs), itertools.repeat(nothing))
+    try:
+        outline = _replace((args, kwargs), itertools.repeat(nothing))
+    except Exception:  # a structure of its own, which cannot be built anew like its base class
+        return CallInputs(tensors)
 
     def fill(tensors: Iterator[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         filled: tuple[tuple[Any, ...], dict[str, Any]] = _replace(outline, tensors)

@@ -177,6 +177,20 @@ class CannotRunError(Exception):
 def _run_batches(
     session: Session, key_map: KeyMap | None, limits: Limits, batch_size: int | None, progress: Progress
 ) -> None:
+    nothing = session.found()
+    try:
+        _run_all(session, key_map, limits, batch_size, progress)
+    except _BeginAgainError:
+        session.forget(nothing)
+        session.logits.clear()
+        _substitute_computed(session)
+        _follow_float32(session)
+        _run_all(session, key_map, limits, batch_size, progress)
+
+
+def _run_all(
+    session: Session, key_map: KeyMap | None, limits: Limits, batch_size: int | None, progress: Progress
+) -> None:
     import torch
 
     given = session.inputs
@@ -288,21 +302,21 @@ def _substitute_derived(session: Session, recording: Recording) -> None:
 def _substitute_computed(session: Session) -> int:
     """Give the float64 model the exact weights that a factor or a row was folded into. Returns how many there are."""
     tensors = [
-        tensor.detach().numpy()
-        for tensor in session.double_model.state_dict().values()
+        tensor.detach()
+        for tensor in session.reference.state_dict().values()
         if tensor.is_floating_point() and tensor.numel() > 1
     ]
-    by_size: dict[int, list[Array]] = {}
-    for tensor in tensors:
-        for each in in_all_orders(tensor):
-            by_size.setdefault(each.size, []).append(each)
+    stored = StoredWeights(tensor.float().numpy() for tensor in tensors)
 
     def computed(name: str, values: Array) -> Array | None:
-        same_size = by_size.get(values.size, [])
-        if any(np.array_equal(each.reshape(values.shape), values) for each in same_size):
+        if name in session.bits.copies or values.size < 2 or stored.has(values):
             return None
-        scaled = scaled_weight(values, same_size)
-        return table_with_row(values, tensors) if scaled is None else scaled
+        same_size = (tensor.double().numpy() for tensor in tensors if tensor.numel() == values.size)
+        scaled = scaled_weight(values, (order for each in same_size for order in in_all_orders(each)))
+        if scaled is not None or values.ndim != 2:
+            return scaled
+        tables = [each.double().numpy() for each in tensors if each.ndim == 2 and each.shape[1] == values.shape[1]]
+        return table_with_row(values, tables)
 
     count = session.float64.substitute(computed)
     if count:
@@ -313,28 +327,20 @@ def _substitute_computed(session: Session) -> int:
 def _run_exact(session: Session, recording: Recording, batch: Inputs, start: int) -> ExactObserver:
     """Run the Keras model in float64, in place or else as a clone. Raises CannotRunError if neither runs.
 
-    If its code does not run where casts to float32 are left out, they are made.
+    If its code does not run where casts to float32 are left out, they are made. If the outputs differ by about as much
+    as float32 rounds, the first batch is run again with weights that the port computed, then with float32 followed. A
+    later batch that needs it raises _BeginAgainError.
     """
-    kept = dict(session.pairs), dict(session.lone), set(session.used)
     attempts = iter(("without casts", "in place", "clone"))
     attempt, is_computed = next(attempts), False
     while True:
+        before = session.found()
         observer = ExactObserver(session, recording, start)
         try:
             with torch_on_one_thread(), session.float64.active() as model, observe_layers(model, observer):
                 observer.results(model(batch.for_candidate(model), training=False))
-            if start == 0 and _may_round_in_float32(session):
-                if is_computed or not _substitute_computed(session):
-                    _follow_float32(session)
-                is_computed = True
-                session.pairs, session.lone, session.used = kept[0].copy(), kept[1].copy(), kept[2].copy()
-                session.results.clear()
-                continue
-            if not session.float64.trace:
-                session.float64.trace = None  # nothing was computed in float32
-            return observer
         except Exception as error:
-            session.pairs, session.lone, session.used = kept[0].copy(), kept[1].copy(), kept[2].copy()
+            session.forget(before)
             attempt = next(attempts, "")
             if attempt == "in place" and start == 0:
                 session.float64.stays = False
@@ -345,6 +351,20 @@ def _run_exact(session: Session, recording: Recording, batch: Inputs, start: int
                     continue
             where = "in float64" if _runs(session, batch) else "on these inputs"
             raise CannotRunError(f"the Keras model cannot run {where}: {typed_reason_of(error)}") from None
+        if not _may_round_in_float32(session):
+            if start == 0 and not session.float64.trace:
+                session.float64.trace = None  # nothing was computed in float32
+            return observer
+        if start > 0:
+            raise _BeginAgainError
+        session.forget(before)
+        if is_computed or not _substitute_computed(session):
+            _follow_float32(session)
+        is_computed = True
+
+
+class _BeginAgainError(Exception):
+    """A batch shows that float32 has to be followed from the first batch on."""
 
 
 def _can_follow_float32() -> bool:
@@ -355,7 +375,8 @@ def _can_follow_float32() -> bool:
 
 def _follow_float32(session: Session) -> None:
     if session.float64.trace is None and _can_follow_float32():
-        session.float64.trace = Float32Trace(_constants(session.double_model))
+        session.was_followed = True
+        session.float64.trace = Float32Trace(_constants(session.truth_model))
 
 
 def _constants(model: nn.Module) -> list[Array]:
@@ -370,7 +391,7 @@ def _constants(model: nn.Module) -> list[Array]:
 
 def _may_round_in_float32(session: Session) -> bool:
     """Whether the outputs differ by about as much as float32 rounds, on a backend on which float32 can be followed."""
-    if session.float64.trace is not None or not _can_follow_float32():
+    if session.float64.trace is not None or session.was_followed or not _can_follow_float32():
         return False
     views = [pair.exact for pair in session.results.values()]
     sizes = [(view.scale.total().rms, view.actual_error.total().rms) for view in views]

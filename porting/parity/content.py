@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 SAME = 1e-11
 # The same for a layer that always computes in float32: some roundings of 6e-8.
 SAME_IN_FLOAT32 = 1e-5
+# A match that is so many times as far as the nearest is another tensor, such as a norm's that hardly changes its input.
+_BESIDE = 4.0
 # The number of elements on which an order of axes is tried before all are compared.
 _TRIED = 64
 MOST_AXES = 5
@@ -134,6 +136,11 @@ class Library:
             if match is not None:
                 found.append(match)
         return sorted(found, key=lambda match: match.reordered)
+
+    def find_near(self, actual: Tensor) -> list[Match]:
+        """Find what a tensor equals up to the rounding of float32, the nearest first, without those far behind it."""
+        near = sorted(self.find(actual, SAME_IN_FLOAT32), key=lambda match: match.distance.total().rms)
+        return [each for each in near if each.distance.total().rms <= _BESIDE * near[0].distance.total().rms]
 
     def maps_in_order(self, flat: Tensor) -> Iterator[Tensor]:
         """Yield the maps that PyTorch flattened into a tensor."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _GREATEST_FACTOR = 4096
+_TRIED = 64
 # A table of the types of tokens has at most so many rows.
 _MOST_TYPES = 4
 # A few roundings of the greatest number, since a sum of terms that cancel is rounded relative to the terms.
@@ -129,9 +130,11 @@ def scaled_weight(values: Array, tensors: Iterable[Array]) -> Array | None:
     """A tensor times the root of a whole number, if float32 `values` are its rounding; None if there is none."""
     for tensor in tensors:
         exact = tensor.reshape(values.shape)
-        size = float(np.square(exact).sum())
-        factor = float((values * exact).sum()) / size if size else 0.0
-        if factor <= 0.0 or abs(values - factor * exact).max() > _ROUNDED * abs(values).max():
+        first = exact.ravel()[:_TRIED]
+        if (first == first[0]).all() or not _is_times(values.ravel()[:_TRIED], first):
+            continue  # equal numbers, such as the ones of a new norm, say nothing
+        factor = _is_times(values, exact)
+        if not factor:
             continue
         for power in _POWERS:
             number = factor ** (1 / power)
@@ -141,19 +144,26 @@ def scaled_weight(values: Array, tensors: Iterable[Array]) -> Array | None:
     return None
 
 
+def _is_times(values: Array, exact: Array) -> float:
+    """The factor between a tensor and float32 `values` that are its rounding, number by number; 0 if there is none."""
+    size = float(np.square(exact).sum())
+    factor = float((values * exact).sum()) / size if size else 0.0
+    rounded = factor * exact
+    return factor if factor > 0.0 and bool((np.abs(values - rounded) <= 2.0**-22 * np.abs(rounded)).all()) else 0.0
+
+
 def table_with_row(values: Array, tensors: Iterable[Array]) -> Array | None:
     """A table to whose rows another's first row is added, as a type of token is to positions; None if there is none.
 
     The sum has as many rows as float32 `values`, which are its rounding, from the beginning or the end of the table.
     """
     tables = [each for each in tensors if values.ndim == each.ndim == 2 and each.shape[1] == values.shape[1]]
-    limit = _ROUNDED * float(np.abs(values).max(initial=0.0))
     for table, other in itertools.permutations(tables, 2):
         if len(table) < len(values) or len(other) > _MOST_TYPES:
             continue
         for rows in (table[: len(values)], table[len(table) - len(values) :]):
             found: Array = rows + other[0]
-            if bool((np.abs(values - found) <= limit).all()):
+            if bool((np.abs(values - found) <= 2.0**-23 * (np.abs(rows) + np.abs(other[0]))).all()):
                 return found
     return None
 

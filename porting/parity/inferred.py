@@ -39,7 +39,10 @@ def with_inferred_weights(session: Session, report: ParityReport, limits: Limits
     if differing:
         if not loud or not _computes_the_same(session, key_map, limits):
             return report
-        differing = {name: how for name, how in differing.items() if not _has_no_effect(session, key_map, limits, name)}
+        if not session.has_whole_results:  # on which hardly anything has an effect
+            differing = {
+                name: how for name, how in differing.items() if not _has_no_effect(session, key_map, limits, name)
+            }
     verified = replace(
         report.verified,
         differing=tuple(differing),

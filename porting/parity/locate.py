@@ -73,7 +73,7 @@ def locate(session: Session, inputs: Inputs, limits: Limits, most: int = MAX_CUL
     last: Place | None = None
     tolerance = SAME
     for _ in range(3 * most):  # some culprits turn out to be none
-        tracer = Tracer(library, fixes, tolerance, session.computes_in_float32)
+        tracer = Tracer(library, fixes, tolerance, session.computes_in_float32, session.is_nearly_right)
         try:
             with session.float64.active() as model, observe_layers(model, tracer) as seen:
                 result = model(inputs.for_candidate(model), training=False)

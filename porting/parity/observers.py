@@ -63,7 +63,9 @@ class ExactObserver:
         if not matches:
             self._without_partner(name, index, actual)
             return None
-        place = self._choose(name, index, matches)
+        place = pair.place if pair is not None and not pair.named else None
+        if not any(place in match.truth.places for match in matches):
+            place = self._choose(name, index, matches)
         for match in matches:
             self.matched.add(id(match.truth))
         if place is None:
@@ -71,6 +73,7 @@ class ExactObserver:
         match = next(match for match in matches if place in match.truth.places)
         if pair is None or pair.named:
             pair = self._new_pair(name, index, place, match)
+        pair.in_float32 |= match.in_float32  # zeros in an earlier batch did not show it
         self._include(pair, match, actual)
         return _steered(match, output) if match.in_float32 else None
 
@@ -91,9 +94,9 @@ class ExactObserver:
         matches = [match] if match is not None else self.library.find(actual)
         if not matches:
             # Some layers always compute in float32.
-            near = self.library.find(actual, SAME_IN_FLOAT32)
+            near = self.library.find_near(actual)
             inside = [replace(each, in_float32=True) for each in near if self.session.computes_in_float32(output, each)]
-            self._is_doubtful |= bool(near) and not inside
+            self._is_doubtful |= not inside and self.session.is_nearly_right(name, output, near)
             matches += [] if self._is_doubtful else inside
         self._known[id(output)] = weakref.ref(output), matches
         return matches
@@ -123,6 +126,7 @@ class ExactObserver:
         source = label if number == 0 else f"{label}[{number}]"
         order = self.recording.order.get(call, len(self.recording.order)) - (0.0 if is_output else 0.5)
         pair = Pair(name, index, source, place, order, in_float32=match.in_float32, reordered=match.reordered)
+        pair.is_whole = bool((match.truth.tensor == match.truth.tensor.round()).all())
         pair.axes = None if match.reordered else match.axes
         session.pairs[name, index] = pair
         session.used.add(place)
@@ -166,8 +170,8 @@ class ExactObserver:
         """Compare the results of the model. Their axes follow the convention and are never chosen to fit."""
         session = self.session
         found = {key: to_torch(leaf) for key, leaf in leaves_by_key(result).items()}
-        session.has_whole_results = bool(found) and not any(
-            leaf.is_floating_point() or leaf.is_complex() for leaf in found.values()
+        session.has_whole_results &= all(
+            bool((as_real(leaf) == as_real(leaf).round()).all()) for leaf in found.values()
         )
         partners, notes = pair_results(self.recording.outputs, found)
         session.notes.update(dict.fromkeys(notes))

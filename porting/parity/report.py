@@ -160,6 +160,11 @@ class Culprit:
         return f"{self.layer}: {self.reason}"
 
 
+# A layer that computes in float32 whatever it is told is one step, so it rounds about as PyTorch does in float32. The
+# truth goes on in its place, so no later tensor would show more.
+MAX_RATIO_INSIDE = 8.0
+
+
 @dataclass(frozen=True)
 class View:
     """One comparison of a layer against PyTorch in float64.
@@ -275,7 +280,8 @@ class Verified:
     key map is given, or the paired layers imply one, `differing` names the variables that differ from the checkpoint
     in any bit, of `compared_bits` variables compared, and `details` says how each differs. `through_layers` is whether
     tensors inside the models were compared, not only the outputs. `whole_numbers` means that all results are whole
-    numbers, such as those of an argmax, which hide most mistakes: only weights before a tensor that agrees count then.
+    numbers, such as those of an argmax, which hide most mistakes. Only weights before a tensor with fractions that
+    agrees count then, or those that were compared bit by bit.
     """
 
     weights: int
@@ -440,13 +446,25 @@ class ParityReport:
 
     @cached_property  # `failed` asks for it once per layer
     def divergences(self) -> tuple[Divergence, ...]:
-        """All divergences in the order of data flow: of the outputs in the exact view, of all layers in float32."""
-        found = []
-        for layer in self.layers:
-            for view in layer.views:
-                if (view != EXACT or layer.is_output) and (reason := self.limits.objection(layer, view)):
-                    found.append(Divergence(layer.source, view, reason))
-        return tuple(found)
+        """All divergences in the order of data flow.
+
+        In the exact view these are of the outputs, and of layers that compute in float32; in float32 of all layers.
+        """
+        return tuple(
+            Divergence(layer.source, view, reason)
+            for layer in self.layers
+            for view in layer.views
+            if (reason := self._objection(layer, view))
+        )
+
+    def _objection(self, layer: LayerComparison, view: str) -> str:
+        """Why a layer fails in a view by itself; "" if it does not."""
+        if view != EXACT or layer.is_output:
+            return self.limits.objection(layer, view)
+        ratio = layer.views[view].ratio
+        if layer.source not in self.float32_inside or ratio <= MAX_RATIO_INSIDE:
+            return ""
+        return f"{ratio:.3g} times the rounding of float32, in which it computes; {MAX_RATIO_INSIDE:g} allowed"
 
     @property
     def runtime(self) -> str:
@@ -472,9 +490,7 @@ class ParityReport:
         """Whether a layer is not at parity. In the exact view, layers count only if an output differs."""
         exact_counts = any(divergence.view == EXACT for divergence in self.divergences)
         return any(
-            self.limits.objection(layer, view)
-            for view in layer.views
-            if view != EXACT or layer.is_output or exact_counts
+            self.limits.objection(layer, view) if exact_counts else self._objection(layer, view) for view in layer.views
         )
 
     @property

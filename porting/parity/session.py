@@ -57,7 +57,8 @@ class Pair:
     """A Keras tensor and the PyTorch tensor that it equals, which `place` identifies.
 
     `order` is its place in PyTorch's order of execution. `named` means that the two pair by name only, and their
-    numbers differ. `axes` are PyTorch's axes in Keras's order, found by content.
+    numbers differ. `is_whole` means that they have no fractions. `axes` are PyTorch's axes in Keras's order, found by
+    content.
     """
 
     target: str
@@ -68,6 +69,7 @@ class Pair:
     named: bool = False
     in_float32: bool = False
     reordered: bool = False
+    is_whole: bool = False
     axes: Axes | None = None
     exact: Sums = field(default_factory=Sums)
     float32: Sums = field(default_factory=Sums)
@@ -107,6 +109,9 @@ class Pair:
         )
 
 
+Found = tuple[dict[tuple[str, int], Pair], dict[str, Pair], dict[str, None], set[Any], dict[str, str], dict[str, None]]
+
+
 class Session:
     """Two models, their inputs, and what the passes over all batches have measured."""
 
@@ -138,9 +143,29 @@ class Session:
         self.halved: list[Array] = []
         self.bits = Bits()
         self._result_keys: list[str] = []
+        # Whether float32 was followed in one of the passes, even if nothing was computed in it.
+        self.was_followed = False
         # Whether no result has fractions, so that most mistakes do not show.
-        self.has_whole_results = False
+        self.has_whole_results = True
         self.used: set[tuple[str, bool, int]] = set()
+
+    def found(self) -> Found:
+        """What the passes have found so far, to return to it if a pass has to be made again."""
+        return (
+            dict(self.pairs),
+            dict(self.results),
+            dict(self.lone),
+            set(self.used),
+            dict(self.written),
+            dict(self.notes),
+        )
+
+    def forget(self, before: Found) -> None:
+        """Return to what was found before a pass. The pass must have been the first to measure anything."""
+        pairs, results, lone, used, written, notes = before
+        self.pairs, self.results, self.lone = dict(pairs), dict(results), dict(lone)
+        self.used, self.written, self.notes = set(used), dict(written), dict(notes)
+        self.has_whole_results = True
 
     @property
     def double_model(self) -> nn.Module:
@@ -215,6 +240,18 @@ class Session:
         """Whether a tensor was computed in float32 internally, so that only a loose match is possible."""
         trace = self.float64.trace
         return computes_in_float32(output, match) or (trace is not None and trace.has(output) and not match.reordered)
+
+    def is_nearly_right(self, name: str, output: Tensor, near: Sequence[Match]) -> bool:
+        """Whether a layer gives nearly PyTorch's tensor where nothing rounds in float32, so that it has a mistake.
+
+        A layer without weights may have its reasons, such as a small number that it adds before a root.
+        """
+        trace = self.float64.trace
+        if (trace is not None and trace.has(output)) or all(each.reordered for each in near):
+            return False
+        layer = self.layer(name)
+        partners = (place[0] for each in near for place in each.truth.places if place[1])
+        return bool(getattr(layer, "weights", None)) or any(self.kind_matches(call, name) for call in partners)
 
     def library(self, recording: Recording, others: Sequence[Tensor] = ()) -> Library:
         """All tensors of a run, and others that are no module's."""

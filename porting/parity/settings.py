@@ -16,6 +16,7 @@ import numpy as np
 from porting.kinds import kind_of_layer, kind_of_module
 from porting.kinds.activation import name_of_function
 from porting.kinds.base import Kind, Settings
+from porting.kinds.convolution import ASYMMETRIC
 from porting.models.stacks import modules_of
 from porting.models.traverse import named_layers
 from porting.parity.report import Audit, SettingDifference
@@ -62,7 +63,7 @@ def compare_settings(
         for name in common:
             if not _same(expected[name], actual[name]):
                 training = name in kind.training_settings
-                settled = one_size and name == "padding" and isinstance(actual[name], str)
+                settled = one_size and name == "padding" and actual[name] == ASYMMETRIC
                 differences.append(
                     SettingDifference(
                         source,

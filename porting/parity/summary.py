@@ -85,9 +85,7 @@ def _verified(session: Session, agreed: bool) -> Verified:
     variables = named_variables(session.candidate)
     called = {name.partition("#")[0] for name in session.called}
     if agreed and session.has_whole_results:
-        order, paired = list(session.called), {pair.target for pair in session.pairs.values() if not pair.named}
-        last = max((index for index, name in enumerate(order) if name in paired), default=-1)
-        called = {name.partition("#")[0] for name in order[: last + 1]}
+        called = _before_fractions(session)
     elif not agreed:
         called = {pair.target.partition("#")[0] for pair in session.pairs.values() if not pair.named}
     seen: set[int] = set()
@@ -111,6 +109,14 @@ def _verified(session: Session, agreed: bool) -> Verified:
         details=tuple(bits.differing.values()),
         whole_numbers=session.has_whole_results,
     )
+
+
+def _before_fractions(session: Session) -> set[str]:
+    """The layers that ran before the last tensor with fractions that is PyTorch's."""
+    paired = {pair.target for pair in session.pairs.values() if not (pair.named or pair.is_whole)}
+    order = list(session.called)
+    last = max((index for index, name in enumerate(order) if name in paired), default=-1)
+    return {name.partition("#")[0] for name in order[: last + 1]}
 
 
 def precision_of(candidate: keras.Model) -> str:

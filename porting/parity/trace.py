@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from porting.models.observe import Replacement
 from porting.parity.content import (
     SAME,
-    SAME_IN_FLOAT32,
     Library,
     Match,
     as_real,
@@ -60,9 +59,10 @@ class Tracer:
         fixes: dict[Place, Tensor],
         tolerance: float,
         computes_in_float32: Callable[[Tensor, Match], bool],
+        is_nearly_right: Callable[[str, Tensor, list[Match]], bool],
     ) -> None:
         self.library, self.fixes, self.tolerance = library, fixes, tolerance
-        self._computes_in_float32 = computes_in_float32
+        self._computes_in_float32, self._is_nearly_right = computes_in_float32, is_nearly_right
         # Set once a tensor is nearly right: what differs after it need not be the rounding of float32.
         self.is_doubtful = False
         self.nodes: list[Node] = []
@@ -93,7 +93,7 @@ class Tracer:
         replaced = self._fixed(name, True, node.outputs)
         if replaced is not None:
             return replaced
-        inside = [self._inside(output) for output in outputs]
+        inside = [self._inside(name, output) for output in outputs]
         for index, each in enumerate(inside):
             if each is not None:
                 node.outputs[index] = each
@@ -109,12 +109,13 @@ class Tracer:
                 self._give(each, None)
         return found
 
-    def _inside(self, output: Tensor) -> Tensor | None:
+    def _inside(self, name: str, output: Tensor) -> Tensor | None:
         """The truth to put in place of a result that was computed in float32; None if it was not."""
         if self.is_exact(output):
             return None
-        near = self.library.find(as_real(output), SAME_IN_FLOAT32)
-        self.is_doubtful |= bool(near) and not any(self._computes_in_float32(output, match) for match in near)
+        near = self.library.find_near(as_real(output))
+        inside = any(self._computes_in_float32(output, match) for match in near)
+        self.is_doubtful |= not inside and self._is_nearly_right(name, output, near)
         for match in near:
             if not self.is_doubtful and self._computes_in_float32(output, match):
                 expected = match.expected(as_real(output)).contiguous()

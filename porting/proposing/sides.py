@@ -303,6 +303,8 @@ class KerasSide:
     def result_of(self, layer: str, tensor: Tensor) -> Tensor | None:
         import keras
 
+        if list(self.layers[layer]._flatten_layers(include_self=False)):
+            return None  # the observer would see the layers inside
         with contextlib.suppress(Exception):  # a layer may raise anything
             result = self.layers[layer].call(keras.ops.convert_to_tensor(tensor.numpy()))  # past the observer
             return to_torch(result) if keras.ops.is_tensor(result) else None

@@ -134,7 +134,7 @@ class Case:
 
         dropped = self.reference_map.drops
         reference = self.family.build_empty_reference(self.spec)
-        if any(name in dropped for name, _ in reference.named_parameters()):
+        if any(name in dropped for name, _ in reference.named_parameters(remove_duplicate=False)):
             reference = self.family.build_reference(self.spec)  # these keep the numbers of their initialisation
         own = reference.state_dict()
         # The class also has counters and constants of its own, which the key map drops.

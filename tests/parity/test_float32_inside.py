@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable
 from typing import Any
 
@@ -231,6 +232,109 @@ def test_a_norm_that_casts_to_float32(mixes: bool, epsilon: float) -> None:
         scale = reference.get_submodule("1").weight.uniform_(0.5, 1.5)  # type: ignore[operator]
     parts[1].set_weights([scale.detach().numpy()])
     report = check_parity(reference, model, numbers(2, 5, 6))
-    # In a model that has to compute in float32, a millionth of a variance is not to be seen.
-    assert report.passed == (epsilon == 1e-5 or mixes), str(report)
+    # In a layer that has to compute in float32, a hundred-millionth of a variance is not to be seen.
+    assert report.passed == (epsilon == 1e-5 or (mixes and epsilon == 1.001e-5)), str(report)
     assert bool(report.float32_inside) == mixes
+
+
+class Both(layers.Layer):  # type: ignore[misc]
+    """A table and a norm in one layer."""
+
+    def __init__(self, epsilon: float) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+
+    def call(self, x: Any) -> Any:
+        x = x + ops.convert_to_tensor(np.sin(np.arange(6)[:, None] * 1.3 + np.arange(8) * 0.7), x.dtype)
+        mean = ops.mean(x, -1, keepdims=True)
+        return (x - mean) / ops.sqrt(ops.mean(ops.square(x - mean), -1, keepdims=True) + self.epsilon)
+
+
+@pytest.mark.parametrize("epsilon", [1e-5, 1e-6, 2e-5])
+def test_a_mistake_in_the_layer_that_holds_a_table(epsilon: float) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.ln, self.head = nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+            table = torch.sin(torch.arange(6.0)[:, None] * 1.3 + torch.arange(8.0) * 0.7)
+            self.table = nn.Buffer(table)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.head(self.ln(self.fc(x) + self.table))
+
+    reference, inputs = seeded(Net), keras.Input((6, 4))
+    first, last = layers.Dense(8), layers.Dense(3)
+    model = keras.Model(inputs, last(Both(epsilon)(first(inputs))))
+    for name, layer in (("fc", first), ("head", last)):
+        layer.set_weights(dense_weights(reference.get_submodule(name)))
+    report = check_parity(reference, model, numbers(3, 6, 4))
+    assert report.passed == (epsilon == 1e-5), str(report)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, None])
+def test_float32_that_only_a_later_batch_shows(batch_size: int | None) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(12, 3)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            small = F.interpolate(x, (2, 2), mode="bilinear", antialias=True, align_corners=False)
+            return self.fc(small.permute(0, 2, 3, 1).flatten(1))
+
+    reference, inputs = seeded(Net), keras.Input((6, 6, 3))
+    dense = layers.Dense(3)
+    model = keras.Model(inputs, dense(layers.Flatten()(layers.Resizing(2, 2, antialias=True)(inputs))))
+    dense.set_weights(dense_weights(reference.get_submodule("fc")))
+    images = numbers(3, 6, 6, 3)
+    images[0] = 0
+    report = check_parity(reference, model, images, batch_size=batch_size)
+    assert report.passed, str(report)
+    assert report.float32_inside
+
+
+def test_a_compiled_function_beside_float32() -> None:
+    @tf.function  # type: ignore[untyped-decorator]
+    def scaled(x: Any) -> Any:
+        return x * tf.constant([1.0, 2.0, 3.0, 4.0], x.dtype)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 4), nn.Linear(4, 3)
+            self.table = nn.Buffer(torch.sin(torch.arange(4.0)))
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.b(torch.tanh(self.a(x) * torch.arange(1.0, 5.0, dtype=x.dtype) + self.table))
+
+    reference, inputs = seeded(Net), keras.Input((5,))
+    first, last = layers.Dense(4), layers.Dense(3)
+    table = np.sin(np.arange(4))
+    x = layers.Lambda(lambda y: ops.tanh(scaled(y) + ops.convert_to_tensor(table, y.dtype)))(first(inputs))
+    model = keras.Model(inputs, last(x))
+    for name, layer in (("a", first), ("b", last)):
+        layer.set_weights(dense_weights(reference.get_submodule(name)))
+    for batch_size in (None, 1):
+        report = check_parity(reference, model, numbers(3, 5), batch_size=batch_size)
+        assert report.passed, str(report)
+
+
+def test_a_module_that_takes_a_structure_of_its_own() -> None:
+    class Part(nn.Module):
+        def forward(self, features: Any) -> Any:
+            return features["x"] * 2
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.part = nn.Linear(5, 4), Part()
+
+        def forward(self, x: torch.Tensor) -> Any:
+            features = collections.defaultdict(list)
+            features["x"] = self.a(x)
+            return self.part(features)
+
+    reference, inputs, dense = seeded(Net), keras.Input((5,)), layers.Dense(4)
+    model = keras.Model(inputs, layers.Lambda(lambda y: y * 2)(dense(inputs)))
+    dense.set_weights(dense_weights(reference.get_submodule("a")))
+    assert check_parity(reference, model, numbers(3, 5)).passed
