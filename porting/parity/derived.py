@@ -116,7 +116,9 @@ def substitute_for(values: Array, derived: list[Array]) -> Array | None:
     for exact in derived:
         if exact.shape != values.shape:
             continue
-        limit = _ROUNDED * float(np.abs(exact).max(initial=0.0))
+        # A kernel is a product, number by number. A bias may be a sum of terms that cancel.
+        size = np.abs(exact) if exact.ndim > 1 else float(np.abs(exact).max(initial=0.0))
+        limit = _ROUNDED * size
         if bool((np.abs(values.astype(np.float64) - exact) <= limit).all()):
             return exact
     return None
