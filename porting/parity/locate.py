@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -51,11 +51,18 @@ _FINEST = 2e-14
 
 
 @dataclass(frozen=True)
-class _Difference:
-    """What a culprit has too much, and whether its own layer made it."""
+class _Step:
+    """A culprit, None if there is none, and how to go on behind it.
 
-    values: Tensor
-    own: bool
+    `truth` is put in at `place`. `difference` is what Keras has there instead, less the truth. `is_own` means that the
+    culprit itself made the difference.
+    """
+
+    culprit: Culprit | None = None
+    place: Place | None = None
+    truth: Tensor | None = None
+    difference: Tensor | None = None
+    is_own: bool = False
 
 
 def locate(session: Session, inputs: Inputs, limits: Limits, most: int = MAX_CULPRITS) -> Iterator[Culprit]:
@@ -67,7 +74,7 @@ def locate(session: Session, inputs: Inputs, limits: Limits, most: int = MAX_CUL
     library = session.library(recording, [torch.from_numpy(array) for array in inputs.candidate])
     fixes: dict[Place, Tensor] = {}
     innocent: set[Place] = set()
-    found: list[tuple[int, Culprit]] = []
+    found: list[Culprit] = []
     carried: list[Tensor] = []
     previous: tuple[float, int] | None = None
     last: Place | None = None
@@ -104,22 +111,22 @@ def locate(session: Session, inputs: Inputs, limits: Limits, most: int = MAX_CUL
             last = None
             continue
         previous = worst, agreeing
-        place, culprit, truth, difference = _next_culprit(session, recording, tracer, wrong, innocent)
-        if culprit is None:
+        step = _next_culprit(session, recording, tracer, wrong, innocent)
+        if step.culprit is None:
             break
-        fixed = None if truth is None or place is None else (place[0], place[1], place[3] if len(place) > 3 else 0)
-        if fixed is not None and truth is not None and difference is not None:
-            if not difference.own and any(_is_carried(difference.values, each) for each in carried):
-                fixes[fixed] = truth
-                last = None
-                continue
-            carried.append(difference.values)
-        found.append((place[2] if place else 0, culprit))
-        last = fixed
-        if fixed is None or truth is None or len(found) >= most:
+        if step.place is None or step.truth is None or step.difference is None:
+            found.append(step.culprit)
             break
-        fixes[fixed] = truth
-    yield from _once_a_layer([culprit for _, culprit in found])
+        difference, fixes[step.place] = step.difference, step.truth
+        if not step.is_own and any(_is_carried(difference, each) for each in carried):
+            last = None
+            continue
+        carried.append(difference)
+        found.append(step.culprit)
+        last = step.place
+        if len(found) >= most:
+            break
+    yield from _once_a_layer(found)
 
 
 def _is_carried(difference: Tensor, earlier: Tensor) -> bool:
@@ -177,8 +184,8 @@ def _next_culprit(
     tracer: Tracer,
     wrong: list[tuple[str, Tensor, float]],
     innocent: set[Place],
-) -> tuple[Any, Culprit | None, Tensor | None, _Difference | None]:
-    """Find the first culprit that makes results differ: its place, the culprit, and the truth to put in there."""
+) -> _Step:
+    """Find the first culprit that makes results differ."""
 
     def known(node: Node) -> bool:
         return _partner(session, recording, tracer, node) is not None
@@ -191,7 +198,7 @@ def _next_culprit(
                 candidates.append((found.began, found))
             else:
                 candidates.append((found.node.began if found.node is not None else len(tracer.nodes), found))
-        began, first = min(candidates, key=lambda each: each[0])
+        _, first = min(candidates, key=lambda each: each[0])
         if isinstance(first, Gap):
             if first.node is None or (first.node.name, False, first.index) not in innocent:
                 break
@@ -209,25 +216,25 @@ def _next_culprit(
             if taken is None:
                 call = last_of_fused(session, recording, tracer, first, call)
                 if not _is_right_inside(session, recording, first, call):
-                    return _own_mistake(session, recording, tracer, first, call, began)
+                    return _own_mistake(session, recording, tracer, first, call)
             # Where PyTorch's tensor did not help there, the layer stands for something else.
             elif (first.name, False, taken) not in innocent:
-                return _wrong_input(session, recording, tracer, Gap(first, taken), began)
+                return _wrong_input(session, recording, tracer, Gap(first, taken))
         # PyTorch shows its result to no module, such as a padding's: look at the layers that take its result.
         for output in first.outputs:
             tracer.assume(output)
         given = {key_of(output) for output in first.outputs}
         result = next((key for key, tensor, _ in wrong if key_of(tensor) in given), None)
         if result is not None:
-            return None, _wrong_result(session, recording, result, wrong), None, None
+            return _Step(_wrong_result(session, recording, result, wrong))
     if isinstance(first, Node):
-        return None, None, None, None
+        return _Step()
     other = _gives_anothers(session, recording, tracer, first, innocent)
     if other is not None:
-        return _own_mistake(session, recording, tracer, *other, other[0].began)
+        return _own_mistake(session, recording, tracer, *other)
     if first.node is None:
-        return None, _wrong_result(session, recording, first.key, wrong), None, None
-    return _wrong_input(session, recording, tracer, first, began)
+        return _Step(_wrong_result(session, recording, first.key, wrong))
+    return _wrong_input(session, recording, tracer, first)
 
 
 def _gives_anothers(
@@ -368,9 +375,7 @@ def _is_right_inside(session: Session, recording: Recording, node: Node, call: s
     return inside is not None and inside.theirs is None and same(inside.ours(expected), actual)
 
 
-def _own_mistake(
-    session: Session, recording: Recording, tracer: Tracer, node: Node, call: str, began: int
-) -> tuple[Any, Culprit, Tensor | None, _Difference | None]:
+def _own_mistake(session: Session, recording: Recording, tracer: Tracer, node: Node, call: str) -> _Step:
     own = next((i for i, output in enumerate(node.outputs) if not tracer.is_exact(output)), 0)
     actual, given = as_real(node.outputs[own]), recording.calls[call].outputs
     # Keras may return only the last step, where PyTorch returns all steps and also the last one.
@@ -381,7 +386,7 @@ def _own_mistake(
     axes = session.axes_in_keras(truth.tensor, actual)
     if axes is None:
         text = f"shape {tuple(actual.shape)} for PyTorch's {tuple(truth.tensor.shape)}"
-        return None, Culprit(label, node.name, text, 1.0), None, None
+        return _Step(Culprit(label, node.name, text, 1.0))
     expected = truth.tensor.permute(axes).reshape(actual.shape).contiguous()
     inside = activations_of(session, recording, node, call, truth.tensor, axes, actual)
     cause = None if inside is None else inside.another(call, expected, actual)
@@ -393,12 +398,10 @@ def _own_mistake(
     if cause is not None and not cause.pattern and cause.layer != call:
         label = cause.layer  # the layer is several modules, and this one has the mistake
     culprit = Culprit(label, node.name, _by_how_much(relative), relative, diagnosis=cause)
-    return (node.name, True, began, own), culprit, expected, _Difference(actual - expected, own=True)
+    return _Step(culprit, (node.name, True, own), expected, actual - expected, is_own=True)
 
 
-def _wrong_input(
-    session: Session, recording: Recording, tracer: Tracer, gap: Gap, began: int
-) -> tuple[Any, Culprit, Tensor | None, _Difference | None]:
+def _wrong_input(session: Session, recording: Recording, tracer: Tracer, gap: Gap) -> _Step:
     node, index = gap.node, gap.index
     assert node is not None  # the caller has seen to it
     call = _partner(session, recording, tracer, node)
@@ -410,17 +413,13 @@ def _wrong_input(
         node, index, inputs = producer, 0, [inputs[index]]
     actual = as_real(node.inputs[index])
     if call is None or index >= len(inputs):
-        return (
-            None,
-            Culprit(node.name.replace("/", "."), node.name, "is fed a tensor that PyTorch does not have", 1.0, True),
-            None,
-            None,
-        )
+        text = "is fed a tensor that PyTorch does not have"
+        return _Step(Culprit(node.name.replace("/", "."), node.name, text, 1.0, True))
     truth = inputs[index]
     orders = session.orders_in_keras(truth.tensor, actual)
     if not orders:
         text = f"shape {tuple(actual.shape)} for PyTorch's {tuple(truth.tensor.shape)}"
-        return None, Culprit(call, node.name, text, 1.0, True), None, None
+        return _Step(Culprit(call, node.name, text, 1.0, True))
     # What comes in differs in every order. Where sides are equal, the nearest is the one that is meant.
     axes = min(orders, key=lambda each: _distance(actual, truth.tensor.permute(each).reshape(actual.shape)))
     expected = _as_flattened(tracer, node.inputs[index], truth.tensor, truth.tensor.permute(axes).reshape(actual.shape))
@@ -433,12 +432,8 @@ def _wrong_input(
     said = cause or exchanged_parts(tracer, node, call)
     label, is_input = _to_blame(session, recording, tracer, call, truth)
     culprit = Culprit(label, node.name, _by_how_much(relative), relative, is_input, said)
-    return (
-        _place_of_input(tracer, node, index, began, truth),
-        culprit,
-        expected,
-        _Difference(actual - expected, own=False),
-    )
+    place = _place_of_input(tracer, node, index, truth)
+    return _Step(culprit, place, expected, actual - expected)
 
 
 def _as_flattened(tracer: Tracer, tensor: Tensor, truth: Tensor, expected: Tensor) -> Tensor:
@@ -475,7 +470,7 @@ def _to_blame(session: Session, recording: Recording, tracer: Tracer, call: str,
     return call, True
 
 
-def _place_of_input(tracer: Tracer, node: Node, index: int, began: int, truth: Truth) -> tuple[str, bool, int, int]:
+def _place_of_input(tracer: Tracer, node: Node, index: int, truth: Truth) -> Place:
     """Where to put in the truth: at the call that made the wrong tensor, unless that tensor is right elsewhere."""
     producer = tracer.producer(node.inputs[index])
     key = key_of(node.inputs[index])
@@ -487,8 +482,8 @@ def _place_of_input(tracer: Tracer, node: Node, index: int, began: int, truth: T
     )
     made = any(each is truth for each in _agreeing(tracer))
     if producer is None or made or producer is node.parent or not (match is None or elsewhere):
-        return node.name, False, began, index
-    return producer.name, True, began, next((i for i, each in enumerate(producer.outputs) if key_of(each) == key), 0)
+        return node.name, False, index
+    return producer.name, True, next((i for i, each in enumerate(producer.outputs) if key_of(each) == key), 0)
 
 
 def _wrong_result(session: Session, recording: Recording, key: str, wrong: list[tuple[str, Tensor, float]]) -> Culprit:
