@@ -411,14 +411,21 @@ def _rounded_weights(session: Session) -> Iterator[str]:
     """Say so if all kernels of the Keras model hold numbers of half precision, and those of PyTorch do not."""
     import torch
 
-    ours = [torch.from_numpy(np.array(each, np.float32)) for each in session.candidate.weights if len(each.shape) > 1]
-    theirs = [each.detach().float() for each in session.reference.parameters() if each.ndim > 1]
+    def ours() -> Iterator[torch.Tensor]:
+        for each in session.candidate.weights:
+            if len(each.shape) > 1:
+                yield torch.from_numpy(np.array(each, np.float32))
+
+    def theirs() -> Iterator[torch.Tensor]:
+        for each in session.reference.parameters():
+            if each.ndim > 1:
+                yield each.detach().float()
+
+    def hold(tensors: Iterator[torch.Tensor], dtype: torch.dtype) -> bool:
+        return all(torch.equal(each.to(dtype).float(), each) for each in tensors)
+
     for dtype in (torch.bfloat16, torch.float16):
-
-        def holds(tensors: list[torch.Tensor], dtype: torch.dtype = dtype) -> bool:
-            return all(torch.equal(each.to(dtype).float(), each) for each in tensors)
-
-        if ours and holds(ours) and not holds(theirs):
+        if any(True for _ in ours()) and hold(ours(), dtype) and not hold(theirs(), dtype):
             name = str(dtype).removeprefix("torch.")
             yield f"all kernels in Keras hold numbers of {name}: they were rounded on the way"
             return
