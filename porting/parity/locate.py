@@ -8,6 +8,7 @@ continues with the next culprit until the outputs agree.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -81,28 +82,25 @@ def locate(session: Session, inputs: Inputs, limits: Limits, most: int = MAX_CUL
     tolerance = SAME
     for _ in range(3 * most):  # some culprits turn out to be none
         tracer = Tracer(library, fixes, tolerance, session.computes_in_float32, session.is_nearly_right)
-        try:
-            with session.float64.active() as model, observe_layers(model, tracer) as seen:
-                result = model(inputs.for_candidate(model), training=False)
-                ours = {key: seen(leaf) for key, leaf in leaves_by_key(result).items()}
-        except Exception:  # a layer may not take PyTorch's tensor, such as positions that count from two
-            if last is None:
+        ours: dict[str, Tensor] | None = None
+        # A layer may not take PyTorch's tensor, such as positions that count from two.
+        with contextlib.suppress(Exception), session.float64.active() as model, observe_layers(model, tracer) as seen:
+            result = model(inputs.for_candidate(model), training=False)
+            ours = {key: seen(leaf) for key, leaf in leaves_by_key(result).items()}
+        helps = ours is not None
+        if ours is not None:
+            wrong = _wrong_results(session, recording, ours, tolerance, loosely=not tracer.is_doubtful)
+            if not wrong:
                 break
-            innocent.add(last)
-            fixes.pop(last, None)
-            found.pop()
-            carried.pop()
-            last = None
-            continue
-        wrong = _wrong_results(session, recording, ours, tolerance, loosely=not tracer.is_doubtful)
-        if not wrong:
+            worst = max(relative for _, _, relative in wrong)
+            # The remaining difference may be smaller than all before.
+            tolerance = min(SAME, max(_FINEST, worst / 10))
+            tracer.refine(tolerance)
+            agreeing = sum(any(tracer.is_exact(output) for output in node.outputs) for node in tracer.nodes)
+            helps = last is None or previous is None or agreeing > previous[1] or worst < 0.5 * previous[0]
+        if not helps and last is None:
             break
-        worst = max(relative for _, _, relative in wrong)
-        # The remaining difference may be smaller than all before.
-        tolerance = min(SAME, max(_FINEST, worst / 10))
-        tracer.refine(tolerance)
-        agreeing = sum(any(tracer.is_exact(output) for output in node.outputs) for node in tracer.nodes)
-        if last is not None and previous is not None and agreeing <= previous[1] and worst >= 0.5 * previous[0]:
+        if not helps and last is not None:
             # The truth did not help there, so the layer is only written in another way.
             innocent.add(last)
             fixes.pop(last, None)
