@@ -93,7 +93,7 @@ class PerChannel(click.ParamType):  # type: ignore[type-arg]
     click.option(
         "--std",
         type=PerChannel(),
-        help="Standard deviation of each channel, likewise.",
+        help="Standard deviation of each channel, of values from 0 to 1.",
     ),
     click.option("--with-softmax", is_flag=True, help="Put a softmax behind the logits."),
     click.option(

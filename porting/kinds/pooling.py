@@ -54,10 +54,12 @@ class Pooling(Kind):
             yield Mistake(f"its mean {said} (count_include_pad={counted})", partial(pool, counts=not counted))
         if module.ceil_mode:
             yield Mistake("windows that reach over the end are left out (ceil_mode=True)", partial(pool, ceil=False))
-        yield Mistake(
-            'its border is that of TensorFlow\'s "same", with less in front than behind',
-            partial(_as_same, module, x, own),
-        )
+        pads = _pads_of_same(module, x)
+        if pads[::2] != pads[1::2]:
+            yield Mistake(
+                'its border is that of TensorFlow\'s "same", with less in front than behind',
+                partial(_as_same, module, x, own),
+            )
 
 
 def _for_axes(value: Any, axes: int) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ itself is described. If nothing fits, there is no diagnosis.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from porting.kinds import kind_of_module
-from porting.kinds.base import with_change
+from porting.kinds.base import Kind, with_change
 from porting.parity.report import REPRODUCED, Diagnosis
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def _diagnose(
     hypotheses: list[Hypothesis] = []
     if module is not None:
         kind = kind_of_module(module)
-        hypotheses += [(each.cause, each.make) for each in (kind.mistakes(module, inputs) if kind else ())]
+        hypotheses += _mistakes_of(kind, module, inputs) if kind is not None else []
     if behind is not None:
         hypotheses = [(cause, partial(_with_behind, make, behind)) for cause, make in hypotheses]
     hypotheses += _precision_hypotheses(module if behind is None else None, inputs, exact)
@@ -83,7 +84,11 @@ def _diagnose(
     tried = [(*hypothesis, False) for hypothesis in hypotheses]
     for cause, make, is_pattern in itertools.chain(tried, _patterns(exact, found)):
         checked.append(cause)
-        fitting = [_rms(found - guess.double()) for guess in as_tensors(make()) if guess.shape == found.shape]
+        try:
+            made = make()
+        except _IMPOSSIBLE:
+            continue  # the mistake cannot be made on these inputs
+        fitting = [_rms(found - guess.double()) for guess in as_tensors(made) if guess.shape == found.shape]
         if not fitting:
             continue
         left = min(fitting) / total
@@ -95,6 +100,18 @@ def _diagnose(
     if best[0] > EXPLAINED:
         return None
     return Diagnosis(layer, best[1], best[0], tuple(checked), best_is_pattern)
+
+
+# What PyTorch raises where a module is given what it does not take.
+_IMPOSSIBLE = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError)
+
+
+def _mistakes_of(kind: Kind, module: nn.Module, inputs: list[Tensor]) -> list[Hypothesis]:
+    found: list[Hypothesis] = []
+    with contextlib.suppress(*_IMPOSSIBLE):  # such as inputs without an axis for samples
+        for mistake in kind.mistakes(module, inputs):
+            found.append((mistake.cause, mistake.make))
+    return found
 
 
 def _with_behind(make: Callable[[], Made], behind: Callable[[Tensor], Tensor]) -> Made:

@@ -459,3 +459,19 @@ def test_results_in_another_order_are_named() -> None:
     port_weights(reference, right, inputs=given).require_parity()
     said = str(check_parity(reference, keras.Model(x, [second, first]), given))
     assert "it is what PyTorch returns as output[spread]: the results come in another order" in said
+
+
+def test_a_cause_that_cannot_be_tried_breaks_nothing() -> None:
+    """PyTorch pools maps without an axis for samples too, which the causes do not know."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool = nn.MaxPool2d(3, 2, 1)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return torch.stack([self.pool(each) for each in x])
+
+    reference, x = seeded(Net), keras.Input((8, 8, 3))
+    report = check_parity(reference, keras.Model(x, layers.AveragePooling2D(3, 2, "same")(x)), numbers(2, 8, 8, 3))
+    assert not report.passed
