@@ -64,9 +64,13 @@ def map_command(
     """
     from dataclasses import asdict
 
+    from porting.families.specs import parse_arguments, require_its_file
+
+    for spec in (source, target):
+        require_its_file(spec)  # before PyTorch is loaded
+
     from porting.cli.terminal import ProgressBar, say, say_json
     from porting.errors import KeyMapError
-    from porting.families.specs import parse_arguments
     from porting.files.atomic import refuse_clashes, refuse_existing, require_writable, write_text
     from porting.mapping.rows_file import read_rows, rows_text
     from porting.proposing.family_file import family_text

@@ -74,6 +74,9 @@ def revert(
       van-port revert --variant b1 --weights tuned.keras --out model.safetensors --layout transformers
     """
     from porting.cli.terminal import say
+    from porting.files.weights_file import require_file
+
+    require_file(weights)  # before PyTorch is loaded
     from porting.tasks.revert import revert as go_back
 
     family, variant = model.of_file(weights)

@@ -57,6 +57,13 @@ def build_model(spec: str, arguments: Mapping[str, Any]) -> Any:
         raise FamilyError(f"{spec}: cannot be built: {typed_reason_of(error)}") from None
 
 
+def require_its_file(spec: str) -> None:
+    """Raise SourceError if a model is named as `file.py:function` and there is no such file."""
+    place = spec.rpartition(":")[0]
+    if place.endswith(".py") and not Path(place).is_file():
+        raise SourceError(f"{place}: no such file", hint="FILE.py is a path, from the current folder on.")
+
+
 def load_function(spec: str) -> Callable[..., Any]:
     """Load the function that `file.py:function` or `package.module:function` names, running the file if needed.
 
@@ -94,10 +101,9 @@ def _build(library: str, name: str, config: str, arguments: dict[str, Any]) -> A
 
 
 def _callable(place: str, name: str) -> Callable[..., Any]:
+    require_its_file(f"{place}:{name}")
     if place.endswith(".py"):
         path = Path(place)
-        if not path.is_file():
-            raise SourceError(f"{place}: no such file", hint="FILE.py is a path, from the current folder on.")
         spec = importlib.util.spec_from_file_location(path.stem, path)
         if spec is None or spec.loader is None:
             raise FamilyError(f"{place}: not a Python file")
