@@ -89,7 +89,8 @@ def check(
             raise click.UsageError("give --weights, or --from with a JSON report")
         from porting.files.weights_file import require_file
 
-        require_file(weights)  # before PyTorch is loaded
+        if not weights.exists():
+            require_file(weights)  # before PyTorch is loaded
         from porting.tasks.check import check as check_file
 
         family, variant = model.of_file(weights)

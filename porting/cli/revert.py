@@ -76,7 +76,8 @@ def revert(
     from porting.cli.terminal import say
     from porting.files.weights_file import require_file
 
-    require_file(weights)  # before PyTorch is loaded
+    if not weights.exists():
+        require_file(weights)  # before PyTorch is loaded
     from porting.tasks.revert import revert as go_back
 
     family, variant = model.of_file(weights)

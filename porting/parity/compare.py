@@ -304,12 +304,12 @@ def _substitute_computed(session: Session) -> int:
     tensors = [
         tensor.detach()
         for tensor in session.reference.state_dict().values()
-        if tensor.is_floating_point() and tensor.numel() > 1
+        if tensor.is_floating_point() and tensor.numel() > 1 and bool(tensor.isfinite().all())
     ]
     stored = StoredWeights(tensor.float().numpy() for tensor in tensors)
 
     def computed(name: str, values: Array) -> Array | None:
-        if name in session.bits.copies or values.size < 2 or stored.has(values):
+        if name in session.bits.copies or values.size < 2 or stored.has(values) or not np.isfinite(values).all():
             return None
         same_size = (tensor.double().numpy() for tensor in tensors if tensor.numel() == values.size)
         scaled = scaled_weight(values, (order for each in same_size for order in in_all_orders(each)))
