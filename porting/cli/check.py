@@ -87,13 +87,9 @@ def check(
     else:
         if weights is None:
             raise click.UsageError("give --weights, or --from with a JSON report")
-        from porting.files.weights_file import require_file
-
-        if not weights.exists():
-            require_file(weights)  # before PyTorch is loaded
+        family, variant = model.of_file(weights)
         from porting.tasks.check import check as check_file
 
-        family, variant = model.of_file(weights)
         with ProgressBar() as progress:
             report = check_file(family, variant, weights, **checkpoint.arguments, options=options, progress=progress)
     reporting.show(report)

@@ -144,8 +144,8 @@ def export(
         raise click.UsageError("give --format, or an --out that ends in .tflite or .onnx")
     if (mean is None) != (std is None):
         raise click.UsageError("give both --mean and --std")
-    family, variant = model.of_file(weights)
     reporting.require_writable(result_paths(out), {"--weights": [weights], "--checkpoint": checkpoint.files})
+    family, variant = model.of_file(weights)
     options = make_options()
     if options.stress or options.train or options.allow_non_finite:
         raise click.UsageError("export does not support --stress, --train or --allow-non-finite: use `van-port check`")

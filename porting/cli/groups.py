@@ -181,14 +181,15 @@ class Model:
     def of_file(self, weights: Path) -> tuple[Family, str]:
         """The family and variant. Without `--variant`, read both from the provenance of the weights file.
 
-        Raises UsageError if the file names no variant, and WeightsFileError if it cannot be read.
+        Raises SourceError if there is no such file, UsageError if it names no variant, and WeightsFileError if it
+        cannot be read. Call this before a task is imported, which loads PyTorch.
         """
-        if self.variant is not None:
-            return self.family, self.variant
         if not weights.exists():
             from porting.files.weights_file import require_file
 
             require_file(weights)
+        if self.variant is not None:
+            return self.family, self.variant
         facts: Mapping[str, Any] = {}
         if weights.is_file() and weights.suffix in {".h5", ".keras"}:
             from porting.files.survey import survey_file

@@ -73,14 +73,10 @@ def revert(
       van-port revert --variant b1 --weights van_b1.h5 --out van_b1.pth
       van-port revert --variant b1 --weights tuned.keras --out model.safetensors --layout transformers
     """
+    family, variant = model.of_file(weights)
     from porting.cli.terminal import say
-    from porting.files.weights_file import require_file
-
-    if not weights.exists():
-        require_file(weights)  # before PyTorch is loaded
     from porting.tasks.revert import revert as go_back
 
-    family, variant = model.of_file(weights)
     reporting.require_writable(result_paths(out), {"--weights": [weights]})
     options = make_options()
     with reporting.showing_refusal() as progress:

@@ -51,7 +51,7 @@ def start_tensorflow(threads: int | None = None) -> None:
         import tensorflow  # noqa: F401
 
 
-# Whether this process collects no garbage until TensorFlow is loaded.
+# Whether this process collects no garbage until a framework is imported.
 _postponed = False
 
 

@@ -161,9 +161,7 @@ def check_parity(
             report = replace(report, loud=found, culprits=on_loud)
         if locate_culprits and report.divergences:
             progress("looking for the cause")
-            # What rounds beside a mistake is none.
-            _substitute_computed(session)
-            _follow_float32(session)
+            _allow_for_rounding(session)  # which beside a mistake is none
             notes = (*report.notes, *_rounded_weights(session))
             report = replace(report, culprits=_culprits(session, report), notes=notes)
         progress("done", 1, 1)
@@ -183,8 +181,7 @@ def _run_batches(
     except _BeginAgainError:
         session.forget(nothing)
         session.logits.clear()
-        _substitute_computed(session)
-        _follow_float32(session)
+        _allow_for_rounding(session)
         _run_all(session, key_map, limits, batch_size, progress)
 
 
@@ -297,6 +294,12 @@ def _substitute_derived(session: Session, recording: Recording) -> None:
     count = session.float64.substitute(lambda name, values: substitute_for(values, derived) if name in others else None)
     if count:
         session.notes[f"{count} weights are computed from several tensors of PyTorch's, exactly up to float32"] = None
+
+
+def _allow_for_rounding(session: Session) -> None:
+    """Tell from mistakes what the port rounded when it computed weights, and what is computed in float32."""
+    _substitute_computed(session)
+    _follow_float32(session)
 
 
 def _substitute_computed(session: Session) -> int:

@@ -241,6 +241,12 @@ def is_in_float32(tensor: Tensor) -> bool:
     return bool((tensor.float().double() == tensor).all())
 
 
+def is_whole(tensor: Tensor) -> bool:
+    """Whether no number has a fraction."""
+    some = tensor.reshape(-1)[: 4 * _TRIED]  # which settles it for nearly every tensor
+    return bool((some == some.round()).all()) and bool((tensor == tensor.round()).all())
+
+
 def computes_in_float32(output: Tensor, match: Match) -> bool:
     """Whether one side computes a tensor in float32 internally, so that only a loose match is possible.
 

@@ -22,10 +22,6 @@ from porting.parity.record import Recording
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-_GREATEST_FACTOR = 4096
-_TRIED = 64
-# A table of the types of tokens has at most so many rows.
-_MOST_TYPES = 4
 # A few roundings of the greatest number, since a sum of terms that cancel is rounded relative to the terms.
 _ROUNDED = 2.0**-21
 # The bytes of a model's float32 weights from which on copies in float64 are avoided.
@@ -126,6 +122,11 @@ def substitute_for(values: Array, derived: list[Array]) -> Array | None:
 
 # The factors that are folded into weights are such powers of a whole number, as of the size of an attention's heads.
 _POWERS = (-0.5, -0.25, 0.5, 0.25)
+_GREATEST_FACTOR = 4096
+# The number of elements on which a factor is tried before all are compared.
+_TRIED = 64
+# A table of the types of tokens has at most so many rows.
+_MOST_TYPES = 4
 
 
 def scaled_weight(values: Array, tensors: Iterable[Array]) -> Array | None:
@@ -154,12 +155,12 @@ def _is_times(values: Array, exact: Array) -> float:
     return factor if factor > 0.0 and bool((np.abs(values - rounded) <= 2.0**-22 * np.abs(rounded)).all()) else 0.0
 
 
-def table_with_row(values: Array, tensors: Iterable[Array]) -> Array | None:
+def table_with_row(values: Array, tables: Iterable[Array]) -> Array | None:
     """A table to whose rows another's first row is added, as a type of token is to positions; None if there is none.
 
-    The sum has as many rows as float32 `values`, which are its rounding, from the beginning or the end of the table.
+    All have rows of one length. The sum has as many as float32 `values`, which are its rounding, from the beginning or
+    the end of the table.
     """
-    tables = [each for each in tensors if values.ndim == each.ndim == 2 and each.shape[1] == values.shape[1]]
     for table, other in itertools.permutations(tables, 2):
         if len(table) < len(values) or len(other) > _MOST_TYPES:
             continue

@@ -81,7 +81,7 @@ def locate(session: Session, inputs: Inputs, limits: Limits, most: int = MAX_CUL
     last: Place | None = None
     tolerance = SAME
     for _ in range(3 * most):  # some culprits turn out to be none
-        tracer = Tracer(library, fixes, tolerance, session.computes_in_float32, session.is_nearly_right)
+        tracer = Tracer(library, fixes, tolerance, session.inside_float32)
         ours: dict[str, Tensor] | None = None
         # A layer may not take PyTorch's tensor, such as positions that count from two.
         with contextlib.suppress(Exception), session.float64.active() as model, observe_layers(model, tracer) as seen:
@@ -98,9 +98,9 @@ def locate(session: Session, inputs: Inputs, limits: Limits, most: int = MAX_CUL
             tracer.refine(tolerance)
             agreeing = sum(any(tracer.is_exact(output) for output in node.outputs) for node in tracer.nodes)
             helps = last is None or previous is None or agreeing > previous[1] or worst < 0.5 * previous[0]
-        if not helps and last is None:
-            break
-        if not helps and last is not None:
+        if not helps:
+            if last is None:
+                break
             # The truth did not help there, so the layer is only written in another way.
             innocent.add(last)
             fixes.pop(last, None)
@@ -447,12 +447,12 @@ def _as_flattened(tracer: Tracer, tensor: Tensor, truth: Tensor, expected: Tenso
 def _to_blame(session: Session, recording: Recording, tracer: Tracer, call: str, truth: Truth) -> tuple[str, bool]:
     """Find the call to blame when `call` takes something else than `truth`, and whether only its input is wrong."""
     same = [match.truth for match in tracer.library.find(truth.tensor)]
-    made = truth in _agreeing(tracer)  # by a layer that is right: then the call takes another tensor
+    # If a layer that is right makes it, the call takes another tensor.
     makers = [
         name
-        for each in dict.fromkeys((truth, *same))
+        for each in (() if truth in _agreeing(tracer) else dict.fromkeys((truth, *same)))
         for name, is_output, _ in each.places
-        if is_output and name in session.modules and each not in recording.calls[name].inputs and not made
+        if is_output and name in session.modules and each not in recording.calls[name].inputs
     ]
     nodes = {session.names.source(node.name, recording.calls): node for node in tracer.nodes}
     for maker in makers:
@@ -478,7 +478,7 @@ def _place_of_input(tracer: Tracer, node: Node, index: int, truth: Truth) -> Pla
         for other in tracer.nodes
         for output in other.outputs
     )
-    made = any(each is truth for each in _agreeing(tracer))
+    made = truth in _agreeing(tracer)
     if producer is None or made or producer is node.parent or not (match is None or elsewhere):
         return node.name, False, index
     return producer.name, True, next((i for i, each in enumerate(producer.outputs) if key_of(each) == key), 0)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from porting.models.inputs import Axes, Inputs, leaves_by_key
 from porting.models.observe import Replacement, to_torch
-from porting.parity.content import SAME, SAME_IN_FLOAT32, Match, Truth, as_real
+from porting.parity.content import SAME, SAME_IN_FLOAT32, Match, Truth, as_real, is_whole
 from porting.parity.measure import DifferenceSum, DistanceSum, measure_candidate
 from porting.parity.record import Recording, output_name
 from porting.parity.report import (
@@ -94,9 +94,8 @@ class ExactObserver:
         matches = [match] if match is not None else self.library.find(actual)
         if not matches:
             # Some layers always compute in float32.
-            near = self.library.find_near(actual)
-            inside = [replace(each, in_float32=True) for each in near if self.session.computes_in_float32(output, each)]
-            self._is_doubtful |= not inside and self.session.is_nearly_right(name, output, near)
+            inside, has_mistake = self.session.inside_float32(self.library, name, output)
+            self._is_doubtful |= has_mistake
             matches += [] if self._is_doubtful else inside
         self._known[id(output)] = weakref.ref(output), matches
         return matches
@@ -126,7 +125,7 @@ class ExactObserver:
         source = label if number == 0 else f"{label}[{number}]"
         order = self.recording.order.get(call, len(self.recording.order)) - (0.0 if is_output else 0.5)
         pair = Pair(name, index, source, place, order, in_float32=match.in_float32, reordered=match.reordered)
-        pair.is_whole = bool((match.truth.tensor == match.truth.tensor.round()).all())
+        pair.is_whole = is_whole(match.truth.tensor)
         pair.axes = None if match.reordered else match.axes
         session.pairs[name, index] = pair
         session.used.add(place)
@@ -170,9 +169,7 @@ class ExactObserver:
         """Compare the results of the model. Their axes follow the convention and are never chosen to fit."""
         session = self.session
         found = {key: to_torch(leaf) for key, leaf in leaves_by_key(result).items()}
-        session.has_whole_results &= all(
-            bool((as_real(leaf) == as_real(leaf).round()).all()) for leaf in found.values()
-        )
+        session.has_whole_results &= all(is_whole(as_real(leaf)) for leaf in found.values())
         partners, notes = pair_results(self.recording.outputs, found)
         session.notes.update(dict.fromkeys(notes))
         for theirs, ours in partners.items():

@@ -19,7 +19,7 @@ from porting.models.inputs import Axes, Inputs
 from porting.models.keras_float64 import Float64Model
 from porting.models.stacks import modules_of
 from porting.parity.bits import Bits
-from porting.parity.content import Library, Match, Truth, computes_in_float32
+from porting.parity.content import Library, Match, Truth, as_real, computes_in_float32
 from porting.parity.derived import rounds_to
 from porting.parity.measure import DifferenceSum, DistanceSum
 from porting.parity.pairing import Names
@@ -241,7 +241,16 @@ class Session:
         trace = self.float64.trace
         return computes_in_float32(output, match) or (trace is not None and trace.has(output) and not match.reordered)
 
-    def is_nearly_right(self, name: str, output: Tensor, near: Sequence[Match]) -> bool:
+    def inside_float32(self, library: Library, name: str, output: Tensor) -> tuple[list[Match], bool]:
+        """What the result of a layer equals up to the rounding of float32, if something rounds in it.
+
+        Also whether it has a mistake instead: then what differs after it need not be rounding either.
+        """
+        near = library.find_near(as_real(output))
+        inside = [replace(each, in_float32=True) for each in near if self.computes_in_float32(output, each)]
+        return inside, not inside and self._is_nearly_right(name, output, near)
+
+    def _is_nearly_right(self, name: str, output: Tensor, near: Sequence[Match]) -> bool:
         """Whether a layer gives nearly PyTorch's tensor where nothing rounds in float32, so that it has a mistake.
 
         A layer without weights may have its reasons, such as a small number that it adds before a root.

@@ -58,11 +58,10 @@ class Tracer:
         library: Library,
         fixes: dict[Place, Tensor],
         tolerance: float,
-        computes_in_float32: Callable[[Tensor, Match], bool],
-        is_nearly_right: Callable[[str, Tensor, list[Match]], bool],
+        inside_float32: Callable[[Library, str, Tensor], tuple[list[Match], bool]],
     ) -> None:
         self.library, self.fixes, self.tolerance = library, fixes, tolerance
-        self._computes_in_float32, self._is_nearly_right = computes_in_float32, is_nearly_right
+        self._inside_float32 = inside_float32
         # Set once a tensor is nearly right: what differs after it need not be the rounding of float32.
         self.is_doubtful = False
         self.nodes: list[Node] = []
@@ -113,15 +112,13 @@ class Tracer:
         """The truth to put in place of a result that was computed in float32; None if it was not."""
         if self.is_exact(output):
             return None
-        near = self.library.find_near(as_real(output))
-        inside = any(self._computes_in_float32(output, match) for match in near)
-        self.is_doubtful |= not inside and self._is_nearly_right(name, output, near)
-        for match in near:
-            if not self.is_doubtful and self._computes_in_float32(output, match):
-                expected = match.expected(as_real(output)).contiguous()
-                self._give(expected, match)
-                return expected
-        return None
+        inside, has_mistake = self._inside_float32(self.library, name, output)
+        self.is_doubtful |= has_mistake
+        if self.is_doubtful or not inside:
+            return None
+        expected = inside[0].expected(as_real(output)).contiguous()
+        self._give(expected, inside[0])
+        return expected
 
     def refine(self, tolerance: float) -> None:
         """Use a finer tolerance from now on, and forget the answers that the library gave with the coarser one."""

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from porting import check_parity, port_weights
 from porting.parity.report import ParityReport
-from tests.parity.test_written_otherwise import Array, numbers, seeded
+from tests.parity.test_written_otherwise import Array, dense_weights, numbers, seeded
 
 Build = Callable[[str], keras.Model]
 
@@ -421,38 +421,28 @@ def test_the_two_biases_of_a_gru(how: str) -> None:
     assert f"its two biases are {how}" in str(check_parity(reference, model, given))
 
 
+class TwoResults(nn.Module):
+    def __init__(self, turned: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.turned = nn.Linear(4, 3), nn.Linear(4, 3), turned
+
+    def forward(self, x: torch.Tensor) -> Any:
+        second = self.b(x)
+        return {"mean": self.a(x), "spread": second.transpose(1, 2) if self.turned else second}
+
+
 def test_a_result_of_another_order_of_axes_or_of_results_is_said_so() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
-
-        def forward(self, x: torch.Tensor) -> Any:
-            return {"mean": self.a(x), "spread": self.b(x).transpose(1, 2)}
-
-    reference, x = seeded(Net), keras.Input((5, 4))
+    reference, x = seeded(lambda: TwoResults(turned=True)), keras.Input((5, 4))
     model = keras.Model(x, [layers.Dense(3, name="a")(x), layers.Dense(3, name="b")(x)])
     for name in "ab":
-        module = reference.get_submodule(name)
-        weight, bias = module.weight, module.bias
-        assert isinstance(weight, torch.Tensor)
-        assert isinstance(bias, torch.Tensor)
-        model.get_layer(name).set_weights([weight.detach().numpy().T, bias.detach().numpy()])
+        model.get_layer(name).set_weights(dense_weights(reference.get_submodule(name)))
     said = str(check_parity(reference, model, numbers(2, 5, 4)))
     assert "its numbers are right, in PyTorch's axes (0, 2, 1), as output_axes=(0, 2, 1) would state" in said
     assert check_parity(reference, model, numbers(2, 5, 4), output_axes=[(0, 1, 2), (0, 2, 1)]).passed
 
 
 def test_results_in_another_order_are_named() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
-
-        def forward(self, x: torch.Tensor) -> Any:
-            return {"mean": self.a(x), "spread": self.b(x)}
-
-    reference, x = seeded(Net), keras.Input((4,))
+    reference, x = seeded(lambda: TwoResults(turned=False)), keras.Input((4,))
     first, second = layers.Dense(3, name="a")(x), layers.Dense(3, name="b")(x)
     given = numbers(3, 4)
     right = keras.Model(x, [first, second])
