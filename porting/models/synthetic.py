@@ -41,7 +41,9 @@ def fill_with_synthetic_weights(
                     draw(parameter, 0.1, 0.5)
                 else:
                     fan_in = parameter[0].numel()
-                    parameter.normal_(0.0, fan_in**-0.5, generator=generator)
+                    # PyTorch draws float64 several times more slowly.
+                    drawn = torch.empty(parameter.shape).normal_(0.0, fan_in**-0.5, generator=generator)
+                    parameter.copy_(drawn)
         images = torch.randn(_CALIBRATION_SHAPE, generator=generator) if run is None else None
         measure_batch_norms(model, run or (lambda own: own(images)))
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from porting.models.inputs import Axes, inverse, moved
-from porting.parity.measure import DistanceSum, measure_candidate, measure_size
+from porting.parity.measure import DistanceSum, in_memory_order, measure_candidate, measure_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -235,7 +235,7 @@ def is_in_float32(tensor: Tensor) -> bool:
         return False
     if tensor.dtype != torch.float64:
         return True
-    some = tensor.reshape(-1)[: 4 * _TRIED]
+    some = _some_of(tensor)
     if not bool((some.float().double() == some).all()):
         return False
     return bool((tensor.float().double() == tensor).all())
@@ -243,8 +243,12 @@ def is_in_float32(tensor: Tensor) -> bool:
 
 def is_whole(tensor: Tensor) -> bool:
     """Whether no number has a fraction."""
-    some = tensor.reshape(-1)[: 4 * _TRIED]  # which settles it for nearly every tensor
+    some = _some_of(tensor)  # which settles it for nearly every tensor
     return bool((some == some.round()).all()) and bool((tensor == tensor.round()).all())
+
+
+def _some_of(tensor: Tensor) -> Tensor:
+    return in_memory_order(tensor).reshape(-1)[: 4 * _TRIED]
 
 
 def computes_in_float32(output: Tensor, match: Match) -> bool:

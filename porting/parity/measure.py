@@ -60,9 +60,8 @@ def measure_truth(expected: Tensor, truth: Tensor) -> tuple[Tensor, DistanceSum,
     """Return PyTorch's float32 values minus the truth, as float32, then their distance and the size of the truth."""
     import torch
 
-    # In the memory order of `expected`: after a permutation, PyTorch continues with channels last.
-    strides = expected.stride()
-    order = sorted(range(expected.ndim), key=lambda axis: -strides[axis])
+    # After a permutation, PyTorch continues with channels last.
+    order = _memory_order(expected)
     error = torch.empty_like(expected.permute(order), dtype=torch.float32, memory_format=torch.contiguous_format)
     size, scale = DistanceSum(), DistanceSum()
     for mine, exact, out in _chunks(expected.permute(order), truth.permute(order), error):
@@ -78,18 +77,28 @@ def measure_truth(expected: Tensor, truth: Tensor) -> tuple[Tensor, DistanceSum,
 def measure_size(tensor: Tensor) -> DistanceSum:
     """Measure the size of a tensor as its distance to zero."""
     size = DistanceSum()
-    for (chunk,) in _chunks(tensor):
+    for (chunk,) in _chunks(in_memory_order(tensor)):
         size.add_chunk(chunk)
     return size
 
 
 def measure_distance(actual: Tensor, truth: Tensor) -> DistanceSum:
     """Measure the distance of `actual` to `truth` in float64, in the memory order of `truth`."""
-    order = sorted(range(truth.ndim), key=lambda axis: -truth.stride()[axis])
+    order = _memory_order(truth)
     size = DistanceSum()
     for mine, exact in _chunks(actual.permute(order), truth.permute(order)):
         size.add_chunk(exact - mine)
     return size
+
+
+def in_memory_order(tensor: Tensor) -> Tensor:
+    """The tensor with its axes in the order of its memory, so that it can be made flat without a copy."""
+    return tensor.permute(_memory_order(tensor))
+
+
+def _memory_order(tensor: Tensor) -> list[int]:
+    strides = tensor.stride()
+    return sorted(range(tensor.ndim), key=lambda axis: -strides[axis])
 
 
 def measure_candidate(actual: Tensor, expected: Tensor, expected_error: Tensor | None) -> DistanceSum:

@@ -143,6 +143,8 @@ class Session:
         self.halved: list[Array] = []
         self.bits = Bits()
         self._result_keys: list[str] = []
+        # The numbers of samples that the PyTorch model has run with.
+        self._sizes: set[int] = set()
         # Whether float32 was followed in one of the passes, even if nothing was computed in it.
         self.was_followed = False
         # Whether no result has fractions, so that most mistakes do not show.
@@ -206,6 +208,7 @@ class Session:
             self._large = False
             recording = record(self.double_model, run)
         self._result_keys = list(recording.outputs)
+        self._sizes.add(len(batch))
         return recording
 
     def few(self, count: int) -> Inputs:
@@ -213,6 +216,8 @@ class Session:
         import torch
 
         some = self.inputs.batch(0, count)
+        if len(some) in self._sizes:
+            return some
         try:
             with torch.no_grad():
                 some.call_reference(self.truth_model, torch.float64)
