@@ -381,7 +381,7 @@ thoroughness_options = option_group(
     click.option(
         "--samples",
         type=click.IntRange(min=1),
-        help="Number of inputs.  [default: 2, or all images of up to 64 pixels]",
+        help="Number of inputs.  [default: 2; of images, 1, or all of up to 64 pixels]",
     ),
     click.option(
         "--locate/--no-locate", default=True, show_default=True, help="Find the layers where the two models diverge."

@@ -85,6 +85,7 @@ def check_parity(
     precision: str | None = None,
     build_float64: Callable[[], keras.Model] | None = None,
     loud: bool = True,
+    loud_inputs: Any = None,
     locate_culprits: bool = True,
     name: str = "as ported",
     progress: Progress = SILENT,
@@ -109,6 +110,7 @@ def check_parity(
         build_float64: makes the Keras model for the exact view. By default the model itself is switched to float64.
         loud: whether to compare the outputs on loud weights too, on which hidden mistakes show. Without a key map the
             inputs are loud instead.
+        loud_inputs: the inputs for that comparison; by default the first sample of `inputs`.
         locate_culprits: whether to search for the layers where the two models part.
         name: the name of the report.
         progress: is called with what is being done, and how far it is.
@@ -130,6 +132,7 @@ def check_parity(
     with _evaluating(reference):
         try:
             given = make_inputs(reference, candidate, inputs, reference_inputs, input_axes)
+            others = None if loud_inputs is None else make_inputs(reference, candidate, loud_inputs, None, input_axes)
             names = Names(reference, candidate, pairs)
         except (RuntimeError, TypeError, AttributeError) as error:
             return _without_result(f"the inputs do not fit the models: {typed_reason_of(error)}", limits, name)
@@ -157,7 +160,8 @@ def check_parity(
             report = with_inferred_weights(session, report, limits, loud=loud)
         if loud:
             progress("loud inputs" if key_map is None else "loud weights")
-            found, on_loud = compare_loud_outputs(session, key_map, limits, locate_culprits and not report.divergences)
+            locates = locate_culprits and not report.divergences
+            found, on_loud = compare_loud_outputs(session, others, key_map, limits, locates)
             report = replace(report, loud=found, culprits=on_loud)
         if locate_culprits and report.divergences:
             progress("looking for the cause")

@@ -56,7 +56,7 @@ def with_inferred_weights(session: Session, report: ParityReport, limits: Limits
 
 def _computes_the_same(session: Session, key_map: KeyMap, limits: Limits) -> bool:
     """Whether both models compute the same with loud weights moved by the key map."""
-    found, _ = compare_loud_outputs(session, key_map, limits, locates=False)
+    found, _ = compare_loud_outputs(session, None, key_map, limits, locates=False)
     return found is not None and found.passed
 
 

@@ -38,21 +38,22 @@ _MOST_MASKS = 3
 
 
 def compare_loud_outputs(
-    session: Session, key_map: KeyMap | None, limits: Limits, locates: bool
+    session: Session, inputs: Inputs | None, key_map: KeyMap | None, limits: Limits, locates: bool
 ) -> tuple[Loud | None, tuple[Culprit, ...]]:
-    """Compare the outputs for one sample on loud weights, or on loud inputs if no key map can transfer weights.
+    """Compare the outputs on loud weights, or on loud inputs if no key map can transfer weights.
 
-    If they differ and `locates` is True, also returns the culprits. None if there is nothing to compare.
+    `inputs` are by default one sample of the session's. If the outputs differ and `locates` is True, also returns the
+    culprits. None if there is nothing to compare.
     """
-    one = session.few(1)
+    inputs = session.few(1) if inputs is None else inputs
     if key_map is not None:
-        return _on_loud_weights(session, one, key_map, limits, locates)
-    if not any(array.dtype.kind == "f" for array in one.candidate):
+        return _on_loud_weights(session, inputs, key_map, limits, locates)
+    if not any(array.dtype.kind == "f" for array in inputs.candidate):
         return None, ()
     size = f"inputs {LOUD_INPUTS:g} times as large"
-    found = _judged_loud(session, _louder(one, noisy=True), f"{size}, with noise", limits, locates)
+    found = _judged_loud(session, _louder(inputs, noisy=True), f"{size}, with noise", limits, locates)
     if found[0] is None:  # the model may take only numbers of some range
-        found = _judged_loud(session, _louder(one, noisy=False), size, limits, locates)
+        found = _judged_loud(session, _louder(inputs, noisy=False), size, limits, locates)
     return found
 
 
@@ -91,12 +92,12 @@ def _louder(inputs: Inputs, *, noisy: bool) -> Inputs:
 
 
 def _on_loud_weights(
-    session: Session, one: Inputs, key_map: KeyMap, limits: Limits, locates: bool
+    session: Session, inputs: Inputs, key_map: KeyMap, limits: Limits, locates: bool
 ) -> tuple[Loud | None, tuple[Culprit, ...]]:
     import torch
 
     def run(model: nn.Module) -> Any:
-        return one.call_reference(model, torch.float64)
+        return inputs.call_reference(model, torch.float64)
 
     def own() -> Iterator[tuple[str, Array]]:
         """The Keras weights that are those of the reference, bit for bit."""
@@ -123,7 +124,7 @@ def _on_loud_weights(
                     if entry.is_in(arrays, variables):
                         for name, values in entry.to_keras(arrays, shapes).items():
                             variables[name].assign(np.asarray(values, order="C"))
-            return _judged_loud(session, one, "loud random weights", limits, locates)
+            return _judged_loud(session, inputs, "loud random weights", limits, locates)
     except (RuntimeError, ValueError):  # a model that cannot be filled with loud weights has none
         return None, ()
 

@@ -116,19 +116,22 @@ def compare_models(
             hint=f"Save its weights as .weights.h5, or save the model of {case.how_to_build} with a free image size.",
         )
     images = options.load_images(case.preprocessing, sides[0])
+    compared = options.compared(images)
 
-    def run(name: str, model: nn.Module, keras_model: keras.Model, batch: Array) -> ParityReport:
+    def run(
+        name: str, model: nn.Module, keras_model: keras.Model, batch: Array, loud: Array | None = None
+    ) -> ParityReport:
         pixels = batch.shape[1] * batch.shape[2]
-        how = {"input_axes": [moved(batch.ndim)], "batch_size": max(1, _PIXELS_AT_ONCE // pixels)}
+        how = {"input_axes": [moved(batch.ndim)], "batch_size": max(1, _PIXELS_AT_ONCE // pixels), "loud_inputs": loud}
         return _run(case, name, model, keras_model, batch, options, progress, strict=strict, **how)
 
-    report = run("as ported", reference, candidate, images)
+    report = run("as ported", reference, candidate, compared, images[-1:])
     if note:
         report = replace(report, notes=(note, *report.notes))
     stressed: list[ParityReport] = []
     if options.train:
         stressed += _compare_training(case, reference, candidate, images, options.limits, progress)
-    for stress in stress_cases(reference, images, case.shrinkable) if options.stress else ():
+    for stress in stress_cases(reference, compared, case.shrinkable) if options.stress else ():
         keras_model = candidate
         if stress.has_new_weights:
             keras_model = _with_weights(case, case.convert_reference(stress.reference))

@@ -12,6 +12,8 @@ from porting.kinds.transforms import Array
 from porting.models.images import Preprocessing, find_images, load_images
 from porting.parity.report import Limits
 
+# The greatest width of images that are all used.
+SMALL_IMAGE = 64
 SAMPLES_OF_LARGE_IMAGES = 2
 
 
@@ -20,8 +22,9 @@ class CheckOptions:
     """Options of a check.
 
     `images` is a folder, by default the embedded one. `samples` is the number of images or other inputs to use: by
-    default all images for inputs of up to 64 pixels, else two. `locate` finds the layers where the models diverge.
-    `stress` adds other weights and shapes. `train` adds ten training steps with each of the family's optimisers.
+    default all images for inputs of up to 64 pixels, else two: one for the layers and one for the loud weights.
+    `locate` finds the layers where the models diverge. `stress` adds other weights and shapes. `train` adds ten
+    training steps with each of the family's optimisers.
     `strict_settings` also compares settings that matter only in training for a user's own model, as is always done for
     a model built here. `waive` names modules, or "module:setting", whose settings may differ.
     `allow_non_finite` allows NaN and infinite weights. Where both sides have the same non-finite weight, the check
@@ -49,7 +52,12 @@ class CheckOptions:
         paths = find_images(self.images if self.images is not None else weights_folder() / "parity_images")
         samples = self.samples
         if samples is None:
-            samples = len(paths) if preprocessing.input_size <= 64 else SAMPLES_OF_LARGE_IMAGES
+            samples = len(paths) if preprocessing.input_size <= SMALL_IMAGE else SAMPLES_OF_LARGE_IMAGES
         # Spread the samples over the folder, because its names may be sorted by class.
         chosen = np.linspace(0, len(paths) - 1, min(samples, len(paths))).round().astype(int)
         return load_images([paths[index] for index in chosen], preprocessing)
+
+    def compared(self, images: Array) -> Array:
+        """The images to compare layer by layer. Of two large ones, the other is for the loud weights."""
+        is_small = images.shape[1] <= SMALL_IMAGE
+        return images if self.samples is not None or is_small else images[:1]
