@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from porting.families.base import Spec
-from porting.families.library import LibraryFamily, application, timm_model
+from porting.families.library import LibraryFamily, application
 from porting.mapping.rules import KeyRule
 
 if TYPE_CHECKING:
     import keras
-    from torch import nn
 
 _SIZES = ("tiny", "small", "base", "large", "xlarge")
 _BLOCK = "stages.{s}.blocks.{j}"
@@ -37,9 +36,6 @@ class ConvNeXtFamily(LibraryFamily):
             KeyRule("head.norm", f"{own}_head_layernorm" if spec.num_classes else "layer_normalization", "layer_norm"),
             KeyRule("head.fc", f"{own}_head_dense", "dense"),
         )
-
-    def build_reference(self, spec: Spec) -> nn.Module:
-        return timm_model(spec)
 
     def make_candidate(self, spec: Spec) -> keras.Model:
         return application(

@@ -10,6 +10,7 @@ from porting.families.library import (
     last_hidden_state,
     text_inputs,
     transformer_backbone,
+    transformer_rows,
     transformers_model,
 )
 from porting.kinds.transforms import Array
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 _TABLES = "token_and_position_embedding"
-_LAYER, _TARGET = "transformer.layer.{s}", "transformer_layer_{s}"
-_ATTENTION = f"{_TARGET}/self_attention_layer"
+_ATTENTION = ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin", "sa_layer_norm")
+_NAMES = (*_ATTENTION, "ffn.lin1", "ffn.lin2", "output_layer_norm")
 
 
 class DistilBertFamily(LibraryFamily):
@@ -38,14 +39,7 @@ class DistilBertFamily(LibraryFamily):
         KeyRule("embeddings.word_embeddings", f"{_TABLES}/token_embedding", "embedding"),
         KeyRule("embeddings.position_embeddings.weight", f"{_TABLES}/position_embedding/embeddings", "parameter"),
         KeyRule("embeddings.LayerNorm", "embeddings_layer_norm", "layer_norm"),
-        KeyRule(f"{_LAYER}.attention.q_lin", f"{_ATTENTION}/query", "dense"),
-        KeyRule(f"{_LAYER}.attention.k_lin", f"{_ATTENTION}/key", "dense"),
-        KeyRule(f"{_LAYER}.attention.v_lin", f"{_ATTENTION}/value", "dense"),
-        KeyRule(f"{_LAYER}.attention.out_lin", f"{_ATTENTION}/attention_output", "dense"),
-        KeyRule(f"{_LAYER}.sa_layer_norm", f"{_TARGET}/self_attention_layer_norm", "layer_norm"),
-        KeyRule(f"{_LAYER}.ffn.lin1", f"{_TARGET}/feedforward_intermediate_dense", "dense"),
-        KeyRule(f"{_LAYER}.ffn.lin2", f"{_TARGET}/feedforward_output_dense", "dense"),
-        KeyRule(f"{_LAYER}.output_layer_norm", f"{_TARGET}/feedforward_layer_norm", "layer_norm"),
+        *transformer_rows("transformer.layer.{s}", "transformer_layer_{s}", *_NAMES),
     )
     # Heads of language models and classifiers, which the encoder lacks.
     foreign = ("vocab_", "pre_classifier.", "classifier.", "qa_outputs.")

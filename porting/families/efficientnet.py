@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from porting.families.base import Spec
-from porting.families.library import LibraryFamily, application, timm_model
+from porting.families.library import LibraryFamily, application
 from porting.mapping.rules import KeyRule
 from porting.models.images import IMAGENET, Preprocessing
 
 if TYPE_CHECKING:
     import keras
-    from torch import nn
 
 _SIDES = {"b0": 224, "b1": 240, "b2": 260, "b3": 300, "b4": 380, "b5": 456, "b6": 528, "b7": 600}
 
@@ -56,9 +55,6 @@ class EfficientNetFamily(LibraryFamily):
     def preprocessing(self, spec: Spec) -> Preprocessing:
         _, side = self.models[spec.variant]
         return Preprocessing(side, side * 8 // 7, **IMAGENET)
-
-    def build_reference(self, spec: Spec) -> nn.Module:
-        return timm_model(spec)
 
     def make_candidate(self, spec: Spec) -> keras.Model:
         import keras

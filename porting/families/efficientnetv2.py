@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING
 
 from porting.families.base import Spec
 from porting.families.efficientnet import rows_around
-from porting.families.library import LibraryFamily, application, timm_model
+from porting.families.library import LibraryFamily, application
 from porting.mapping.rules import KeyRule
 
 if TYPE_CHECKING:
     import keras
-    from torch import nn
 
 
 class EfficientNetV2Family(LibraryFamily):
@@ -29,9 +28,6 @@ class EfficientNetV2Family(LibraryFamily):
         KeyRule("blocks.{s}.{j}.conv_exp", "block{s+1}{j:letter}_expand_conv", "conv"),
         *rows_around("dwconv2"),
     )
-
-    def build_reference(self, spec: Spec) -> nn.Module:
-        return timm_model(spec)
 
     def make_candidate(self, spec: Spec) -> keras.Model:
         return application(self.models[spec.variant], spec, input_shape=(224, 224, 3), include_preprocessing=False)

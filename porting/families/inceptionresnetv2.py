@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from porting.families.base import Spec
-from porting.families.library import LibraryFamily, application, timm_model
+from porting.families.library import LibraryFamily, application
 from porting.mapping.rules import KeyRule
 from porting.models.images import Preprocessing
 
@@ -66,9 +66,6 @@ class InceptionResNetV2Family(LibraryFamily):
             if name.endswith(".bn.weight"):
                 parameter.data.fill_(1.0)  # as in the published weights
         return reference
-
-    def build_reference(self, spec: Spec) -> nn.Module:
-        return timm_model(spec)
 
     def make_candidate(self, spec: Spec) -> keras.Model:
         return application(self.models[spec.variant], spec, input_shape=(299, 299, 3))

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,13 +41,15 @@ class LibraryFamily(Family):
     """A family whose PyTorch models are in timm, torchvision or transformers, and whose Keras models are in a package.
 
     A subclass defines `name`; `publisher`, the package of the PyTorch models; `models`, which maps each variant (the
-    publisher's name) to what `make_candidate` needs; `rows`; `head`, the PyTorch name of the classifier, or "" for
-    none; `inputs`; and the two builders. The rows are matched against both live models, so they also handle what names
-    alone do not show, such as a bias that one side lacks. `drops` are patterns of PyTorch tensors that Keras computes
-    or does not need; integer tensors are always dropped. `foreign` are prefixes of names that belong to larger models
-    around these. `zeros` are tensors that Keras lacks and that must be zero. `other_names` are the names that another
-    version of the package gives to the tensors: by a name for the layout, pairs of a part of this version's names and
-    what stands there in the other's.
+    publisher's name) to what the builders need; `rows`; `head`, the PyTorch name of the classifier, or "" for none;
+    `inputs`; `make_candidate`; and `build_reference` if the models are not timm's. The rows are matched against both
+    live models, so they also handle what names alone do not show, such as a bias that one side lacks. `drops` are
+    patterns of PyTorch tensors that Keras computes or does not need; integer tensors are always dropped. `foreign` are
+    prefixes of names that belong to larger models around these. `zeros` are tensors that Keras lacks and that must be
+    zero.
+
+    `body` are what precedes the names of all rows but the head's in a model with a head, in PyTorch and in Keras.
+    `names_in_5` is for rows under the names of transformers 4: parts of them, and what stands there in transformers 5.
     """
 
     publisher = "timm"
@@ -56,21 +59,40 @@ class LibraryFamily(Family):
     drops: Sequence[str] = ()
     foreign: tuple[str, ...] = ()
     zeros: Sequence[str] = ()
-    other_names: Mapping[str, Sequence[tuple[str, str]]] = {}
+    body = ("", "")
+    names_in_5: Sequence[tuple[str, str]] = ()
     inputs = Preprocessing(224, 256, **IMAGENET)
     # The packages choose their own settings of training.
     strict_settings = False
 
-    @abstractmethod
-    def build_reference(self, spec: Spec) -> nn.Module: ...
+    def build_reference(self, spec: Spec) -> nn.Module:
+        return timm_model(spec)
 
     @abstractmethod
     def make_candidate(self, spec: Spec) -> keras.Model:
         """Build the Keras model."""
 
     def rows_of(self, spec: Spec) -> Sequence[KeyRule]:
-        """The rows of one variant; by default, `rows`."""
-        return self.rows
+        """The rows of one variant under the names of transformers 4; by default, `rows` with `body` before them."""
+        if not spec.num_classes or not any(self.body):
+            return self.rows
+        source, target = self.body
+        return [
+            row if row.source == self.head else replace(row, source=source + row.source, target=target + row.target)
+            for row in self.rows
+        ]
+
+    @cached_property
+    def other_names(self) -> Mapping[str, Sequence[tuple[str, str]]]:
+        """What another version of the package names differently: by layout, parts of this version's names and its own.
+
+        Nothing is imported for it: the names of layouts are listed where the package is not installed, too.
+        """
+        if not self.names_in_5:
+            return {}
+        if _major_version(self.publisher) < 5:
+            return {"transformers 5": self.names_in_5}
+        return {"transformers 4": [(new, old) for old, new in reversed(self.names_in_5)]}
 
     def load_published(self, variant: str) -> nn.Module:
         """Load the PyTorch model with its published weights, using the publisher's loader, which may download them."""
@@ -229,6 +251,8 @@ class LibraryFamily(Family):
             start_tensorflow()
             reference, candidate = self._reference_without_memory(spec), self.make_candidate(spec)
             rows = [row for row in self.rows_of(spec) if spec.num_classes or not self.head or row.source != self.head]
+            if _major_version(self.publisher) >= 5:
+                rows = [replace(row, source=renamed(row.source, self.names_in_5)) for row in rows]
             key_map = key_map_of_rows(reference, candidate, rows)
             entries = [*key_map.entries, *(TensorEntry((name,), (), Constant(0.0)) for name in self.zeros)]
             used = {name for entry in entries for name in entry.sources}
@@ -266,6 +290,13 @@ def _transformers_without_filling(publisher: str) -> Iterator[None]:
                     stack.enter_context(switch())
                     break
         yield
+
+
+def _major_version(package: str) -> int:
+    try:
+        return int(version(package).partition(".")[0])
+    except PackageNotFoundError:
+        return 0
 
 
 def renamed(name: str, parts: Iterable[tuple[str, str]]) -> str:
@@ -338,6 +369,44 @@ def transformer_backbone(name: str, layers: int, heads: int, width: int, /, **op
     owner = getattr(library("keras_hub.models"), name)
     sizes = {"num_layers": layers, "num_heads": heads, "hidden_dim": width, "intermediate_dim": 4 * width}
     return owner(**sizes, **options)
+
+
+def encoder_config(layers: int, heads: int, width: int, **others: Any) -> dict[str, Any]:
+    """The configuration of a transformers encoder whose feedforward layers are four times as wide as the rest."""
+    return {
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        **others,
+    }
+
+
+def attention_rows(source: str, target: str, *names: str) -> list[KeyRule]:
+    """The rows of an attention with four projections. `names` are PyTorch's for query, key, value and output."""
+    projections = ("query", "key", "value", "attention_output")
+    return [
+        KeyRule(f"{source}.{theirs}", f"{target}/{ours}", "dense")
+        for theirs, ours in zip(names, projections, strict=True)
+    ]
+
+
+def transformer_rows(
+    source: str, target: str, *names: str, attention: str = "self_attention_layer"
+) -> tuple[KeyRule, ...]:
+    """The rows of keras-hub's transformer layer, whose attention it calls `attention`.
+
+    `names` are PyTorch's, in this order: query, key, value and output of the attention, its norm, the two dense layers
+    of the feedforward part, and their norm.
+    """
+    norm, first, second, last_norm = (f"{source}.{name}" for name in names[4:])
+    return (
+        *attention_rows(source, f"{target}/{attention}", *names[:4]),
+        KeyRule(norm, f"{target}/self_attention_layer_norm", "layer_norm"),
+        KeyRule(first, f"{target}/feedforward_intermediate_dense", "dense"),
+        KeyRule(second, f"{target}/feedforward_output_dense", "dense"),
+        KeyRule(last_norm, f"{target}/feedforward_layer_norm", "layer_norm"),
+    )
 
 
 def text_inputs(vocabulary: int, length: int = 16) -> dict[str, Array]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from porting.families.base import Spec
-from porting.families.library import LibraryFamily, classifier, library, timm_model
+from porting.families.library import LibraryFamily, classifier, library
 from porting.mapping.rules import KeyRule
 
 if TYPE_CHECKING:
     import keras
-    from torch import nn
 
 _BLOCK = "stack{s-1}_block{j}"
 _BASIC, BOTTLENECK = "basic_block", "bottleneck_block"
@@ -28,21 +27,16 @@ class ResNetFamily(LibraryFamily):
         "resnet152": (BOTTLENECK, [3, 8, 36, 3]),
     }
     head = "fc"
-
-    def rows_of(self, spec: Spec) -> tuple[KeyRule, ...]:
-        inside = "backbone/" if spec.num_classes else ""
-        return (
-            KeyRule("conv1", f"{inside}conv1_conv", "conv"),
-            KeyRule("bn1", f"{inside}conv1_bn", "batch_norm"),
-            KeyRule("layer{s}.{j}.conv{n}", f"{inside}{_BLOCK}_{{n}}_conv", "conv"),
-            KeyRule("layer{s}.{j}.bn{n}", f"{inside}{_BLOCK}_{{n}}_bn", "batch_norm"),
-            KeyRule("layer{s}.{j}.downsample.0", f"{inside}{_BLOCK}_0_conv", "conv"),
-            KeyRule("layer{s}.{j}.downsample.1", f"{inside}{_BLOCK}_0_bn", "batch_norm"),
-            KeyRule("fc", "predictions", "dense"),
-        )
-
-    def build_reference(self, spec: Spec) -> nn.Module:
-        return timm_model(spec)
+    body = ("", "backbone/")
+    rows = (
+        KeyRule("conv1", "conv1_conv", "conv"),
+        KeyRule("bn1", "conv1_bn", "batch_norm"),
+        KeyRule("layer{s}.{j}.conv{n}", f"{_BLOCK}_{{n}}_conv", "conv"),
+        KeyRule("layer{s}.{j}.bn{n}", f"{_BLOCK}_{{n}}_bn", "batch_norm"),
+        KeyRule("layer{s}.{j}.downsample.0", f"{_BLOCK}_0_conv", "conv"),
+        KeyRule("layer{s}.{j}.downsample.1", f"{_BLOCK}_0_bn", "batch_norm"),
+        KeyRule("fc", "predictions", "dense"),
+    )
 
     def make_candidate(self, spec: Spec) -> keras.Model:
         block, depths = self.models[spec.variant]

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from porting.families.base import Spec
-from porting.families.library import LibraryFamily, classifier, timm_model
+from porting.families.library import LibraryFamily, classifier
 from porting.families.resnet import BOTTLENECK, resnet_backbone
 from porting.mapping.rules import KeyRule
 from porting.models.images import Preprocessing
 
 if TYPE_CHECKING:
     import keras
-    from torch import nn
+
+_SOURCE, _TARGET = "stages.{s}.blocks.{j}", "stack{s}_block{j}"
 
 
 class ResNetV2Family(LibraryFamily):
@@ -22,24 +23,18 @@ class ResNetV2Family(LibraryFamily):
     models = {"resnetv2_50": [3, 4, 6, 3], "resnetv2_101": [3, 4, 23, 3]}
     head = "head.fc"
     inputs = Preprocessing(224, 236)
-
-    def rows_of(self, spec: Spec) -> tuple[KeyRule, ...]:
-        own = "backbone/" if spec.num_classes else ""
-        source, target = "stages.{s}.blocks.{j}", f"{own}stack{{s}}_block{{j}}"
-        return (
-            KeyRule("stem.conv", f"{own}conv1_conv", "conv"),
-            KeyRule(f"{source}.norm1", f"{target}_pre_activation_bn", "batch_norm"),
-            KeyRule(f"{source}.norm2", f"{target}_1_bn", "batch_norm"),
-            KeyRule(f"{source}.norm3", f"{target}_2_bn", "batch_norm"),
-            KeyRule(f"{source}.conv{{n}}", f"{target}_{{n}}_conv", "conv"),
-            KeyRule(f"{source}.downsample.conv", f"{target}_0_conv", "conv"),
-            KeyRule("norm", f"{own}post_bn", "batch_norm"),
-            # A 1x1 convolution in PyTorch, and a dense layer in Keras.
-            KeyRule("head.fc", "predictions", "conv"),
-        )
-
-    def build_reference(self, spec: Spec) -> nn.Module:
-        return timm_model(spec)
+    body = ("", "backbone/")
+    rows = (
+        KeyRule("stem.conv", "conv1_conv", "conv"),
+        KeyRule(f"{_SOURCE}.norm1", f"{_TARGET}_pre_activation_bn", "batch_norm"),
+        KeyRule(f"{_SOURCE}.norm2", f"{_TARGET}_1_bn", "batch_norm"),
+        KeyRule(f"{_SOURCE}.norm3", f"{_TARGET}_2_bn", "batch_norm"),
+        KeyRule(f"{_SOURCE}.conv{{n}}", f"{_TARGET}_{{n}}_conv", "conv"),
+        KeyRule(f"{_SOURCE}.downsample.conv", f"{_TARGET}_0_conv", "conv"),
+        KeyRule("norm", "post_bn", "batch_norm"),
+        # A 1x1 convolution in PyTorch, and a dense layer in Keras.
+        KeyRule("head.fc", "predictions", "conv"),
+    )
 
     def make_candidate(self, spec: Spec) -> keras.Model:
         backbone = resnet_backbone(BOTTLENECK, self.models[spec.variant], pre_activation=True)

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 from porting.families.base import Spec
 from porting.families.library import (
     LibraryFamily,
+    encoder_config,
     last_hidden_state,
     text_inputs,
     transformer_backbone,
+    transformer_rows,
     transformers_model,
 )
 from porting.kinds.transforms import Array
@@ -19,8 +21,8 @@ if TYPE_CHECKING:
     import keras
     from torch import nn
 
-_LAYER, _TARGET = "encoder.layer.{s}", "transformer_layer_{s}"
-_ATTENTION = f"{_TARGET}/self_attention_layer"
+_ATTENTION = ("self.query", "self.key", "self.value", "output.dense", "output.LayerNorm")
+_NAMES = (*(f"attention.{name}" for name in _ATTENTION), "intermediate.dense", "output.dense", "output.LayerNorm")
 
 
 class RobertaFamily(LibraryFamily):
@@ -39,14 +41,7 @@ class RobertaFamily(LibraryFamily):
         KeyRule("embeddings.word_embeddings", "embeddings/token_embedding", "embedding"),
         KeyRule("embeddings.position_embeddings.weight", "embeddings/position_embedding/embeddings", "parameter:+2"),
         KeyRule("embeddings.LayerNorm", "embeddings_layer_norm", "layer_norm"),
-        KeyRule(f"{_LAYER}.attention.self.query", f"{_ATTENTION}/query", "dense"),
-        KeyRule(f"{_LAYER}.attention.self.key", f"{_ATTENTION}/key", "dense"),
-        KeyRule(f"{_LAYER}.attention.self.value", f"{_ATTENTION}/value", "dense"),
-        KeyRule(f"{_LAYER}.attention.output.dense", f"{_ATTENTION}/attention_output", "dense"),
-        KeyRule(f"{_LAYER}.attention.output.LayerNorm", f"{_TARGET}/self_attention_layer_norm", "layer_norm"),
-        KeyRule(f"{_LAYER}.intermediate.dense", f"{_TARGET}/feedforward_intermediate_dense", "dense"),
-        KeyRule(f"{_LAYER}.output.dense", f"{_TARGET}/feedforward_output_dense", "dense"),
-        KeyRule(f"{_LAYER}.output.LayerNorm", f"{_TARGET}/feedforward_layer_norm", "layer_norm"),
+        *transformer_rows("encoder.layer.{s}", "transformer_layer_{s}", *_NAMES),
     )
     # This is added to every token, and keras-hub lacks it. The published weights are zeros.
     zeros = ("embeddings.token_type_embeddings.weight",)
@@ -56,17 +51,9 @@ class RobertaFamily(LibraryFamily):
         return text_inputs(self.models[spec.variant][0])
 
     def build_reference(self, spec: Spec) -> nn.Module:
-        vocabulary, layers, heads, width = self.models[spec.variant]
-        config = {
-            "vocab_size": vocabulary,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "hidden_size": width,
-            "intermediate_size": 4 * width,
-            "max_position_embeddings": 514,
-            "type_vocab_size": 1,
-            "layer_norm_eps": 1e-5,
-        }
+        vocabulary, *sizes = self.models[spec.variant]
+        lengths = {"max_position_embeddings": 514, "type_vocab_size": 1}
+        config = encoder_config(*sizes, vocab_size=vocabulary, layer_norm_eps=1e-5, **lengths)
         return transformers_model("RobertaModel", last_hidden_state, config, add_pooling_layer=False)
 
     def make_candidate(self, spec: Spec) -> keras.Model:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from porting.families.base import Spec
-from porting.families.library import LibraryFamily, classifier, library, timm_model
+from porting.families.library import LibraryFamily, classifier, library
 from porting.mapping.rules import KeyRule
 from porting.models.images import IMAGENET, Preprocessing
 
 if TYPE_CHECKING:
     import keras
-    from torch import nn
 
 # Per size: the width of the first stage, the depths, and the numbers of heads.
 _SIZES = {
@@ -20,6 +19,7 @@ _SIZES = {
     "base": (128, [2, 2, 18, 2], [4, 8, 16, 32]),
     "large": (192, [2, 2, 18, 2], [6, 12, 24, 48]),
 }
+_SOURCE, _TARGET, _TABLE = "layers.{s}.blocks.{j}", "stage_{s}/blocks_{j}", "relative_position_bias_table"
 
 
 class SwinFamily(LibraryFamily):
@@ -29,28 +29,21 @@ class SwinFamily(LibraryFamily):
     models = {f"swin_{size}_patch4_window7_224": shape for size, shape in _SIZES.items()}
     head = "head.fc"
     inputs = Preprocessing(224, 248, **IMAGENET)
-
-    def rows_of(self, spec: Spec) -> tuple[KeyRule, ...]:
-        own = "backbone/" if spec.num_classes else ""
-        source, target = "layers.{s}.blocks.{j}", f"{own}stage_{{s}}/blocks_{{j}}"
-        table = "attn.relative_position_bias_table"
-        return (
-            KeyRule("patch_embed.proj", f"{own}patch_embedding/conv_projection", "conv"),
-            KeyRule("patch_embed.norm", f"{own}patch_embedding/norm", "layer_norm"),
-            KeyRule(f"{source}.norm{{n}}", f"{target}/norm{{n}}", "layer_norm"),
-            KeyRule(f"{source}.{table}", f"{target}/{table.replace('.', '/')}", "parameter"),
-            KeyRule(f"{source}.attn.qkv", f"{target}/attn/attention_qkv", "dense"),
-            KeyRule(f"{source}.attn.proj", f"{target}/attn/attention_projection", "dense"),
-            KeyRule(f"{source}.mlp.fc{{n}}", f"{target}/mlp/fc{{n}}", "dense"),
-            # timm assigns the downsampling to the stage that follows it.
-            KeyRule("layers.{s}.downsample.reduction", f"{own}stage_{{s-1}}/downsample/reduction", "dense"),
-            KeyRule("layers.{s}.downsample.norm", f"{own}stage_{{s-1}}/downsample/norm", "layer_norm"),
-            KeyRule("norm", f"{own}norm", "layer_norm"),
-            KeyRule("head.fc", "predictions", "dense"),
-        )
-
-    def build_reference(self, spec: Spec) -> nn.Module:
-        return timm_model(spec)
+    body = ("", "backbone/")
+    rows = (
+        KeyRule("patch_embed.proj", "patch_embedding/conv_projection", "conv"),
+        KeyRule("patch_embed.norm", "patch_embedding/norm", "layer_norm"),
+        KeyRule(f"{_SOURCE}.norm{{n}}", f"{_TARGET}/norm{{n}}", "layer_norm"),
+        KeyRule(f"{_SOURCE}.attn.{_TABLE}", f"{_TARGET}/attn/{_TABLE}", "parameter"),
+        KeyRule(f"{_SOURCE}.attn.qkv", f"{_TARGET}/attn/attention_qkv", "dense"),
+        KeyRule(f"{_SOURCE}.attn.proj", f"{_TARGET}/attn/attention_projection", "dense"),
+        KeyRule(f"{_SOURCE}.mlp.fc{{n}}", f"{_TARGET}/mlp/fc{{n}}", "dense"),
+        # timm assigns the downsampling to the stage that follows it.
+        KeyRule("layers.{s}.downsample.reduction", "stage_{s-1}/downsample/reduction", "dense"),
+        KeyRule("layers.{s}.downsample.norm", "stage_{s-1}/downsample/norm", "layer_norm"),
+        KeyRule("norm", "norm", "layer_norm"),
+        KeyRule("head.fc", "predictions", "dense"),
+    )
 
     def make_candidate(self, spec: Spec) -> keras.Model:
         width, depths, heads = self.models[spec.variant]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # Per size: the number of heads, the width, and the depth.
 _SIZES = {"tiny": (3, 192, 12), "small": (6, 384, 12), "base": (12, 768, 12), "large": (16, 1024, 24)}
+_PATCHES, _BLOCK = "vit_patching_and_embedding", "vit_encoder/transformer_block_{s+1}"
 
 
 class ViTFamily(LibraryFamily):
@@ -24,21 +25,18 @@ class ViTFamily(LibraryFamily):
     models = {f"vit_{size}_patch16_{side}": (*_SIZES[size], side) for side in (224, 384) for size in _SIZES}
     head = "head"
     inputs = Preprocessing(224, 248)
-
-    def rows_of(self, spec: Spec) -> tuple[KeyRule, ...]:
-        own = "backbone/" if spec.num_classes else ""
-        patches, block = f"{own}vit_patching_and_embedding", f"{own}vit_encoder/transformer_block_{{s+1}}"
-        return (
-            KeyRule("cls_token", f"{patches}/class_token", "parameter"),
-            KeyRule("patch_embed.proj", f"{patches}/patch_embedding", "conv"),
-            KeyRule("pos_embed", f"{patches}/position_embedding/embeddings", "parameter"),
-            KeyRule("blocks.{s}.norm{n}", f"{block}/ln_{{n}}", "layer_norm"),
-            KeyRule("blocks.{s}.attn.qkv", f"{block}/mha", "qkv"),
-            KeyRule("blocks.{s}.attn.proj", f"{block}/mha/attention_output", "dense"),
-            KeyRule("blocks.{s}.mlp.fc{n}", f"{block}/mlp/dense_{{n}}", "dense"),
-            KeyRule("norm", f"{own}vit_encoder/ln", "layer_norm"),
-            KeyRule("head", "predictions", "dense"),
-        )
+    body = ("", "backbone/")
+    rows = (
+        KeyRule("cls_token", f"{_PATCHES}/class_token", "parameter"),
+        KeyRule("patch_embed.proj", f"{_PATCHES}/patch_embedding", "conv"),
+        KeyRule("pos_embed", f"{_PATCHES}/position_embedding/embeddings", "parameter"),
+        KeyRule("blocks.{s}.norm{n}", f"{_BLOCK}/ln_{{n}}", "layer_norm"),
+        KeyRule("blocks.{s}.attn.qkv", f"{_BLOCK}/mha", "qkv"),
+        KeyRule("blocks.{s}.attn.proj", f"{_BLOCK}/mha/attention_output", "dense"),
+        KeyRule("blocks.{s}.mlp.fc{n}", f"{_BLOCK}/mlp/dense_{{n}}", "dense"),
+        KeyRule("norm", "vit_encoder/ln", "layer_norm"),
+        KeyRule("head", "predictions", "dense"),
+    )
 
     def preprocessing(self, spec: Spec) -> Preprocessing:
         side = self.models[spec.variant][-1]

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from porting.families.base import Spec
-from porting.families.library import LibraryFamily, text_inputs, transformer_backbone, transformers_model
+from porting.families.library import (
+    LibraryFamily,
+    attention_rows,
+    text_inputs,
+    transformer_backbone,
+    transformer_rows,
+    transformers_model,
+)
 from porting.kinds.transforms import Array
 from porting.mapping.rules import KeyRule
 
@@ -15,24 +22,11 @@ if TYPE_CHECKING:
     import keras
     from torch import nn
 
+_SIZES = {"tiny": (4, 6, 384), "base": (6, 8, 512), "small": (12, 12, 768), "medium": (24, 16, 1024)}
 _TABLES = "decoder_token_and_position_embedding"
-
-
-def _layers(side: str, target: str, attentions: dict[str, str]) -> list[KeyRule]:
-    """The rows of one side's layers. `attentions` maps PyTorch's names of its attentions to Keras's."""
-    source, rows = f"{side}.layers.{{s}}", []
-    for theirs, ours in attentions.items():
-        parts = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "out_proj": "attention_output"}
-        rows += [KeyRule(f"{source}.{theirs}.{one}", f"{target}/{ours}/{two}", "dense") for one, two in parts.items()]
-        norm = f"{ours.removesuffix('_layer')}_layer_norm"
-        rows.append(KeyRule(f"{source}.{theirs}_layer_norm", f"{target}/{norm}", "layer_norm"))
-    return [
-        *rows,
-        KeyRule(f"{source}.fc1", f"{target}/feedforward_intermediate_dense", "dense"),
-        KeyRule(f"{source}.fc2", f"{target}/feedforward_output_dense", "dense"),
-        KeyRule(f"{source}.final_layer_norm", f"{target}/feedforward_layer_norm", "layer_norm"),
-        KeyRule(f"{side}.layer_norm", f"{side}_layer_norm", "layer_norm"),
-    ]
+_ENCODER, _DECODER = "transformer_encoder_layer_{s}", "transformer_decoder_layer_{s}"
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+_NAMES = (*(f"self_attn.{name}" for name in _PROJECTIONS), "self_attn_layer_norm", "fc1", "fc2", "final_layer_norm")
 
 
 class WhisperFamily(LibraryFamily):
@@ -43,25 +37,20 @@ class WhisperFamily(LibraryFamily):
     # Per variant: the numbers of layers and heads, the width, and the size of the vocabulary.
     models = {
         f"openai/whisper-{size}{english}": (*shape, 51864 if english else 51865)
-        for size, shape in {
-            "tiny": (4, 6, 384),
-            "base": (6, 8, 512),
-            "small": (12, 12, 768),
-            "medium": (24, 16, 1024),
-        }.items()
+        for size, shape in _SIZES.items()
         for english in ("", ".en")
     }
     rows = (
         KeyRule("encoder.conv{n}", "encoder_token_embedding_conv_layer_{n}", "conv"),
         KeyRule("encoder.embed_positions.weight", "encoder_position_embedding/embeddings", "parameter"),
-        *_layers("encoder", "transformer_encoder_layer_{s}", {"self_attn": "self_attention_layer"}),
+        *transformer_rows("encoder.layers.{s}", _ENCODER, *_NAMES),
+        KeyRule("encoder.layer_norm", "encoder_layer_norm", "layer_norm"),
         KeyRule("decoder.embed_tokens", f"{_TABLES}/token_embedding", "embedding"),
         KeyRule("decoder.embed_positions.weight", f"{_TABLES}/position_embedding/embeddings", "parameter"),
-        *_layers(
-            "decoder",
-            "transformer_decoder_layer_{s}",
-            {"self_attn": "self_attention", "encoder_attn": "cross_attention"},
-        ),
+        *transformer_rows("decoder.layers.{s}", _DECODER, *_NAMES, attention="self_attention"),
+        *attention_rows("decoder.layers.{s}.encoder_attn", f"{_DECODER}/cross_attention", *_PROJECTIONS),
+        KeyRule("decoder.layers.{s}.encoder_attn_layer_norm", f"{_DECODER}/cross_attention_layer_norm", "layer_norm"),
+        KeyRule("decoder.layer_norm", "decoder_layer_norm", "layer_norm"),
     )
     foreign = ("proj_out.",)
 
