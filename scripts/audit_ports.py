@@ -157,7 +157,7 @@ def of_transformers(name: str, folder: Path) -> tuple[Any, Any, Any]:
     import torch
     import transformers
 
-    from porting.families.library import last_hidden_state, text_inputs, transformers_model
+    from porting.families.builders import last_hidden_state, text_inputs, transformers_model
     from porting.models.synthetic import fill_with_synthetic_weights
 
     port = TRANSFORMERS[name]

@@ -37,7 +37,7 @@ from torch import nn
 
 import porting
 from porting.errors import FamilyError
-from porting.families.library import last_hidden_state, transformer_backbone, transformers_model
+from porting.families.builders import last_hidden_state, transformer_backbone, transformers_model
 from porting.families.registry import get_family
 from porting.kinds import kind_of_module
 from porting.models.frameworks import start_tensorflow

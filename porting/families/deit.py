@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from porting.families.base import Spec
-from porting.families.library import (
-    LibraryFamily,
+from porting.families.builders import (
     attention_rows,
     classifier,
     encoder_config,
@@ -14,6 +13,7 @@ from porting.families.library import (
     transformer_backbone,
     transformers_model,
 )
+from porting.families.library import LibraryFamily
 from porting.mapping.rules import KeyRule
 
 if TYPE_CHECKING:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from porting.families.base import Spec
-from porting.families.library import (
-    LibraryFamily,
+from porting.families.builders import (
     last_hidden_state,
     text_inputs,
     transformer_backbone,
     transformer_rows,
     transformers_model,
 )
+from porting.families.library import LibraryFamily
 from porting.kinds.transforms import Array
 from porting.mapping.rules import KeyRule
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from porting.families.base import Spec
-from porting.families.library import LibraryFamily, application
+from porting.families.builders import application
+from porting.families.library import LibraryFamily
 from porting.mapping.rules import KeyRule
 from porting.models.images import IMAGENET, Preprocessing
 

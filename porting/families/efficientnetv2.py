@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from porting.families.base import Spec
+from porting.families.builders import application
 from porting.families.efficientnet import rows_around
-from porting.families.library import LibraryFamily, application
+from porting.families.library import LibraryFamily
 from porting.mapping.rules import KeyRule
 
 if TYPE_CHECKING:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from porting.families.base import Spec
-from porting.families.library import LibraryFamily, application, timm_model
+from porting.families.builders import application, timm_model
+from porting.families.library import LibraryFamily
 from porting.mapping.rules import KeyRule
 
 if TYPE_CHECKING:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from porting.families.base import Spec
-from porting.families.library import (
-    LibraryFamily,
+from porting.families.builders import (
     encoder_config,
     last_hidden_state,
     text_inputs,
@@ -14,6 +13,7 @@ from porting.families.library import (
     transformer_rows,
     transformers_model,
 )
+from porting.families.library import LibraryFamily
 from porting.kinds.transforms import Array
 from porting.mapping.rules import KeyRule
 

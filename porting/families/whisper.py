@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from porting.families.base import Spec
-from porting.families.library import (
-    LibraryFamily,
+from porting.families.builders import (
     attention_rows,
     text_inputs,
     transformer_backbone,
     transformer_rows,
     transformers_model,
 )
+from porting.families.library import LibraryFamily
 from porting.kinds.transforms import Array
 from porting.mapping.rules import KeyRule
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from porting.errors import FailedParityError, KeyMapError, SourceError
-from porting.families.library import LibraryFamily, library, renamed
+from porting.families.builders import library
+from porting.families.library import LibraryFamily, renamed
 from porting.families.registry import family_names, get_family
 from porting.mapping.rules import KeyRule, bind
 from porting.tasks.export import export

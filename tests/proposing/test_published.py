@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import porting
-from porting.families.library import last_hidden_state, transformer_backbone, transformers_model
+from porting.families.builders import last_hidden_state, transformer_backbone, transformers_model
 from porting.families.registry import get_family
 
 keras_hub = pytest.importorskip("keras_hub")
