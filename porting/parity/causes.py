@@ -54,6 +54,64 @@ def as_an_activation(label: str, expected: Tensor, actual: Tensor, place: str) -
     return None
 
 
+# The rounding of an activation, relative to the tensor that contains it.
+_ROUNDS = 1e-9
+# So many tensors before a culprit are tried as what an activation was applied to, first on so many of their rows.
+_MOST_SOURCES, _MOST_ROWS = 24, 64
+
+
+def another_activation(
+    label: str, expected: Tensor, actual: Tensor, near: Mapping[str, Tensor], axes: Axes
+) -> Diagnosis | None:
+    """Diagnose an activation that is another one in Keras, where neither side has a layer for it.
+
+    `near` are tensors of PyTorch's run that it may be applied to, and `axes` bring them into Keras's order. Something
+    may be added to its result, or multiplied with it.
+    """
+    if not expected.ndim or not bool(actual.isfinite().all()):
+        return None
+    worst = _rows(actual - expected).square().sum(1)
+    chosen = worst.topk(min(len(worst), _MOST_ROWS)).indices
+    some = _rows(expected)[chosen], _rows(actual)[chosen]
+    sources = [(name, each) for name, each in near.items() if each.ndim == len(axes) and each.is_floating_point()]
+    for name, tensor in reversed(sources[-_MOST_SOURCES:]):
+        source = tensor.permute(axes)
+        if source.shape != expected.shape:
+            continue
+        made = {own: function(_rows(source)[chosen].double()) for own, function in functions().items()}
+        for theirs, ours in itertools.permutations(made, 2):
+            if not _explains(made[theirs], made[ours], *some):
+                continue
+            whole = (functions()[own](source.double()) for own in (theirs, ours))
+            if _explains(*whole, expected, actual):
+                taken = name if name.startswith("the input") else f"the result of {name}"
+                text = f"PyTorch applies {_named(theirs)} to {taken}, and Keras {_named(ours)}"
+                return Diagnosis(label, text, 0.0, (text,))
+    return None
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _explains(theirs: Tensor, ours: Tensor, expected: Tensor, actual: Tensor) -> bool:
+    """Whether `actual` contains `ours`, added or as a factor, where `expected` contains `theirs`."""
+    difference = actual - expected
+    size = float(difference.square().mean().sqrt())
+    if not size or not bool((theirs != ours)[difference.abs() > _ROUNDS * size].all()):
+        return False
+    if float((ours - theirs - difference).square().mean().sqrt()) <= _ROUNDS * size:
+        return True
+    one, other = actual * theirs, expected * ours
+    # By as little as the difference shows there.
+    limit = _ROUNDS * float((difference * theirs).square().mean().sqrt())
+    return float((one - other).square().mean().sqrt()) <= limit
+
+
+def _named(activation: str) -> str:
+    return "no activation" if activation == LINEAR else activation
+
+
 def tensors_near(recording: Recording, call: str) -> dict[str, Tensor]:
     """The tensors near a call that a port might use by mistake, by name."""
     parent = call.partition("#")[0].rpartition(".")[0]

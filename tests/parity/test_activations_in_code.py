@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import keras
 import numpy as np
 import pytest
@@ -297,3 +299,63 @@ def test_a_softmax_over_an_axis_of_a_map(axis: int, fault: str) -> None:
     assert report.diagnosis is not None
     cause = "its activation is softmax in Keras, and PyTorch applies softmax over axis 2 to its result"
     assert report.diagnosis.cause == ("the bias is lost" if fault == "bias" else cause)
+
+
+class InCode(nn.Module):
+    """An activation in the code between two dense layers: alone, added to its input, or as a gate."""
+
+    def __init__(self, function: Any, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc1, self.gate, self.fc2 = nn.Linear(6, 20), nn.Linear(6, 20), nn.Linear(20, 5)
+        self.function, self.how = function, how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.fc1(x)
+        return self.fc2(combined(self.how, h, self.function(h), self.gate(x)))
+
+
+def combined(how: str, h: Any, activated: Any, gate: Any) -> Any:
+    return {"alone": activated, "added": h + activated, "gate": activated * gate}[how] + 0 * gate
+
+
+def in_code(function: Any, how: str, layer: bool) -> keras.Model:
+    inputs = keras.Input((6,))
+    h, gate = layers.Dense(20, name="fc1")(inputs), layers.Dense(20, name="gate")(inputs)
+    activated = layers.Activation(function)(h) if layer else function(h)
+    return keras.Model(inputs, layers.Dense(5, name="fc2")(combined(how, h, activated, gate)))
+
+
+IN_CODE = {
+    "gelu": (torch.nn.functional.gelu, keras.ops.gelu, "GELU (tanh)"),
+    "silu": (torch.nn.functional.silu, keras.ops.silu, "GELU (erf)"),
+    "relu": (torch.relu, keras.ops.relu, "ReLU6"),
+    "tanh": (torch.tanh, keras.ops.tanh, "no activation"),
+}
+WRONG: dict[str, Any] = {
+    "GELU (tanh)": keras.ops.gelu,
+    "GELU (erf)": lambda x: keras.ops.gelu(x, approximate=False),
+    "ReLU6": keras.ops.relu6,
+    "no activation": lambda x: 1 * x,
+}
+
+
+@pytest.mark.parametrize("layer", [False, True])
+@pytest.mark.parametrize("how", ["alone", "added", "gate"])
+@pytest.mark.parametrize("name", IN_CODE)
+def test_an_activation_that_no_module_shows_is_named(name: str, how: str, layer: bool) -> None:
+    theirs, right, wrong = IN_CODE[name]
+    reference = InCode(theirs, how).eval()
+    reference.fc1.weight.data *= 8  # some numbers are above six
+    ours = (lambda x: keras.ops.gelu(x, approximate=False)) if name == "gelu" else right
+    given = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
+    healthy = in_code(ours, how, layer)
+    porting.port_weights(reference, healthy, inputs=given).require_parity()
+    candidate = in_code(WRONG[wrong], how, layer)
+    candidate.set_weights(healthy.get_weights())
+    report = porting.check_parity(reference, candidate, given)
+    assert len(report.culprits) == 1, str(report)
+    assert report.diagnosis is not None, str(report)
+    assert report.diagnosis.confidence == "certain"
+    said = report.diagnosis.cause
+    assert f"Keras {wrong}" in said or (wrong == "no activation" and "in PyTorch alone" in said), said
