@@ -38,8 +38,31 @@ _NORM = ", with the norm behind it folded in,"
 _FEW = 3
 
 
-def as_an_activation(label: str, expected: Tensor, actual: Tensor, place: str) -> Diagnosis | None:
-    """Diagnose an activation that only one side has at a `place`, such as "before fc2"."""
+# The rounding of an activation, relative to the tensor that contains it.
+_ROUNDS = 1e-9
+# So many tensors before a culprit are tried as what an activation was applied to, first on so many of their rows.
+_MOST_SOURCES, _MOST_ROWS = 24, 64
+
+
+def other_activation(
+    label: str, expected: Tensor, actual: Tensor, place: str, near: Mapping[str, Tensor], axes: Axes
+) -> Diagnosis | None:
+    """Diagnose an activation that one side lacks, or that is another one in Keras, where PyTorch has no module for it.
+
+    `place` says where it is, such as "before fc2". `near` are tensors of PyTorch's run that it may be applied to, and
+    `axes` bring them into Keras's order. Something may be added to its result, or multiplied with it.
+    """
+    names = [name for name in functions() if name != LINEAR]
+    lone = [pair for name in names for pair in ((name, LINEAR), (LINEAR, name))]
+    return (
+        _exchanged_activation(label, expected, actual, near, axes, itertools.permutations(names, 2))
+        or _lone_activation(label, expected, actual, place)
+        or _exchanged_activation(label, expected, actual, near, axes, lone)
+    )
+
+
+def _lone_activation(label: str, expected: Tensor, actual: Tensor, place: str) -> Diagnosis | None:
+    """Diagnose an activation of all numbers that only one side has."""
     for name, function in functions(expected.ndim).items():
         if name == LINEAR:
             continue
@@ -54,36 +77,32 @@ def as_an_activation(label: str, expected: Tensor, actual: Tensor, place: str) -
     return None
 
 
-# The rounding of an activation, relative to the tensor that contains it.
-_ROUNDS = 1e-9
-# So many tensors before a culprit are tried as what an activation was applied to, first on so many of their rows.
-_MOST_SOURCES, _MOST_ROWS = 24, 64
-
-
-def another_activation(
-    label: str, expected: Tensor, actual: Tensor, near: Mapping[str, Tensor], axes: Axes
+def _exchanged_activation(
+    label: str,
+    expected: Tensor,
+    actual: Tensor,
+    near: Mapping[str, Tensor],
+    axes: Axes,
+    pairs: Iterable[tuple[str, str]],
 ) -> Diagnosis | None:
-    """Diagnose an activation that is another one in Keras, where neither side has a layer for it.
-
-    `near` are tensors of PyTorch's run that it may be applied to, and `axes` bring them into Keras's order. Something
-    may be added to its result, or multiplied with it.
-    """
+    """Diagnose the second activation of one of the pairs in Keras where PyTorch has the first."""
     if not expected.ndim or not bool(actual.isfinite().all()):
         return None
     worst = _rows(actual - expected).square().sum(1)
     chosen = worst.topk(min(len(worst), _MOST_ROWS)).indices
     some = _rows(expected)[chosen], _rows(actual)[chosen]
-    sources = [(name, each) for name, each in near.items() if each.ndim == len(axes) and each.is_floating_point()]
-    for name, tensor in reversed(sources[-_MOST_SOURCES:]):
-        source = tensor.permute(axes)
+    floats = ((name, each) for name, each in near.items() if each.ndim == len(axes) and each.is_floating_point())
+    sources = [(name, each.permute(axes)) for name, each in floats if each.numel() == expected.numel()]
+    tried = list(pairs)
+    for name, source in reversed(sources[-_MOST_SOURCES:]):
         if source.shape != expected.shape:
             continue
         made = {own: function(_rows(source)[chosen].double()) for own, function in functions().items()}
-        for theirs, ours in itertools.permutations(made, 2):
+        for theirs, ours in tried:
             if not _explains(made[theirs], made[ours], *some):
                 continue
-            whole = (functions()[own](source.double()) for own in (theirs, ours))
-            if _explains(*whole, expected, actual):
+            one, other = (functions()[own](source.double()) for own in (theirs, ours))
+            if _explains(one, other, expected, actual):
                 taken = name if name.startswith("the input") else f"the result of {name}"
                 text = f"PyTorch applies {_named(theirs)} to {taken}, and Keras {_named(ours)}"
                 return Diagnosis(label, text, 0.0, (text,))
@@ -98,14 +117,16 @@ def _explains(theirs: Tensor, ours: Tensor, expected: Tensor, actual: Tensor) ->
     """Whether `actual` contains `ours`, added or as a factor, where `expected` contains `theirs`."""
     difference = actual - expected
     size = float(difference.square().mean().sqrt())
-    if not size or not bool((theirs != ours)[difference.abs() > _ROUNDS * size].all()):
+    differs = difference.abs() > _ROUNDS * size
+    if not size or not bool((theirs != ours)[differs].all()):
         return False
     if float((ours - theirs - difference).square().mean().sqrt()) <= _ROUNDS * size:
         return True
-    one, other = actual * theirs, expected * ours
-    # By as little as the difference shows there.
+    if not bool((differs & (theirs != 0)).any()):
+        return False  # a factor of zero hides the other factor
+    # Compared as products: a quotient would have the other factor's zeros.
     limit = _ROUNDS * float((difference * theirs).square().mean().sqrt())
-    return float((one - other).square().mean().sqrt()) <= limit
+    return float((actual * theirs - expected * ours).square().mean().sqrt()) <= limit
 
 
 def _named(activation: str) -> str:
@@ -124,6 +145,12 @@ def tensors_near(recording: Recording, call: str) -> dict[str, Tensor]:
     if parent in recording.calls and recording.calls[parent].inputs:
         near[f"the input of {parent}"] = recording.calls[parent].inputs[0].tensor
     return near
+
+
+def tensors_before(recording: Recording, call: str) -> dict[str, Tensor]:
+    """The tensors near a call of calls that began before it, and the input of the module around it."""
+    later = set(itertools.dropwhile(lambda name: name != call, recording.calls))
+    return {name: tensor for name, tensor in tensors_near(recording, call).items() if name not in later}
 
 
 def with_names_of_stack(session: Session, call: str, found: Diagnosis | None) -> Diagnosis | None:

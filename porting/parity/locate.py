@@ -19,11 +19,11 @@ from porting.models.inputs import Inputs, inverse, leaves_by_key
 from porting.models.observe import observe_layers
 from porting.models.stacks import last_layer
 from porting.parity.causes import (
-    another_activation,
-    as_an_activation,
     cause_of,
     exchanged_parts,
     has_weights_of,
+    other_activation,
+    tensors_before,
     tensors_near,
     with_names_of_stack,
 )
@@ -426,8 +426,7 @@ def _wrong_input(session: Session, recording: Recording, tracer: Tracer, gap: Ga
     cause = None
     if expected.ndim == truth.tensor.ndim:
         found, others = actual.permute(inverse(axes)), tensors_near(recording, call)
-        cause = as_an_activation(call, expected, actual, f"before {call}")
-        cause = cause or another_activation(call, expected, actual, others, axes)
+        cause = other_activation(call, expected, actual, f"before {call}", tensors_before(recording, call), axes)
         cause = cause or diagnose(call, None, [], expected.permute(inverse(axes)), found, others)
     said = cause or exchanged_parts(tracer, node, call)
     label, is_input = _to_blame(session, recording, tracer, call, truth)
@@ -507,8 +506,7 @@ def _wrong_result(session: Session, recording: Recording, key: str, wrong: list[
         cause = Diagnosis(label, text, 0.0, (text,))
     else:
         near = tensors_near(recording, "")
-        cause = as_an_activation(label, expected, actual, f"before the {label}")
-        cause = cause or another_activation(label, expected, actual, near, axes)
+        cause = other_activation(label, expected, actual, f"before the {label}", near, axes)
         cause = cause or diagnose(label, None, [], truth.tensor, actual.permute(inverse(axes)), near)
     return Culprit(label, label, _by_how_much(relative), relative, diagnosis=cause)
 
