@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,8 @@ _WITH_ACTIVATION = {
     "SeparableConv2D",
 }
 LINEAR = "linear"
+# An activation that may be one of more is not named.
+_MOST_NAMED = 3
 # These are not functions of one number, so values on a grid do not identify them.
 _NOT_ELEMENTWISE = {"Softmax", "Softmax2d", "LogSoftmax", "Softmin", "GLU", "MultiheadAttention"}
 
@@ -91,24 +93,17 @@ class Activation(Kind):
         elif isinstance(module, nn.GELU) or function == "GELU (erf)":
             yield made("the tanh approximation of GELU", lambda x: F.gelu(x, approximate="tanh"))
             yield made("the sigmoid approximation of GELU", lambda x: x * torch.sigmoid(1.702 * x))
-        others: dict[str, Callable[[Tensor], Tensor]] = {
-            "ReLU": F.relu,
-            "SiLU": F.silu,
-            "GELU": F.gelu,
-            "tanh": torch.tanh,
-            "sigmoid": torch.sigmoid,
-            "ReLU6": F.relu6,
-            "hard swish": F.hardswish,
-            "leaky ReLU with Keras's 0.3": lambda x: F.leaky_relu(x, 0.3),
-            "leaky ReLU with PyTorch's 0.01": F.leaky_relu,
-            "Keras 2's hard sigmoid, 0.2 x + 0.5,": lambda x: (0.2 * x + 0.5).clamp(0, 1),
-            "softmax over the last axis": lambda x: x.softmax(-1),
-            "softmax over the channels": lambda x: x.softmax(1),
-        }
-        for name, compute in others.items():
-            if type(module).__name__.lower() != name.lower():
-                yield made(f"{name} instead of {type(module).__name__}", compute)
-        yield made("no activation at all", lambda x: x)
+        known = {name: each for name, each in functions().items() if name not in {LINEAR, "softmax"}}
+        known["Keras 2's hard sigmoid, 0.2 x + 0.5,"] = lambda x: (0.2 * x + 0.5).clamp(0, 1)
+        known["softmax over the last axis"] = lambda x: x.softmax(-1)
+        known["softmax over the channels"] = lambda x: x.softmax(1)
+        x = in_double(inputs[0])
+        right = copy.deepcopy(module)(x)
+        for names, make in alike({**known, LINEAR: lambda x: x}, x):
+            values = make()
+            if right is None or values.shape != right.shape or not torch.allclose(values, right, rtol=1e-12, atol=0.0):
+                text = "no activation at all" if names == [LINEAR] else joined_names(names)
+                yield Mistake(f"{text} instead of {type(module).__name__}", make)
 
 
 def settings_of_function(function: Any) -> Settings:
@@ -139,20 +134,44 @@ def functions(rank: int = 1) -> dict[str, Callable[[Tensor], Tensor]]:
         "SiLU": F.silu,
         "sigmoid": torch.sigmoid,
         "tanh": torch.tanh,
+        "hard tanh": F.hardtanh,
         "hard swish": F.hardswish,
         "hard sigmoid": F.hardsigmoid,
-        "leaky ReLU 0.01": F.leaky_relu,
+        "leaky ReLU with PyTorch's 0.01": F.leaky_relu,
         "leaky ReLU 0.2": lambda x: F.leaky_relu(x, 0.2),
-        "leaky ReLU 0.3": lambda x: F.leaky_relu(x, 0.3),
+        "leaky ReLU with Keras's 0.3": lambda x: F.leaky_relu(x, 0.3),
         "ELU": F.elu,
         "SELU": F.selu,
         "Mish": F.mish,
         "softplus": F.softplus,
+        "softsign": F.softsign,
         "softmax": lambda x: x.softmax(-1),
         "log softmax": lambda x: x.log_softmax(-1),
         **{f"softmax over axis {axis}": partial(torch.softmax, dim=axis) for axis in range(1, rank - 1)},
         LINEAR: lambda x: x,
     }
+
+
+def alike(
+    known: Mapping[str, Callable[[Tensor], Tensor]], x: Tensor
+) -> Iterator[tuple[list[str], Callable[[], Tensor]]]:
+    """Group functions that give the same numbers for a tensor. Yields the names of each group, and what gives them."""
+    groups: dict[tuple[float, float], list[str]] = {}
+    for name, function in known.items():
+        try:
+            made = function(x)
+        except (RuntimeError, IndexError):  # a softmax over an axis that the tensor does not have
+            continue
+        groups.setdefault((float(made.sum()), float(made.square().sum())), []).append(name)
+    for names in groups.values():
+        yield names, partial(known[names[0]], x)
+
+
+def joined_names(names: Sequence[str]) -> str:
+    """Name one of several activations that cannot be told apart."""
+    if len(names) > _MOST_NAMED:
+        return "another activation"
+    return " or ".join("no activation" if name == LINEAR else name for name in names)
 
 
 def name_of_function(values: Array) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from porting.kinds import becomes, kind_called, kind_of_module
-from porting.kinds.activation import LINEAR, functions
+from porting.kinds.activation import LINEAR, functions, joined_names
 from porting.kinds.base import Kind, Leaf, attribute, with_change, with_value
 from porting.models.inputs import Axes, inverse
 from porting.models.stacks import layers_of_stack, modules_of, owner_of
@@ -38,8 +38,8 @@ _NORM = ", with the norm behind it folded in,"
 _FEW = 3
 
 
-# The rounding of an activation, relative to the tensor that contains it.
-_ROUNDS = 1e-9
+# An explanation leaves at most this share of a difference, or else of the tensor, but never so much of the difference.
+_ROUNDS, _FINEST, _SMALL = 1e-9, 1e-14, 1e-3
 # So many tensors before a culprit are tried as what an activation was applied to, first on so many of their rows.
 _MOST_SOURCES, _MOST_ROWS = 24, 64
 
@@ -52,40 +52,29 @@ def other_activation(
     `place` says where it is, such as "before fc2". `near` are tensors of PyTorch's run that it may be applied to, and
     `axes` bring them into Keras's order. Something may be added to its result, or multiplied with it.
     """
-    names = [name for name in functions() if name != LINEAR]
-    lone = [pair for name in names for pair in ((name, LINEAR), (LINEAR, name))]
-    return (
-        _exchanged_activation(label, expected, actual, near, axes, itertools.permutations(names, 2))
-        or _lone_activation(label, expected, actual, place)
-        or _exchanged_activation(label, expected, actual, near, axes, lone)
+    return _exchanged_activation(label, expected, actual, place, near, axes) or _lone_activation(
+        label, expected, actual, place
     )
 
 
 def _lone_activation(label: str, expected: Tensor, actual: Tensor, place: str) -> Diagnosis | None:
-    """Diagnose an activation of all numbers that only one side has."""
-    for name, function in functions(expected.ndim).items():
-        if name == LINEAR:
-            continue
-        for side, guess, target in (
-            ("Keras", function(expected), actual),
-            ("PyTorch", function(actual), expected),
-        ):
-            left, size = (float(each.square().mean().sqrt()) for each in (guess - target, target))
-            if size and left <= 1e-9 * size:
-                text = f"{name} comes {place} in {side} alone"
-                return Diagnosis(label, text, 0.0, (text,))
+    """Diagnose an activation that only one side has, if it is applied to a tensor that no module gives."""
+    known = {name: function for name, function in functions(expected.ndim).items() if name != LINEAR}
+    limit = _rounding_of(expected, actual)
+    for side, given, target in (("Keras", expected, actual), ("PyTorch", actual, expected)):
+        fitting = [name for name, function in known.items() if _rms(function(given) - target) <= limit]
+        if fitting:
+            text = f"{joined_names(fitting)} comes {place} in {side} alone"
+            return Diagnosis(label, text, 0.0, (text,))
     return None
 
 
 def _exchanged_activation(
-    label: str,
-    expected: Tensor,
-    actual: Tensor,
-    near: Mapping[str, Tensor],
-    axes: Axes,
-    pairs: Iterable[tuple[str, str]],
+    label: str, expected: Tensor, actual: Tensor, place: str, near: Mapping[str, Tensor], axes: Axes
 ) -> Diagnosis | None:
-    """Diagnose the second activation of one of the pairs in Keras where PyTorch has the first."""
+    """Diagnose an activation of a tensor of PyTorch's run. All that fit are named: they may give the same numbers."""
+    import torch
+
     if not expected.ndim or not bool(actual.isfinite().all()):
         return None
     worst = _rows(actual - expected).square().sum(1)
@@ -93,19 +82,27 @@ def _exchanged_activation(
     some = _rows(expected)[chosen], _rows(actual)[chosen]
     floats = ((name, each) for name, each in near.items() if each.ndim == len(axes) and each.is_floating_point())
     sources = [(name, each.permute(axes)) for name, each in floats if each.numel() == expected.numel()]
-    tried = list(pairs)
+    known = functions()
     for name, source in reversed(sources[-_MOST_SOURCES:]):
         if source.shape != expected.shape:
             continue
-        made = {own: function(_rows(source)[chosen].double()) for own, function in functions().items()}
-        for theirs, ours in tried:
-            if not _explains(made[theirs], made[ours], *some):
-                continue
-            one, other = (functions()[own](source.double()) for own in (theirs, ours))
-            if _explains(one, other, expected, actual):
-                taken = name if name.startswith("the input") else f"the result of {name}"
-                text = f"PyTorch applies {_named(theirs)} to {taken}, and Keras {_named(ours)}"
-                return Diagnosis(label, text, 0.0, (text,))
+        made = {own: function(_rows(source)[chosen].double()) for own, function in known.items()}
+        pairs = [pair for pair in itertools.permutations(made, 2) if _explains(made[pair[0]], made[pair[1]], *some)]
+        fitting = [
+            (theirs, ours)
+            for theirs, ours in pairs
+            if _explains(known[theirs](source.double()), known[ours](source.double()), expected, actual)
+        ]
+        if not fitting:
+            continue
+        theirs, ours = (list(dict.fromkeys(each)) for each in zip(*fitting, strict=True))
+        taken = name if name.startswith("the input") else f"the result of {name}"
+        text = f"PyTorch applies {joined_names(theirs)} to {taken}, and Keras {joined_names(ours)}"
+        sides = ("PyTorch", theirs, ours, actual), ("Keras", ours, theirs, expected)
+        for side, lone, other, without in sides:
+            if other == [LINEAR] and bool(torch.allclose(without, source.double(), rtol=1e-9, atol=0.0)):
+                text = f"{joined_names(lone)} comes {place} in {side} alone"
+        return Diagnosis(label, text, 0.0, (text,))
     return None
 
 
@@ -115,22 +112,27 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def _explains(theirs: Tensor, ours: Tensor, expected: Tensor, actual: Tensor) -> bool:
     """Whether `actual` contains `ours`, added or as a factor, where `expected` contains `theirs`."""
-    difference = actual - expected
-    size = float(difference.square().mean().sqrt())
-    differs = difference.abs() > _ROUNDS * size
-    if not size or not bool((theirs != ours)[differs].all()):
+    difference, limit = actual - expected, _rounding_of(expected, actual)
+    differs = difference.abs() > limit
+    if not limit or not bool((theirs != ours)[differs].all()):
         return False
-    if float((ours - theirs - difference).square().mean().sqrt()) <= _ROUNDS * size:
+    if _rms(ours - theirs - difference) <= limit:
         return True
     if not bool((differs & (theirs != 0)).any()):
         return False  # a factor of zero hides the other factor
     # Compared as products: a quotient would have the other factor's zeros.
-    limit = _ROUNDS * float((difference * theirs).square().mean().sqrt())
-    return float((actual * theirs - expected * ours).square().mean().sqrt()) <= limit
+    return _rms(actual * theirs - expected * ours) <= limit / _rms(difference) * _rms(difference * theirs)
 
 
-def _named(activation: str) -> str:
-    return "no activation" if activation == LINEAR else activation
+def _rounding_of(expected: Tensor, actual: Tensor) -> float:
+    """How far from `actual` an explanation may be; 0 if that is too much to explain the difference to `expected`."""
+    size = _rms(actual - expected)
+    limit = max(_ROUNDS * size, _FINEST * _rms(actual))
+    return limit if limit <= _SMALL * size else 0.0
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.square().mean().sqrt())
 
 
 def tensors_near(recording: Recording, call: str) -> dict[str, Tensor]:

@@ -110,7 +110,7 @@ def check_parity(
         build_float64: makes the Keras model for the exact view. By default the model itself is switched to float64.
         loud: whether to compare the outputs on loud weights too, on which hidden mistakes show. Without a key map the
             inputs are loud instead.
-        loud_inputs: the inputs for that comparison; by default the first sample of `inputs`.
+        loud_inputs: the inputs for that comparison; by default a few samples of `inputs`.
         locate_culprits: whether to search for the layers where the two models part.
         name: the name of the report.
         progress: is called with what is being done, and how far it is.
@@ -155,7 +155,7 @@ def check_parity(
             _run_batches(session, key_map, limits, batch_size, progress)
         except CannotRunError as error:
             return _without_result(str(error), limits, name)
-        report = summarize(session, limits, name, strict_settings, waive)
+        report = summarize(session, limits, name, key_map, strict_settings, waive)
         if key_map is None and not report.divergences:
             report = with_inferred_weights(session, report, limits, loud=loud)
         if loud:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from porting.kinds import becomes, kind_of_layer, kind_of_module
-from porting.kinds.activation import GRID, LINEAR, functions
+from porting.kinds.activation import GRID, LINEAR, functions, joined_names
 from porting.kinds.activation import KIND as ACTIVATION
 from porting.models.inputs import Axes, inverse
 from porting.models.observe import to_torch
@@ -74,8 +75,8 @@ def last_of_fused(session: Session, recording: Recording, tracer: Tracer, node: 
 class Activations:
     """The activation inside a Keras layer, and what PyTorch's code does with the result of the layer's module.
 
-    Both take tensors in Keras's order of axes. `theirs` is None if that is not known. The names say LINEAR for no
-    activation.
+    Both take tensors in Keras's order of axes. `theirs` is None if that is not known. The names are those that
+    `joined_names` gives to functions.
     """
 
     ours: Callable[[Tensor], Tensor]
@@ -94,8 +95,7 @@ class Activations:
         """Diagnose a Keras activation that is not PyTorch's, behind weights that are right."""
         if self.theirs is None or self.our_name == self.their_name or not same(self.ours(expected), actual):
             return None
-        theirs = "no activation" if self.their_name == LINEAR else self.their_name
-        cause = f"its activation is {self.our_name} in Keras, and PyTorch applies {theirs} to its result"
+        cause = f"its activation is {self.our_name} in Keras, and PyTorch applies {self.their_name} to its result"
         return Diagnosis(call, cause, 0.0, (cause,))
 
     def expected(self, truth: Tensor, actual: Tensor) -> Tensor:
@@ -115,6 +115,7 @@ def activations_of(
     it into Keras's order. None if the layer has no activation inside, or PyTorch has a module for it.
     """
     import keras
+    import torch
 
     layer = session.layer(node.name)
     function = ACTIVATION.inside(layer)
@@ -130,15 +131,21 @@ def activations_of(
 
     expected, known = in_keras(truth), functions(actual.ndim)
     taken = [in_keras(each) for each in _taken_behind(session, recording, call, truth)]
-    their_name = next((name for name in known if any(same(known[name](expected), each) for each in taken)), "")
-    result = ours(expected)
+    their_names = [name for name in known if any(same(known[name](expected), each) for each in taken)]
     # A function may compute what it says by another formula, such as a polynomial: only the same results are the same.
-    our_name = next((name for name in known if same(known[name](expected), result)), "")
+    results = [(expected, ours(expected))]
+    with contextlib.suppress(Exception):  # a layer as the activation may take tensors of one shape
+        # More numbers than those of this run, for which several functions may do the same.
+        grid = torch.from_numpy(GRID.copy()).reshape(*(1,) * (actual.ndim - 1), -1)
+        results.append((grid, ours(grid)))
+    our_name = next((name for name in known if all(same(known[name](x), made) for x, made in results)), "")
     if our_name == LINEAR:
         return None
     our_name = our_name or getattr(function, "__name__", type(function).__name__)
-    theirs = ours if our_name == their_name else known.get(their_name)
-    return Activations(ours, theirs, our_name, their_name, axes)
+    if our_name in their_names:
+        return Activations(ours, ours, our_name, our_name, axes)
+    theirs = known[their_names[0]] if their_names else None
+    return Activations(ours, theirs, our_name, joined_names(their_names), axes)
 
 
 def _taken_behind(session: Session, recording: Recording, call: str, truth: Tensor) -> list[Tensor]:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 # Loud weights and inputs increase rounding too. The mistakes that they are meant to show are above a hundredth.
 LOUD_LIMIT = 1e-9
 LOUD_INPUTS = 16.0
+_MOST_SAMPLES, _NUMBERS = 8, 64 * 64 * 3
 # Inputs of zeros and ones with at most this many axes are masks.
 _MOST_MASKS = 3
 
@@ -42,10 +43,10 @@ def compare_loud_outputs(
 ) -> tuple[Loud | None, tuple[Culprit, ...]]:
     """Compare the outputs on loud weights, or on loud inputs if no key map can transfer weights.
 
-    `inputs` are by default one sample of the session's. If the outputs differ and `locates` is True, also returns the
-    culprits. None if there is nothing to compare.
+    `inputs` are by default a few samples of the session's. If the outputs differ and `locates` is True, also returns
+    the culprits. None if there is nothing to compare.
     """
-    inputs = session.few(1) if inputs is None else inputs
+    inputs = session.few(_samples(session.inputs)) if inputs is None else inputs
     if key_map is not None:
         return _on_loud_weights(session, inputs, key_map, limits, locates)
     if not any(array.dtype.kind == "f" for array in inputs.candidate):
@@ -55,6 +56,12 @@ def compare_loud_outputs(
     if found[0] is None:  # the model may take only numbers of some range
         found = _judged_loud(session, _louder(inputs, noisy=False), size, limits, locates)
     return found
+
+
+def _samples(inputs: Inputs) -> int:
+    """As many samples as are as large as one photo, up to eight: a clamp is not reached in each."""
+    numbers = sum(array.size for array in inputs.candidate) // len(inputs)
+    return max(1, min(_MOST_SAMPLES, _NUMBERS // max(1, numbers)))
 
 
 def _judged_loud(

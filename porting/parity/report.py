@@ -281,7 +281,8 @@ class Verified:
     in any bit, of `compared_bits` variables compared, and `details` says how each differs. `through_layers` is whether
     tensors inside the models were compared, not only the outputs. `whole_numbers` means that all results are whole
     numbers, such as those of an argmax, which hide most mistakes. Only weights before a tensor with fractions that
-    agrees count then, or those that were compared bit by bit.
+    agrees count then, or those that were compared bit by bit. `unproven` names layers that nothing proves: no result
+    depends on their weights, as before a rounding, and PyTorch computes nothing that they return.
     """
 
     weights: int
@@ -292,6 +293,7 @@ class Verified:
     compared_bits: int = 0
     details: tuple[str, ...] = ()
     whole_numbers: bool = False
+    unproven: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -406,6 +408,13 @@ class ParityReport:
                 found.append(
                     f"the results are whole numbers, which do not show {listed(self.verified.unverified)}: "
                     "return what they were made from too, or give a key map"
+                )
+            elif self.verified.unproven:
+                first, more = self.verified.unproven[0], len(self.verified.unproven) - 1
+                where = f"{first} and in {counted(more, 'layer')} more" if more else first
+                found.append(
+                    f"a mistake in {where} that no result shows: PyTorch computes nothing like what it returns, and no "
+                    "result depends on its weights, as before a rounding"
                 )
             elif self.verified.weights and not self.verified.verified:
                 found.append("no weight of the Keras model was observed in use")

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from porting.kinds.transforms import Array
+from porting.mapping.key_map import KeyMap
 from porting.models.stacks import modules_of
 from porting.models.traverse import named_variables, owned_variables
+from porting.parity.effect import unproven_layers
 from porting.parity.record import kinds_of
 from porting.parity.report import (
     EXACT,
@@ -41,9 +43,11 @@ def summarize(
     session: Session,
     limits: Limits,
     name: str,
+    key_map: KeyMap | None,
     strict_settings: bool,
     waive: Sequence[str],
 ) -> ParityReport:
+    """Build the report. `key_map`, if given, says whose settings must agree where the tensors do not tell."""
     kinds = kinds_of(session.reference)
     results = [pair.total(kinds, exact=True) for pair in session.results.values()]
     ordered = sorted(session.pairs.values(), key=lambda pair: pair.order)
@@ -65,11 +69,18 @@ def summarize(
         notes=tuple(session.notes),
     )
     agreed = not any(divergence.view == EXACT for divergence in report.divergences)
+    called = {name.partition("#")[0] for name in session.called}
+    unproven = set[str]()
+    if agreed and not session.has_whole_results:
+        unproven = unproven_layers(session, called)
     if agreed:
         report = replace(report, layers=tuple(_written(layer, session) for layer in report.layers))
+    targets = session.layer_of_module
+    if key_map is not None:
+        targets = {**targets, **{pair.source: pair.target for pair in key_map.layers}}
     with session.float64.active() as model:
-        audit = compare_settings(session.reference, model, session.layer_of_module, strict=strict_settings, waive=waive)
-    return replace(report, audit=audit, verified=_verified(session, agreed))
+        audit = compare_settings(session.reference, model, targets, strict=strict_settings, waive=waive)
+    return replace(report, audit=audit, verified=_verified(session, called, unproven, agreed))
 
 
 def _written(layer: LayerComparison, session: Session) -> LayerComparison:
@@ -81,9 +92,10 @@ def _written(layer: LayerComparison, session: Session) -> LayerComparison:
     return replace(layer, rewritten=how)
 
 
-def _verified(session: Session, agreed: bool) -> Verified:
+def _verified(session: Session, ran: Collection[str], unproven: Collection[str], agreed: bool) -> Verified:
+    """Which weights are verified. Of the layers that `ran`, the results say nothing about the `unproven`."""
+    called = {name for name in ran if name not in unproven}
     variables = named_variables(session.candidate)
-    called = {name.partition("#")[0] for name in session.called}
     if agreed and session.has_whole_results:
         called = _before_fractions(session)
     elif not agreed:
@@ -108,6 +120,7 @@ def _verified(session: Session, agreed: bool) -> Verified:
         compared_bits=len(bits.compared),
         details=tuple(bits.differing.values()),
         whole_numbers=session.has_whole_results,
+        unproven=tuple(name for name in session.called if name in unproven),
     )
 
 

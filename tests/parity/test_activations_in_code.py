@@ -209,7 +209,8 @@ def test_an_activation_that_one_side_lacks(side: str, name: str) -> None:
         candidate.get_layer(layer).set_weights([module.weight.detach().T, module.bias.detach()])
     report = porting.check_parity(reference, candidate, np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32))
     assert report.diagnosis is not None
-    assert report.diagnosis.cause == f"{name} comes before fc2 in {side} alone"
+    said = "ReLU or ReLU6" if name == "ReLU" else name  # no number is above six
+    assert report.diagnosis.cause == f"{said} comes before fc2 in {side} alone"
 
 
 def test_a_mistake_before_an_activation_of_its_own_module() -> None:
@@ -360,3 +361,40 @@ def test_an_activation_that_no_module_shows_is_named(name: str, how: str, layer:
     said = report.diagnosis.cause
     lone = f"{name} comes before fc2 in PyTorch alone" if wrong == "no activation" and how == "alone" else ""
     assert said == lone if lone else f"to the result of fc1, and Keras {wrong}" in said, said
+
+
+ALIKE = {
+    # PyTorch's function, Keras's, and what may be said where all numbers are positive.
+    "selu": (torch.selu, keras.ops.elu, "PyTorch applies SELU to the result of fc1, and Keras another activation"),
+    "elu": (torch.nn.functional.elu, keras.ops.selu, "and Keras SELU"),
+    "hardswish": (torch.nn.functional.hardswish, keras.ops.silu, "and Keras SiLU"),
+    "softplus": (torch.nn.functional.softplus, keras.ops.relu, "PyTorch applies softplus"),
+    "tanh": (torch.tanh, keras.ops.hard_tanh, "PyTorch applies tanh to the result of fc1, and Keras hard tanh"),
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_functions_that_give_the_same_numbers_are_not_told_apart(name: str) -> None:
+    theirs, ours, said = ALIKE[name]
+    reference = InCode(theirs, "alone").eval()
+    with torch.no_grad():
+        reference.fc1.bias.add_(0.0 if name == "tanh" else 12.0 if name == "hardswish" else 4.0)
+        reference.fc1.weight.mul_(0.1 if name == "tanh" else 1.0)
+    given = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32) * 0.1
+    candidate = in_code(ours, "alone", False)
+    for layer in candidate.layers:
+        if layer.weights:
+            module = getattr(reference, layer.name)
+            layer.set_weights([module.weight.detach().T, module.bias.detach()])
+    report = porting.check_parity(reference, candidate, given)
+    assert report.diagnosis is not None, str(report)
+    cause = report.diagnosis.cause
+    assert said in cause, cause
+    wrong = {
+        "selu": "ReLU",
+        "elu": "ReLU",
+        "hardswish": "PyTorch applies ReLU to",
+        "softplus": "alone",
+        "tanh": "alone",
+    }
+    assert wrong[name] not in cause, cause

@@ -113,7 +113,7 @@ def test_a_norm_folded_in_float32_and_an_activation_inside_pass() -> None:
         (one_number, "relu", "conv", "conv.weight[4, 0, 1, 2], with the norm behind it folded in, is"),
         (lambda kernel: kernel.swapaxes(0, 1), "relu", "conv", "the kernel's height and width are swapped"),
         (lambda kernel: kernel * 1.5, "relu", "conv", "conv.weight, with the norm behind it folded in, is 1.5 times"),
-        (lambda kernel: kernel, "gelu", "act", "GELU instead of ReLU"),
+        (lambda kernel: kernel, "gelu", "act", "GELU (erf) instead of ReLU"),
     ],
     ids=["one number", "swapped", "scaled", "activation"],
 )
