@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 # A few roundings of the greatest number, as many as folding in float32 causes.
 _FOLDED = 2.0**-21
 _NORM = ", with the norm behind it folded in,"
+NOT_THE_CHECKPOINTS = "is not the checkpoint's"
 # Up to this many differing numbers of a weight are named one by one.
 _FEW = 3
 
@@ -522,7 +523,7 @@ def _said_of_weights(call: str, weights: list[_Weight], elsewhere: Callable[[Arr
         scale = float(np.sqrt(np.square(expected, dtype=np.float64).mean())) or 1.0
         greatest = float(np.abs(expected.astype(np.float64) - actual).max())
         said.append(
-            f"{call}.{weight.name}{note} is not the checkpoint's: {count} of {expected.size} numbers differ, by at "
+            f"{call}.{weight.name}{note} {NOT_THE_CHECKPOINTS}: {count} of {expected.size} numbers differ, by at "
             f"most {greatest / scale:.2g} of its size"
         )
     return said

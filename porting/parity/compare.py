@@ -27,7 +27,7 @@ from porting.models.live import effective_tensors, require_models
 from porting.models.observe import observe_layers, observe_modules, to_torch
 from porting.models.precision import in_precision
 from porting.models.stacks import last_layer
-from porting.models.traverse import named_layers, named_variables
+from porting.models.traverse import named_layers, named_variables, owned_variables
 from porting.parity.bits import compare_bits
 from porting.parity.content import SAME, SAME_IN_FLOAT32
 from porting.parity.derived import (
@@ -36,6 +36,7 @@ from porting.parity.derived import (
     halved_weights,
     has_derived,
     in_all_orders,
+    is_nearly,
     is_too_large_to_copy,
     rounds_to,
     scaled_weight,
@@ -314,21 +315,43 @@ def _substitute_computed(session: Session) -> int:
         if tensor.is_floating_point() and tensor.numel() > 1 and bool(tensor.isfinite().all())
     ]
     stored = StoredWeights(tensor.float().numpy() for tensor in tensors)
+    others: set[str] = set()
 
     def computed(name: str, values: Array) -> Array | None:
         if name in session.bits.copies or values.size < 2 or stored.has(values) or not np.isfinite(values).all():
             return None
-        same_size = (tensor.double().numpy() for tensor in tensors if tensor.numel() == values.size)
-        scaled = scaled_weight(values, (order for each in same_size for order in in_all_orders(each)))
+        same_size = [tensor.double().numpy() for tensor in tensors if tensor.numel() == values.size]
+        orders = [order for each in same_size for order in in_all_orders(each)]
+        is_copy = any(is_nearly(values, order) for order in orders) or stored.has_parts(values)
+        if not is_copy:  # nor one with a small mistake
+            others.add(name)
+        scaled = scaled_weight(values, orders)
         if scaled is not None or values.ndim != 2:
             return scaled
         tables = [each.double().numpy() for each in tensors if each.ndim == 2 and each.shape[1] == values.shape[1]]
         return table_with_row(values, tables)
 
     count = session.float64.substitute(computed)
+    session.computed = _layers_with_computed_weights(session, others)
     if count:
         session.notes[f"{counted(count, 'weight')} of Keras's computed from PyTorch's, exactly up to float32"] = None
     return count
+
+
+def _layers_with_computed_weights(session: Session, others: set[str]) -> set[str]:
+    """The layers of which no kernel is a tensor of PyTorch's, and those that scale their input by numbers of their own.
+
+    `others` are the variables that hold no tensor of PyTorch's.
+    """
+    from keras import layers
+
+    names = {id(variable): name for name, variable in named_variables(session.candidate).items()}
+    kernels = {
+        layer: [names[id(variable)] for variable in own if len(variable.shape) > 1]
+        for layer, own in owned_variables(session.candidate).items()
+    }
+    found = {layer for layer, own in kernels.items() if layer and own and others.issuperset(own)}
+    return found | {name for name, layer in session.names.layers.items() if isinstance(layer, layers.Rescaling)}
 
 
 def _run_exact(session: Session, recording: Recording, batch: Inputs, start: int) -> ExactObserver:
@@ -342,7 +365,7 @@ def _run_exact(session: Session, recording: Recording, batch: Inputs, start: int
     attempt, is_computed = next(attempts), False
     while True:
         before = session.found()
-        observer = ExactObserver(session, recording, start)
+        observer = ExactObserver(session, recording, start, batch)
         try:
             with torch_on_one_thread(), session.float64.active() as model, observe_layers(model, observer):
                 observer.results(model(batch.for_candidate(model), training=False))

@@ -90,15 +90,28 @@ def in_all_orders(array: Array) -> Iterator[Array]:
             yield transform.apply(array)
 
 
+def is_nearly(values: Array, stored: Array) -> bool:
+    """Whether weights are those of a tensor but for a small mistake, as rounding them makes."""
+    return bool((np.abs(values - stored.reshape(values.shape)) <= _DAMAGE * np.abs(stored).max(initial=0.0)).all())
+
+
 class StoredWeights:
     """Recognises weights that hold the numbers of a checkpoint tensor, in any order of axes."""
 
     def __init__(self, tensors: Iterable[Array]) -> None:
-        self._known = {_checksum(tensor) for tensor in tensors}
+        self._tensors = list(tensors)
+        self._known = {_checksum(tensor) for tensor in self._tensors}
+        self._numbers: Array | None = None
 
     def has(self, values: Array) -> bool:
         """Whether `values` hold such a tensor, or only zeros, which nothing computes."""
         return not values.any() or _checksum(values) in self._known
+
+    def has_parts(self, values: Array) -> bool:
+        """Whether `values` are made of numbers that the tensors hold, such as the queries of a fused projection."""
+        if self._numbers is None:
+            self._numbers = np.unique(np.concatenate([each.ravel() for each in self._tensors] or [np.zeros(0)]))
+        return bool(np.isin(values.ravel()[:_SOME], self._numbers).all() and np.isin(values, self._numbers).all())
 
 
 def _checksum(values: Array) -> tuple[int, int, int]:
@@ -125,6 +138,9 @@ _POWERS = (-0.5, -0.25, 0.5, 0.25)
 _GREATEST_FACTOR = 4096
 # The number of elements on which a factor is tried before all are compared.
 _TRIED = 64
+# A number of a weight is damaged, and not another one, up to this share of the greatest number.
+_DAMAGE = 1e-3
+_SOME = 4096
 # A table of the types of tokens has at most so many rows.
 _MOST_TYPES = 4
 

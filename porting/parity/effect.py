@@ -6,15 +6,16 @@ Such are layers before a rounding, a sign or a nearest code, if they are not PyT
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from porting.models.inputs import Inputs, leaves_by_key
-from porting.models.observe import Replacement, observe_layers, tensors_in, to_torch
+from porting.models.inputs import leaves_by_key
+from porting.models.observe import Replacement, observe_layers, to_torch
 from porting.models.traverse import named_variables, owned_variables
-from porting.parity.content import Truth, as_real
+from porting.parity.code import tensors_of_code
+from porting.parity.content import as_real
 from porting.parity.record import Recording
 from porting.parity.session import Session
 
@@ -55,28 +56,10 @@ def unproven_layers(session: Session, called: Collection[str]) -> set[str]:
     inputs, observer = session.few(_SAMPLES), _Results(idle)
     with session.float64.active() as model, observe_layers(model, observer):
         model(inputs.for_candidate(model), training=False)
-    library = session.library(Recording(truths=_computed(session, inputs, observer.found)))
+    sizes = {each.numel() for outputs in observer.found.values() for each in outputs}
+    computed = tensors_of_code(session.truth_model, inputs, wanted=sizes.__contains__)
+    library = session.library(Recording(), computed)
     return {name for name, outputs in observer.found.items() if not all(library.find(each) for each in outputs)}
-
-
-def _computed(session: Session, inputs: Inputs, wanted: Mapping[str, list[Tensor]]) -> list[Truth]:
-    """All tensors as large as the wanted ones that PyTorch computes, in modules or in its code."""
-    import torch
-    from torch.overrides import TorchFunctionMode
-
-    sizes, found = {each.numel() for outputs in wanted.values() for each in outputs}, list[Truth]()
-
-    class Watching(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = func(*args, **(kwargs or {}))
-            for each in tensors_in(result):
-                if each.numel() in sizes and each.is_floating_point():
-                    found.append(Truth(each.detach().clone()))  # it may be overwritten later
-            return result
-
-    with torch.no_grad(), Watching():
-        inputs.call_reference(session.truth_model, torch.float64)
-    return found
 
 
 def _without_effect(session: Session, names: Sequence[str]) -> set[str]:

@@ -19,6 +19,7 @@ from porting.models.inputs import Inputs, inverse, leaves_by_key
 from porting.models.observe import observe_layers
 from porting.models.stacks import last_layer
 from porting.parity.causes import (
+    NOT_THE_CHECKPOINTS,
     cause_of,
     exchanged_parts,
     has_weights_of,
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
     from porting.parity.session import Session
 
 MAX_CULPRITS = 10
+# A tensor of PyTorch's code is what a layer stands for if its squared distance is less than this share of the others.
+_NEARER = 0.25
 # The rounding of float64 itself stays below this, relative to a tensor's RMS.
 _FINEST = 2e-14
 
@@ -73,7 +76,9 @@ def locate(session: Session, inputs: Inputs, limits: Limits, most: int = MAX_CUL
 
     recording = session.record_truth(inputs)
     # What the models are given is right, even where only PyTorch's code takes it.
-    library = session.library(recording, [torch.from_numpy(array) for array in inputs.candidate])
+    given = [torch.from_numpy(array) for array in inputs.candidate]
+    in_code = session.tensors_of_code(inputs, recording)
+    library = session.library(recording, [*given, *(in_code if session.computed else ())])
     fixes: dict[Place, Tensor] = {}
     innocent: set[Place] = set()
     found: list[Culprit] = []
@@ -110,7 +115,7 @@ def locate(session: Session, inputs: Inputs, limits: Limits, most: int = MAX_CUL
             last = None
             continue
         previous = worst, agreeing
-        step = _next_culprit(session, recording, tracer, wrong, innocent)
+        step = _next_culprit(session, recording, tracer, wrong, innocent, in_code)
         if step.culprit is None:
             break
         if step.place is None or step.truth is None or step.difference is None:
@@ -183,8 +188,9 @@ def _next_culprit(
     tracer: Tracer,
     wrong: list[tuple[str, Tensor, float]],
     innocent: set[Place],
+    in_code: list[Tensor],
 ) -> _Step:
-    """Find the first culprit that makes results differ."""
+    """Find the first culprit that makes results differ. `in_code` is what PyTorch computes and shows to no module."""
 
     def known(node: Node) -> bool:
         return _partner(session, recording, tracer, node) is not None
@@ -215,7 +221,7 @@ def _next_culprit(
             if taken is None:
                 call = last_of_fused(session, recording, tracer, first, call)
                 if not _is_right_inside(session, recording, first, call):
-                    return _own_mistake(session, recording, tracer, first, call)
+                    return _own_mistake(session, recording, tracer, first, call, in_code)
             # Where PyTorch's tensor did not help there, the layer stands for something else.
             elif (first.name, False, taken) not in innocent:
                 return _wrong_input(session, recording, tracer, Gap(first, taken))
@@ -230,7 +236,7 @@ def _next_culprit(
         return _Step()
     other = _gives_anothers(session, recording, tracer, first, innocent)
     if other is not None:
-        return _own_mistake(session, recording, tracer, *other)
+        return _own_mistake(session, recording, tracer, *other, in_code)
     if first.node is None:
         return _Step(_wrong_result(session, recording, first.key, wrong))
     return _wrong_input(session, recording, tracer, first)
@@ -374,7 +380,9 @@ def _is_right_inside(session: Session, recording: Recording, node: Node, call: s
     return inside is not None and inside.theirs is None and same(inside.ours(expected), actual)
 
 
-def _own_mistake(session: Session, recording: Recording, tracer: Tracer, node: Node, call: str) -> _Step:
+def _own_mistake(
+    session: Session, recording: Recording, tracer: Tracer, node: Node, call: str, in_code: list[Tensor]
+) -> _Step:
     own = next((i for i, output in enumerate(node.outputs) if not tracer.is_exact(output)), 0)
     actual, given = as_real(node.outputs[own]), recording.calls[call].outputs
     # Keras may return only the last step, where PyTorch returns all steps and also the last one.
@@ -391,6 +399,16 @@ def _own_mistake(session: Session, recording: Recording, tracer: Tracer, node: N
     cause = None if inside is None else inside.another(call, expected, actual)
     cause = cause or cause_of(session, recording, tracer, node, call, index, axes, actual, inside)
     cause = with_names_of_stack(session, call, cause)
+    if cause is None or NOT_THE_CHECKPOINTS in cause.cause:
+        several = _meant_of_code(session, node, actual, expected, in_code)
+        if several is not None:
+            relative = (_distance(actual, several) / float(several.square().mean())) ** 0.5
+            text = f"differs by {relative:.2g} in float64 from what PyTorch's code computes of it and of other tensors"
+            culprit = Culprit(label, node.name, text, relative)
+            return _Step(culprit, (node.name, True, own), several, actual - several, is_own=True)
+        is_taken = any(not is_output for _, is_output, _ in truth.places)
+        if cause is not None and not is_taken and node.name.partition("#")[0] in session.computed:
+            cause = replace(cause, pattern=True)  # the layer may stand for this module and others
     if inside is not None:
         expected = inside.expected(expected, actual).contiguous()
     relative = _relative(actual, expected, truth)
@@ -398,6 +416,28 @@ def _own_mistake(session: Session, recording: Recording, tracer: Tracer, node: N
         label = cause.layer  # the layer is several modules, and this one has the mistake
     culprit = Culprit(label, node.name, _by_how_much(relative), relative, diagnosis=cause)
     return _Step(culprit, (node.name, True, own), expected, actual - expected, is_own=True)
+
+
+def _meant_of_code(
+    session: Session, node: Node, actual: Tensor, expected: Tensor, in_code: list[Tensor]
+) -> Tensor | None:
+    """What a Keras layer with weights stands for if it is several modules that PyTorch's code adds, in Keras's order.
+
+    That is the tensor of PyTorch's code that is clearly the nearest to the layer's result.
+    """
+    if not getattr(session.layer(node.name), "weights", None):
+        return None
+    found = []
+    for tensor in in_code:
+        axes = session.axes_in_keras(tensor, actual) if tensor.numel() == actual.numel() else None
+        if axes is not None and tuple(tensor.shape[axis] for axis in axes) == tuple(actual.shape):
+            found.append(tensor.permute(axes).contiguous())
+    nearest = min(found, key=lambda tensor: _distance(actual, tensor), default=None)
+    if nearest is None or not float(nearest.square().mean()):
+        return None
+    distance = _distance(actual, nearest)
+    is_near = distance < _NEARER * _distance(actual, expected) and distance < float(nearest.square().mean())
+    return nearest if is_near else None
 
 
 def _wrong_input(session: Session, recording: Recording, tracer: Tracer, gap: Gap) -> _Step:

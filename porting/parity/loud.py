@@ -157,7 +157,9 @@ def _relative_on(session: Session, inputs: Inputs) -> float | None:
         ours = {key: as_real(to_torch(leaf)) for key, leaf in leaves_by_key(result).items()}
     partners, _ = pair_results({key: Truth(tensor) for key, tensor in theirs.items()}, ours)
     worst = 0.0
-    inside = any(pair.in_float32 for pair in (*session.pairs.values(), *session.results.values()))
+    inside = session.has_rounded_weights or any(
+        pair.in_float32 for pair in (*session.pairs.values(), *session.results.values())
+    )
     for key, own in partners.items():
         expected, actual = theirs[key].permute(session.axes_of_result(key, theirs[key].ndim)), ours[own]
         if not bool(expected.isfinite().all()) or expected.shape != actual.shape:

@@ -28,12 +28,13 @@ if TYPE_CHECKING:
 class ExactObserver:
     """Compares every Keras layer in float64 as it runs, and pairs its results by content."""
 
-    watches_inputs = False
-
-    def __init__(self, session: Session, recording: Recording, samples_before: int) -> None:
+    def __init__(self, session: Session, recording: Recording, samples_before: int, batch: Inputs) -> None:
         self.session, self.recording = session, recording
         self.samples_before = samples_before
-        self.library = session.library(recording)
+        self.watches_inputs = bool(session.computed)
+        self._inputs: list[list[Tensor]] = []  # of the calls that have begun
+        in_code = session.tensors_of_code(batch, recording) if session.computed else []
+        self.library = session.library(recording, in_code)
         self.wanted: set[int] = set()
         self.matched: set[int] = set()
         self._known: dict[int, tuple[weakref.ref[Any], list[Match]]] = {}
@@ -41,14 +42,16 @@ class ExactObserver:
         self._is_doubtful = False
 
     def before(self, name: str, inputs: list[Tensor]) -> Replacement:
+        self._inputs.append(inputs)
         return None
 
     def after(self, name: str, outputs: list[Tensor]) -> Replacement:
         self.session.called[name] = None
-        replacements: list[Tensor | None] = [self._compare(name, *pair) for pair in enumerate(outputs)]
+        inputs = self._inputs.pop()
+        replacements: list[Tensor | None] = [self._compare(name, inputs, *pair) for pair in enumerate(outputs)]
         return replacements if any(each is not None for each in replacements) else None
 
-    def _compare(self, name: str, index: int, output: Tensor) -> Tensor | None:
+    def _compare(self, name: str, inputs: list[Tensor], index: int, output: Tensor) -> Tensor | None:
         session, actual = self.session, as_real(output)
         if actual.numel() < 2:
             return None
@@ -59,7 +62,7 @@ class ExactObserver:
             if found is not None:
                 self._include(pair, found, actual)
                 return _steered(found, output) if pair.in_float32 else None
-        matches = self._matches(name, index, output, actual)
+        matches = self._matches(name, inputs, index, output)
         if not matches:
             self._without_partner(name, index, actual)
             return None
@@ -84,17 +87,17 @@ class ExactObserver:
             found = next((each for each in self.library.find(actual) if each.truth is truth), None)
         return found if found is None or not pair.in_float32 else replace(found, in_float32=True)
 
-    def _matches(self, name: str, index: int, output: Tensor, actual: Tensor) -> list[Match]:
+    def _matches(self, name: str, inputs: list[Tensor], index: int, output: Tensor) -> list[Match]:
         """Find all partners by content. If the partner by name has the same content, it alone is returned."""
         known = self._known.get(id(output))
         if known is not None and known[0]() is output:
             return known[1]
-        named = self._named_truth(name, index)
+        named, actual = self._named_truth(name, index), as_real(output)
         match = None if named is None else self.library.match(actual, named, likely=True)
         matches = [match] if match is not None else self.library.find(actual)
         if not matches:
             # Some layers always compute in float32.
-            inside, has_mistake = self.session.inside_float32(self.library, name, output)
+            inside, has_mistake = self.session.inside_float32(self.library, name, inputs, output)
             self._is_doubtful |= has_mistake
             matches += [] if self._is_doubtful else inside
         self._known[id(output)] = weakref.ref(output), matches

@@ -18,7 +18,9 @@ from porting.models.frameworks import return_free_memory
 from porting.models.inputs import Axes, Inputs
 from porting.models.keras_float64 import Float64Model
 from porting.models.stacks import modules_of
+from porting.models.traverse import named_layers
 from porting.parity.bits import Bits
+from porting.parity.code import tensors_of_code
 from porting.parity.content import Library, Match, Truth, as_real, computes_in_float32
 from porting.parity.derived import rounds_to
 from porting.parity.measure import DifferenceSum, DistanceSum
@@ -33,6 +35,7 @@ from porting.parity.report import (
     LayerComparison,
     View,
 )
+from porting.parity.rounded_weights import differs_as_rounded
 
 if TYPE_CHECKING:
     import keras
@@ -150,6 +153,10 @@ class Session:
         # Whether no result has fractions, so that most mistakes do not show.
         self.has_whole_results = True
         self.used: set[tuple[str, bool, int]] = set()
+        # The layers whose weights a port computed, known once a pass has shown differences as small as rounding, and
+        # whether one of them has such differences.
+        self.computed: set[str] = set()
+        self.has_rounded_weights = False
 
     def found(self) -> Found:
         """What the passes have found so far, to return to it if a pass has to be made again."""
@@ -211,6 +218,10 @@ class Session:
         self._sizes.add(len(batch))
         return recording
 
+    def tensors_of_code(self, inputs: Inputs, recording: Recording) -> list[Tensor]:
+        """What PyTorch computes in its code for these inputs, and shows to no module; nothing for a large model."""
+        return [] if self._large else tensors_of_code(self.truth_model, inputs, recording.truths)
+
     def few(self, count: int) -> Inputs:
         """The first `count` samples, or all of them if the PyTorch model takes only batches of a fixed size."""
         import torch
@@ -246,14 +257,31 @@ class Session:
         trace = self.float64.trace
         return computes_in_float32(output, match) or (trace is not None and trace.has(output) and not match.reordered)
 
-    def inside_float32(self, library: Library, name: str, output: Tensor) -> tuple[list[Match], bool]:
-        """What the result of a layer equals up to the rounding of float32, if something rounds in it.
+    def inside_float32(
+        self, library: Library, name: str, inputs: Sequence[Tensor], output: Tensor
+    ) -> tuple[list[Match], bool]:
+        """What the result of a layer equals up to the rounding of float32, if something rounds in it, or its weights.
 
         Also whether it has a mistake instead: then what differs after it need not be rounding either.
         """
         near = library.find_near(as_real(output))
-        inside = [replace(each, in_float32=True) for each in near if self.computes_in_float32(output, each)]
+        inside = [
+            replace(each, in_float32=True)
+            for each in near
+            if self.computes_in_float32(output, each) or self._has_rounded_weights(name, inputs, output, each)
+        ]
         return inside, not inside and self._is_nearly_right(name, output, near)
+
+    def _has_rounded_weights(self, name: str, inputs: Sequence[Tensor], output: Tensor, match: Match) -> bool:
+        if name.partition("#")[0] not in self.computed or match.reordered:
+            return False
+        layer = named_layers(self.float64.model).get(name.partition("#")[0])
+        actual = as_real(output)
+        if layer is None or not differs_as_rounded(layer, inputs, actual, match.expected(actual)):
+            return False
+        self.has_rounded_weights = True
+        self.notes[f"{name} computes with numbers that the port rounded to float32, and PyTorch does not hold"] = None
+        return True
 
     def _is_nearly_right(self, name: str, output: Tensor, near: Sequence[Match]) -> bool:
         """Whether a layer gives nearly PyTorch's tensor where nothing rounds in float32, so that it has a mistake.
@@ -269,7 +297,7 @@ class Session:
 
     def library(self, recording: Recording, others: Sequence[Tensor] = ()) -> Library:
         """All tensors of a run, and others that are no module's."""
-        ranks = {truth.tensor.ndim for truth in recording.truths}
+        ranks = {each.ndim for each in (*(truth.tensor for truth in recording.truths), *others)}
         truths = [*recording.truths, *(Truth(tensor.double()) for tensor in others)]
         return Library(truths, {rank: self.inputs.output_axes(rank) for rank in ranks})
 

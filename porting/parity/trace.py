@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -58,7 +58,7 @@ class Tracer:
         library: Library,
         fixes: dict[Place, Tensor],
         tolerance: float,
-        inside_float32: Callable[[Library, str, Tensor], tuple[list[Match], bool]],
+        inside_float32: Callable[[Library, str, Sequence[Tensor], Tensor], tuple[list[Match], bool]],
     ) -> None:
         self.library, self.fixes, self.tolerance = library, fixes, tolerance
         self._inside_float32 = inside_float32
@@ -92,7 +92,7 @@ class Tracer:
         replaced = self._fixed(name, True, node.outputs)
         if replaced is not None:
             return replaced
-        inside = [self._inside(name, output) for output in outputs]
+        inside = [self._inside(name, node.inputs, output) for output in outputs]
         for index, each in enumerate(inside):
             if each is not None:
                 node.outputs[index] = each
@@ -108,11 +108,11 @@ class Tracer:
                 self._give(each, None)
         return found
 
-    def _inside(self, name: str, output: Tensor) -> Tensor | None:
+    def _inside(self, name: str, inputs: Sequence[Tensor], output: Tensor) -> Tensor | None:
         """The truth to put in place of a result that was computed in float32; None if it was not."""
         if self.is_exact(output):
             return None
-        inside, has_mistake = self._inside_float32(self.library, name, output)
+        inside, has_mistake = self._inside_float32(self.library, name, inputs, output)
         self.is_doubtful |= has_mistake
         if self.is_doubtful or not inside:
             return None

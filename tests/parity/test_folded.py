@@ -253,3 +253,90 @@ def test_a_row_that_is_added_to_a_table(factor: float) -> None:
     culprits = [culprit.layer for culprit in check_parity(reference, candidate, tokens).culprits]
     assert culprits[-1] == "out"
     assert factor != 1.0 or culprits == ["out"]
+
+
+MAPS = np.random.default_rng(5).normal(size=(3, 8, 8, 3)).astype(np.float32)
+
+
+class Branches(nn.Module):
+    """Two convolutions, each with a norm, whose results are added by code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.conv3, self.conv1 = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.Conv2d(3, 4, 1, bias=False)
+        self.norm3, self.norm1, self.head = nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
+        for norm in (self.norm3, self.norm1):
+            state = {"running_mean": torch.rand(4) - 0.5, "running_var": torch.rand(4) + 0.5}
+            norm.load_state_dict(norm.state_dict() | state | {"weight": torch.rand(4) + 0.5, "bias": torch.rand(4)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.norm3(self.conv3(x)) + self.norm1(self.conv1(x))))
+
+
+def joined(reference: Branches, epsilon: float = 1e-5) -> keras.Model:
+    """One convolution for both branches, with `epsilon` for the second norm."""
+
+    def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d, epsilon: float) -> tuple[Any, Any]:
+        state = {name: tensor.detach().double().numpy() for name, tensor in norm.state_dict().items()}
+        factor = state["weight"] / np.sqrt(state["running_var"] + epsilon)
+        kernel = conv.weight.detach().double().numpy() * factor[:, None, None, None]
+        return kernel, state["bias"] - state["running_mean"] * factor
+
+    kernel, bias = folded(reference.conv3, reference.norm3, 1e-5)
+    other, offset = folded(reference.conv1, reference.norm1, epsilon)
+    kernel[:, :, 1:2, 1:2] += other
+    inputs = keras.Input((8, 8, 3))
+    x = layers.ReLU()(layers.Conv2D(4, 3, padding="same", name="both")(inputs))
+    model = keras.Model(inputs, layers.Conv2D(2, 1, name="head")(x))
+    model.get_layer("both").set_weights([kernel.transpose(2, 3, 1, 0), bias + offset])
+    head, last = (each.detach().numpy() for each in reference.head.parameters())
+    model.get_layer("head").set_weights([head.transpose(2, 3, 1, 0), last])
+    return model
+
+
+def test_branches_may_be_one_convolution() -> None:
+    reference = Branches().eval()
+    report = check_parity(reference, joined(reference), MAPS)
+    assert report.passed, str(report)
+    assert any("rounded to float32" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("mistake", ["epsilon", "number", "bias", "all"])
+def test_a_mistake_in_joined_branches_is_found(mistake: str) -> None:
+    reference = Branches().eval()
+    candidate = joined(reference, 1e-4 if mistake == "epsilon" else 1e-5)
+    kernel, bias = (np.array(variable) for variable in candidate.get_layer("both").weights)
+    if mistake == "number":
+        kernel[1, 1, 0, 2] *= 1 + 1e-5
+    if mistake == "bias":
+        bias[np.abs(bias).argmax()] *= 1 + 1e-5
+    candidate.get_layer("both").set_weights([kernel * (1 + 1e-6 * (mistake == "all")), bias])
+    report = check_parity(reference, candidate, MAPS)
+    assert not report.passed
+    assert report.culprits[0].target == "both", str(report)
+    assert report.diagnosis is None or report.diagnosis.confidence != "certain", str(report)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_rescaling_may_round_its_numbers_otherwise(wrong: bool) -> None:
+    class Normalised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            for name, values in {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}.items():
+                self.register_buffer(name, torch.tensor(values)[:, None, None])
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.conv((x - self.get_buffer("mean")) / self.get_buffer("std"))
+
+    reference = Normalised().eval()
+    scale = [1 / 0.229, 1 / 0.224, 1 / (0.22501 if wrong else 0.225)]
+    offset = [-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225]
+    inputs = keras.Input((8, 8, 3))
+    candidate = keras.Model(inputs, layers.Conv2D(4, 3)(layers.Rescaling(scale, offset)(inputs)))
+    kernel, bias = (each.detach().numpy() for each in reference.conv.parameters())
+    candidate.layers[-1].set_weights([kernel.transpose(2, 3, 1, 0), bias])
+    report = check_parity(reference, candidate, MAPS)
+    assert report.passed is not wrong, str(report)

@@ -1,0 +1,77 @@
+"""Tells the rounding of weights that a port computed, such as a convolution of several branches, from a mistake.
+
+Nothing in PyTorch holds such weights, so they cannot be compared. A layer that is right but for their rounding to
+float32 differs in a known size: a sum of products with random errors of one rounding each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from porting.models.observe import to_torch
+from porting.parity.content import as_real
+from porting.parity.report import FLOAT32_ROUNDOFF
+
+if TYPE_CHECKING:
+    import keras
+    from torch import Tensor
+
+# A weight that several operations computed in float32 has an error of some roundings.
+_ROUNDINGS = 4.0
+
+
+def differs_as_rounded(layer: keras.layers.Layer, inputs: Sequence[Tensor], actual: Tensor, expected: Tensor) -> bool:
+    """Whether a layer's result differs by no more than the rounding of its own weights makes, channel by channel.
+
+    `layer` is in float64, as are all tensors, which are in Keras's order. Weights are as wrong as their rounding if the
+    result is, in each channel, within some roundings of the root of the sum of squared products. A factor for a whole
+    channel, such as that of a norm, is rounded once for all its weights, so as much of the result itself may differ.
+    """
+    if len(inputs) != 1 or not actual.ndim:
+        return False
+    power = _power(layer, inputs[0])
+    if power is None or power.shape != actual.shape:
+        return False
+    axes = tuple(range(actual.ndim - 1))
+    distance, size, products = (
+        (each.mean(axes) if axes else each) for each in ((actual - expected) ** 2, actual**2, power)
+    )
+    limit = _ROUNDINGS * FLOAT32_ROUNDOFF * (products.sqrt() + size.sqrt())
+    return bool((distance.sqrt() <= limit).all())
+
+
+def _power(layer: keras.layers.Layer, given: Tensor) -> Tensor | None:
+    """The sum of squared products for each result of a layer that is linear in its input; None for other layers."""
+    import keras
+
+    squared = keras.ops.convert_to_tensor(given.double().square().contiguous().numpy())
+    try:
+        with _squared(layer):
+            return as_real(to_torch(layer.call(squared)))
+    except Exception:  # a layer may raise anything, or take more than one tensor
+        return None
+
+
+@contextlib.contextmanager
+def _squared(layer: Any) -> Iterator[None]:
+    """Square all numbers of a layer, and leave out its activation."""
+    import keras
+
+    values = [np.array(variable) for variable in layer.weights]
+    attributes = {name: vars(layer)[name] for name in ("activation", "scale", "offset") if name in vars(layer)}
+    try:
+        for variable, each in zip(layer.weights, values, strict=True):
+            variable.assign(each**2)
+        for name, value in attributes.items():
+            other = keras.activations.linear if name == "activation" else np.square(np.asarray(value, np.float64))
+            setattr(layer, name, other)
+        yield
+    finally:
+        for name, value in attributes.items():
+            setattr(layer, name, value)
+        for variable, each in zip(layer.weights, values, strict=True):
+            variable.assign(each)
