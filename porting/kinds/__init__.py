@@ -66,9 +66,17 @@ def kind_of_module(module: nn.Module) -> Kind | None:
 
 
 def becomes(module: nn.Module, layer: keras.layers.Layer) -> bool:
-    """Whether a module may become a Keras layer: both are of one kind, or the module's kind fills the layer's."""
+    """Whether a module may become a Keras layer.
+
+    Both are of one kind, or the module's kind fills the layer's, or one is a dense layer and the other a convolution
+    with one tap.
+    """
     kind, own = kind_of_module(module), kind_of_layer(layer)
-    return kind is not None and own is not None and (kind is own or kind.fills == own.name)
+    if kind is None or own is None:
+        return False
+    conv = {("conv", "dense"): module, ("dense", "conv"): layer}.get((kind.name, own.name))
+    has_one_tap = conv is not None and set(getattr(conv, "kernel_size", ())) == {1}
+    return kind is own or kind.fills == own.name or has_one_tap
 
 
 def kind_of_layer(layer: keras.layers.Layer) -> Kind | None:

@@ -78,6 +78,7 @@ def locate(session: Session, inputs: Inputs, limits: Limits, most: int = MAX_CUL
     # What the models are given is right, even where only PyTorch's code takes it.
     given = [torch.from_numpy(array) for array in inputs.candidate]
     in_code = session.tensors_of_code(inputs, recording)
+    of_code = session.library(Recording(), in_code)
     library = session.library(recording, [*given, *(in_code if session.computed else ())])
     fixes: dict[Place, Tensor] = {}
     innocent: set[Place] = set()
@@ -87,7 +88,7 @@ def locate(session: Session, inputs: Inputs, limits: Limits, most: int = MAX_CUL
     last: Place | None = None
     tolerance = SAME
     for _ in range(3 * most):  # some culprits turn out to be none
-        tracer = Tracer(library, fixes, tolerance, session.inside_float32)
+        tracer = Tracer(library, fixes, tolerance, of_code, session.inside_float32)
         ours: dict[str, Tensor] | None = None
         # A layer may not take PyTorch's tensor, such as positions that count from two.
         with contextlib.suppress(Exception), session.float64.active() as model, observe_layers(model, tracer) as seen:
@@ -556,7 +557,7 @@ def _partner(session: Session, recording: Recording, tracer: Tracer, node: Node)
     index = next((i for i, output in enumerate(node.outputs) if not tracer.is_exact(output)), 0)
     named = session.names.source(node.name, recording.calls)
     if named is not None and index < len(recording.calls[named].outputs):
-        return named
+        return _same_call(session, recording, node, named)
     # The parts of a layer, such as an attention's projections, stand for parts of its partner.
     around = node.parent
     inside = None
@@ -590,7 +591,7 @@ def _partner(session: Session, recording: Recording, tracer: Tracer, node: Node)
         own_kind = [call for call in pool if session.kind_matches(call, node.name)]
         if own_kind:
             same_weights = [call for call in own_kind if pool is not same_input and has_weights_of(session, node, call)]
-            return (same_weights or own_kind)[0]
+            return _same_call(session, recording, node, (same_weights or own_kind)[0])
     modules = {call: session.modules[call.partition("#")[0]] for call in same_input}
     # A layer without weights, such as an addition, stands for no module that has some.
     weighs = bool(getattr(session.layer(node.name), "weights", None))
@@ -600,6 +601,25 @@ def _partner(session: Session, recording: Recording, tracer: Tracer, node: Node)
         if not list(module.children()) and (weighs or not list(module.parameters()))
     ]
     return leaves[0] if leaves else None
+
+
+def _same_call(session: Session, recording: Recording, node: Node, call: str) -> str:
+    """The call of a module, if it runs several times, whose input is the nearest: Keras's order may differ."""
+    module = call.partition("#")[0]
+    calls = [name for name in recording.calls if name.partition("#")[0] == module]
+    if len(calls) < 2 or not node.inputs:
+        return call
+    actual = as_real(node.inputs[0])
+
+    def distance(name: str) -> float:
+        given = recording.calls[name].inputs
+        axes = session.axes_in_keras(given[0].tensor, actual) if given else None
+        if axes is None:
+            return float("inf")
+        return _distance(actual, given[0].tensor.permute(axes).reshape(actual.shape))
+
+    nearest = min(calls, key=distance)
+    return nearest if distance(nearest) < distance(call) else call
 
 
 def _first_known(tracer: Tracer, tensor: Tensor) -> Match | None:

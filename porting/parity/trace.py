@@ -58,9 +58,10 @@ class Tracer:
         library: Library,
         fixes: dict[Place, Tensor],
         tolerance: float,
+        in_code: Library,
         inside_float32: Callable[[Library, str, Sequence[Tensor], Tensor], tuple[list[Match], bool]],
     ) -> None:
-        self.library, self.fixes, self.tolerance = library, fixes, tolerance
+        self.library, self.fixes, self.tolerance, self._in_code = library, fixes, tolerance, in_code
         self._inside_float32 = inside_float32
         # Set once a tensor is nearly right: what differs after it need not be the rounding of float32.
         self.is_doubtful = False
@@ -148,7 +149,12 @@ class Tracer:
             actual = as_real(tensor)
             matches = self.library.find(actual, self.tolerance) if actual.numel() > 1 else []
             matches = [each for each in matches if not each.reordered or self._may_be_flattened(tensor, each)]
-            exact = actual.numel() < 2 or bool(matches) or self.library.find_part(actual) is not None
+            exact = (
+                actual.numel() < 2
+                or bool(matches)
+                or self.library.find_part(actual) is not None
+                or bool(self._in_code.find(actual, self.tolerance))
+            )
             self._exact[key] = tensor, next(iter(matches), None), exact
         return self._exact[key][2]
 
