@@ -16,7 +16,7 @@ import numpy as np
 from porting.kinds import becomes, kind_called, kind_of_module
 from porting.kinds.activation import LINEAR, functions, joined_names
 from porting.kinds.base import Kind, Leaf, attribute, with_change, with_value
-from porting.models.inputs import Axes, inverse
+from porting.models.inputs import Axes, inverse, moved
 from porting.models.stacks import layers_of_stack, modules_of, owner_of
 from porting.parity.content import as_real
 from porting.parity.diagnose import EXPLAINED, as_tensors, diagnose
@@ -82,11 +82,18 @@ def _exchanged_activation(
     chosen = worst.topk(min(len(worst), _MOST_ROWS)).indices
     some = _rows(expected)[chosen], _rows(actual)[chosen]
     floats = ((name, each) for name, each in near.items() if each.ndim == len(axes) and each.is_floating_point())
-    sources = [(name, each.permute(axes)) for name, each in floats if each.numel() == expected.numel()]
+    # Code may move the axes between a module and what takes its result.
+    rank = len(axes)
+    both = (moved(rank), inverse(moved(rank))) if rank > 1 else ()
+    orders = dict.fromkeys((axes, tuple(range(rank)), *both))
+    sources = [
+        (name, each.permute(order))
+        for name, each in floats
+        for order in orders
+        if tuple(each.shape[axis] for axis in order) == tuple(expected.shape)
+    ]
     known = functions()
     for name, source in reversed(sources[-_MOST_SOURCES:]):
-        if source.shape != expected.shape:
-            continue
         made = {own: function(_rows(source)[chosen].double()) for own, function in known.items()}
         pairs = [pair for pair in itertools.permutations(made, 2) if _explains(made[pair[0]], made[pair[1]], *some)]
         fitting = [

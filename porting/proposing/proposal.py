@@ -134,7 +134,8 @@ class Proposal:
             lines = ["  the outputs still differ"]
         raise KeyMapError(
             "the two models could not be mapped completely:\n" + "\n".join(lines[:50]),
-            hint="Mend the layers that differ. Rows of your own, in port_weights, help only where a layer is open.",
+            hint="Mend the layers that differ. Rows of your own help where a layer is open, and drop= where Keras does "
+            "without a tensor.",
         )
 
     def _culprits(self) -> Iterator[str]:
@@ -247,7 +248,18 @@ def propose_map(
             # The check knows what the search does not, such as weights that are computed from several.
             proposal = replace(proposal, agrees=True, differences=())
     progress("done", 1, 1)
-    return proposal
+    return _without_constants(proposal, options.source.constants()) if proposal.agrees else proposal
+
+
+def _without_constants(proposal: Proposal, names: Collection[str]) -> Proposal:
+    """A proposal that drops constants that no row takes: exact outputs show that Keras has them in its code."""
+    constants = {name for name in proposal.unused_sources if name in names}
+    key_map = proposal.key_map
+    return replace(
+        proposal,
+        key_map=replace(key_map, drops=key_map.drops | constants),
+        unused_sources=tuple(name for name in proposal.unused_sources if name not in constants),
+    )
 
 
 def _is_of_ones(entry: TensorEntry) -> bool:

@@ -70,6 +70,10 @@ class Side(Protocol):
         """The names of tensors that hold whole numbers or booleans, which are no weights."""
         ...
 
+    def constants(self) -> set[str]:
+        """The names of buffers of no kind of layer, such as a mask or a window, which code may compute instead."""
+        ...
+
     def assign(self, values: Mapping[str, Array]) -> None:
         """Set tensors of the float64 model. The caller's model is not changed."""
         ...
@@ -139,6 +143,10 @@ class TorchSide:
 
     def whole_numbers(self) -> set[str]:
         return {name for name, array in self._tensors.items() if array.dtype.kind in "iub"}
+
+    def constants(self) -> set[str]:
+        owners = {name: self.layers.get(name.rpartition(".")[0], self.model) for name, _ in self.model.named_buffers()}
+        return {name for name, owner in owners.items() if kind_of_module(owner) is None}
 
     def assign(self, values: Mapping[str, Array]) -> None:
         assign_tensors(self.model, values)
@@ -263,6 +271,9 @@ class KerasSide:
 
     def whole_numbers(self) -> set[str]:
         return {name for name, own in self._variables.items() if str(own.dtype).startswith(("int", "uint", "bool"))}
+
+    def constants(self) -> set[str]:
+        return set()
 
     def assign(self, values: Mapping[str, Array]) -> None:
         """Set variables. Only inside `running`, where the model is in float64."""

@@ -465,3 +465,110 @@ def test_a_cause_that_cannot_be_tried_breaks_nothing() -> None:
     reference, x = seeded(Net), keras.Input((8, 8, 3))
     report = check_parity(reference, keras.Model(x, layers.AveragePooling2D(3, 2, "same")(x)), numbers(2, 8, 8, 3))
     assert not report.passed
+
+
+class Pointwise(nn.Module):
+    """A convolution with one tap, which is a dense layer in Keras, between two linear layers of its size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.p, self.b = nn.Linear(6, 6), nn.Conv1d(6, 6, 1), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.b(F.silu(self.p(torch.tanh(self.a(x)).transpose(1, 2)).transpose(1, 2)))
+
+
+def test_a_dense_layer_stands_for_a_convolution_with_one_tap() -> None:
+    def build(mistake: str) -> keras.Model:
+        inputs = keras.Input((5, 6))
+        x = layers.Dense(6, name="second")(ops.tanh(layers.Dense(6, name="first")(inputs)))
+        x = ops.gelu(x) if mistake == "activation" else ops.silu(x)
+        return keras.Model(inputs, layers.Dense(6, name="third")(x))
+
+    reference = seeded(Pointwise)
+    given = numbers(3, 5, 6)
+    healthy, wrong = build(""), build("activation")
+    port_weights(reference, healthy, inputs=given).require_parity()
+    wrong.set_weights(healthy.get_weights())
+    report = check_parity(reference, wrong, given)
+    assert "PyTorch applies SiLU to the result of p, and Keras GELU (tanh)" in str(report.diagnosis), str(report)
+    kernel = np.array(healthy.get_layer("second").kernel)
+    kernel[2, 3] *= 1.00001
+    healthy.get_layer("second").kernel.assign(kernel)
+    report = check_parity(reference, healthy, given)
+    assert culprits(report) == ["p"], str(report)
+    assert "p.weight[3, 2, 0] is" in str(report.diagnosis)
+
+
+class Shared(nn.Module):
+    """One layer on the means and on the maxima of a map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.shared, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = self.conv(x)
+        return self.head(torch.sigmoid(self.shared(x.mean((2, 3))) + self.shared(x.amax((2, 3)))))
+
+
+def test_the_calls_of_a_shared_layer_may_come_in_another_order() -> None:
+    def build(factor: float) -> keras.Model:
+        inputs = keras.Input((8, 8, 3))
+        x = layers.Conv2D(6, 3, name="conv")(inputs)
+        shared = layers.Dense(6, name="dense")
+        greatest = shared(layers.GlobalMaxPooling2D()(x) * factor)  # first here, and second in PyTorch
+        x = ops.sigmoid(shared(layers.GlobalAveragePooling2D()(x) * factor) + greatest)
+        return keras.Model(inputs, layers.Dense(2, name="head")(x))
+
+    reference = seeded(Shared)
+    given = numbers(2, 8, 8, 3)
+    healthy, wrong = build(1.0), build(1.0001)
+    port_weights(reference, healthy, inputs=given).require_parity()
+    wrong.set_weights(healthy.get_weights())
+    report = check_parity(reference, wrong, given)
+    assert not report.passed
+    # Everything that is wrong is as small as the mistake.
+    assert all(culprit.relative < 1e-3 for culprit in report.culprits), str(report)
+
+
+class Cropped(nn.Module):
+    """A causal convolution, padded on both sides and cropped, and a layer behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.conv, self.b, self.head = (
+            nn.Linear(4, 6),
+            nn.Conv1d(6, 6, 4, padding=3),
+            nn.Linear(6, 6),
+            nn.Linear(6, 4),
+        )
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = self.conv(self.a(x).transpose(1, 2))[..., : x.shape[1]].transpose(1, 2)
+        return self.head(F.silu(self.b(x)) + x)
+
+
+class Padded(keras.Model):  # type: ignore[misc]
+    """The same, padded in code on one side alone."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.a, self.conv, self.b, self.head = layers.Dense(6), layers.Conv1D(6, 4), layers.Dense(6), layers.Dense(4)
+        self.function = function
+
+    def call(self, x: Any) -> Any:
+        x = self.conv(ops.pad(self.a(x), ((0, 0), (3, 0), (0, 0))))
+        return self.head(self.function(self.b(x)) + x)
+
+
+def test_a_convolution_that_only_code_crops_is_not_blamed_for_others() -> None:
+    reference = seeded(Cropped)
+    given = numbers(3, 6, 4)
+    healthy, wrong = Padded(ops.silu), Padded(ops.gelu)
+    wrong(given), healthy(given)
+    port_weights(reference, healthy, inputs=given).require_parity()
+    wrong.set_weights(healthy.get_weights())
+    report = check_parity(reference, wrong, given)
+    assert culprits(report) == ["head"], str(report)
+    assert "PyTorch applies SiLU to the result of b, and Keras GELU (tanh)" in str(report.diagnosis), str(report)

@@ -491,3 +491,32 @@ def test_rows_of_a_half_finished_map_are_kept() -> None:
         propose_map(Twins().eval(), model, given, rows=[porting.KeyRule("b", "three", "dense")])
     with pytest.raises(KeyMapError, match="matches"):
         propose_map(Twins().eval(), model, given, rows=[porting.KeyRule("c", "one", "dense")])
+
+
+class WithConstants(nn.Module):
+    """Constants as buffers, which Keras has in its code: a mean to subtract, and a window."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.register_buffer("mean", torch.tensor([0.5, -1.0, 2.0]))
+        self.register_buffer("window", torch.tensor([0.25, 0.75, 0.5]))
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.fc((x - self.get_buffer("mean")) * self.get_buffer("window"))
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_buffers_that_keras_has_in_its_code_need_no_row(wrong: bool) -> None:
+    inputs = keras.Input((3,))
+    mean = np.array([0.5, -1.0, 2.5 if wrong else 2.0])
+    x = layers.Dense(2)((inputs - mean) * np.array([0.25, 0.75, 0.5]))
+    candidate, reference = keras.Model(inputs, x), WithConstants().eval()
+    given = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    if wrong:
+        with pytest.raises(KeyMapError, match="mean: no row takes it"):
+            porting.port_weights(reference, candidate, inputs=given)
+        return
+    ported = porting.port_weights(reference, candidate, inputs=given)
+    assert ported.require_parity().dropped == ("mean", "window")
