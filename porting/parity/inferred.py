@@ -8,13 +8,15 @@ that differs is a mistake, whatever the results are on these inputs.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+
+import numpy as np
 
 from porting.errors import KeyMapError
 from porting.kinds import kind_called, kind_of_module
 from porting.kinds.base import Kind
-from porting.kinds.transforms import Constant
+from porting.kinds.transforms import VECTOR, Constant
 from porting.mapping.key_map import KeyMap, LayerPair, TensorEntry
 from porting.models.live import effective_names
 from porting.models.rows import entries_filling
@@ -24,6 +26,9 @@ from porting.parity.bits import compare_bits
 from porting.parity.loud import compare_loud_outputs
 from porting.parity.report import Limits, ParityReport
 from porting.parity.session import Session
+
+# The share of equal numbers from which a parameter without a layer is taken for another.
+_MOST = 0.5
 
 
 def with_inferred_weights(session: Session, report: ParityReport, limits: Limits, *, loud: bool) -> ParityReport:
@@ -81,6 +86,7 @@ def infer_key_map(session: Session) -> KeyMap | None:
         if variables and target and target not in found and (other := fits.named_or_equal(target, modules.values())):
             modules[target], found[target] = other
     entries = [entry for each in found.values() for entry in each]
+    entries += fits.parameters(entries)
     filled = {name for entry in entries for name in entry.targets}
     if filled != fits.shapes.keys() or fits.unread(entries):
         return None
@@ -139,6 +145,20 @@ class _Fits:
                 if bits.compared and not bits.differing:
                     return source, entries
         return None
+
+    def parameters(self, entries: Sequence[TensorEntry]) -> list[TensorEntry]:
+        """Entries for tensors that no layer holds, such as a table of positions, if most of their numbers are equal."""
+        filled = {name for entry in entries for name in entry.targets}
+        left = {name: self._state[name].detach().float().numpy().ravel() for name in self.unread(entries)}
+        found: list[TensorEntry] = []
+        for name in self.shapes.keys() - filled:
+            values = np.asarray(self._variables[name]).astype(np.float32).ravel()
+            equal = {each: (left[each] == values).mean() for each in left if left[each].shape == values.shape}
+            best = max(equal, key=equal.__getitem__, default=None)
+            if best is not None and equal[best] > _MOST and values.size > 1:
+                found.append(TensorEntry((best,), (name,), VECTOR))
+                del left[best]
+        return found
 
     def unread(self, entries: Iterable[TensorEntry]) -> list[str]:
         """The float tensors of PyTorch that no entry reads, under any of their names."""

@@ -117,3 +117,39 @@ def test_models_that_are_swapped() -> None:
         porting.check_parity(candidate, reference, IMAGES)
     with pytest.raises(TypeError, match=r"candidate must be a keras.Model, but is a Net"):
         porting.port_weights(reference, reference, [])
+
+
+class Positions(nn.Module):
+    """A table of positions that is a parameter of the model itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.fc = nn.Parameter(torch.randn(16, 6)), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(torch.tanh(x + self.table[: x.shape[1]]))
+
+
+class KerasPositions(keras.Model):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = layers.Dense(3)
+        self.table = self.add_weight(shape=(16, 6), name="table")
+
+    def call(self, x: Any) -> Any:
+        return self.fc(keras.ops.tanh(x + self.table[: x.shape[1]]))
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_rows_of_a_table_that_these_inputs_do_not_reach(wrong: bool) -> None:
+    reference, candidate = Positions().eval(), KerasPositions()
+    given = np.random.default_rng(0).normal(size=(4, 7, 6)).astype(np.float32)
+    candidate(given)
+    table, kernel, bias = (each.detach().numpy() for each in reference.parameters())
+    table = table + 0.5 * wrong * (np.arange(16) >= 12)[:, None]
+    candidate.fc.set_weights([kernel.T, bias])
+    candidate.table.assign(table)
+    report = porting.check_parity(reference, candidate, given)
+    assert report.passed is not wrong, str(report)
+    assert not wrong or "table[12, 0] is" in str(report)
