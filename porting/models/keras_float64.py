@@ -48,6 +48,7 @@ class Float64Model:
             with float64_defaults():
                 self.model, self.how = _filled(build(), model), BUILT
         self._doubles: list[tuple[Any, Any]] = []
+        self._is_overwritten = False
 
     def clone(self) -> None:
         """Use a clone from now on. Raises whatever Keras raises when the model cannot be cloned."""
@@ -56,6 +57,8 @@ class Float64Model:
     @contextlib.contextmanager
     def active(self) -> Iterator[keras.Model]:
         """Yield the model, which computes in float64 inside this context."""
+        if self._is_overwritten:
+            self._reset()
         turned = _turned(self.model, self._doubles, self._casts) if self._turned else contextlib.nullcontext()
         traced = contextlib.nullcontext() if self.trace is None else self.trace.active()
         with float64_defaults(), exact_functions(staying=self.stays), turned, traced:
@@ -102,7 +105,7 @@ class Float64Model:
             try:
                 yield variables
             finally:
-                self._reset()
+                self._is_overwritten = True  # the next run resets it, if there is one
             return
         known = {name for name, _ in own()} if own is not None else set()
         before = {name: np.array(variable) for name, variable in variables.items() if name not in known}
@@ -116,6 +119,7 @@ class Float64Model:
 
     def _reset(self) -> None:
         """Give all weights the values of the model that the caller gave, and the substitutes."""
+        self._is_overwritten = False
         with float64_defaults():
             self._doubles = [
                 (variable, _double(np.asarray(variable).astype(np.float64))) for variable, _ in self._doubles
