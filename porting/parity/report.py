@@ -411,10 +411,10 @@ class ParityReport:
                 )
             elif self.verified.unproven:
                 first, more = self.verified.unproven[0], len(self.verified.unproven) - 1
-                where = f"{first} and in {counted(more, 'layer')} more" if more else first
+                where = f"{first}, and {counted(more, 'layer')} behind it," if more else first
                 found.append(
-                    f"a mistake in {where} that no result shows: PyTorch computes nothing like what it returns, and no "
-                    "result depends on its weights, as before a rounding"
+                    f"a mistake in {where} that no result shows: PyTorch computes nothing like what {first} returns, and "
+                    "no result depends on its weights, as before a rounding"
                 )
             elif self.verified.weights and not self.verified.verified:
                 found.append("no weight of the Keras model was observed in use")

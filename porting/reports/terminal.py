@@ -90,7 +90,8 @@ def _verified(report: ParityReport) -> str:
     if not verified.through_layers:
         line += "; the verdict is based only on the outputs"
     if verified.unverified:
-        line += f"; {'never used' if agreed else 'not confirmed'}: {listed(verified.unverified)}"
+        why = "not confirmed" if not agreed else "without effect" if verified.unproven else "never used"
+        line += f"; {why}: {listed(verified.unverified)}"
     return line
 
 
