@@ -320,12 +320,16 @@ def _substitute_computed(session: Session) -> int:
     def computed(name: str, values: Array) -> Array | None:
         if name in session.bits.copies or values.size < 2 or stored.has(values) or not np.isfinite(values).all():
             return None
-        same_size = [tensor.double().numpy() for tensor in tensors if tensor.numel() == values.size]
-        orders = [order for each in same_size for order in in_all_orders(each)]
-        is_copy = any(is_nearly(values, order) for order in orders) or stored.has_parts(values)
-        if not is_copy:  # nor one with a small mistake
+        same_size = [tensor for tensor in tensors if tensor.numel() == values.size]
+
+        def orders() -> Iterator[Array]:  # one at a time: a large model has many of one size
+            return (order for each in same_size for order in in_all_orders(each.double().numpy()))
+
+        # A copy with a small mistake was not computed. Large models are not searched for parts.
+        is_copy = session.is_large or any(is_nearly(values, order) for order in orders()) or stored.has_parts(values)
+        if not is_copy:
             others.add(name)
-        scaled = scaled_weight(values, orders)
+        scaled = scaled_weight(values, orders())
         if scaled is not None or values.ndim != 2:
             return scaled
         tables = [each.double().numpy() for each in tensors if each.ndim == 2 and each.shape[1] == values.shape[1]]

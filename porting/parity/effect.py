@@ -50,6 +50,8 @@ class _Results:
 
 def unproven_layers(session: Session, called: Collection[str]) -> set[str]:
     """The layers among `called` whose weights no result depends on, and which return nothing that PyTorch computes."""
+    if session.is_large:
+        return set()  # it would take many passes
     idle = _without_effect(session, list(_unpaired(session, called))[:_MOST_LAYERS])
     if not idle:
         return set()

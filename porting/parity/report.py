@@ -413,8 +413,8 @@ class ParityReport:
                 first, more = self.verified.unproven[0], len(self.verified.unproven) - 1
                 where = f"{first}, and {counted(more, 'layer')} behind it," if more else first
                 found.append(
-                    f"a mistake in {where} that no result shows: PyTorch computes nothing like what {first} returns, and "
-                    "no result depends on its weights, as before a rounding"
+                    f"a mistake in {where} that no result shows: PyTorch computes nothing like what {first} returns, "
+                    "and no result depends on its weights, as before a rounding"
                 )
             elif self.verified.weights and not self.verified.verified:
                 found.append("no weight of the Keras model was observed in use")

@@ -132,7 +132,7 @@ class Session:
     ) -> None:
         self.reference, self.candidate, self.inputs, self.names = reference, candidate, inputs, names
         self.output_axes, self.float64, self.rounded = output_axes, float64, rounded
-        self._large = large
+        self.is_large = large  # copies in float64 would take too much memory
         self.truth_model = reference if large else in_float64(reference)
         self.modules = modules_of(reference)
         self.pairs: dict[tuple[str, int], Pair] = {}
@@ -186,7 +186,7 @@ class Session:
     @contextlib.contextmanager
     def overwritten(self) -> Iterator[nn.Module]:
         """A truth model whose weights the caller may overwrite. A large one stays in float32."""
-        if not self._large:
+        if not self.is_large:
             try:
                 yield self.truth_model
             finally:
@@ -212,7 +212,7 @@ class Session:
             if is_double(self.truth_model):
                 raise
             # Its code may write into its tensors, or may be compiled in part: then it needs a copy all the same.
-            self._large = False
+            self.is_large = False
             recording = record(self.double_model, run)
         self._result_keys = list(recording.outputs)
         self._sizes.add(len(batch))
@@ -220,7 +220,7 @@ class Session:
 
     def tensors_of_code(self, inputs: Inputs, recording: Recording) -> list[Tensor]:
         """What PyTorch computes in its code for these inputs, and shows to no module; nothing for a large model."""
-        return [] if self._large else tensors_of_code(self.truth_model, inputs, recording.truths)
+        return [] if self.is_large else tensors_of_code(self.truth_model, inputs, recording.truths)
 
     def few(self, count: int) -> Inputs:
         """The first `count` samples, or all of them if the PyTorch model takes only batches of a fixed size."""
