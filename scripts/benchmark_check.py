@@ -1,10 +1,11 @@
 """Measure the cost of the parity check relative to the forward passes that it contains.
 
     python scripts/benchmark_check.py b0 b1
+    python scripts/benchmark_check.py b1 --images 4
 
-The passes are PyTorch and Keras in float32 and in float64, on as many images as a port checks, one by one. The passes
-and the check, with and without loud weights, take turns in one process. The table contains medians and ratios. The peak
-memory is that of a whole `van-port` process for the same variant, including its check on one image.
+The passes are PyTorch and Keras in float32 and in float64, on one image, as in a port, or on several, one by one. The
+passes and the check, with and without loud weights, take turns in one process. The table contains medians and ratios.
+The peak memory is that of a whole `van-port` process for the same variant, including its check on one image.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def time_of(run: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
-def measure_times(variant: str, rounds: int) -> dict[str, float]:
+def measure_times(variant: str, rounds: int, count: int) -> dict[str, float]:
     """The median seconds of each pass and of the check. Call this in a separate process."""
     from porting.models.frameworks import start_tensorflow
 
@@ -52,7 +53,6 @@ def measure_times(variant: str, rounds: int) -> dict[str, float]:
     from porting.models.synthetic import fill_with_synthetic_weights
     from porting.parity.compare import check_parity
     from porting.references.van import build_van
-    from porting.tasks.options import SAMPLES_OF_LARGE_IMAGES
 
     family = VanFamily()
     torch.manual_seed(0)
@@ -64,7 +64,8 @@ def measure_times(variant: str, rounds: int) -> dict[str, float]:
     state_dict = {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
     key_map = family.key_map(family.spec(variant))
     assign_weights(candidate, convert(state_dict, key_map, variable_shapes(candidate)).weights)
-    images = np.random.default_rng(0).normal(size=(SAMPLES_OF_LARGE_IMAGES, 224, 224, 3)).astype(np.float32)
+    # The loud weights have an image of their own, as in a port.
+    images, other = np.split(np.random.default_rng(0).normal(size=(count + 1, 224, 224, 3)).astype(np.float32), [count])
     tensors = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
     float64 = Float64Model(candidate)
 
@@ -82,7 +83,10 @@ def measure_times(variant: str, rounds: int) -> dict[str, float]:
             in_keras()
 
     def check(**arguments: Any) -> None:
-        report = check_parity(reference, candidate, images, batch_size=1, input_axes=[(0, 2, 3, 1)], **arguments)
+        axes = [(0, 2, 3, 1)]
+        report = check_parity(
+            reference, candidate, images, batch_size=1, input_axes=axes, loud_inputs=other, **arguments
+        )
         assert report.passed, report.objections
 
     runs: dict[str, Callable[[], Any]] = {
@@ -125,17 +129,18 @@ def measure_memory(variant: str, folder: Path) -> float:
 @click.option(
     "--rounds", default=ROUNDS, show_default=True, help="Number of measurements of each, whose median is used."
 )
+@click.option("--images", default=1, show_default=True, help="Number of images.")
 @click.option("--times-of", is_flag=True, hidden=True, help="Print the times of one variant as JSON.")
-def main(variants: tuple[str, ...], rounds: int, times_of: bool) -> None:
+def main(variants: tuple[str, ...], rounds: int, images: int, times_of: bool) -> None:
     if times_of:
-        click.echo(json.dumps(measure_times(variants[0], rounds)))
+        click.echo(json.dumps(measure_times(variants[0], rounds, images)))
         return
     table = Table("variant", *_PASSES, "four passes", "check", "ratio", "with loud weights", "ratio", "peak memory")
     console = Console(width=None if sys.stdout.isatty() else 120)
     with tempfile.TemporaryDirectory() as folder, console.status("") as status:
         for variant in variants:
             status.update(f"{variant}: times")
-            child = [sys.executable, __file__, variant, "--times-of", "--rounds", str(rounds)]
+            child = [sys.executable, __file__, variant, "--times-of", "--rounds", str(rounds), "--images", str(images)]
             times = json.loads(subprocess.run(child, check=True, capture_output=True, text=True).stdout)
             status.update(f"{variant}: memory")
             memory = measure_memory(variant, Path(folder))
