@@ -483,6 +483,14 @@ def has_weights_of(session: Session, node: Node, call: str) -> bool:
     return bool(weights) and all(np.array_equal(each.expected, each.actual) for each in weights)
 
 
+def has_size_of(session: Session, node: Node, call: str) -> bool:
+    """Whether the kernels of a Keras layer have as many numbers as those of a PyTorch call's module."""
+    module, layer = session.modules[call.partition("#")[0]], session.layer(node.name)
+    theirs = sorted(each.numel() for each in module.parameters() if each.ndim > 1)
+    ours = sorted(math.prod(each.shape) for each in getattr(layer, "weights", ()) if len(each.shape) > 1)
+    return theirs == ours
+
+
 def _owner(session: Session, call: str, values: Array) -> str:
     """The module other than `call` that alone holds these numbers in PyTorch; empty if none does, or several do.
 

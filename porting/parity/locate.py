@@ -22,6 +22,7 @@ from porting.parity.causes import (
     NOT_THE_CHECKPOINTS,
     cause_of,
     exchanged_parts,
+    has_size_of,
     has_weights_of,
     other_activation,
     tensors_before,
@@ -589,6 +590,7 @@ def _partner(session: Session, recording: Recording, tracer: Tracer, node: Node)
     later = [call for call in fitting if recording.order.get(call, -1) > latest]
     for pool in (same_input, later, fitting):
         own_kind = [call for call in pool if session.kind_matches(call, node.name)]
+        own_kind = [call for call in own_kind if has_size_of(session, node, call)] or own_kind
         if own_kind:
             same_weights = [call for call in own_kind if pool is not same_input and has_weights_of(session, node, call)]
             return _same_call(session, recording, node, (same_weights or own_kind)[0])
