@@ -95,6 +95,8 @@ def _exchanged_activation(
     known = functions()
     for name, source in reversed(sources[-_MOST_SOURCES:]):
         made = {own: function(_rows(source)[chosen].double()) for own, function in known.items()}
+        # A function that gives one number alone, such as a saturated one, explains any factor or offset.
+        made = {own: values for own, values in made.items() if float(values.std()) > 0}
         pairs = [pair for pair in itertools.permutations(made, 2) if _explains(made[pair[0]], made[pair[1]], *some)]
         fitting = [
             (theirs, ours)

@@ -13,28 +13,36 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+# They only serve a diagnosis, so a model of large maps shows not all of them.
+_MOST_BYTES = 2**30
+
+
 def tensors_of_code(
     model: nn.Module, inputs: Inputs, known: Iterable[Truth] = (), wanted: Callable[[int], bool] = lambda size: True
 ) -> list[Tensor]:
     """Every floating-point tensor that a function returns while a model in float64 runs, in order.
 
-    Leaves out single numbers, tensors of other sizes than `wanted`, and those that are `known`.
+    Leaves out single numbers, sparse tensors, tensors of other sizes than `wanted`, and those that are `known`; and all
+    behind the first gibibyte.
     """
     import torch
     from torch.overrides import TorchFunctionMode
 
     seen = {_signature(truth.tensor) for truth in known}
     found: list[Tensor] = []
+    taken = [0]
 
     class Watching(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = func(*args, **(kwargs or {}))
             for each in tensors_in(result):
-                if each.numel() > 1 and wanted(each.numel()) and each.is_floating_point() and not each.is_meta:
+                is_plain = each.layout == torch.strided and not each.is_meta and each.is_floating_point()
+                if is_plain and each.numel() > 1 and wanted(each.numel()) and taken[0] < _MOST_BYTES:
                     signature = _signature(each)
                     if signature not in seen:
                         seen.add(signature)
                         found.append(each.detach().clone())  # it may be overwritten later
+                        taken[0] += each.nbytes
             return result
 
     with torch.no_grad(), Watching():

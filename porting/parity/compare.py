@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -59,6 +60,7 @@ from porting.parity.report import (
     ParityReport,
 )
 from porting.parity.results import pair_results
+from porting.parity.rounded_weights import is_rounding_rescaling
 from porting.parity.session import Session
 from porting.parity.summary import precision_of, summarize
 from porting.progress import SILENT, Progress
@@ -295,7 +297,7 @@ def _substitute_derived(session: Session, recording: Recording) -> None:
         return
     batch_norm = KINDS["batch_norm"]
     epsilons = [layer.epsilon for layer in session.names.layers.values() if batch_norm.is_layer(layer)]
-    derived = derived_weights(session.double_model, recording, epsilons)
+    derived = session.derived = derived_weights(session.double_model, recording, epsilons)
     count = session.float64.substitute(lambda name, values: substitute_for(values, derived) if name in others else None)
     if count:
         session.notes[f"{count} weights are computed from several tensors of PyTorch's, exactly up to float32"] = None
@@ -326,8 +328,9 @@ def _substitute_computed(session: Session) -> int:
             return (order for each in same_size for order in in_all_orders(each.double().numpy()))
 
         # A copy with a small mistake was not computed. Large models are not searched for parts.
-        is_copy = session.is_large or any(is_nearly(values, order) for order in orders()) or stored.has_parts(values)
-        if not is_copy:
+        derived = (each for each in session.derived if each.size == values.size)
+        near = session.is_large or any(is_nearly(values, each) for each in itertools.chain(derived, orders()))
+        if not near and not stored.has_parts(values):
             others.add(name)
         scaled = scaled_weight(values, orders())
         if scaled is not None or values.ndim != 2:
@@ -347,15 +350,13 @@ def _layers_with_computed_weights(session: Session, others: set[str]) -> set[str
 
     `others` are the variables that hold no tensor of PyTorch's.
     """
-    from keras import layers
-
     names = {id(variable): name for name, variable in named_variables(session.candidate).items()}
     kernels = {
         layer: [names[id(variable)] for variable in own if len(variable.shape) > 1]
         for layer, own in owned_variables(session.candidate).items()
     }
     found = {layer for layer, own in kernels.items() if layer and own and others.issuperset(own)}
-    return found | {name for name, layer in session.names.layers.items() if isinstance(layer, layers.Rescaling)}
+    return found | {name for name, layer in session.names.layers.items() if is_rounding_rescaling(layer)}
 
 
 def _run_exact(session: Session, recording: Recording, batch: Inputs, start: int) -> ExactObserver:
@@ -408,9 +409,10 @@ def _can_follow_float32() -> bool:
 
 
 def _follow_float32(session: Session) -> None:
-    if session.float64.trace is None and _can_follow_float32():
+    if session.float64.trace is None and not session.was_followed:
         session.was_followed = True
-        session.float64.trace = Float32Trace(_constants(session.truth_model))
+        if _can_follow_float32():
+            session.float64.trace = Float32Trace(_constants(session.truth_model))
 
 
 def _constants(model: nn.Module) -> list[Array]:
@@ -424,8 +426,8 @@ def _constants(model: nn.Module) -> list[Array]:
 
 
 def _may_round_in_float32(session: Session) -> bool:
-    """Whether the outputs differ by about as much as float32 rounds, on a backend on which float32 can be followed."""
-    if session.float64.trace is not None or session.was_followed or not _can_follow_float32():
+    """Whether the outputs differ by about as much as float32 rounds, and nothing was done about it."""
+    if session.float64.trace is not None or session.was_followed:
         return False
     views = [pair.exact for pair in session.results.values()]
     sizes = [(view.scale.total().rms, view.actual_error.total().rms) for view in views]

@@ -153,9 +153,10 @@ class _Fits:
         found: list[TensorEntry] = []
         for name in self.shapes.keys() - filled:
             values = np.asarray(self._variables[name]).astype(np.float32).ravel()
-            equal = {each: (left[each] == values).mean() for each in left if left[each].shape == values.shape}
+            same_size = (each for each in left if left[each].shape == values.shape and values.size)
+            equal = {each: (left[each] == values).mean() for each in same_size}
             best = max(equal, key=equal.__getitem__, default=None)
-            if best is not None and equal[best] > _MOST and values.size > 1:
+            if best is not None and equal[best] > _MOST:
                 found.append(TensorEntry((best,), (name,), VECTOR))
                 del left[best]
         return found

@@ -81,6 +81,8 @@ def locate(session: Session, inputs: Inputs, limits: Limits, most: int = MAX_CUL
     in_code = session.tensors_of_code(inputs, recording)
     of_code = session.library(Recording(), in_code)
     library = session.library(recording, [*given, *(in_code if session.computed else ())])
+    # Some of what the code computes is what a module takes.
+    in_code += [each.tensor for each in recording.truths if not any(place[1] for place in each.places)]
     fixes: dict[Place, Tensor] = {}
     innocent: set[Place] = set()
     found: list[Culprit] = []
@@ -401,16 +403,18 @@ def _own_mistake(
     cause = None if inside is None else inside.another(call, expected, actual)
     cause = cause or cause_of(session, recording, tracer, node, call, index, axes, actual, inside)
     cause = with_names_of_stack(session, call, cause)
-    if cause is None or NOT_THE_CHECKPOINTS in cause.cause:
+    is_computed = node.name.partition("#")[0] in session.computed
+    # Anything but a number of a weight may be said of a layer that stands for this module and others.
+    is_vague = cause is not None and (NOT_THE_CHECKPOINTS in cause.cause or (is_computed and "[" not in cause.cause))
+    if cause is None or is_vague:
         several = _meant_of_code(session, node, actual, expected, in_code)
         if several is not None:
             relative = (_distance(actual, several) / float(several.square().mean())) ** 0.5
             text = f"differs by {relative:.2g} in float64 from what PyTorch's code computes of it and of other tensors"
             culprit = Culprit(label, node.name, text, relative)
             return _Step(culprit, (node.name, True, own), several, actual - several, is_own=True)
-        is_taken = any(not is_output for _, is_output, _ in truth.places)
-        if cause is not None and not is_taken and node.name.partition("#")[0] in session.computed:
-            cause = replace(cause, pattern=True)  # the layer may stand for this module and others
+    if cause is not None and is_vague and is_computed and all(place[1] for place in truth.places):
+        cause = replace(cause, pattern=True)
     if inside is not None:
         expected = inside.expected(expected, actual).contiguous()
     relative = _relative(actual, expected, truth)
@@ -558,7 +562,7 @@ def _partner(session: Session, recording: Recording, tracer: Tracer, node: Node)
     index = next((i for i, output in enumerate(node.outputs) if not tracer.is_exact(output)), 0)
     named = session.names.source(node.name, recording.calls)
     if named is not None and index < len(recording.calls[named].outputs):
-        return _same_call(session, recording, node, named)
+        return _same_call(session, recording, tracer, node, named)
     # The parts of a layer, such as an attention's projections, stand for parts of its partner.
     around = node.parent
     inside = None
@@ -593,7 +597,7 @@ def _partner(session: Session, recording: Recording, tracer: Tracer, node: Node)
         own_kind = [call for call in own_kind if has_size_of(session, node, call)] or own_kind
         if own_kind:
             same_weights = [call for call in own_kind if pool is not same_input and has_weights_of(session, node, call)]
-            return _same_call(session, recording, node, (same_weights or own_kind)[0])
+            return _same_call(session, recording, tracer, node, (same_weights or own_kind)[0])
     modules = {call: session.modules[call.partition("#")[0]] for call in same_input}
     # A layer without weights, such as an addition, stands for no module that has some.
     weighs = bool(getattr(session.layer(node.name), "weights", None))
@@ -605,12 +609,18 @@ def _partner(session: Session, recording: Recording, tracer: Tracer, node: Node)
     return leaves[0] if leaves else None
 
 
-def _same_call(session: Session, recording: Recording, node: Node, call: str) -> str:
+def _same_call(session: Session, recording: Recording, tracer: Tracer, node: Node, call: str) -> str:
     """The call of a module, if it runs several times, whose input is the nearest: Keras's order may differ."""
     module = call.partition("#")[0]
-    calls = [name for name in recording.calls if name.partition("#")[0] == module]
-    if len(calls) < 2 or not node.inputs:
+    if f"{module}#1" not in recording.calls or not node.inputs:
         return call
+    known = tracer.same_calls.get((node.name, module))
+    if known is not None:
+        return known
+    calls = [name for name in recording.calls if name.partition("#")[0] == module]
+    match = tracer.match(node.inputs[0])
+    if match is not None:
+        return next((name for name in calls if match.truth in recording.calls[name].inputs), call)
     actual = as_real(node.inputs[0])
 
     def distance(name: str) -> float:
@@ -621,7 +631,8 @@ def _same_call(session: Session, recording: Recording, node: Node, call: str) ->
         return _distance(actual, given[0].tensor.permute(axes).reshape(actual.shape))
 
     nearest = min(calls, key=distance)
-    return nearest if distance(nearest) < distance(call) else call
+    tracer.same_calls[node.name, module] = nearest if distance(nearest) < distance(call) else call
+    return tracer.same_calls[node.name, module]
 
 
 def _first_known(tracer: Tracer, tensor: Tensor) -> Match | None:

@@ -29,12 +29,16 @@ class ExactObserver:
     """Compares every Keras layer in float64 as it runs, and pairs its results by content."""
 
     def __init__(self, session: Session, recording: Recording, samples_before: int, batch: Inputs) -> None:
+        import torch
+
         self.session, self.recording = session, recording
         self.samples_before = samples_before
         self.watches_inputs = bool(session.computed)
         self._inputs: list[list[Tensor]] = []  # of the calls that have begun
-        in_code = session.tensors_of_code(batch, recording) if session.computed else []
-        self.library = session.library(recording, in_code)
+        # Those layers are told from mistakes by what they take, and what PyTorch's code makes of them.
+        others = [torch.from_numpy(array) for array in batch.candidate] if session.computed else []
+        others += session.tensors_of_code(batch, recording) if session.computed else []
+        self.library = session.library(recording, others)
         self.wanted: set[int] = set()
         self.matched: set[int] = set()
         self._known: dict[int, tuple[weakref.ref[Any], list[Match]]] = {}
@@ -90,7 +94,8 @@ class ExactObserver:
     def _matches(self, name: str, inputs: list[Tensor], index: int, output: Tensor) -> list[Match]:
         """Find all partners by content. If the partner by name has the same content, it alone is returned."""
         known = self._known.get(id(output))
-        if known is not None and known[0]() is output:
+        # What a layer inside could not explain, the layer around it may, if the port computed its weights.
+        if known is not None and known[0]() is output and (known[1] or name not in self.session.computed):
             return known[1]
         named, actual = self._named_truth(name, index), as_real(output)
         match = None if named is None else self.library.match(actual, named, likely=True)

@@ -146,9 +146,11 @@ class Session:
         self.halved: list[Array] = []
         self.bits = Bits()
         self._result_keys: list[str] = []
-        # The numbers of samples that the PyTorch model has run with.
-        self._sizes: set[int] = set()
-        # Whether float32 was followed in one of the passes, even if nothing was computed in it.
+        # The numbers of samples that the models have run with.
+        self.sizes: set[int] = set()
+        # Weights that a port may have derived, such as folded norms, with exact numbers.
+        self.derived: list[Array] = []
+        # Whether float32 was followed in one of the passes, as far as the backend allows.
         self.was_followed = False
         # Whether no result has fractions, so that most mistakes do not show.
         self.has_whole_results = True
@@ -175,6 +177,7 @@ class Session:
         self.pairs, self.results, self.lone = dict(pairs), dict(results), dict(lone)
         self.used, self.written, self.notes = set(used), dict(written), dict(notes)
         self.has_whole_results = True
+        self.has_rounded_weights = False
 
     @property
     def double_model(self) -> nn.Module:
@@ -215,7 +218,7 @@ class Session:
             self.is_large = False
             recording = record(self.double_model, run)
         self._result_keys = list(recording.outputs)
-        self._sizes.add(len(batch))
+        self.sizes.add(len(batch))
         return recording
 
     def tensors_of_code(self, inputs: Inputs, recording: Recording) -> list[Tensor]:
@@ -223,12 +226,16 @@ class Session:
         return [] if self.is_large else tensors_of_code(self.truth_model, inputs, recording.truths)
 
     def few(self, count: int) -> Inputs:
-        """The first `count` samples, or all of them if the PyTorch model takes only batches of a fixed size."""
+        """The first `count` samples, or as many as have run if a model takes only batches of a fixed size."""
         import torch
 
         some = self.inputs.batch(0, count)
-        if len(some) in self._sizes:
+        if len(some) in self.sizes:
             return some
+        if any(
+            tensor.shape and tensor.shape[0] is not None for tensor in getattr(self.candidate, "inputs", None) or ()
+        ):
+            return self.inputs.batch(0, min(self.sizes, default=len(self.inputs)))  # Keras takes such batches alone
         try:
             with torch.no_grad():
                 some.call_reference(self.truth_model, torch.float64)
@@ -268,16 +275,24 @@ class Session:
         inside = [
             replace(each, in_float32=True)
             for each in near
-            if self.computes_in_float32(output, each) or self._has_rounded_weights(name, inputs, output, each)
+            if self.computes_in_float32(output, each) or self._has_rounded_weights(library, name, inputs, output, each)
         ]
         return inside, not inside and self._is_nearly_right(name, output, near)
 
-    def _has_rounded_weights(self, name: str, inputs: Sequence[Tensor], output: Tensor, match: Match) -> bool:
+    def _has_rounded_weights(
+        self, library: Library, name: str, inputs: Sequence[Tensor], output: Tensor, match: Match
+    ) -> bool:
+        """Whether a layer with weights that the port computed gives PyTorch's tensor up to their rounding.
+
+        What it takes must be PyTorch's: otherwise its own rounding would hide a mistake before it.
+        """
         if name.partition("#")[0] not in self.computed or match.reordered:
             return False
         layer = named_layers(self.float64.model).get(name.partition("#")[0])
         actual = as_real(output)
-        if layer is None or not differs_as_rounded(layer, inputs, actual, match.expected(actual)):
+        if layer is None or not all(library.find(as_real(each)) for each in inputs):
+            return False
+        if not differs_as_rounded(layer, inputs, actual, match.expected(actual)):
             return False
         self.has_rounded_weights = True
         self.notes[f"{name} computes with numbers that the port rounded to float32, and PyTorch does not hold"] = None

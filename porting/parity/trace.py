@@ -66,6 +66,8 @@ class Tracer:
         # Set once a tensor is nearly right: what differs after it need not be the rounding of float32.
         self.is_doubtful = False
         self.nodes: list[Node] = []
+        # The PyTorch call for a Keras call of a module that runs several times.
+        self.same_calls: dict[tuple[str, str], str] = {}
         self._stack: list[Node] = []
         self._producers: dict[int, Node] = {}
         self._exact: dict[int, tuple[Tensor, Match | None, bool]] = {}

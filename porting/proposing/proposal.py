@@ -248,16 +248,31 @@ def propose_map(
             # The check knows what the search does not, such as weights that are computed from several.
             proposal = replace(proposal, agrees=True, differences=())
     progress("done", 1, 1)
-    return _without_constants(proposal, options.source.constants()) if proposal.agrees else proposal
+    if not proposal.agrees or not isinstance(options.source, TorchSide):
+        return proposal
+    own = options.source
+    constants = own.constants().intersection(proposal.unused_sources)
+    return _without(proposal, {name for name in constants if _has_effect(own, name)})
 
 
-def _without_constants(proposal: Proposal, names: Collection[str]) -> Proposal:
-    """A proposal that drops constants that no row takes: exact outputs show that Keras has them in its code."""
-    constants = {name for name in proposal.unused_sources if name in names}
+def _has_effect(source: TorchSide, name: str) -> bool:
+    """Whether a result depends on a tensor of the reference, so that exact results show that Keras has it as well."""
+    values = np.array(source.tensors()[name])
+    before = record_run(source.running).outputs
+    source.replace({name: values * (1 + 1e-3) + 1e-3})
+    try:
+        after = record_run(source.running).outputs
+    finally:
+        source.replace({name: values})
+    return any(not bool((after[key].tensor == truth.tensor).all()) for key, truth in before.items() if key in after)
+
+
+def _without(proposal: Proposal, constants: Collection[str]) -> Proposal:
+    """A proposal that drops constants that Keras has in its code, for which there is no row."""
     key_map = proposal.key_map
     return replace(
         proposal,
-        key_map=replace(key_map, drops=key_map.drops | constants),
+        key_map=replace(key_map, drops=key_map.drops | set(constants)),
         unused_sources=tuple(name for name in proposal.unused_sources if name not in constants),
     )
 

@@ -26,14 +26,11 @@ from porting.parity.training import compare_masks, compare_training, training_ba
 from porting.progress import SILENT, Progress
 from porting.run import describe_run
 from porting.tasks.case import Case, open_case, refuse_another
-from porting.tasks.options import CheckOptions
+from porting.tasks.options import CheckOptions, batch_size_of
 
 if TYPE_CHECKING:
     import keras
     from torch import nn
-
-# A batch holds up to eight images of 64x64 pixels, or one larger image.
-_PIXELS_AT_ONCE = 8 * 64 * 64
 
 
 def check(
@@ -121,8 +118,7 @@ def compare_models(
     def run(
         name: str, model: nn.Module, keras_model: keras.Model, batch: Array, loud: Array | None = None
     ) -> ParityReport:
-        pixels = batch.shape[1] * batch.shape[2]
-        how = {"input_axes": [moved(batch.ndim)], "batch_size": max(1, _PIXELS_AT_ONCE // pixels), "loud_inputs": loud}
+        how = {"input_axes": [moved(batch.ndim)], "batch_size": batch_size_of(batch), "loud_inputs": loud}
         return _run(case, name, model, keras_model, batch, options, progress, strict=strict, **how)
 
     report = run("as ported", reference, candidate, compared, images[-1:])

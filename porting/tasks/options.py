@@ -58,6 +58,12 @@ class CheckOptions:
         return load_images([paths[index] for index in chosen], preprocessing)
 
     def compared(self, images: Array) -> Array:
-        """The images to compare layer by layer. Of two large ones, the other is for the loud weights."""
+        """The images to compare layer by layer: all that `samples` asks for, else as many as fit into one batch."""
         is_small = images.shape[1] <= SMALL_IMAGE
-        return images if self.samples is not None or is_small else images[:1]
+        return images if self.samples is not None or is_small else images[: batch_size_of(images)]
+
+
+def batch_size_of(images: Array) -> int:
+    """How many images are checked at once: up to eight of 64x64 pixels, or one large one."""
+    height, width = images.shape[1:3]
+    return max(1, int(8 * SMALL_IMAGE**2 // (height * width)))
