@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class PerChannel(click.ParamType):  # type: ignore[type-arg]
-    """Numbers with commas between them."""
+    """Numbers with commas between them, for values from 0 to 1."""
 
     name = "R,G,B"
 
@@ -44,6 +44,9 @@ class PerChannel(click.ParamType):  # type: ignore[type-arg]
             numbers = ()
         if not numbers or not all(map(math.isfinite, numbers)):
             self.fail(f"{value!r} is no list of numbers, such as 0.485,0.456,0.406", param, ctx)
+        if max(map(abs, numbers)) > 1:
+            as_shares = ",".join(f"{each / 255:.4g}" for each in numbers)
+            self.fail(f"{value!r} is for values from 0 to 255: give {as_shares}, for values from 0 to 1", param, ctx)
         return numbers
 
 

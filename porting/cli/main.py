@@ -54,6 +54,13 @@ class PortGroup(click.Group):
         formatter.write_paragraph()
         formatter.write_text("Without a command, van-port accepts the options of `van-port port`.")
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:  # the options of a port are explained there
+            error.ctx = click.Context(port_command, ctx, "port")
+            raise
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)

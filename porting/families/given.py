@@ -151,6 +151,8 @@ def read_inputs(path: Path) -> Any:
     try:
         with np.load(path, allow_pickle=False) as file:
             found = {name: file[name] for name in file.files}
+            if not all(isinstance(each, np.ndarray) and each.dtype.kind in "fiub" for each in found.values()):
+                raise ValueError("it holds something else than arrays of numbers")
     except (OSError, ValueError, EOFError, AttributeError) as error:
         raise SourceError(
             f"{path}: not an .npz of inputs: {error}", hint="Write one with np.savez(FILE, name=array)."

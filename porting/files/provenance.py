@@ -10,13 +10,16 @@ from porting.sources.table import Source
 
 _VERSIONED = ("van-port", "torch", "tensorflow", "tensorflow-cpu", "keras", "numpy", "h5py")
 
+# What stands for the licence of a checkpoint that is none of the table's.
+GIVEN_BY_PATH = "unknown: the checkpoint was given by path"
+
 
 def describe_source(source: Source | None, loaded: Checkpoint) -> dict[str, Any]:
     """Describe a checkpoint. `source` is its row in the table, None for a file given by path."""
     return {
         "name": source.label if source else loaded.path.name,
         "sha256": loaded.sha256,
-        "license": source.license if source else "unknown: the checkpoint was given by path",
+        "license": source.license if source else GIVEN_BY_PATH,
         "format": loaded.format,
         "wrapper": loaded.wrapper,
         "prefixes": list(loaded.prefixes),

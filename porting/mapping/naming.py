@@ -62,7 +62,8 @@ def naming_called(namings: Sequence[Naming], name: str) -> Naming:
     for naming in namings:
         if naming.name == name:
             return naming
-    raise KeyMapError(f"there is no layout {name!r}", hint=f"There are {', '.join(naming.name for naming in namings)}.")
+    known = ", ".join(repr(naming.name) for naming in namings)
+    raise KeyMapError(f"there is no layout {name!r}", hint=f"The layouts of these models are {known}.")
 
 
 @dataclass(frozen=True)

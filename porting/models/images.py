@@ -35,7 +35,8 @@ class Preprocessing:
 def find_images(folder: Path) -> list[Path]:
     """List the image files in a folder, sorted by name. Raises SourceError when there are none."""
     if not folder.is_dir():
-        raise SourceError(f"{folder}: no such folder", hint="--images takes a folder of PNG or JPEG files.")
+        what = "is a file, not a folder" if folder.is_file() else "no such folder"
+        raise SourceError(f"{folder}: {what}", hint="--images takes a folder of PNG or JPEG files.")
     # `is_file` leaves out pipes and devices, which could block forever.
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     if not paths:

@@ -282,7 +282,8 @@ def _array(value: Any) -> Array:
         value = value.float() if value.dtype.is_floating_point else value
     array = np.asarray(value)
     if array.dtype.kind not in "fiubcV" or array.ndim == 0:
-        raise ValueError(f"inputs are arrays of numbers, with the samples first: got {value!r:.60}")
+        got = f"an array of {array.dtype.name}" if isinstance(value, np.ndarray) else type(value).__name__
+        raise ValueError(f"inputs are arrays of numbers, with the samples first: got {got}")
     if array.dtype.kind == "f" or array.dtype.name == "bfloat16":
         return array.astype(np.float32)
     return array

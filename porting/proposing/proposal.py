@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -128,8 +128,7 @@ class Proposal:
         lines += [f"  {name}: no row takes it, and it must hold zeros" for name in self.zeros if name not in drop]
         if self.agrees and not lines:
             return self
-        lines += [f"  {line}" for line in self.differences]
-        lines += [f"  {line}" for line in self._culprits()]
+        lines += [f"  {line}" for line in self._why()]
         if not lines:
             lines = ["  the outputs still differ"]
         raise KeyMapError(
@@ -138,11 +137,17 @@ class Proposal:
             "without a tensor.",
         )
 
-    def _culprits(self) -> Iterator[str]:
-        """What the check of the map found, unless `differences` say more."""
-        for culprit in self.report.culprits if self.report is not None and not self.differences else ():
-            cause = culprit.diagnosis
-            yield str(culprit) if cause is None or cause.pattern else f"{culprit}: {cause.cause}"
+    def _why(self) -> Sequence[str]:
+        """Why the outputs differ: settings that differ, else the first culprit of the check, else where they part.
+
+        Further culprits may only come from the rows that could not be told.
+        """
+        with_reason = [each for each in self.differences if ": " in each]
+        if with_reason or self.agrees or self.report is None or not self.report.culprits:
+            return with_reason or self.differences
+        first = self.report.culprits[0]
+        cause = first.diagnosis
+        return [str(first) if cause is None or cause.pattern else f"{first}: {cause.cause}"]
 
     def __repr__(self) -> str:
         return f"<Proposal: {self.summary.splitlines()[0]}>"
@@ -163,7 +168,7 @@ class Proposal:
         if ones := [name for entry in self.key_map.entries if _is_of_ones(entry) for name in entry.sources]:
             lines.append(f"  PyTorch only: {listed(ones)}, which must hold ones")
         lines += [f"  Keras only: {name}" for name in self.unfilled_targets]
-        lines += [f"  {line}" for line in self.differences]
+        lines += [f"  {line}" for line in self._why()]
         lines.append(f"Outputs: {'exact in float64' if self.agrees else 'not the same'}")
         return "\n".join(lines)
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from porting.errors import WeightsFileError
+from porting.errors import OptionError, WeightsFileError
 from porting.families.base import Family, Spec, by_path
 from porting.files import weights_file
 from porting.files.checkpoint import Checkpoint, checkpoint_files, read_checkpoint, verify_container
-from porting.files.provenance import describe_source, versions
+from porting.files.provenance import GIVEN_BY_PATH, describe_source, versions
 from porting.files.survey import Survey
 from porting.kinds.transforms import Array, Shape
 from porting.mapping.convert import convert, to_float32
@@ -263,6 +263,19 @@ def refuse_another(family: Family, variant: str, survey: Survey, weights: Path) 
             hint=f"Use --variant {stated}, or omit --variant."
             if stated in family.variants
             else "Give the file's own variant.",
+        )
+
+
+def refuse_without_checkpoint(family: Family, variant: str, survey: Survey, weights: Path) -> None:
+    """Raise OptionError if a weights file was ported from another checkpoint than the one that is used by default."""
+    source = (survey.provenance or {}).get("source")
+    if not isinstance(source, dict) or source.get("license") != GIVEN_BY_PATH:
+        return
+    published = [row.sha256 for row in family.table if row.variant == variant and row.sha256]  # maybe the beginning
+    if not any(str(source.get("sha256")).startswith(each) for each in published):
+        raise OptionError(
+            f"{weights}: was ported from {source.get('name')}, not from the published checkpoint of {variant}",
+            hint=f"Give that file with --checkpoint; its sha256 is {source.get('sha256')}.",
         )
 
 

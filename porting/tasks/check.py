@@ -25,7 +25,7 @@ from porting.parity.stress import stress_cases
 from porting.parity.training import compare_masks, compare_training, training_batch
 from porting.progress import SILENT, Progress
 from porting.run import describe_run
-from porting.tasks.case import Case, open_case, refuse_another
+from porting.tasks.case import Case, open_case, refuse_another, refuse_without_checkpoint
 from porting.tasks.options import CheckOptions, batch_size_of
 
 if TYPE_CHECKING:
@@ -54,7 +54,10 @@ def check(
     does not fit the model.
     """
     weights_file.require_file(weights)
-    refuse_another(family, variant, survey_file(weights), weights)
+    survey = survey_file(weights)
+    refuse_another(family, variant, survey, weights)
+    if checkpoint is None:
+        refuse_without_checkpoint(family, variant, survey, weights)
     case = open_case(
         family,
         variant,

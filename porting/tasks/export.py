@@ -37,7 +37,7 @@ from porting.parity.report import Limits, ParityReport, refusal
 from porting.progress import SILENT, Progress
 from porting.reports.document import to_json
 from porting.run import describe_run
-from porting.tasks.case import Case, case_of_file, files_of, open_case, refuse_another
+from porting.tasks.case import Case, case_of_file, files_of, open_case, refuse_another, refuse_without_checkpoint
 from porting.tasks.options import CheckOptions
 from porting.wording import counted, reason_of
 
@@ -122,6 +122,8 @@ def export(
         survey = survey_file(weights)
         refuse_another(family, variant, survey, weights)
         if check:
+            if checkpoint is None:
+                refuse_without_checkpoint(family, variant, survey, weights)
             case = open_case(family, variant, checkpoint, layout=layout, progress=progress)
             refuse_other_keys(case.state_dict, case.key_map, case.shapes)
         else:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from porting.errors import FailedParityError, KeyMapError, OutputError, ParityError
+from porting.errors import FailedParityError, KeyMapError, OptionError, OutputError, ParityError
 from porting.families.base import Family, Spec
+from porting.families.given import GivenFamily
 from porting.files import weights_file
 from porting.files.atomic import output_errors, reserve
 from porting.files.result import PendingResult, pending_result
@@ -114,6 +115,11 @@ def _revert(
     refuse_another(family, variant, survey, weights)
     ported_from = case_of_file(family, variant, survey, num_classes=num_classes)
     target = case_of_file(family, variant, survey, layout=layout, num_classes=num_classes)
+    if num_classes is not None and isinstance(family, GivenFamily):
+        raise OptionError(
+            "--classes does not change two models of your own: their head is what --source and --target make",
+            hint="Give the number of classes to the functions with --source-arg and --target-arg.",
+        )
     _refuse_other_head(weights, family.classes_in(variant, [shape for _, shape, _ in survey.tensors]), target)
     if not ported_from.num_classes:
         target, ported_from = without_head(target), without_head(ported_from)
