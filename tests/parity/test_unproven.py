@@ -100,3 +100,83 @@ def test_a_key_map_tells_whose_settings_must_agree() -> None:
     report = check_parity(reference, candidate, IMAGES, key_map=key_map_of_rows(reference, candidate, rows))
     assert report.audit is not None
     assert [str(each) for each in report.audit.failures if "eps" in str(each)], str(report)
+
+
+def dense_weights(module: nn.Linear) -> list[Any]:
+    return [module.weight.detach().numpy().T, *([] if module.bias is None else [module.bias.detach().numpy()])]
+
+
+class Routed(nn.Module):
+    """Two experts, of which only the one that is chosen runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.second, self.head = nn.Linear(6, 4), nn.Linear(6, 4), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        chosen = self.first if float(x.sum()) < 1e6 else self.second
+        return self.head(torch.tanh(chosen(x)))
+
+
+def test_an_expert_that_is_not_chosen_is_no_mistake() -> None:
+    reference = Routed().eval()
+    inputs = keras.Input((6,))
+    first, second = layers.Dense(4, name="first")(inputs), layers.Dense(4, name="second")(inputs)
+    x = ops.where(ops.sum(inputs, -1, keepdims=True) < 1e6, first, second)
+    candidate = keras.Model(inputs, layers.Dense(2, name="head")(ops.tanh(x)))
+    for name in ("first", "second", "head"):
+        candidate.get_layer(name).set_weights(dense_weights(getattr(reference, name)))
+    report = check_parity(reference, candidate, np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32))
+    assert report.passed, str(report)
+
+
+class Gated(nn.Module):
+    """A gate that is one number a sample, and passes a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.gate, self.head = nn.Linear(6, 1), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x) * (1 + (self.gate(x) > 0).to(x.dtype))
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_a_layer_that_gives_one_number_is_no_mistake(samples: int) -> None:
+    reference = Gated().eval()
+    inputs = keras.Input((6,))
+    gate = ops.cast(layers.Dense(1, name="gate")(inputs) > 0, "float32")
+    candidate = keras.Model(inputs, layers.Dense(3, name="head")(inputs) * (1 + gate))
+    for name in ("gate", "head"):
+        candidate.get_layer(name).set_weights(dense_weights(getattr(reference, name)))
+    given = np.random.default_rng(0).normal(size=(samples, 6)).astype(np.float32)
+    assert check_parity(reference, candidate, given).passed
+
+
+class Split(nn.Module):
+    """A fused projection that code splits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.both, self.head = nn.Linear(6, 8, bias=False), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        one, other = self.both(x).chunk(2, -1)
+        return self.head(one * torch.sigmoid(other))
+
+
+def test_a_keras_model_of_a_fixed_batch() -> None:
+    reference = Split().eval()
+    inputs = keras.Input(batch_shape=(4, 6))
+    one = layers.Dense(4, use_bias=False, name="one")(inputs)
+    other = layers.Dense(4, use_bias=False, name="other")(inputs)
+    candidate = keras.Model(inputs, layers.Dense(3, name="head")(one * ops.sigmoid(other)))
+    kernels = np.split(dense_weights(reference.both)[0], 2, -1)
+    candidate.get_layer("one").set_weights(kernels[:1])
+    candidate.get_layer("other").set_weights(kernels[1:])
+    candidate.get_layer("head").set_weights(dense_weights(reference.head))
+    given = np.random.default_rng(0).normal(size=(16, 6)).astype(np.float32)
+    assert check_parity(reference, candidate, given, batch_size=4).passed

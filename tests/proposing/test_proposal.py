@@ -520,3 +520,41 @@ def test_buffers_that_keras_has_in_its_code_need_no_row(wrong: bool) -> None:
         return
     ported = porting.port_weights(reference, candidate, inputs=given)
     assert ported.require_parity().dropped == ("mean", "window")
+
+
+def test_a_constant_that_no_result_depends_on_is_not_dropped() -> None:
+    class Capped(WithConstants):
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.fc(torch.minimum(x, 100 + self.get_buffer("window")))
+
+    inputs = keras.Input((3,))
+    candidate = keras.Model(inputs, layers.Dense(2)(inputs))
+    given = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    with pytest.raises(KeyMapError, match="window: no row takes it"):
+        porting.port_weights(Capped().eval(), candidate, inputs=given)
+
+
+def test_a_map_that_fails_names_the_layer_and_the_cause() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.one, self.act, self.two, self.three = (
+                nn.Linear(6, 8),
+                nn.SiLU(inplace=True),
+                nn.Linear(8, 7),
+                nn.Linear(7, 3),
+            )
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.three(torch.tanh(self.two(self.act(self.one(x)))))
+
+    inputs = keras.Input((6,))
+    x = layers.Dense(7, activation="tanh", name="b")(
+        layers.Activation("gelu", name="g")(layers.Dense(8, name="a")(inputs))
+    )
+    candidate = keras.Model(inputs, layers.Dense(3, name="c")(x))
+    given = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
+    with pytest.raises(KeyMapError, match=r"act.*GELU \(erf\) instead of SiLU"):
+        porting.port_weights(Two().eval(), candidate, inputs=given)
+    assert "GELU (erf) instead of SiLU" in propose_map(Two().eval(), candidate, given).summary
