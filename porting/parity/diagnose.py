@@ -177,6 +177,11 @@ def _wiring_hypotheses(exact: Tensor, others: Mapping[str, Tensor]) -> Iterator[
         yield f"{wrong} is added where {right} belongs", partial(_combined, exact, minus=one, plus=other)
 
 
+def is_of_wiring(cause: str) -> bool:
+    """Whether a cause is one of those mistakes."""
+    return cause.startswith("it is ") or " is not added" in cause or " is added " in cause
+
+
 def _combined(base: Tensor, *, plus: Tensor | None = None, minus: Tensor | None = None) -> Tensor:
     result = base.double()
     if plus is not None:

@@ -36,7 +36,7 @@ from porting.parity.content import (
     Truth,
     as_real,
 )
-from porting.parity.diagnose import diagnose
+from porting.parity.diagnose import diagnose, is_of_wiring
 from porting.parity.fused import activations_of, last_of_fused, same
 from porting.parity.measure import measure_candidate
 from porting.parity.record import Recording, output_name
@@ -404,8 +404,8 @@ def _own_mistake(
     cause = cause or cause_of(session, recording, tracer, node, call, index, axes, actual, inside)
     cause = with_names_of_stack(session, call, cause)
     is_computed = node.name.partition("#")[0] in session.computed
-    # Anything but a number of a weight may be said of a layer that stands for this module and others.
-    is_vague = cause is not None and (NOT_THE_CHECKPOINTS in cause.cause or (is_computed and "[" not in cause.cause))
+    # These may be said of a layer that stands for this module and others.
+    is_vague = cause is not None and (NOT_THE_CHECKPOINTS in cause.cause or (is_computed and is_of_wiring(cause.cause)))
     if cause is None or is_vague:
         several = _meant_of_code(session, node, actual, expected, in_code)
         if several is not None:
