@@ -74,10 +74,13 @@ def _unpaired(session: Session, called: Collection[str]) -> Iterator[str]:
     """Yield the layers with weights of their own whose result, or that of a layer around them, is not PyTorch's."""
     proven = {pair.target.partition("#")[0] for pair in session.pairs.values() if not pair.named}
     for name, own in owned_variables(session.candidate).items():
-        around = name
+        if name not in called or not own or name in proven:
+            continue
+        # A layer around it is no proof unless it is of a kind: code inside may hide it behind a step.
+        around = name.rpartition("/")[0]
         while around and not (around in proven and session.layer_kind(around) is not None):
             around = around.rpartition("/")[0]
-        if name in called and own and not around:
+        if not around:
             yield name
 
 
