@@ -127,7 +127,7 @@ def faults_of(studied: Studied) -> Iterator[Fault]:
             yield Fault("gamma, beta exchanged", module, exchanged(0, 1), ("are exchanged",))
             yield Fault("variance as deviation", module, weight(3, np.sqrt), ("stored as standard deviation",))
             yield Fault("mean lost", module, weight(2, np.zeros_like), ("the running mean is lost",))
-            yield Fault("momentum", module, attribute("momentum", lambda _: 0.99), ("momentum is 0.01",))
+            yield Fault("momentum", module, attribute("momentum", lambda _: 0.99), ("momentum is 0.99",))
         elif kind == "LayerNormalization":
             yield Fault("epsilon 1e-3", module, attribute("epsilon", lambda _: 1e-3), ("an epsilon of 0.001",))
             yield Fault("epsilon 1e-6", module, attribute("epsilon", lambda _: 1e-6), ("an epsilon of 1e-06",))

@@ -129,9 +129,12 @@ class LibraryFamily(Family):
 
     def published(self, variant: str, progress: Progress = SILENT) -> Checkpoint:
         """Load the published weights; raises SourceError if the publisher's package cannot load them."""
+        from porting.models.frameworks import without_logs
+
         progress(f"loading {variant} by {self.publisher}")
         try:
-            with progress.paused():  # the packages draw their own progress bars
+            # The packages draw their own progress bars, and tell of every attempt to reach a hub.
+            with progress.paused(), without_logs("huggingface_hub", "timm", "httpx", "urllib3"):
                 model = self.load_published(variant)
         except (FamilyError, SourceError):
             raise

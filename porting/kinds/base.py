@@ -107,6 +107,10 @@ class Kind:
         """This kind's settings in a layer of another kind that has it fused in, such as a Dense with an activation."""
         return {}
 
+    def in_keras(self, setting: str, value: Any) -> str:
+        """How Keras states the value of a setting if its convention differs from PyTorch's; "" if it does not."""
+        return ""
+
     def advice(self, setting: str, expected: Any) -> str:
         """What to set in Keras when its convention differs from PyTorch's; "" when it does not."""
         return ""

@@ -78,8 +78,11 @@ class BatchNorm(Kind):
             "axis": "channels" if rank is None or axis in (-1, 1, rank - 1) else f"axis {axis}",
         }
 
+    def in_keras(self, setting: str, value: Any) -> str:
+        return f"{1.0 - value:g}" if setting == "momentum" else ""
+
     def advice(self, setting: str, expected: Any) -> str:
-        return f"set {1.0 - expected:g} in Keras, which is PyTorch's {expected:g}" if setting == "momentum" else ""
+        return f"set {1.0 - expected:g} in Keras" if setting == "momentum" else ""
 
     def mistakes(self, module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
         import torch

@@ -63,13 +63,14 @@ def compare_settings(
         for name in common:
             if not _same(expected[name], actual[name]):
                 training = name in kind.training_settings
+                shown, stated = _show(actual[name]), kind.in_keras(name, actual[name])
                 settled = one_size and name == "padding" and actual[name] == ASYMMETRIC
                 differences.append(
                     SettingDifference(
                         source,
                         name,
                         _show(expected[name]),
-                        _show(actual[name]),
+                        f"{stated} (PyTorch's {shown})" if stated else shown,
                         kind.advice(name, expected[name]),
                         training,
                         (strict or not training) and not settled and not {source, f"{source}:{name}"} & set(waive),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +25,7 @@ from porting.files.result import pending_result
 from porting.files.survey import survey_file
 from porting.kinds.transforms import Array
 from porting.mapping.convert import refuse_other_keys
-from porting.models.frameworks import start_tensorflow
+from porting.models.frameworks import start_tensorflow, without_logs
 from porting.models.images import Preprocessing
 from porting.models.inputs import Inputs, image_inputs, make_inputs
 from porting.models.precision import PRECISIONS, in_precision
@@ -168,7 +166,11 @@ def export(
             classifies=bool(classes and (case.num_classes or with_softmax)),
         )
         progress(f"exporting to {form}")
-        with _quiet(), output_errors(out), _export_errors(f"the model cannot be converted for {form}"):
+        with (
+            without_logs("absl", "tf2onnx", "tensorflow", "root"),
+            output_errors(out),
+            _export_errors(f"the model cannot be converted for {form}"),
+        ):
             write(form, exportable, pending.path, precision, usage=usage, split_kernels=split_kernels)
         report = None
         # The result of the last layer is also the model's output, which is compared as such.
@@ -329,22 +331,6 @@ def _export_errors(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise ExportError(f"{what}: {reason_of(error)}") from None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the log messages and warnings of converters."""
-    loggers = [logging.getLogger(name) for name in ("absl", "tf2onnx", "tensorflow", "root")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _size(path: Path) -> int:

@@ -335,7 +335,7 @@ def test_a_single_number_is_named(toy: nn.Module, candidate: keras.Model, images
             "block1_bn",
             "momentum",
             0.99,
-            "blocks.0.bn: momentum is 0.01 in Keras, 0.1 in PyTorch (set 0.9 in Keras, which is PyTorch's 0.1)",
+            "blocks.0.bn: momentum is 0.99 (PyTorch's 0.01) in Keras, 0.1 in PyTorch (set 0.9 in Keras)",
         ),
     ],
     ids=["momentum"],
