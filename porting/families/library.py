@@ -134,7 +134,7 @@ class LibraryFamily(Family):
         progress(f"loading {variant} by {self.publisher}")
         try:
             # The packages draw their own progress bars, and tell of every attempt to reach a hub.
-            with progress.paused(), without_logs("huggingface_hub", "timm", "httpx", "urllib3"):
+            with progress.paused(), without_logs():
                 model = self.load_published(variant)
         except (FamilyError, SourceError):
             raise

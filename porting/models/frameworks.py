@@ -115,16 +115,20 @@ def holding_back_stderr() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_logs(*names: str) -> Iterator[None]:
-    """Silence these loggers and all warnings in this context, for packages whose errors are told in our own words."""
+    """Silence these loggers, by default all, and all warnings, for packages whose errors are told in our own words."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
+    disabled = logging.root.manager.disable
     try:
+        if not names:  # a package that is imported here would set its levels anew
+            logging.disable(logging.CRITICAL)
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        logging.disable(disabled)
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
