@@ -25,7 +25,7 @@ from porting.files.atomic import interrupt_later, reserve
 from porting.files.bounds import bounded_building
 from porting.files.survey import HDF5_SIGNATURE, PROVENANCE, WEIGHTS_MEMBER
 from porting.kinds.transforms import Array, Shape
-from porting.models.traverse import named_variables
+from porting.models.traverse import named_variables, variable_names
 
 if TYPE_CHECKING:
     import keras
@@ -100,7 +100,7 @@ def weight_shapes(model: keras.Model) -> dict[str, dict[str, Shape]]:
 
     Names are relative to the layer. The order differs from `layer.weights`.
     """
-    names = {id(variable): name for name, variable in named_variables(model).items()}
+    names = variable_names(model)
     layers: dict[str, dict[str, Shape]] = {}
     for layer in model.layers:
         variables = [*layer.trainable_weights, *layer.non_trainable_weights]

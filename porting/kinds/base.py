@@ -113,7 +113,8 @@ class Kind:
 
     def advice(self, setting: str, expected: Any) -> str:
         """What to set in Keras when its convention differs from PyTorch's; "" when it does not."""
-        return ""
+        stated = self.in_keras(setting, expected)
+        return f"set {stated} in Keras" if stated else ""
 
     def mistakes(self, module: nn.Module, inputs: list[Tensor]) -> Iterator[Mistake]:
         """Known porting mistakes of this kind, made on the inputs that `module` took. Specific ones come first."""

@@ -81,9 +81,6 @@ class BatchNorm(Kind):
     def in_keras(self, setting: str, value: Any) -> str:
         return f"{1.0 - value:g}" if setting == "momentum" else ""
 
-    def advice(self, setting: str, expected: Any) -> str:
-        return f"set {1.0 - expected:g} in Keras" if setting == "momentum" else ""
-
     def mistakes(self, module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
         import torch
 

@@ -56,9 +56,22 @@ def named_variables(model: keras.Model) -> dict[str, keras.Variable]:
     return {names.get(id(variable), variable.path): variable for variable in model.weights}
 
 
+def variable_names(model: keras.Model) -> dict[int, str]:
+    """The name of every variable, by its id: Keras's variables cannot be hashed."""
+    return {id(variable): name for name, variable in named_variables(model).items()}
+
+
 def owned_variables(model: keras.Model) -> dict[str, list[keras.Variable]]:
     """The variables that each layer holds directly, not through a sublayer. The key "" has the model's own."""
     return {"": _own_variables(model)} | {name: _own_variables(layer) for name, layer in named_layers(model).items()}
+
+
+def owned_names(model: keras.Model) -> dict[str, list[str]]:
+    """The names of the variables that each layer holds directly, as in `owned_variables`."""
+    names = variable_names(model)
+    return {
+        layer: [names[id(each)] for each in own if id(each) in names] for layer, own in owned_variables(model).items()
+    }
 
 
 def _sublayers(owner: Any) -> Iterator[keras.layers.Layer]:

@@ -21,6 +21,7 @@ from porting.models.stacks import layers_of_stack, modules_of, owner_of
 from porting.parity.content import as_real
 from porting.parity.diagnose import EXPLAINED, as_tensors, diagnose
 from porting.parity.fused import Activations, Core, core_of
+from porting.parity.measure import rms
 from porting.parity.record import Recording
 from porting.parity.report import OUTPUT, Diagnosis
 from porting.parity.trace import Node, Tracer
@@ -63,7 +64,7 @@ def _lone_activation(label: str, expected: Tensor, actual: Tensor, place: str) -
     known = {name: function for name, function in functions(expected.ndim).items() if name != LINEAR}
     limit = _rounding_of(expected, actual)
     for side, given, target in (("Keras", expected, actual), ("PyTorch", actual, expected)):
-        fitting = [name for name, function in known.items() if _rms(function(given) - target) <= limit]
+        fitting = [name for name, function in known.items() if rms(function(given) - target) <= limit]
         if fitting:
             text = f"{joined_names(fitting)} comes {place} in {side} alone"
             return Diagnosis(label, text, 0.0, (text,))
@@ -126,23 +127,19 @@ def _explains(theirs: Tensor, ours: Tensor, expected: Tensor, actual: Tensor) ->
     differs = difference.abs() > limit
     if not limit or not bool((theirs != ours)[differs].all()):
         return False
-    if _rms(ours - theirs - difference) <= limit:
+    if rms(ours - theirs - difference) <= limit:
         return True
     if not bool((differs & (theirs != 0)).any()):
         return False  # a factor of zero hides the other factor
     # Compared as products: a quotient would have the other factor's zeros.
-    return _rms(actual * theirs - expected * ours) <= limit / _rms(difference) * _rms(difference * theirs)
+    return rms(actual * theirs - expected * ours) <= limit / rms(difference) * rms(difference * theirs)
 
 
 def _rounding_of(expected: Tensor, actual: Tensor) -> float:
     """How far from `actual` an explanation may be; 0 if that is too much to explain the difference to `expected`."""
-    size = _rms(actual - expected)
-    limit = max(_ROUNDS * size, _FINEST * _rms(actual))
+    size = rms(actual - expected)
+    limit = max(_ROUNDS * size, _FINEST * rms(actual))
     return limit if limit <= _SMALL * size else 0.0
-
-
-def _rms(values: Tensor) -> float:
-    return float(values.square().mean().sqrt())
 
 
 def tensors_near(recording: Recording, call: str) -> dict[str, Tensor]:

@@ -30,19 +30,20 @@ def tensors_of_code(
 
     seen = {_signature(truth.tensor) for truth in known}
     found: list[Tensor] = []
-    taken = [0]
+    taken = 0
 
     class Watching(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal taken
             result = func(*args, **(kwargs or {}))
             for each in tensors_in(result):
                 is_plain = each.layout == torch.strided and not each.is_meta and each.is_floating_point()
-                if is_plain and each.numel() > 1 and wanted(each.numel()) and taken[0] < _MOST_BYTES:
+                if is_plain and each.numel() > 1 and wanted(each.numel()) and taken < _MOST_BYTES:
                     signature = _signature(each)
                     if signature not in seen:
                         seen.add(signature)
                         found.append(each.detach().clone())  # it may be overwritten later
-                        taken[0] += each.nbytes
+                        taken += each.nbytes
             return result
 
     with torch.no_grad(), Watching():

@@ -28,7 +28,7 @@ from porting.models.live import effective_tensors, require_models
 from porting.models.observe import observe_layers, observe_modules, to_torch
 from porting.models.precision import in_precision
 from porting.models.stacks import last_layer
-from porting.models.traverse import named_layers, named_variables, owned_variables
+from porting.models.traverse import named_layers, named_variables, owned_names
 from porting.parity.bits import compare_bits
 from porting.parity.content import SAME, SAME_IN_FLOAT32
 from porting.parity.derived import (
@@ -350,10 +350,10 @@ def _layers_with_computed_weights(session: Session, others: set[str]) -> set[str
 
     `others` are the variables that hold no tensor of PyTorch's.
     """
-    names = {id(variable): name for name, variable in named_variables(session.candidate).items()}
+    variables = named_variables(session.candidate)
     kernels = {
-        layer: [names[id(variable)] for variable in own if len(variable.shape) > 1]
-        for layer, own in owned_variables(session.candidate).items()
+        layer: [name for name in own if len(variables[name].shape) > 1]
+        for layer, own in owned_names(session.candidate).items()
     }
     found = {layer for layer, own in kernels.items() if layer and own and others.issuperset(own)}
     return found | {name for name, layer in session.names.layers.items() if is_rounding_rescaling(layer)}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from porting.kinds import kind_of_module
 from porting.kinds.base import Kind, with_change
+from porting.parity.measure import rms
 from porting.parity.report import REPRODUCED, Diagnosis
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def _diagnose(
     others: Mapping[str, Tensor],
     behind: Callable[[Tensor], Tensor] | None,
 ) -> Diagnosis | None:
-    total = _rms(found - exact)
+    total = rms(found - exact)
     if not math.isfinite(total) or total == 0.0:
         return None
     hypotheses: list[Hypothesis] = []
@@ -88,7 +89,7 @@ def _diagnose(
             made = make()
         except _IMPOSSIBLE:
             continue  # the mistake cannot be made on these inputs
-        fitting = [_rms(found - guess.double()) for guess in as_tensors(made) if guess.shape == found.shape]
+        fitting = [rms(found - guess.double()) for guess in as_tensors(made) if guess.shape == found.shape]
         if not fitting:
             continue
         left = min(fitting) / total
@@ -125,10 +126,6 @@ def as_tensors(made: Made) -> tuple[Tensor, ...]:
     if made is None:
         return ()
     return made if isinstance(made, tuple) else (made,)
-
-
-def _rms(values: Tensor) -> float:
-    return float(values.square().mean().sqrt())
 
 
 def _rounded(values: Tensor, bits: int) -> Tensor:

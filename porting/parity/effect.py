@@ -14,9 +14,10 @@ import numpy as np
 from porting.kinds.transforms import Array
 from porting.models.inputs import Inputs, leaves_by_key
 from porting.models.observe import Replacement, observe_layers, to_torch
-from porting.models.traverse import named_layers, named_variables, owned_variables
+from porting.models.traverse import named_layers, owned_names
 from porting.parity.code import tensors_of_code
 from porting.parity.content import Library, as_real
+from porting.parity.measure import rms
 from porting.parity.record import Recording
 from porting.parity.rounded_weights import differs_as_rounded
 from porting.parity.session import Session
@@ -73,7 +74,7 @@ def unproven_layers(session: Session, called: Collection[str]) -> set[str]:
 def _unpaired(session: Session, called: Collection[str]) -> Iterator[str]:
     """Yield the layers with weights of their own whose result, or that of a layer around them, is not PyTorch's."""
     proven = {pair.target.partition("#")[0] for pair in session.pairs.values() if not pair.named}
-    for name, own in owned_variables(session.candidate).items():
+    for name, own in owned_names(session.candidate).items():
         if name not in called or not own or name in proven:
             continue
         # A layer around it is no proof unless it is of a kind: code inside may hide it behind a step.
@@ -110,8 +111,7 @@ def _is_rounded(library: Library, layer: Any, taken: list[Tensor], output: Tenso
 
 def _without_effect(session: Session, inputs: Inputs, names: Sequence[str]) -> set[str]:
     """The layers whose weights change no result if changed a little, while one of them does if changed by much."""
-    names_of = {id(variable): name for name, variable in named_variables(session.candidate).items()}
-    owned = owned_variables(session.candidate)
+    owned = owned_names(session.candidate)
     with session.float64.overwritten() as variables, session.float64.active() as model:
 
         def results() -> list[Tensor]:
@@ -121,7 +121,7 @@ def _without_effect(session: Session, inputs: Inputs, names: Sequence[str]) -> s
         before = results()
 
         def has_effect(name: str, change: float) -> bool:
-            own = [variables[names_of[id(variable)]] for variable in owned[name]]
+            own = [variables[each] for each in owned[name]]
             values = [np.array(variable) for variable in own]
             for variable, each in zip(own, values, strict=True):
                 if each.dtype.kind == "f":
@@ -145,5 +145,5 @@ def _changed(values: Array, change: float) -> Array:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    scale = float(one.square().mean().sqrt())
+    scale = rms(one)
     return float((one - other).abs().max()) <= _NONE * scale if one.numel() and math.isfinite(scale) else True

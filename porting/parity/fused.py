@@ -18,6 +18,7 @@ from porting.models.observe import to_torch
 from porting.models.stacks import modules_of
 from porting.parity.content import as_real
 from porting.parity.derived import fold
+from porting.parity.measure import rms
 from porting.parity.record import Recording
 from porting.parity.report import Diagnosis
 from porting.parity.trace import Node, Tracer, key_of
@@ -168,8 +169,7 @@ def _taken_behind(session: Session, recording: Recording, call: str, truth: Tens
 
 def same(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors of float64 agree up to rounding."""
-    scale = float(other.square().mean().sqrt())
-    return bool(other.isfinite().all()) and float((one - other).square().mean().sqrt()) <= 1e-12 * scale
+    return bool(other.isfinite().all()) and rms(one - other) <= 1e-12 * rms(other)
 
 
 def core_of(session: Session, recording: Recording, call: str, layer: Any) -> Core | None:

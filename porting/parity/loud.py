@@ -18,6 +18,7 @@ from porting.models.synthetic import fill_with_synthetic_weights
 from porting.models.traverse import named_variables
 from porting.parity.content import Truth, as_real
 from porting.parity.locate import locate
+from porting.parity.measure import rms
 from porting.parity.report import (
     FLOAT32_ROUNDOFF,
     Culprit,
@@ -163,8 +164,7 @@ def _relative_on(session: Session, inputs: Inputs) -> float | None:
         expected, actual = theirs[key].permute(session.axes_of_result(key, theirs[key].ndim)), ours[own]
         if not bool(expected.isfinite().all()) or expected.shape != actual.shape:
             return None
-        scale = float(expected.square().mean().sqrt())
-        distance = float((actual - expected).square().mean().sqrt())
+        scale, distance = rms(expected), rms(actual - expected)
         relative = distance / scale if scale else (math.inf if distance else 0.0)
         # What is computed in float32 inside, or with weights that were rounded to it, cannot agree better.
         relative = 0.0 if relative < allowed * FLOAT32_ROUNDOFF else relative

@@ -91,6 +91,11 @@ def measure_distance(actual: Tensor, truth: Tensor) -> DistanceSum:
     return size
 
 
+def rms(values: Tensor) -> float:
+    """The root mean square of a tensor, in its own precision."""
+    return float(values.square().mean().sqrt())
+
+
 def in_memory_order(tensor: Tensor) -> Tensor:
     """The tensor with its axes in the order of its memory, so that it can be made flat without a copy."""
     return tensor.permute(_memory_order(tensor))

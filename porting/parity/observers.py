@@ -36,8 +36,10 @@ class ExactObserver:
         self.watches_inputs = bool(session.computed)
         self._inputs: list[list[Tensor]] = []  # of the calls that have begun
         # Those layers are told from mistakes by what they take, and what PyTorch's code makes of them.
-        others = [torch.from_numpy(array) for array in batch.candidate] if session.computed else []
-        others += session.tensors_of_code(batch, recording) if session.computed else []
+        others: list[Tensor] = []
+        if session.computed:
+            others += [torch.from_numpy(array) for array in batch.candidate]
+            others += session.tensors_of_code(batch, recording)
         self.library = session.library(recording, others)
         self.wanted: set[int] = set()
         self.matched: set[int] = set()

@@ -23,7 +23,7 @@ import numpy as np
 from porting.kinds.transforms import Array
 from porting.mapping.key_map import KeyMap
 from porting.models.observe import to_torch
-from porting.models.traverse import named_layers, named_variables
+from porting.models.traverse import named_layers, named_variables, variable_names
 from porting.parity.measure import DifferenceSum, measure_truth
 from porting.parity.report import (
     FEW_ELEMENTS,
@@ -206,7 +206,7 @@ def _train_keras(
     before = [np.array(variable) for variable in model.weights]
     optimizer = pair.candidate()
     trained = model.trainable_variables
-    names = {id(variable): name for name, variable in named_variables(model).items()}
+    names = variable_names(model)
     run = _Run()
     try:
         for step in range(1, max(steps) + 1):

@@ -23,7 +23,7 @@ from porting.models.keras_float64 import Float64Model
 from porting.models.live import assign_tensors, effective_tensors
 from porting.models.observe import Observer, Replay, observe_layers, observe_modules, to_torch
 from porting.models.synthetic import fill_with_synthetic_weights
-from porting.models.traverse import named_layers, named_variables, owned_variables
+from porting.models.traverse import named_layers, named_variables, owned_names, variable_names
 from porting.wording import typed_reason_of
 
 if TYPE_CHECKING:
@@ -219,11 +219,7 @@ class KerasSide:
         self.layers = named_layers(model)
         self._variables = named_variables(model)
         self.shapes = {name: tuple(variable.shape) for name, variable in self._variables.items()}
-        self.names = {id(variable): name for name, variable in self._variables.items()}
-        self.owned = {
-            name: [self.names[id(each)] for each in own if id(each) in self.names]
-            for name, own in owned_variables(model).items()
-        }
+        self.names, self.owned = variable_names(model), owned_names(model)
 
     def _try_out(self) -> None:
         """Run the model once, with casts to float32 if it does not run without. Raises KeyMapError if it never does."""
