@@ -157,11 +157,11 @@ def of_transformers(name: str, folder: Path) -> tuple[Any, Any, Any]:
     import torch
     import transformers
 
-    from porting.families.builders import last_hidden_state, text_inputs, transformers_model
+    from porting.families.builders import text_inputs, transformers_model
     from porting.models.synthetic import fill_with_synthetic_weights
 
     port = TRANSFORMERS[name]
-    reference = transformers_model(port.model, last_hidden_state, port.config).eval()
+    reference = transformers_model(port.model, port.config).eval()
     if port.side:
         given: Any = np.random.default_rng(1).normal(size=(1, port.side, port.side, 3)).astype(np.float32)
         images = torch.from_numpy(given).permute(0, 3, 1, 2)

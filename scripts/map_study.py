@@ -37,7 +37,7 @@ from torch import nn
 
 import porting
 from porting.errors import FamilyError
-from porting.families.builders import last_hidden_state, transformer_backbone, transformers_model
+from porting.families.builders import transformer_backbone, transformers_model
 from porting.families.registry import get_family
 from porting.kinds import kind_of_module
 from porting.models.frameworks import start_tensorflow
@@ -91,7 +91,7 @@ def of_text(name: str, backbone: str, model: str, config: dict[str, Any], sizes:
     from porting.models.rows import key_map_of_rows
 
     family: Any = get_family(name)
-    reference = transformers_model(model, last_hidden_state, config)
+    reference = transformers_model(model, config)
     length = 512 if name != "gpt2" else 128
     candidate = transformer_backbone(backbone, *sizes, vocabulary_size=1000, max_sequence_length=length)
     entries = key_map_of_rows(reference, candidate, family.rows).entries

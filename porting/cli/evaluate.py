@@ -37,7 +37,7 @@ from porting.errors import INTERRUPTED
     click.option("--data", required=True, metavar="SPEC", help="Data set, in one of the forms listed above."),
     click.option("--labels", type=FILE, help="The model's classes in order, one per line.  [default: the family's]"),
     click.option(
-        "--limit", type=click.IntRange(min=1), help="Use only this many samples, from the start.  [default: all]"
+        "--samples", type=click.IntRange(min=1), help="Use only this many samples, from the start.  [default: all]"
     ),
     click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Samples per batch."),
     click.option("--tokenizer", default="", metavar="FOLDER", help="Tokenizer for texts, as saved by transformers."),
@@ -100,7 +100,7 @@ def evaluate(
     data: str,
     labels: Path | None,
     batch_size: int,
-    limit: int | None,
+    samples: int | None,
     keras_preprocessing: str,
     pytorch_preprocessing: str,
     tokenizer: str,
@@ -159,7 +159,7 @@ def evaluate(
     arguments = dict(checkpoint.arguments)
     options = EvaluateOptions(
         batch_size=batch_size,
-        limit=limit,
+        limit=samples,
         labels=labels,
         own=keras_preprocessing,
         shared=pytorch_preprocessing,

@@ -17,8 +17,8 @@ from porting.cli.groups import (
     CheckpointChoice,
     Model,
     ReportChoice,
+    checkpoint_options,
     model_options,
-    plain_checkpoint_options,
     report_options,
     result_paths,
     show_written,
@@ -105,7 +105,7 @@ class PerChannel(click.ParamType):  # type: ignore[type-arg]
         help="Names of the classes for the metadata, one per line.  [default: the family's, or ImageNet's by timm]",
     ),
 )
-@plain_checkpoint_options
+@checkpoint_options
 @titled("Parity check", CHECK)
 @thoroughness_options
 @report_options
@@ -138,13 +138,17 @@ def export(
     With --no-check, no checkpoint is read.
     """
     from porting.cli.terminal import say
+    from porting.errors import OutputError
     from porting.exporting import FORMATS
     from porting.tasks.export import export as write_export
 
     by_suffix = {suffix: name for name, suffix in FORMATS.items()}
     form = form or by_suffix.get(out.suffix)
     if form is None:
-        raise click.UsageError("give --format, or an --out that ends in .tflite or .onnx")
+        raise OutputError(
+            f"{out}: the suffix does not name a format to write",
+            hint="Use .tflite or .onnx, or --format saved_model for a folder.",
+        )
     if (mean is None) != (std is None):
         raise click.UsageError("give both --mean and --std")
     reporting.require_writable(result_paths(out), {"--weights": [weights], "--checkpoint": checkpoint.files})

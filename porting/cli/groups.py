@@ -117,6 +117,8 @@ class OfFamily(click.ParamType):  # type: ignore[type-arg]
         return f"[{'|'.join(self._choices(family_of(ctx)))}]"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if ctx is not None and ctx.get_parameter_source("source") is click.core.ParameterSource.COMMANDLINE:
+            self.fail("this belongs to a family and cannot be combined with --source", param, ctx)
         family = family_of(ctx)
         choices = self._choices(family)
         if value not in choices:
@@ -228,7 +230,7 @@ def model_options(*, required: bool = True) -> Callable[[Command], Command]:
         click.option(
             "--config", type=FILE, help="Settings of a VAN, .json or .toml, or its config.json; replaces --variant."
         ),
-        click.option("--source", help="PyTorch model, such as FILE.py:make; replaces --family."),
+        click.option("--source", is_eager=True, help="PyTorch model, such as FILE.py:make; replaces --family."),
         click.option("--target", help="Keras model, such as FILE.py:make; `van-port map --help` lists all forms."),
         click.option(
             "--map", "rows_file", type=FILE, help="Key map between the two, .toml, as written by `van-port map`."
@@ -262,8 +264,8 @@ def _model(
         return Model(family, variant)
     if missing := [option for option, value in given.items() if not value]:
         raise click.UsageError(f"--source, --target and --map must be given together: {', '.join(missing)} is missing")
-    if variant is not None or config is not None:
-        raise click.UsageError("--variant and --config belong to a family and cannot be combined with --source")
+    if config is not None:
+        raise click.UsageError("--config belongs to a family and cannot be combined with --source")
     if click.get_current_context().get_parameter_source("family") is click.core.ParameterSource.COMMANDLINE:
         raise click.UsageError("--source replaces --family: give one of them")
     from porting.families.given import VARIANT as OWN
@@ -310,17 +312,6 @@ class CheckpointChoice:
         return files_of(self.arguments["checkpoint"])
 
 
-CHECKPOINT = click.option(
-    "--checkpoint",
-    metavar="FILE|URL",
-    help="PyTorch checkpoint: a path, https://... or hf://owner/repo/file[@revision].  "
-    "[default: the variant's official file]",
-)
-LAYOUT_OF_CHECKPOINT = click.option(
-    "--layout",
-    type=LAYOUT,
-    help="Publisher whose tensor names the checkpoint uses.  [default: recognised from the names]",
-)
 EMA = click.option(
     "--ema/--no-ema", default=False, show_default=True, help="Use the moving-average weights if the file has both."
 )
@@ -330,15 +321,21 @@ checkpoint_options = option_group(
     "Checkpoint",
     "checkpoint",
     lambda **arguments: CheckpointChoice(arguments),
-    CHECKPOINT,
+    click.option(
+        "--checkpoint",
+        metavar="FILE|URL",
+        help="PyTorch checkpoint: a path, https://... or hf://owner/repo/file[@revision].  "
+        "[default: the variant's official file]",
+    ),
     click.option("--sha256", type=Sha256(), help="Required hash of the checkpoint."),
-    LAYOUT_OF_CHECKPOINT,
+    click.option(
+        "--layout",
+        type=LAYOUT,
+        help="Publisher whose tensor names the checkpoint uses.  [default: recognised from the names]",
+    ),
     EMA,
     KEY,
     PREFIX,
-)
-plain_checkpoint_options = option_group(
-    "Checkpoint", "checkpoint", lambda **arguments: CheckpointChoice(arguments), CHECKPOINT, LAYOUT_OF_CHECKPOINT
 )
 
 CHECK = click.option(

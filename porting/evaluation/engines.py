@@ -145,7 +145,7 @@ def run_on_ray(
 def require_ray() -> None:
     """Raise EngineError if Ray is not installed."""
     if any(find_spec(name) is None for name in ("ray", "pyarrow", "pandas")):
-        raise EngineError("--engine ray needs Ray", hint="pip install 'van-port[ray]'")
+        raise EngineError("--engine ray needs Ray", hint="Install it: pip install 'van-port[ray]'.")
 
 
 def _start(ray: Any, address: str, cpus: int) -> None:

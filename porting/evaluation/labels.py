@@ -62,7 +62,7 @@ class Labels:
         unknown = next(folder for folder in folders if _plain(folder) not in known)
         hint = _HINT
         if _SYNSET.fullmatch(unknown) and self.classes == IMAGENET_CLASSES:
-            hint = f"timm knows ImageNet's synsets: pip install 'van-port[timm]'. {_HINT}"
+            hint = f"timm knows ImageNet's synsets. Install it: pip install 'van-port[timm]'. {_HINT}"
         raise SourceError(
             f"the folder {unknown!r} is not one of the model's {self.classes} classes, and there are {len(folders)} "
             "class folders",

@@ -414,7 +414,7 @@ def _package(name: str) -> Any:
         return import_module(name)
     except ImportError:
         raise SourceError(
-            f"this data set needs {name.partition('.')[0]}", hint="pip install 'van-port[data]'"
+            f"this data set needs {name.partition('.')[0]}", hint="Install it: pip install 'van-port[data]'."
         ) from None
 
 

@@ -15,6 +15,7 @@ from porting.kinds.transforms import Array, Shape
 from porting.mapping.convert import diff_keys
 from porting.mapping.key_map import KeyMap
 from porting.mapping.naming import Naming, Recognition, recognise_naming
+from porting.mapping.rules import KeyRule
 from porting.models.images import Preprocessing, prepare_image, prepare_in_tensorflow
 from porting.parity.training import OptimizerPair, usual_optimizers
 from porting.progress import SILENT, Progress
@@ -104,9 +105,11 @@ class Family:
         """The name of the family in reports."""
         return self.name
 
-    def whose_weights(self, spec: Spec) -> str:
-        """Which weights the family takes, for messages."""
-        return f"the weights of {self.name} {spec.variant}"
+    def expected(self, spec: Spec) -> str:
+        """Which weights the family takes, in sentences, for a checkpoint that holds others."""
+        layouts = [naming.name for naming in self.namings]
+        others = f" --layout chooses other names ({', '.join(layouts)})." if len(layouts) > 1 else ""
+        return f"Expected the weights of {self.name} {spec.variant} with {spec.naming.name} names.{others}"
 
     def facts(self, spec: Spec) -> dict[str, str]:
         """What names the model in reports, in the provenance of its files and in exports."""
@@ -299,6 +302,14 @@ class Family:
             )
         return Spec(variant, self.num_classes(variant, state_dict, naming), naming, stated)
 
+    def coverage(self, names: Collection[str]) -> float:
+        """The share of these names that the family's rows cover, from 0 to 1. Nothing is built for it."""
+        rows = [
+            [replace(rule, source=source) for rule, source in zip(naming.rules, naming.own_sources, strict=True)]
+            for naming in self.namings
+        ]
+        return max(coverage(each, names) for each in rows)
+
     def fit(self, variant: str, names: Collection[str]) -> float:
         """How well names agree with those of this variant under the best-fitting naming, from 0 to 1.
 
@@ -324,6 +335,12 @@ class Family:
             if not diff_keys(state_dict, self.key_map(spec), by_path(self.weight_shapes(spec))):
                 return variant
         return None
+
+
+def coverage(rows: Iterable[KeyRule], names: Collection[str]) -> float:
+    """The share of these names that the rows cover, from 0 to 1."""
+    rows = list(rows)
+    return sum(any(row.covers(name) for row in rows) for name in names) / max(len(names), 1)
 
 
 def _differ(one: Naming, other: Naming, settings: Collection[str]) -> bool:

@@ -28,7 +28,7 @@ def library(name: str) -> Any:
     except ImportError as error:
         raise FamilyError(
             f"this family needs {name.partition('.')[0]}, which cannot be imported: {error}",
-            hint="pip install 'van-port[hub]'",
+            hint="Install it: pip install 'van-port[hub]'.",
         ) from None
 
 
@@ -122,28 +122,26 @@ def text_inputs(vocabulary: int, length: int = 16) -> dict[str, Array]:
     return {"token_ids": tokens, "padding_mask": mask}
 
 
-def last_hidden_state(output: Any) -> Any:
-    """The last hidden state of a transformers model, without its cache for the next token."""
-    return output.last_hidden_state
-
-
 def transformers_model(
     name: str,
-    result: Callable[[Any], Any],
     config: Mapping[str, Any],
+    outputs: str | Mapping[str, str] = "last_hidden_state",
     prepare: Callable[[dict[str, Any]], dict[str, Any]] = dict,
     **options: Any,
 ) -> nn.Module:
-    """Build a transformers model without weights that returns `result` of its output.
+    """Build a transformers model without weights that returns only some attributes of its output.
 
-    `prepare` converts the keyword arguments of each call. The model's class derives from the package's own, so its
-    tensors have the names that checkpoints use.
+    `outputs` names one attribute, or maps Keras's name of each output to one. `prepare` converts the keyword arguments
+    of each call. The model's class derives from the package's own, so its tensors have the names that checkpoints use.
     """
     transformers = library("transformers")
     owner = getattr(transformers, name)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return result(owner.forward(self, *args, **prepare(kwargs)))
+        output = owner.forward(self, *args, **prepare(kwargs))
+        if isinstance(outputs, str):
+            return getattr(output, outputs)
+        return {name: getattr(output, attribute) for name, attribute in outputs.items()}
 
     # Callers read the model's inputs from this signature.
     forward.__signature__ = inspect.signature(owner.forward)  # type: ignore[attr-defined]

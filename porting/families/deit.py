@@ -9,7 +9,6 @@ from porting.families.builders import (
     attention_rows,
     classifier,
     encoder_config,
-    last_hidden_state,
     transformer_backbone,
     transformers_model,
 )
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 _SIZES = {"tiny": (3, 192), "small": (6, 384), "base": (12, 768)}
 _EPSILON = 1e-12
 _TOKENS = "deit_patching_and_embedding"
-_ATTENTION = ("attention.query", "attention.key", "attention.value")
+_ATTENTION = ("attention.query", "attention.key", "attention.value", "output.dense")
 _LAYER, _BLOCK = "encoder.layer.{s}", "deit_encoder/transformer_block_{s+1}"
 
 
@@ -44,7 +43,7 @@ class DeiTFamily(LibraryFamily):
         KeyRule("embeddings.position_embeddings", f"{_TOKENS}/position_embedding", "parameter"),
         KeyRule("embeddings.patch_embeddings.projection", f"{_TOKENS}/patch_embedding", "conv"),
         KeyRule(f"{_LAYER}.layernorm_before", f"{_BLOCK}/ln_1", "layer_norm"),
-        *attention_rows(f"{_LAYER}.attention", f"{_BLOCK}/mha", *_ATTENTION, "output.dense"),
+        *attention_rows(f"{_LAYER}.attention", f"{_BLOCK}/mha", *_ATTENTION),
         KeyRule(f"{_LAYER}.layernorm_after", f"{_BLOCK}/ln_2", "layer_norm"),
         KeyRule(f"{_LAYER}.intermediate.dense", f"{_BLOCK}/mlp/dense", "dense"),
         KeyRule(f"{_LAYER}.output.dense", f"{_BLOCK}/output_layer/output", "dense"),
@@ -53,9 +52,7 @@ class DeiTFamily(LibraryFamily):
     )
     names_in_5 = (
         ("encoder.layer.", "layers."),
-        ("attention.attention.query", "attention.q_proj"),
-        ("attention.attention.key", "attention.k_proj"),
-        ("attention.attention.value", "attention.v_proj"),
+        *((f"attention.attention.{name}", f"attention.{name[0]}_proj") for name in ("query", "key", "value")),
         ("attention.output.dense", "attention.o_proj"),
         ("intermediate.dense", "mlp.fc1"),
         ("output.dense", "mlp.fc2"),
@@ -64,9 +61,9 @@ class DeiTFamily(LibraryFamily):
     def build_reference(self, spec: Spec) -> nn.Module:
         config = encoder_config(12, *self.models[spec.variant], layer_norm_eps=_EPSILON)
         if not spec.num_classes:
-            return transformers_model("DeiTModel", last_hidden_state, config, add_pooling_layer=False)
+            return transformers_model("DeiTModel", config, add_pooling_layer=False)
         config["num_labels"] = spec.num_classes
-        return transformers_model("DeiTForImageClassification", lambda output: output.logits, config)
+        return transformers_model("DeiTForImageClassification", config, "logits")
 
     def make_candidate(self, spec: Spec) -> keras.Model:
         options = {"image_shape": (224, 224, 3), "patch_size": 16, "layer_norm_epsilon": _EPSILON}

@@ -5,13 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from porting.families.base import Spec
-from porting.families.builders import (
-    last_hidden_state,
-    text_inputs,
-    transformer_backbone,
-    transformer_rows,
-    transformers_model,
-)
+from porting.families.builders import text_inputs, transformer_backbone, transformer_rows, transformers_model
 from porting.families.library import LibraryFamily
 from porting.kinds.transforms import Array
 from porting.mapping.rules import KeyRule
@@ -48,7 +42,7 @@ class DistilBertFamily(LibraryFamily):
         return text_inputs(self.models[spec.variant])
 
     def build_reference(self, spec: Spec) -> nn.Module:
-        return transformers_model("DistilBertModel", last_hidden_state, {"vocab_size": self.models[spec.variant]})
+        return transformers_model("DistilBertModel", {"vocab_size": self.models[spec.variant]})
 
     def make_candidate(self, spec: Spec) -> keras.Model:
         return transformer_backbone(

@@ -61,8 +61,11 @@ class GivenFamily(LibraryFamily):
         """Both models, as named on the command line. No other family has an arrow in its name."""
         return f"{self._source} -> {self._target}"
 
-    def whose_weights(self, spec: Spec) -> str:
-        return f"the weights of {self._source}"
+    def expected(self, spec: Spec) -> str:
+        return (
+            f"Expected the weights of {self._source}. If only sizes differ, such as the number of classes, state them "
+            "with --source-arg and --target-arg."
+        )
 
     def facts(self, spec: Spec) -> dict[str, Any]:
         return {"family": self.described, "num_classes": None}  # which layer is a head is not known

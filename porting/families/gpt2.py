@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from porting.families.base import Spec
-from porting.families.builders import last_hidden_state, text_inputs, transformer_backbone, transformers_model
+from porting.families.builders import text_inputs, transformer_backbone, transformers_model
 from porting.families.library import LibraryFamily
 from porting.kinds.transforms import Array
 from porting.mapping.rules import KeyRule
@@ -53,7 +53,7 @@ class GPT2Family(LibraryFamily):
     def build_reference(self, spec: Spec) -> nn.Module:
         layers, heads, width = self.models[spec.variant]
         config = {"n_layer": layers, "n_head": heads, "n_embd": width, "use_cache": False}
-        return transformers_model("GPT2Model", last_hidden_state, config)
+        return transformers_model("GPT2Model", config)
 
     def make_candidate(self, spec: Spec) -> keras.Model:
         return transformer_backbone(

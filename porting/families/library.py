@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from porting.errors import FamilyError, SourceError
-from porting.families.base import Family, Spec, by_path
+from porting.families.base import Family, Spec, by_path, coverage
 from porting.families.builders import library, timm_model, transformers_without_filling
 from porting.files.checkpoint import Checkpoint
 from porting.files.weights_file import weight_shapes
@@ -92,6 +92,16 @@ class LibraryFamily(Family):
         if _major_version(self.publisher) < 5:
             return {"transformers 5": self.names_in_5}
         return {"transformers 4": [(new, old) for old, new in reversed(self.names_in_5)]}
+
+    def coverage(self, names: Collection[str]) -> float:
+        specs = [self.spec(self.variants[0]), *([self.spec(self.variants[0], 0)] if self.head else ())]
+        forms = [(), self.names_in_5] if self.names_in_5 else [()]
+        rows = [
+            [replace(row, source=renamed(row.source, form)) for row in self.rows_of(spec)]
+            for spec in specs
+            for form in forms
+        ]
+        return max(coverage(each, names) for each in rows)
 
     def load_published(self, variant: str) -> nn.Module:
         """Load the PyTorch model with its published weights, using the publisher's loader, which may download them."""

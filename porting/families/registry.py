@@ -8,6 +8,7 @@ A package registers a family in its pyproject.toml:
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from functools import cache
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING
@@ -48,6 +49,13 @@ def _offered() -> dict[str, metadata.EntryPoint]:
 def family_names() -> tuple[str, ...]:
     """The names of all families, this package's first, without importing any."""
     return (*_FAMILIES, *sorted(_offered()))
+
+
+def families_with(names: Collection[str]) -> Iterator[Family]:
+    """Yield the families whose rows cover most of these names of PyTorch tensors, the best first."""
+    known = [get_family(name) for name in _FAMILIES]
+    shares = {family: family.coverage(names) for family in known}
+    yield from sorted((family for family in known if shares[family] > 0.5), key=lambda each: -shares[each])
 
 
 @cache

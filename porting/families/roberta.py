@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from porting.families.base import Spec
 from porting.families.builders import (
     encoder_config,
-    last_hidden_state,
     text_inputs,
     transformer_backbone,
     transformer_rows,
@@ -54,7 +53,7 @@ class RobertaFamily(LibraryFamily):
         vocabulary, *sizes = self.models[spec.variant]
         lengths = {"max_position_embeddings": 514, "type_vocab_size": 1}
         config = encoder_config(*sizes, vocab_size=vocabulary, layer_norm_eps=1e-5, **lengths)
-        return transformers_model("RobertaModel", last_hidden_state, config, add_pooling_layer=False)
+        return transformers_model("RobertaModel", config, add_pooling_layer=False)
 
     def make_candidate(self, spec: Spec) -> keras.Model:
         vocabulary, *sizes = self.models[spec.variant]

@@ -55,34 +55,22 @@ class WhisperFamily(LibraryFamily):
     foreign = ("proj_out.",)
 
     def check_inputs(self, spec: Spec) -> dict[str, Array]:
-        text = text_inputs(50000)
         sound = np.random.default_rng(1).normal(size=(2, 3000, 80)).astype(np.float32)
-        return {
-            "encoder_features": sound,
-            "decoder_token_ids": text["token_ids"],
-            "decoder_padding_mask": text["padding_mask"],
-        }
+        return {"encoder_features": sound, **{f"decoder_{name}": array for name, array in text_inputs(50000).items()}}
 
     def build_reference(self, spec: Spec) -> nn.Module:
         layers, heads, width, vocabulary = self.models[spec.variant]
         config: dict[str, Any] = {"vocab_size": vocabulary, "d_model": width, "use_cache": False}
         for side in ("encoder", "decoder"):
             config |= {f"{side}_layers": layers, f"{side}_attention_heads": heads, f"{side}_ffn_dim": 4 * width}
-        return transformers_model("WhisperModel", _results, config, _with_frames_last)
+        # keras-hub has the frames before the frequency bands.
+        return transformers_model(
+            "WhisperModel",
+            config,
+            {"encoder_sequence_output": "encoder_last_hidden_state", "decoder_sequence_output": "last_hidden_state"},
+            prepare=lambda given: {**given, "input_features": given["input_features"].mT},
+        )
 
     def make_candidate(self, spec: Spec) -> keras.Model:
         *sizes, vocabulary = self.models[spec.variant]
         return transformer_backbone("WhisperBackbone", *sizes, vocabulary_size=vocabulary)
-
-
-def _with_frames_last(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Transpose the input for PyTorch: keras-hub has the frames before the frequency bands."""
-    return {**arguments, "input_features": arguments["input_features"].transpose(1, 2)}
-
-
-def _results(output: Any) -> dict[str, Any]:
-    """The outputs under keras-hub's names."""
-    return {
-        "encoder_sequence_output": output.encoder_last_hidden_state,
-        "decoder_sequence_output": output.last_hidden_state,
-    }

@@ -110,6 +110,7 @@ def convert(
     key_map: KeyMap,
     target_shapes: Mapping[str, Shape],
     *,
+    where: str = "the checkpoint",
     hint: Callable[[], str] = str,
     allow_non_finite: bool = False,
 ) -> Conversion:
@@ -119,16 +120,17 @@ def convert(
     used once or dropped by name, and every Keras variable is written once.
 
     Raises KeyMapError, with the first differences of each kind and the text of `hint`, when that is not possible, and
-    CheckpointError when a tensor holds NaN or infinity and `allow_non_finite` is False.
+    CheckpointError when a tensor holds NaN or infinity and `allow_non_finite` is False. Messages say `where` the
+    tensors are.
     """
-    refuse_other_keys(state_dict, key_map, target_shapes, hint=hint)
+    refuse_other_keys(state_dict, key_map, target_shapes, where=where, hint=hint)
     for entry in key_map.entries:
         try:
             _convert_row(entry, state_dict, target_shapes)
         except ValueError as error:
-            raise KeyMapError(f"{', '.join(entry.sources)}: {error}", hint=hint()) from None
+            raise KeyMapError(f"{where}: {', '.join(entry.sources)}: {error}", hint=hint()) from None
     used = {name: state_dict[name] for entry in key_map.entries for name in entry.sources}
-    non_finite = refuse_non_finite(used, allowed=allow_non_finite)
+    non_finite = refuse_non_finite(used, where=where, allowed=allow_non_finite)
     weights = _ConvertedWeights(state_dict, key_map, target_shapes)
     return Conversion(weights, key_map.dropped(state_dict), non_finite)
 
@@ -179,14 +181,15 @@ def refuse_other_keys(
     key_map: KeyMap,
     target_shapes: Mapping[str, Shape],
     *,
+    where: str = "the checkpoint",
     hint: Callable[[], str] = str,
 ) -> None:
     """Raise KeyMapError unless both sides have the same tensors.
 
-    The message has the first differences of each kind and the text of `hint`.
+    The message says `where` the tensors are, and has the first differences of each kind and the text of `hint`.
     """
     if diff := diff_keys(state_dict, key_map, target_shapes):
-        raise KeyMapError(f"the checkpoint's tensors are not those of the model\n{diff.describe()}", hint=hint())
+        raise KeyMapError(f"{where}: its tensors are not those of the model\n{diff.describe()}", hint=hint())
 
 
 def is_float(array: Array) -> bool:
@@ -199,8 +202,13 @@ def to_float32(array: Array) -> Array:
         return array.astype(np.float32, copy=False)
 
 
-def refuse_non_finite(tensors: Mapping[str, Array], *, allowed: bool = False) -> tuple[str, ...]:
-    """Return the names of tensors with NaN or infinity. Raise CheckpointError with all of them unless `allowed`."""
+def refuse_non_finite(
+    tensors: Mapping[str, Array], *, where: str = "the checkpoint", allowed: bool = False
+) -> tuple[str, ...]:
+    """Return the names of tensors with NaN or infinity. Raise CheckpointError with all of them unless `allowed`.
+
+    The message says `where` the tensors are.
+    """
     found = {name: array for name, given in tensors.items() if not np.isfinite(array := to_float32(given)).all()}
     if found and not allowed:
         rows = [
@@ -208,7 +216,7 @@ def refuse_non_finite(tensors: Mapping[str, Array], *, allowed: bool = False) ->
             for name, array in found.items()
         ]
         raise CheckpointError(
-            f"{counted(len(rows), 'tensor')} with values that are not finite:\n" + "\n".join(rows),
+            f"{where}: {counted(len(rows), 'tensor')} with values that are not finite:\n" + "\n".join(rows),
             hint="A model with such weights computes nothing; use a checkpoint from before training diverged, or "
             "--allow-non-finite to keep them as they are.",
         )

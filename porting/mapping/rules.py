@@ -71,6 +71,10 @@ class KeyRule:
         kind = self.rules_of_kind
         return (*(name for leaf in kind.leaves for name in leaf.sources), *kind.drops)
 
+    def covers(self, name: str) -> bool:
+        """Whether a PyTorch tensor of this name would belong to this row."""
+        return self._pattern.fullmatch(name) is not None
+
     @property
     def placeholders(self) -> int:
         """The number of placeholders in the source."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -10,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from porting.errors import OptionError, WeightsFileError
+from porting.errors import OptionError, PortingError, WeightsFileError
 from porting.families.base import Family, Spec, by_path
+from porting.families.registry import families_with
 from porting.files import weights_file
 from porting.files.checkpoint import Checkpoint, checkpoint_files, read_checkpoint, verify_container
 from porting.files.provenance import GIVEN_BY_PATH, describe_source, versions
 from porting.files.survey import Survey
 from porting.kinds.transforms import Array, Shape
-from porting.mapping.convert import convert, to_float32
+from porting.mapping.convert import convert, refuse_other_keys, to_float32
 from porting.mapping.key_map import KeyMap
 from porting.mapping.naming import Naming, naming_called
 from porting.models.images import Preprocessing
@@ -156,16 +158,28 @@ class Case:
         """Build the Keras model and load a weights file; raises WeightsFileError if they do not fit."""
         return weights_file.load_model(weights, self.build_candidate, self.how_to_build)
 
+    @property
+    def where(self) -> str:
+        """The checkpoint's path, or the variant whose weights its publisher loaded, for messages."""
+        return "the checkpoint" if self.checkpoint is None else str(self.checkpoint.path)
+
+    def refuse_other_tensors(self) -> None:
+        """Raise KeyMapError, with the hint `variant_hint`, unless the checkpoint has the tensors of the model."""
+        refuse_other_keys(self.state_dict, self.key_map, self.shapes, where=self.where, hint=self.variant_hint)
+
     def variant_hint(self) -> str:
         """The hint for a checkpoint whose tensors do not match the model."""
-        variant = self.spec.variant
         guess = self.family.guess_variant(self.state_dict)
-        if guess is not None and guess != variant:
+        if guess is not None and guess != self.spec.variant:
             return f"These tensors belong to {self.family.name} {guess}: use --variant {guess}."
-        expected = f"Expected {self.family.whose_weights(self.spec)} with {self.naming.name} names."
-        layouts = [naming.name for naming in self.family.namings]
-        others = f" --layout chooses other names ({', '.join(layouts)})." if len(layouts) > 1 else ""
-        return f"{expected}{others} `van-port inspect` shows what the file holds."
+        shorter = {name.partition(".")[2]: tensor for name, tensor in self.state_dict.items()}  # below a first module
+        for tensors in (self.state_dict, shorter):
+            for other in families_with(tensors):
+                with suppress(PortingError):  # its package may be missing
+                    if guess := other.guess_variant(tensors):
+                        belongs = f"{other.name} {guess}"
+                        return f"These tensors belong to {belongs}: use --family {other.name} --variant {guess}."
+        return f"{self.family.expected(self.spec)} `van-port inspect` shows what the file holds."
 
     def describe(self) -> dict[str, Any]:
         """The facts of the case for provenance and reports."""

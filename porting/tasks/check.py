@@ -15,7 +15,7 @@ from porting.files import weights_file
 from porting.files.atomic import sha256_of
 from porting.files.survey import survey_file
 from porting.kinds.transforms import Array
-from porting.mapping.convert import refuse_non_finite, refuse_other_keys
+from porting.mapping.convert import refuse_non_finite
 from porting.models.frameworks import start_tensorflow
 from porting.models.inputs import moved
 from porting.models.traverse import named_variables
@@ -69,10 +69,10 @@ def check(
         prefix=prefix,
         progress=progress,
     )
-    refuse_other_keys(case.state_dict, case.key_map, case.shapes)
+    case.refuse_other_tensors()
     options = options or CheckOptions()
     used = {name: case.state_dict[name] for entry in case.key_map.entries for name in entry.sources}
-    non_finite = refuse_non_finite(used, allowed=options.allow_non_finite)
+    non_finite = refuse_non_finite(used, where=case.where, allowed=options.allow_non_finite)
     progress("starting TensorFlow")
     start_tensorflow()
     progress("reading the weights")

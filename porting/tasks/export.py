@@ -24,7 +24,6 @@ from porting.files.atomic import output_errors
 from porting.files.result import pending_result
 from porting.files.survey import survey_file
 from porting.kinds.transforms import Array
-from porting.mapping.convert import refuse_other_keys
 from porting.models.frameworks import start_tensorflow, without_logs
 from porting.models.images import Preprocessing
 from porting.models.inputs import Inputs, image_inputs, make_inputs
@@ -72,6 +71,10 @@ def export(
     precision: str = "float32",
     checkpoint: str | Path | None = None,
     layout: str | None = None,
+    ema: bool = False,
+    sha256: str | None = None,
+    key: str | None = None,
+    prefix: str | None = None,
     input_size: int | None = None,
     fused: bool = True,
     split_kernels: bool | None = None,
@@ -85,7 +88,8 @@ def export(
 ) -> ExportResult:
     """Export a ported file as a SavedModel (a folder), for LiteRT or as ONNX.
 
-    `precision` is float32, float16 or int8; int8 calibrates on the images of `options`. In a SavedModel it applies only
+    `checkpoint` and how to read it are those of `porting.tasks.port.port`, which only a check needs. `precision` is
+    float32, float16 or int8; int8 calibrates on the images of `options`. In a SavedModel it applies only
     to the stored weights, and all computation is in float32. An image model takes `(N, input_size, input_size, 3)`
     (LiteRT: N = 1); the default size is the variant's. A token model takes sequences of `input_size` tokens in LiteRT,
     by default as long as those of its check, and of any length in the other formats. `fused` applies the family's
@@ -122,8 +126,18 @@ def export(
         if check:
             if checkpoint is None:
                 refuse_without_checkpoint(family, variant, survey, weights)
-            case = open_case(family, variant, checkpoint, layout=layout, progress=progress)
-            refuse_other_keys(case.state_dict, case.key_map, case.shapes)
+            case = open_case(
+                family,
+                variant,
+                checkpoint,
+                layout=layout,
+                ema=ema,
+                sha256=sha256,
+                key=key,
+                prefix=prefix,
+                progress=progress,
+            )
+            case.refuse_other_tensors()
         else:
             case = case_of_file(family, variant, survey, layout=layout)
         progress("starting TensorFlow")

@@ -107,6 +107,7 @@ def _port(
         case.state_dict,
         case.key_map,
         case.shapes,
+        where=case.where,
         hint=case.variant_hint,
         allow_non_finite=options.allow_non_finite,
     )

@@ -129,7 +129,7 @@ def _revert(
     candidate = ported_from.load_candidate(weights)
     progress("converting")
     state_dict = invert(_values(candidate), target.key_map, family.tensor_shapes(target.spec))
-    non_finite = refuse_non_finite(state_dict, allowed=options.allow_non_finite)
+    non_finite = refuse_non_finite(state_dict, where=str(weights), allowed=options.allow_non_finite)
     state_dict = {name: _cast(name, array, dtype) for name, array in state_dict.items()}
     unused = target.unused_tensors()
     state_dict |= unused

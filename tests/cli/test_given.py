@@ -104,6 +104,21 @@ def test_a_wrong_number_and_another_epsilon_fail(run_cli: RunCli, given: list[st
     assert "points.1" in result.output
 
 
+def test_another_number_of_classes_and_a_layout(run_cli: RunCli, given: list[str], tmp_path: Path) -> None:
+    checkpoint, other = tmp_path / "own.pth", tmp_path / "other.pth"
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save({**state, "head.weight": torch.ones(7, 6), "head.bias": torch.ones(7)}, other)
+    result = run_cli(*given, "--checkpoint", other, "--out", tmp_path / "x.h5")
+    assert result.exit_code == 4, result.output
+    assert f"{other}: its tensors are not those of the model" in result.output
+    assert "--source-arg and --target-arg" in " ".join(result.output.split())
+    for option in ("--layout", "--variant"):
+        for arguments in ([*given, option, "foo"], [option, "foo", *given]):
+            result = run_cli(*arguments, "--checkpoint", checkpoint, "--out", tmp_path / "x.h5")
+            assert result.exit_code == 2, result.output
+            assert "cannot be combined with --source" in " ".join(result.output.split())
+
+
 def test_export(run_cli: RunCli, given: list[str], tmp_path: Path) -> None:
     checkpoint, weights, out = tmp_path / "own.pth", tmp_path / "own.h5", tmp_path / "own.onnx"
     assert run_cli(*given, "--checkpoint", checkpoint, "--out", weights, "--no-check").exit_code == 0

@@ -65,7 +65,7 @@ def test_all_differences_are_in_one_error() -> None:
     with pytest.raises(KeyMapError) as caught:
         convert(state_dict, KEY_MAP, SHAPES, hint=lambda: "Try another variant.")
     assert caught.value.message == (
-        "the checkpoint's tensors are not those of the model\n"
+        "the checkpoint: its tensors are not those of the model\n"
         "1 missing from the checkpoint:\n"
         "  conv.weight (nearest: conv.wieght)\n"
         "2 in the checkpoint, but not part of the model:\n"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import porting
-from porting.families.builders import last_hidden_state, transformer_backbone, transformers_model
+from porting.families.builders import transformer_backbone, transformers_model
 from porting.families.registry import get_family
 
 keras_hub = pytest.importorskip("keras_hub")
@@ -48,13 +48,13 @@ def vit() -> tuple[nn.Module, Any, Any]:
 def gpt2() -> tuple[nn.Module, Any, Any]:
     config = {"n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": 50, "n_positions": 16}
     backbone = transformer_backbone("GPT2Backbone", 2, 2, 16, vocabulary_size=50, max_sequence_length=16)
-    return transformers_model("GPT2Model", last_hidden_state, config), backbone, TEXT
+    return transformers_model("GPT2Model", config), backbone, TEXT
 
 
 def distilbert() -> tuple[nn.Module, Any, Any]:
     sizes = {"n_layers": 2, "dim": 16, "n_heads": 2, "vocab_size": 50, "hidden_dim": 64, "max_position_embeddings": 16}
     backbone = transformer_backbone("DistilBertBackbone", 2, 2, 16, vocabulary_size=50, max_sequence_length=16)
-    return transformers_model("DistilBertModel", last_hidden_state, sizes), backbone, TEXT
+    return transformers_model("DistilBertModel", sizes), backbone, TEXT
 
 
 @pytest.mark.parametrize("build", [resnet, vit, gpt2, distilbert], ids=lambda build: build.__name__)

@@ -321,7 +321,7 @@ def test_the_command(run_cli: Callable[..., Result], checkpoint: Path, ported: P
     assert result.exit_code == 0, result.output
     assert "litert in float32, " in result.output
     assert "AT PARITY" in result.output
-    assert run_cli(*arguments, "--out", tmp_path / "x.bin").exit_code == 2
+    assert run_cli(*arguments, "--out", tmp_path / "x.bin").exit_code == 6
     assert run_cli(*arguments, "--out", tmp_path / "x.onnx", "--train").exit_code == 2
     assert run_cli(*arguments, "--out", tmp_path / "x.onnx", "--format", "litert").exit_code == 6
     assert run_cli(*arguments, "--out", tmp_path / "y.tflite", "--labels", tmp_path / "none.txt").exit_code == 5

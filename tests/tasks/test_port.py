@@ -168,7 +168,18 @@ def test_a_checkpoint_of_another_variant_is_recognised(family: VanFamily, checkp
     assert "of another shape or type:" in caught.value.message
     assert "block1.0.mlp.dwconv.dwconv.weight: expected (256, 1, 3, 3), found (128, 1, 3, 3)" in caught.value.message
     assert len(caught.value.message.splitlines()) < 40  # what to do about it stays in view
+    assert caught.value.message.startswith(f"{checkpoint}: its tensors are not those of the model")
     assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_a_checkpoint_of_another_family_is_recognised(family: VanFamily, prefix: str, tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    state = timm.create_model("resnet18", num_classes=3).state_dict()
+    torch.save({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "resnet.pth")
+    with pytest.raises(KeyMapError) as caught:
+        port(family, "nano", tmp_path / "x.h5", checkpoint=tmp_path / "resnet.pth")
+    assert caught.value.hint == "These tensors belong to resnet resnet18: use --family resnet --variant resnet18."
 
 
 def test_one_tensor_missing_and_one_too_many(family: VanFamily, reference: VAN, tmp_path: Path) -> None:
