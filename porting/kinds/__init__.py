@@ -32,6 +32,7 @@ _FILES = (
     "recurrent",
     "attention",
     "parameter",
+    "constant",
     "activation",
     "prelu",
     "pooling",

@@ -68,6 +68,8 @@ class Kind:
     fills: str = ""
     leaves: tuple[Leaf, ...] = ()
     drops: tuple[str, ...] = ()
+    # Whether rows of this kind have a layer or a variable in Keras.
+    has_target = True
     training_settings: frozenset[str] = frozenset()
 
     def with_details(self, details: str) -> Kind:

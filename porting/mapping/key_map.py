@@ -125,8 +125,9 @@ class KeyMap:
         entries: list[TensorEntry] = []
         dropped = set(drops)
         for own, pair in expand(rules, names, sources=sources):
-            layers.append(pair)
             kind = kind_called(pair.kind)
+            if pair.target:
+                layers.append(pair)
             for leaf in kind.leaves:
                 if all(join_name(own, ".", name) in names for name in leaf.sources):
                     entries.append(

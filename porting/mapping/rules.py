@@ -34,9 +34,11 @@ _PLACEHOLDER = re.compile(r"(?P<names>[a-z]\w*(\.[a-z]\w*)*)(?P<offset>[+-]\d+)?
 class KeyRule:
     """One row: a PyTorch module, the Keras layer that stands for it, and the name of their kind.
 
-    The kind decides which tensors the row covers, what they are called on both sides and how their axes move.
+    The kind decides which tensors the row covers, what they are called on both sides and how their axes move. The
+    target is "" for a kind that has nothing in Keras, such as `constant`.
 
-    Raises KeyMapError for an unknown kind, and for a placeholder in the target that the source lacks.
+    Raises KeyMapError for an unknown kind, for a placeholder in the target that the source lacks, and for a missing
+    target.
     """
 
     source: str
@@ -48,6 +50,9 @@ class KeyRule:
             kind_called(self.kind)
         except KeyMapError as error:
             raise KeyMapError(f"row {self.source!r}: {error.message}", hint=error.hint) from None
+        if bool(self.target) != self.rules_of_kind.has_target:
+            needed = "needs a target" if self.rules_of_kind.has_target else "has no target"
+            raise KeyMapError(f"row {self.source!r}: the kind {self.kind} {needed}")
         if unknown := sorted(_names_in(self.target) - _names_in(self.source)):
             raise KeyMapError(f"row {self.source!r}: its target has placeholders that it lacks: {', '.join(unknown)}")
 

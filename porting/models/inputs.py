@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from porting.kinds.transforms import Array
 from porting.models.float64 import computing_in_float64
+from porting.models.modes import in_mode
 
 if TYPE_CHECKING:
     import keras
@@ -409,7 +410,7 @@ def _first_taker(reference: nn.Module, arrays: list[Array], index: int, names: t
         if not taker and not list(module.children()) and any(each is wanted for each in (*args, *kwargs.values())):
             taker.append(module)
 
-    with _Watched(reference, before), torch.no_grad():
+    with _watched(reference, before), torch.no_grad():
         try:
             reference(**dict(zip(names, tensors, strict=True))) if names is not None else reference(*tensors)
             ran = True
@@ -419,28 +420,17 @@ def _first_taker(reference: nn.Module, arrays: list[Array], index: int, names: t
     return _Taker(ran, bool(bases & _CHANNELS_FIRST), bool(bases & _FEATURES_LAST))
 
 
-class _Watched:
-    """Puts pre-forward hooks on every module inside a context, and restores the training flags at its end."""
-
-    def __init__(self, model: nn.Module, before: Callable[..., None]) -> None:
-        self._model, self._before = model, before
-
-    def __enter__(self) -> None:
-        self._training = [(module, module.training) for module in self._model.modules()]
-        with contextlib.suppress(NotImplementedError):  # an exported module has no modes
-            self._model.eval()
-        self._handles = []
-        for module in self._model.modules():
+@contextlib.contextmanager
+def _watched(model: nn.Module, before: Callable[..., None]) -> Iterator[None]:
+    """Put the model into evaluation mode in this context, with a pre-forward hook on every module."""
+    with in_mode(model, training=False), contextlib.ExitStack() as hooks:
+        for module in model.modules():
             try:
-                self._handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
+                handle = module.register_forward_pre_hook(before, with_kwargs=True)
             except (RuntimeError, TypeError):  # a TorchScript module takes no such hook
                 continue
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        for module, training in self._training:
-            module.training = training
+            hooks.callback(handle.remove)
+        yield
 
 
 def leaves_by_key(value: Any) -> dict[str, Any]:

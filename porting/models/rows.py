@@ -38,9 +38,11 @@ def key_map_of_rows(reference: nn.Module, candidate: keras.Model, rows: Iterable
     # A norm without weights in PyTorch may be a layer with weights in Keras.
     bare = {f"{name}.weight" for name, each in modules.items() if name not in owners and _has_weights(each)}
     for own, pair in expand(rows, tensors | bare):
-        pairs.append(pair)
         kind = kind_called(pair.kind)
         drops += [join_name(own, ".", name) for name in kind.drops]
+        if not pair.target:
+            continue
+        pairs.append(pair)
         if pair.target in variables:  # a parameter that a module holds by itself
             entries.append(TensorEntry.one(own, pair.target, kind.leaves[0].transform))
             continue

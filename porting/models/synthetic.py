@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from porting.models.modes import in_mode
+
 _CALIBRATION_SHAPE = (4, 3, 64, 64)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -51,22 +53,22 @@ def fill_with_synthetic_weights(
 def measure_batch_norms(model: nn.Module, run: Callable[[nn.Module], object]) -> None:
     """Set the running statistics of every BatchNorm, in place, to those of the batch that `run` feeds the model.
 
-    A norm that gets one number per channel, such as behind a global pooling of one sample, keeps its statistics.
+    A norm that gets one number per channel, such as behind a global pooling of one sample, keeps its statistics. A
+    model without such norms does not run.
     """
     norms = [module for module in model.modules() if isinstance(module, _BATCH_NORMS)]
+    if not norms:
+        return
     momenta = [norm.momentum for norm in norms]
-    was_training = model.training
     for norm in norms:
         norm.momentum = 1.0  # the statistics of this batch alone, not a blend with the initial ones
-    model.train()
     hooks = [norm.register_forward_pre_hook(_keep_statistics_of_one) for norm in norms]
     try:
-        with torch.no_grad():
+        with in_mode(model, training=True), torch.no_grad():
             run(model)
     finally:
         for hook in hooks:
             hook.remove()
-        model.train(was_training)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
 

@@ -23,7 +23,7 @@ from porting.parity.diagnose import EXPLAINED, as_tensors, diagnose
 from porting.parity.fused import Activations, Core, core_of
 from porting.parity.measure import rms
 from porting.parity.record import Recording
-from porting.parity.report import OUTPUT, Diagnosis
+from porting.parity.report import Diagnosis
 from porting.parity.trace import Node, Tracer
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def tensors_near(recording: Recording, call: str) -> dict[str, Tensor]:
     near = {
         name: each.outputs[0].tensor
         for name, each in recording.calls.items()
-        if name.startswith(scope) and name != call and each.outputs and name.partition("[")[0] != OUTPUT
+        if name.startswith(scope) and name != call and each.outputs
     }
     if parent in recording.calls and recording.calls[parent].inputs:
         near[f"the input of {parent}"] = recording.calls[parent].inputs[0].tensor

@@ -25,6 +25,7 @@ from porting.models.frameworks import torch_on_one_thread
 from porting.models.inputs import Axes, Inputs, leaves_by_key, make_inputs
 from porting.models.keras_float64 import Float64Model
 from porting.models.live import effective_tensors, require_models
+from porting.models.modes import in_mode
 from porting.models.observe import observe_layers, observe_modules, to_torch
 from porting.models.precision import in_precision
 from porting.models.stacks import last_layer
@@ -132,7 +133,7 @@ def check_parity(
     refuse_unknown_layers("waive", [each.partition(":")[0] for each in waive], reference)
     if any(is_lazy(tensor) or tensor.is_meta for tensor in (*reference.parameters(), *reference.buffers())):
         return _without_result("the PyTorch model has weights without values: lazy ones, or on meta", limits, name)
-    with _evaluating(reference):
+    with in_mode(reference, training=False):
         try:
             given = make_inputs(reference, candidate, inputs, reference_inputs, input_axes)
             others = None if loud_inputs is None else make_inputs(reference, candidate, loud_inputs, None, input_axes)
@@ -494,19 +495,6 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         if inner is None:
             return model
         model = inner
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode in this context, and restore the mode of every module afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    with contextlib.suppress(NotImplementedError):  # an exported module has no modes
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _in_float32(model: nn.Module) -> nn.Module:

@@ -33,16 +33,30 @@ MOST_AXES = 5
 _FAR = 1e3
 
 
+# Where a run has a tensor: the call, whether the call returns it, and its number among what the call takes or returns.
+Place = tuple[str, bool, int]
+
+
+def place_of_result(key: str) -> Place:
+    """The place of a result of the model. Its call begins with a dot, as no module's name does."""
+    return f".{key}", True, 0
+
+
+def is_result(place: Place) -> bool:
+    """Whether this is the place of a result of the model."""
+    return place[0].startswith(".")
+
+
 @dataclass(eq=False)
 class Truth:
     """A tensor of the PyTorch model's float64 run, kept once however many calls take or return it.
 
-    `places` are `(call, is_output, index)`, in the order of execution. `noise` is PyTorch's own float32 distance to
+    `places` are in the order of execution. `noise` is PyTorch's own float32 distance to
     it; None if not measured.
     """
 
     tensor: Tensor
-    places: list[tuple[str, bool, int]] = field(default_factory=list)
+    places: list[Place] = field(default_factory=list)
     noise: DistanceSum | None = None
     _size: DistanceSum | None = None
     _mean: float | None = None

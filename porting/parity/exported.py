@@ -11,13 +11,14 @@ import numpy as np
 from porting.kinds.transforms import Array
 from porting.models.float64 import in_float64
 from porting.models.inputs import Axes, Inputs, image_inputs, moved
+from porting.models.modes import in_mode
+from porting.parity.content import place_of_result
 from porting.parity.derived import is_too_large_to_copy
 from porting.parity.measure import DifferenceSum, DistanceSum, measure_distance, measure_size
-from porting.parity.record import kinds_of, output_name, record, result_key
+from porting.parity.record import kinds_of, output_name, record
 from porting.parity.report import (
     FLOAT32,
     FLOAT32_ROUNDOFF,
-    OUTPUT,
     LayerComparison,
     Limits,
     ParityReport,
@@ -38,8 +39,8 @@ _ALIKE = 0.2
 class _Layer:
     """One tensor that the program exposes, over all inputs."""
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, source: str, *, is_output: bool = False) -> None:
+        self.kind, self.source, self.is_output = kind, source, is_output
         self.scale, self.expected_error, self.actual_error = DistanceSum(), DistanceSum(), DistanceSum()
         self.difference = DifferenceSum()
         self.problem, self.dtype = "", ""
@@ -61,16 +62,24 @@ class _Layer:
         self.shape = (index + 1, *actual.shape[1:]) if actual.ndim else ()
         self.dtype = str(actual.dtype).removeprefix("torch.")
 
-    def total(self, source: str) -> LayerComparison:
+    def total(self) -> LayerComparison:
         view = View(self.scale.total(), self.expected_error.total(), self.actual_error.total(), self.problem)
         return LayerComparison(
-            source, source, self.kind, self.shape, "float32", self.dtype, {FLOAT32: view}, self.difference.total()
+            self.source,
+            self.source,
+            self.kind,
+            self.shape,
+            "float32",
+            self.dtype,
+            {FLOAT32: view},
+            self.difference.total(),
+            is_output=self.is_output,
         )
 
 
 def compare_outputs(
     reference: nn.Module,
-    run: Callable[[Any], Mapping[str, Array]],
+    run: Callable[[Any], tuple[Mapping[str, Array], Mapping[str, Array]]],
     inputs: Array | Inputs,
     *,
     rounded: nn.Module | None = None,
@@ -81,9 +90,9 @@ def compare_outputs(
     """Compare a program outside Keras with PyTorch, by the names of PyTorch's modules.
 
     `inputs` are images `(N, H, W, C)`, of which `run` takes one at a time, `(1, H, W, C)`, or `Inputs`, of which it
-    takes one sample. It returns the results in Keras's order of axes, under `OUTPUT` or the `output_name` of each key,
-    and any inner tensors in either order. `rounded` is the reference in the program's precision. Its distance to
-    float64 is the unit of comparison; by default that is the distance of the reference itself.
+    takes one sample. It returns the results by key ("" for the only one) in Keras's order of axes, and any inner
+    tensors by the names of PyTorch's modules, in either order. `rounded` is the reference in the program's precision.
+    Its distance to float64 is the unit of comparison; by default that is the distance of the reference itself.
 
     Raises ValueError when there are no inputs.
     """
@@ -93,7 +102,6 @@ def compare_outputs(
     if not len(given):
         raise ValueError("at least one input is needed for a parity check")
     limits = limits or Limits()
-    reference = reference.eval()
     truth_model = reference if is_too_large_to_copy(reference) else in_float64(reference)
     noisy_model = reference if rounded is None else rounded
     layers: dict[str, _Layer] = {}
@@ -102,14 +110,14 @@ def compare_outputs(
     for index in range(len(given)):
         progress("comparing what was exported", index, len(given))
         batch = given.batch(index, index + 1)
-        found = run(batch if isinstance(inputs, Inputs) else batch.candidate[0])
+        ours, inner = run(batch if isinstance(inputs, Inputs) else batch.candidate[0])
         exact = record(truth_model, partial(_call, batch, torch.float64))
         noisy = record(noisy_model, partial(_call, batch, torch.float32))
         for source, each in exact.calls.items():
-            if source not in found or len(each.outputs) != 1:
+            if source not in inner or len(each.outputs) != 1:
                 continue
-            layer = layers.setdefault(source, _Layer(kinds.get(source, "output")))
-            truth, actual = each.outputs[0].tensor, torch.from_numpy(np.array(found[source], np.float32))
+            layer = layers.setdefault(source, _Layer(kinds.get(source, "output"), source))
+            truth, actual = each.outputs[0].tensor, torch.from_numpy(np.array(inner[source], np.float32))
             unit = noisy.calls[source].outputs[0].tensor
             if truth.ndim != actual.ndim and truth.numel() == actual.numel():
                 # A layer may join the sides of a map that PyTorch keeps apart.
@@ -119,19 +127,19 @@ def compare_outputs(
             else:
                 axes = _axes(truth, actual)
             layer.include(unit, truth, actual, axes, limits.of(source), index)
-        ours = {result_key(name): name for name in found if name.partition("[")[0] == OUTPUT}
         results, problems = pair_results(exact.outputs, ours)
         notes.update(dict.fromkeys(problems))
         for theirs, key in results.items():
-            source, truth = output_name(theirs), exact.outputs[theirs].tensor
-            actual = torch.from_numpy(np.array(found[ours[key]], np.float32))
+            place, truth = place_of_result(theirs), exact.outputs[theirs].tensor
+            actual = torch.from_numpy(np.array(ours[key], np.float32))
             axes = given.output_axes(truth.ndim) if truth.ndim == actual.ndim else None
-            layer = layers.setdefault(source, _Layer("output"))
-            layer.include(noisy.outputs[theirs].tensor, truth, actual, axes, limits.of(source), index)
+            layer = layers.setdefault(place[0], _Layer("output", output_name(theirs), is_output=True))
+            layer.include(noisy.outputs[theirs].tensor, truth, actual, axes, limits.of(layer.source), index)
         if len(exact.outputs) == 1 and not problems:
-            logits.extend((truth.tensor.numpy(), np.asarray(found[OUTPUT])) for truth in exact.outputs.values())
+            ((theirs, key),) = results.items()
+            logits.append((exact.outputs[theirs].tensor.numpy(), np.asarray(ours[key])))
     progress("done", len(given), len(given))
-    compared = list(with_usual_rounding([layer.total(source) for source, layer in layers.items()], reference))
+    compared = list(with_usual_rounding([layer.total() for layer in layers.values()], reference))
     others = _of_the_same_name(compared, limits)
     notes.update(dict.fromkeys(f"{layer.source} of the file is not PyTorch's {layer.source}" for layer in others))
     return ParityReport(
@@ -161,7 +169,8 @@ def _of_the_same_name(layers: list[LayerComparison], limits: Limits) -> list[Lay
 
 
 def _call(inputs: Inputs, dtype: Any, model: nn.Module) -> Any:
-    return inputs.call_reference(model, dtype)
+    with in_mode(model, training=False):
+        return inputs.call_reference(model, dtype)
 
 
 def _orders(rank: int) -> tuple[tuple[int, ...], ...]:

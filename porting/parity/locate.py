@@ -33,6 +33,7 @@ from porting.parity.content import (
     SAME,
     SAME_IN_FLOAT32,
     Match,
+    Place,
     Truth,
     as_real,
 )
@@ -42,7 +43,7 @@ from porting.parity.measure import measure_candidate
 from porting.parity.record import Recording, output_name
 from porting.parity.report import Culprit, Diagnosis, Limits
 from porting.parity.results import other_shape, pair_results
-from porting.parity.trace import Gap, Node, Place, Tracer, key_of
+from porting.parity.trace import Gap, Node, Tracer, key_of
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,12 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 from porting.models.inputs import Axes, Inputs, leaves_by_key
 from porting.models.observe import Replacement, to_torch
-from porting.parity.content import SAME, SAME_IN_FLOAT32, Match, Truth, as_real, is_whole
+from porting.parity.content import (
+    SAME,
+    SAME_IN_FLOAT32,
+    Match,
+    Place,
+    Truth,
+    as_real,
+    is_result,
+    is_whole,
+    place_of_result,
+)
 from porting.parity.measure import DifferenceSum, DistanceSum, measure_candidate
 from porting.parity.record import Recording, output_name
 from porting.parity.report import (
     FLOAT32_ROUNDOFF,
-    OUTPUT,
     Limits,
 )
 from porting.parity.results import other_shape, pair_results
@@ -117,11 +126,11 @@ class ExactObserver:
         outputs = self.recording.calls[source].outputs
         return outputs[index] if index < len(outputs) else None
 
-    def _choose(self, name: str, index: int, matches: list[Match]) -> tuple[str, bool, int] | None:
+    def _choose(self, name: str, index: int, matches: list[Match]) -> Place | None:
         """The place that this tensor stands for: by name, else the first free one, of the same kind if possible."""
         session = self.session
         source = session.names.source(name, self.recording.calls)
-        places = [place for match in matches for place in match.truth.places if place[0].partition("[")[0] != OUTPUT]
+        places = [place for match in matches for place in match.truth.places if not is_result(place)]
         if (source, True, index) in places:
             return source, True, index  # type: ignore[return-value]  # in `places`, so not None
         free = [place for place in places if place not in session.used]
@@ -129,7 +138,7 @@ class ExactObserver:
         own_kind = [place for place in results if session.kind_matches(place[0], name)]
         return next(iter((*own_kind, *results, *free)), None)
 
-    def _new_pair(self, name: str, index: int, place: tuple[str, bool, int], match: Match) -> Pair:
+    def _new_pair(self, name: str, index: int, place: Place, match: Match) -> Pair:
         session, (call, is_output, number) = self.session, place
         label = call if is_output else f"input of {call}"
         source = label if number == 0 else f"{label}[{number}]"
@@ -188,7 +197,7 @@ class ExactObserver:
             pair = session.results.get(theirs)
             if pair is None:
                 target = output_name(ours)
-                pair = session.results[theirs] = Pair(target, 0, source, (source, True, 0), math.inf)
+                pair = session.results[theirs] = Pair(target, 0, source, place_of_result(theirs), math.inf)
             axes = session.axes_of_result(theirs, truth.tensor.ndim)
             expected = truth.tensor.permute(axes) if len(axes) == truth.tensor.ndim else truth.tensor
             pair.shape = (self.samples_before + actual.shape[0], *actual.shape[1:]) if actual.ndim else ()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from porting.kinds.base import CallInputs
 from porting.models.inputs import leaves_by_key
 from porting.models.observe import Observer, Replacement, call_inputs, observe_modules
 from porting.models.stacks import modules_of
-from porting.parity.content import Truth, as_real
+from porting.parity.content import Place, Truth, as_real, place_of_result
 from porting.parity.report import OUTPUT
 
 if TYPE_CHECKING:
@@ -53,12 +52,6 @@ def output_name(key: str) -> str:
     return f"{OUTPUT}{key}" if not key or key.startswith("[") else f"{OUTPUT}[{key}]"
 
 
-def result_key(name: str) -> str:
-    """The key of a result, from its name in reports."""
-    key = name.removeprefix(OUTPUT)
-    return key if not key or re.fullmatch(r"\[\d+\]", key) else key[1:-1]
-
-
 class _Recorder:
     watches_inputs = True
 
@@ -86,9 +79,9 @@ class _Recorder:
     def keep_results(self, leaves: Mapping[str, Any]) -> None:
         for key, leaf in leaves.items():
             if hasattr(leaf, "detach"):
-                self.recording.outputs[key] = self._keep(leaf, (output_name(key), True, 0))
+                self.recording.outputs[key] = self._keep(leaf, place_of_result(key))
 
-    def _keep(self, tensor: Tensor, place: tuple[str, bool, int]) -> Truth:
+    def _keep(self, tensor: Tensor, place: Place) -> Truth:
         key = id(tensor), version(tensor)
         if key not in self._kept:
             detached = tensor.detach()

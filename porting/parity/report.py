@@ -183,18 +183,21 @@ class View:
     roundoff: float = FLOAT32_ROUNDOFF
 
     @property
-    def ratio(self) -> float:
-        """Keras's distance in units of the noise, the worse of greatest and RMS difference; infinite for a problem.
-
-        The noise is PyTorch's distance, the usual rounding or one rounding of the scale, whichever is greatest.
-        """
-        if self.problem:
-            return math.inf
+    def noise(self) -> Distance:
+        """The unit of the ratio: PyTorch's distance, the usual rounding or one rounding, whichever is greatest."""
         rounding = max(self.usual_rounding, self.roundoff)
-        return max(
-            _ratio(self.actual_error.max, self.expected_error.max, rounding * self.scale.max),
-            _ratio(self.actual_error.rms, self.expected_error.rms, rounding * self.scale.rms),
+        return Distance(
+            max(self.expected_error.max, rounding * self.scale.max),
+            max(self.expected_error.rms, rounding * self.scale.rms),
         )
+
+    @property
+    def ratio(self) -> float:
+        """Keras's distance in units of the noise, the worse of greatest and RMS difference; infinite for a problem."""
+        if self.problem or not all(map(math.isfinite, (self.scale.max, self.scale.rms))):
+            return math.inf
+        noise = self.noise
+        return max(_ratio(self.actual_error.max, noise.max), _ratio(self.actual_error.rms, noise.rms))
 
     @property
     def relative_error(self) -> float:
@@ -211,13 +214,12 @@ class View:
         return self.expected_error.rms / self.scale.rms if self.scale.rms else 0.0
 
 
-def _ratio(actual_error: float, expected_error: float, rounding: float) -> float:
-    if not all(map(math.isfinite, (actual_error, expected_error, rounding))):
+def _ratio(error: float, noise: float) -> float:
+    if not (math.isfinite(error) and math.isfinite(noise)):
         return math.inf
-    if actual_error == 0.0:
+    if error == 0.0:
         return 0.0
-    noise = max(expected_error, rounding)
-    return actual_error / noise if noise else math.inf
+    return error / noise if noise else math.inf
 
 
 @dataclass(frozen=True)
@@ -226,7 +228,8 @@ class LayerComparison:
 
     `kind` is the PyTorch class. `shape` is the shape of the output, in Keras's axis order, over all samples.
     `difference` is Keras against PyTorch, both float32. `rewritten` says how a layer is written in another way, if its
-    own result differs and all later ones agree again. Such a layer does not fail the check.
+    own result differs and all later ones agree again. Such a layer does not fail the check. `is_output` marks a result
+    of the model.
     """
 
     source: str
@@ -238,15 +241,12 @@ class LayerComparison:
     views: dict[str, View]
     difference: Difference
     rewritten: str = ""
+    is_output: bool = False
 
     @property
     def ratio(self) -> float:
         """The ratio of the worst view. In the exact view, the unit is the rounding of float64."""
         return max((view.ratio for view in self.views.values()), default=math.inf)
-
-    @property
-    def is_output(self) -> bool:
-        return self.source.partition("[")[0] == OUTPUT
 
 
 @dataclass(frozen=True)

@@ -21,17 +21,16 @@ from porting.models.stacks import modules_of
 from porting.models.traverse import named_layers
 from porting.parity.bits import Bits
 from porting.parity.code import tensors_of_code
-from porting.parity.content import Library, Match, Truth, as_real, computes_in_float32
+from porting.parity.content import Library, Match, Place, Truth, as_real, computes_in_float32, is_result
 from porting.parity.derived import rounds_to
 from porting.parity.measure import DifferenceSum, DistanceSum
 from porting.parity.pairing import Names
-from porting.parity.record import Recording, output_name, record
+from porting.parity.record import Recording, record
 from porting.parity.report import (
     EXACT,
     FLOAT32,
     FLOAT32_ROUNDOFF,
     FLOAT64_ROUNDOFF,
-    OUTPUT,
     LayerComparison,
     View,
 )
@@ -67,7 +66,7 @@ class Pair:
     target: str
     index: int
     source: str
-    place: tuple[str, bool, int]
+    place: Place
     order: float
     named: bool = False
     in_float32: bool = False
@@ -84,8 +83,8 @@ class Pair:
     def truth(self, recording: Recording) -> Truth | None:
         """The PyTorch tensor in this recording; None if it has none at that place."""
         call, is_output, index = self.place
-        if call.partition("[")[0] == OUTPUT and call not in recording.calls:
-            return next((each for key, each in recording.outputs.items() if output_name(key) == call), None)
+        if is_result(self.place):
+            return recording.outputs.get(call.removeprefix("."))
         found = recording.calls.get(call)
         tensors = [] if found is None else found.outputs if is_output else found.inputs
         return tensors[index] if index < len(tensors) else None
@@ -108,7 +107,15 @@ class Pair:
         kind = kinds.get(self.place[0].partition("#")[0], "output")
         source = self.source
         return LayerComparison(
-            source, self.target, kind, self.shape, "float32", self.dtype, views, self.difference.total()
+            source,
+            self.target,
+            kind,
+            self.shape,
+            "float32",
+            self.dtype,
+            views,
+            self.difference.total(),
+            is_output=is_result(self.place),
         )
 
 
@@ -154,7 +161,7 @@ class Session:
         self.was_followed = False
         # Whether no result has fractions, so that most mistakes do not show.
         self.has_whole_results = True
-        self.used: set[tuple[str, bool, int]] = set()
+        self.used: set[Place] = set()
         # The layers whose weights a port computed, known once a pass has shown differences as small as rounding, and
         # whether one of them has such differences.
         self.computed: set[str] = set()

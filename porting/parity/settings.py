@@ -61,7 +61,7 @@ def compare_settings(
         compared_layers += bool(common)
         compared += len(common)
         for name in common:
-            if not _same(expected[name], actual[name]):
+            if not same_setting(expected[name], actual[name]):
                 training = name in kind.training_settings
                 shown, stated = _show(actual[name]), kind.in_keras(name, actual[name])
                 settled = one_size and name == "padding" and actual[name] == ASYMMETRIC
@@ -104,7 +104,8 @@ def settings_of_layer(layer: keras.layers.Layer) -> Settings:
     return {} if kind is None else kind.layer_settings(layer)
 
 
-def _same(expected: Any, actual: Any) -> bool:
+def same_setting(expected: Any, actual: Any) -> bool:
+    """Whether two settings agree, floats up to the rounding of float32."""
     if isinstance(expected, np.ndarray) and isinstance(actual, np.ndarray):
         return expected.shape == actual.shape and bool(np.allclose(expected, actual, rtol=1e-9, atol=1e-9))
     if isinstance(expected, float) or isinstance(actual, float):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SMALL = 2e-3
 _SMALLEST_SIDE = 33
+_CALIBRATING = 4  # images, for the statistics of BatchNorms
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def stress_cases(
     """
     if any(shrinkable(name) for name, _ in reference.named_parameters()):
         yield StressCase("small variances", with_small_variances(reference, images, shrinkable), True, images)
-    yield StressCase(f"loud weights, seed {seed}", with_loud_weights(reference, seed), True, images)
+    yield StressCase(f"loud weights, seed {seed}", with_loud_weights(reference, images, seed), True, images)
     height, width = images.shape[1:3]
     sizes = ((1, height + height // 4 + 1, width + 2), (3, _odd(height // 2), _odd(width // 3)))
     for count, rows, columns in sizes:
@@ -68,12 +69,15 @@ def with_small_variances(reference: nn.Module, images: Array, shrinkable: Callab
     return model.eval()
 
 
-def with_loud_weights(reference: nn.Module, seed: int) -> nn.Module:
-    """Copy the reference with synthetic weights."""
+def with_loud_weights(reference: nn.Module, images: Array, seed: int) -> nn.Module:
+    """Copy the reference with synthetic weights, and BatchNorm statistics of random images of the given size."""
+    import torch
+
     from porting.models.synthetic import fill_with_synthetic_weights
 
-    model = copy.deepcopy(reference)
-    fill_with_synthetic_weights(model, seed)
+    model, (_, height, width, channels) = copy.deepcopy(reference), images.shape
+    noise = torch.randn(_CALIBRATING, channels, height, width, generator=torch.Generator().manual_seed(seed))
+    fill_with_synthetic_weights(model, seed, lambda own: own(noise))
     return model.eval()
 
 

@@ -12,6 +12,7 @@ from porting.parity.content import (
     SAME,
     Library,
     Match,
+    Place,
     as_real,
 )
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 
 # Where to put in a truth: a call, whether it is a result (or an input) of the call, and its index.
-Place = tuple[str, bool, int]
 
 
 @dataclass(eq=False)

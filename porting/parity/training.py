@@ -22,6 +22,7 @@ import numpy as np
 
 from porting.kinds.transforms import Array
 from porting.mapping.key_map import KeyMap
+from porting.models.modes import in_mode
 from porting.models.observe import to_torch
 from porting.models.traverse import named_layers, named_variables, variable_names
 from porting.parity.measure import DifferenceSum, measure_truth
@@ -378,12 +379,8 @@ def _torch_mask(module: nn.Module, rate: float) -> str:
     import torch
 
     ones = torch.ones(_DRAWN, _SHAPE[-1], *_SHAPE[:-1])
-    was_training = module.training
-    module.train()
-    try:
+    with in_mode(module, training=True):
         drawn = [np.moveaxis(module(ones).numpy(), 1, -1) for _ in range(2)]
-    finally:
-        module.train(was_training)
     return _describe_mask(drawn, rate)
 
 

@@ -66,14 +66,13 @@ def family_text(
     rules: Sequence[KeyRule],
     *,
     zeros: Sequence[str] = (),
-    drops: Sequence[str] = (),
     source_arguments: Mapping[str, Any] | None = None,
     target_arguments: Mapping[str, Any] | None = None,
 ) -> str:
     """The text of a family's file. `source` and `target` are as `build_model` takes them.
 
-    `zeros` are tensors that the Keras model lacks and that must be zero, `drops` those that it does without.
-    Raises FamilyError for a name that cannot be that of a Python module.
+    `zeros` are tensors that the Keras model lacks and that must be zero. Raises FamilyError for a name that cannot be
+    that of a Python module.
     """
     if not name.isidentifier() or name != name.lower():
         raise FamilyError(
@@ -81,7 +80,7 @@ def family_text(
         )
     library, _, rest = source.partition(":")
     known = library in _LIBRARIES and library != "transformers"
-    extra = [f"    {field} = {_tuple(names)}\n" for field, names in (("zeros", zeros), ("drops", drops)) if names]
+    extra = f"    zeros = {_tuple(zeros)}\n" if zeros else ""
     return _FILE.format(
         source=_in_docstring(source),
         target=_in_docstring(target),
@@ -91,7 +90,7 @@ def family_text(
         variant=json.dumps(rest.partition(":")[0] if known else "default"),
         target_spec=json.dumps(target),
         rows="\n".join(_row(rule) for rule in rules),
-        extra="".join(extra),
+        extra=extra,
         source_spec=f'f"{library}:{{spec.variant}}"' if known else json.dumps(source),
         source_arguments=repr(dict(source_arguments or {})),
         target_arguments=repr(dict(target_arguments or {})),

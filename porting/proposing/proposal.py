@@ -23,6 +23,7 @@ from porting.parity.compare import check_parity
 from porting.parity.content import Library
 from porting.parity.record import Recording, record_run
 from porting.parity.report import ParityReport
+from porting.parity.settings import same_setting
 from porting.progress import SILENT, Progress
 from porting.proposing.options import AcrossFrameworks, Options, WithinFramework
 from porting.proposing.sides import KerasSide, TorchSide, make_sides
@@ -53,7 +54,9 @@ class Row:
     why: str
 
     def __str__(self) -> str:
-        return f"{self.source or '?'} -> {self.target} ({self.kind or 'unknown'}): {self.confidence}, {self.why}"
+        return (
+            f"{self.source or '?'} -> {self.target or 'none'} ({self.kind or 'unknown'}): {self.confidence}, {self.why}"
+        )
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ class Proposal:
 
     def __str__(self) -> str:
         """The rows in short form, then the summary."""
-        lines = [f"{rule.source} -> {rule.target} ({rule.kind})" for rule in self.short_rules]
+        lines = [f"{rule.source} -> {rule.target or 'none'} ({rule.kind})" for rule in self.short_rules]
         return "\n".join([*lines, self.summary])
 
     @property
@@ -273,10 +276,12 @@ def _has_effect(source: TorchSide, name: str) -> bool:
 
 
 def _without(proposal: Proposal, constants: Collection[str]) -> Proposal:
-    """A proposal that drops constants that Keras has in its code, for which there is no row."""
+    """A proposal that drops constants, which Keras has in its code."""
     key_map = proposal.key_map
+    why = "Keras has it in its code, since the outputs depend on it and are exact"
     return replace(
         proposal,
+        rows=(*proposal.rows, *(Row(name, "", "constant", PROVEN, why) for name in sorted(constants))),
         key_map=replace(key_map, drops=key_map.drops | set(constants)),
         unused_sources=tuple(name for name in proposal.unused_sources if name not in constants),
     )
@@ -339,7 +344,7 @@ def _by_pairs(pairs: Mapping[str, str], options: Options) -> dict[str, Stated]:
 
 def _by_rows(rows: Iterable[KeyRule], options: Options) -> dict[str, Stated]:
     stated: dict[str, Stated] = {}
-    for _, pair in expand(list(rows), options.tensors):
+    for _, pair in expand([row for row in rows if row.target], options.tensors):
         if pair.target not in options.layers and pair.target not in options.shapes:
             raise KeyMapError(
                 f"row {pair.source!r}: {pair.target!r} is no layer and no variable of the candidate",
@@ -419,11 +424,7 @@ def _difference(choice: Choice, options: Options) -> str:
     if across and module is not None and kind is not None and kind is options.kinds[choice.option.source]:
         theirs, ours = kind.module_settings(module), kind.layer_settings(layer)
         for name in theirs.keys() & ours.keys():
-            if isinstance(theirs[name], np.ndarray):
-                same = np.allclose(theirs[name], ours[name])
-            else:
-                same = theirs[name] == ours[name]
-            if not same and name not in kind.training_settings:
+            if name not in kind.training_settings and not same_setting(theirs[name], ours[name]):
                 said.append(f"{name} is {ours[name]} in Keras, {theirs[name]} in PyTorch")
     text = f"{choice.layer} does not give what {choice.option.source} gives" + (f": {'; '.join(said)}" if said else "")
     only_epsilon = len(said) == 1 and said[0].startswith("eps ") and choice.option.kind == "batch_norm"

@@ -5,11 +5,12 @@ passed           the verdict with the limits below; objections lists every reaso
 name             "as ported", or the name of a stress run
 problem          why nothing could be compared, else ""
 layers           in order of data flow: {source, target, kind, shape, expected_dtype, actual_dtype, views, difference,
-                 rewritten}
+                 rewritten, is_output}
   views          exact, float32: {scale, expected_error, actual_error, problem, usual_rounding, roundoff, ratio}, the
                  first three as {max, rms}; ratio is derived, and ignored by readers
   difference     Keras in float32 against PyTorch in float64: see porting.parity.report.Difference
   rewritten      how a layer is implemented differently, else ""
+  is_output      whether this is a result of the model; versions before 0.2.0 left it out, and readers look at the name
 culprits         in order of data flow: {layer, target, reason, relative, is_input, culprit, diagnosis}
   diagnosis      {layer, cause, confidence, unexplained, checked, pattern}, or null
 audit            {layers, settings, differences: [{layer, setting, expected, actual, advice, training, counts}]}, or
@@ -18,7 +19,7 @@ verified         {weights, verified, unverified, differing, through_layers, comp
                  null
 loud             {what, relative, limit}, or null
 exact_model      how the Keras model became float64; float32_inside names layers that still compute in float32
-axes, notes      sentences on orders of axes, and on what is implemented differently
+axes, notes      sentences on orders of axes and sizes of inputs, and on what is implemented differently
 precision        the precision in which the Keras model computes
 limits           {max_ratio, atol, rtol, per_layer, max_exact_ratio}
 input_shapes     one shape per input, with the number of samples first
@@ -44,7 +45,7 @@ import msgspec
 
 from porting.errors import ReportError, SourceError
 from porting.files.atomic import REPORT_SUFFIX, open_regular, sha256_of
-from porting.parity.report import LayerComparison, ParityReport
+from porting.parity.report import OUTPUT, LayerComparison, ParityReport
 
 SCHEMA_VERSION = 3
 _MAX_BYTES = 256 << 20
@@ -148,11 +149,20 @@ def from_json(text: str) -> ParityReport:
         version = document["schema_version"]
         if version != SCHEMA_VERSION:
             raise ReportError(f"a report of schema {version}; this version reads schema {SCHEMA_VERSION}", hint=hint)
+        _mark_outputs(document)
         report = msgspec.convert(document, ParityReport)
         _refuse_unsound(report)
         return report
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ReportError(f"not a parity report: {type(error).__name__}: {error}", hint=hint) from None
+
+
+def _mark_outputs(document: Mapping[str, Any]) -> None:
+    """Mark the results of the model in a report of a version that knew them by their names."""
+    for layer in document.get("layers", ()):
+        layer.setdefault("is_output", str(layer["source"]).partition("[")[0] == OUTPUT)
+    for run in document.get("stress", ()):
+        _mark_outputs(run)
 
 
 def _refuse_unsound(report: ParityReport) -> None:

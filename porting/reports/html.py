@@ -123,8 +123,7 @@ def _limits(report: ParityReport) -> list[tuple[float, float]]:
     for index, layer in enumerate(report.layers):
         view = layer.views.get(FLOAT32)
         if view is not None and view.scale.rms and view.ratio and math.isfinite(view.ratio):
-            noise = max(view.expected_error.rms / view.scale.rms, FLOAT32_ROUNDOFF)
-            found.append((float(index), report.limits.of(layer.source) * noise))
+            found.append((float(index), report.limits.of(layer.source) * view.noise.rms / view.scale.rms))
     return found
 
 

@@ -134,10 +134,30 @@ def compare_models(
         keras_model = candidate
         if stress.has_new_weights:
             keras_model = _with_weights(case, case.convert_reference(stress.reference))
-        elif None not in sides:  # the model accepts only one image size
+        elif None not in sides:  # the model was saved for one image size
             keras_model = _with_weights(case, _values_of(candidate))
+        if not stress.has_new_weights and not _take(stress.reference, keras_model, stress.images):
+            own = "x".join(map(str, compared.shape[1:3]))
+            skipped = f"--stress did not try {stress.name}: the models take only images of {own}"
+            report = replace(report, axes=(*report.axes, skipped))
+            continue
         stressed.append(run(stress.name, stress.reference, keras_model, stress.images))
     return replace(report, stress=tuple(stressed))
+
+
+def _take(reference: nn.Module, candidate: keras.Model, images: Array) -> bool:
+    """Whether both models take images of this size. Many are built for one."""
+    import torch
+
+    sides = candidate.input_shape[1:3]
+    if any(side not in {None, own} for side, own in zip(sides, images.shape[1:3], strict=True)):
+        return False
+    try:
+        with torch.no_grad():
+            reference(torch.from_numpy(np.ascontiguousarray(np.moveaxis(images[:1], -1, 1))))
+    except (AssertionError, RuntimeError, ValueError):
+        return False
+    return True
 
 
 def _run(

@@ -29,7 +29,6 @@ from porting.models.images import Preprocessing
 from porting.models.inputs import Inputs, image_inputs, make_inputs
 from porting.models.precision import PRECISIONS, in_precision
 from porting.parity.exported import compare_outputs
-from porting.parity.record import output_name
 from porting.parity.report import Limits, ParityReport, refusal
 from porting.progress import SILENT, Progress
 from porting.reports.document import to_json
@@ -292,10 +291,10 @@ def _compare(
     reference = case.load_reference()
     given.ends.add_to(reference)
 
-    def run(sample: Inputs) -> Mapping[str, Array]:
+    def run(sample: Inputs) -> tuple[Mapping[str, Array], Mapping[str, Array]]:
         with _export_errors(f"the {form} runtime cannot run the result"):
             results, layers = runtime.run(dict(zip(given.names, sample.candidate, strict=True)))
-        return {**layers, **{output_name(key): results[name] for key, name in given.result_names().items()}}
+        return {key: results[name] for key, name in given.result_names().items()}, layers
 
     return compare_outputs(
         reference,

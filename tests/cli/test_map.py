@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import Result
 
 import porting
@@ -59,6 +60,57 @@ def test_rows_are_proposed_written_and_taken(run_cli: RunCli, models: Path, tmp_
     reference, candidate = namespace["reference"](6), namespace["candidate"](6)
     ported = porting.port_weights(reference.eval(), candidate, rows, inputs=images)  # type: ignore[attr-defined]
     assert ported.require_parity()
+
+
+WITH_CONSTANT = """
+import torch
+from torch import nn
+import keras
+from keras import layers
+
+class Windowed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 4)
+        self.register_buffer("window", torch.tensor([0.25, 0.75, 0.5]))
+
+    def forward(self, x):
+        return self.fc(x * self.window)
+
+def candidate():
+    inputs = keras.Input((3,))
+    return keras.Model(inputs, layers.Dense(4, name="head")(layers.Rescaling([0.25, 0.75, 0.5])(inputs)))
+"""
+
+
+def test_constants_of_the_code_have_rows(run_cli: RunCli, tmp_path: Path) -> None:
+    """What the map calls complete must be all that port, check and revert need."""
+    models, out, own, back = (tmp_path / name for name in ("models.py", "rows.toml", "own.pth", "back.pth"))
+    models.write_text(WITH_CONSTANT)
+    result = run_cli("map", f"{models}:Windowed", f"{models}:candidate", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "window -> none (constant)" in result.output
+    assert KeyRule("window", "", "constant") in read_rows(out)
+    namespace: dict[str, Callable[[], torch.nn.Module]] = {}
+    exec(WITH_CONSTANT, namespace)
+    torch.save(namespace["Windowed"]().state_dict(), own)
+    given = ["--source", f"{models}:Windowed", "--target", f"{models}:candidate", "--map", out]
+    result = run_cli(*given, "--checkpoint", own, "--out", tmp_path / "x.h5")
+    assert result.exit_code == 0, result.output
+    result = run_cli("revert", *given, "--weights", tmp_path / "x.h5", "--out", back)
+    assert result.exit_code == 0, result.output
+    before, after = torch.load(own, weights_only=True), torch.load(back, weights_only=True)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    result = run_cli("map", f"{models}:Windowed", f"{models}:candidate", "--map", out)
+    assert result.exit_code == 0, result.output
+
+
+def test_a_row_has_a_target_unless_its_kind_has_none() -> None:
+    with pytest.raises(KeyMapError, match="row 'window': the kind constant has no target"):
+        KeyRule("window", "head", "constant")
+    with pytest.raises(KeyMapError, match="row 'fc': the kind dense needs a target"):
+        KeyRule("fc", "", "dense")
 
 
 def test_json_and_given_inputs(run_cli: RunCli, models: Path, tmp_path: Path) -> None:
@@ -128,8 +180,6 @@ def test_a_family_file_works_as_it_is_written(
     run_cli: RunCli, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import importlib
-
-    import torch
 
     from porting.tasks.port import port
     from porting.tasks.revert import revert

@@ -18,7 +18,6 @@ from porting.exporting.base import Exportable
 from porting.exporting.usage import usage_of
 from porting.models.inputs import Inputs, make_inputs
 from porting.parity.exported import compare_outputs
-from porting.parity.record import output_name
 
 FORMS = [("litert", "x.tflite"), ("onnx", "x.onnx"), ("saved_model", "x")]
 TOKENS = np.array([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]], np.int32)
@@ -92,14 +91,28 @@ def test_what_is_exported_is_judged(form: str, name: str, fault: bool, tmp_path:
     write(form, exportable, tmp_path / name, "float32")
     with open_runtime(form, tmp_path / name, []) as runtime:
 
-        def run(sample: Inputs) -> dict[str, Any]:
+        def run(sample: Inputs) -> tuple[dict[str, Any], dict[str, Any]]:
             results, _ = runtime.run(dict(zip(exportable.names, sample.candidate, strict=True)))
-            return {output_name(key): results[own] for key, own in exportable.result_names().items()}
+            return {key: results[own] for key, own in exportable.result_names().items()}, {}
 
         report = compare_outputs(reference, run, inputs)
     assert report.passed is not fault
     assert {layer.source for layer in report.layers} == {"output[pooled]", "output[features]"}
     assert [layer.shape for layer in report.layers if layer.source == "output[features]"] == [(2, 6, 5)]
+
+
+@pytest.mark.parametrize("key", ["", "[0]", "logits"])
+def test_the_only_result_may_have_a_key(key: str) -> None:
+    reference = nn.Linear(6, 6)
+    values = np.random.default_rng(0).normal(size=(2, 6)).astype(np.float32)
+
+    def run(sample: Inputs) -> tuple[dict[str, Any], dict[str, Any]]:
+        with torch.no_grad():
+            return {key: reference(torch.from_numpy(sample.candidate[0].copy())).numpy()}, {}
+
+    report = compare_outputs(reference, run, Inputs((values,), (values,), ((0, 1),)))
+    assert report.passed
+    assert report.logits is not None
 
 
 def test_a_result_in_another_order_of_axes_is_refused() -> None:
@@ -109,12 +122,12 @@ def test_a_result_in_another_order_of_axes_is_refused() -> None:
     values = np.random.default_rng(0).normal(size=(2, 6, 6)).astype(np.float32)
     inputs = Inputs((values,), (values,), ((0, 1, 2),))
 
-    def run(sample: Inputs) -> dict[str, Any]:
+    def run(sample: Inputs) -> tuple[dict[str, Any], dict[str, Any]]:
         with torch.no_grad():
-            return {"output": reference(torch.from_numpy(sample.candidate[0].copy())).numpy()}
+            return {"": reference(torch.from_numpy(sample.candidate[0].copy())).numpy()}, {}
 
     assert compare_outputs(reference, run, inputs).passed
-    assert not compare_outputs(reference, lambda x: {"output": run(x)["output"].transpose(0, 2, 1)}, inputs).passed
+    assert not compare_outputs(reference, lambda x: ({"": run(x)[0][""].transpose(0, 2, 1)}, {}), inputs).passed
 
 
 def test_numbered_results_sort_as_they_stand() -> None:
@@ -191,11 +204,11 @@ def test_a_layer_that_joins_the_sides_of_a_map(scale: float) -> None:
     reference = nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head).eval()
     images = np.random.default_rng(0).normal(size=(2, 6, 6, 3)).astype(np.float32)
 
-    def run(given: np.ndarray) -> dict[str, np.ndarray]:
+    def run(given: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         with torch.no_grad():
             found = body(torch.from_numpy(given.transpose(0, 3, 1, 2).copy()))
             result = head(found.mean((2, 3)))
-        return {"0": scale * found.permute(0, 2, 3, 1).reshape(1, 16, 8).numpy(), "output": result.numpy()}
+        return {"": result.numpy()}, {"0": scale * found.permute(0, 2, 3, 1).reshape(1, 16, 8).numpy()}
 
     report = compare_outputs(reference, run, images)
     assert report.passed == (scale == 1.0), str(report)
@@ -210,11 +223,11 @@ def test_a_tensor_that_has_only_the_name_in_common(wrong: bool) -> None:
     values = np.random.default_rng(0).normal(size=(2, 5)).astype(np.float32)
     inputs = Inputs((values,), (values,), ((0, 1),))
 
-    def run(sample: Inputs) -> dict[str, Any]:
+    def run(sample: Inputs) -> tuple[dict[str, Any], dict[str, Any]]:
         with torch.no_grad():
             inner = reference[0](torch.from_numpy(sample.candidate[0].copy()))
             result = reference[1](inner) * (1.001 if wrong else 1.0)
-            return {"0": (inner + 3).numpy(), "output": result.numpy()}
+            return {"": result.numpy()}, {"0": (inner + 3).numpy()}
 
     report = compare_outputs(reference, run, inputs)
     assert report.passed is not wrong

@@ -187,3 +187,15 @@ def test_layers_that_keras_numbers_have_the_same_names_in_every_model() -> None:
     names = [[layer.name for layer in family.build_candidate(spec).layers] for _ in range(2)]
     assert names[0] == names[1]
     assert "layer_normalization" in names[0]
+
+
+@pytest.mark.slow
+def test_stress_leaves_out_sizes_that_a_model_does_not_take(tmp_path: Path) -> None:
+    family = get_family("vit")
+    assert isinstance(family, LibraryFamily)
+    write_checkpoint(family, "vit_tiny_patch16_224", 3, tmp_path / "own.pth")
+    how = {"checkpoint": tmp_path / "own.pth", "options": CheckOptions(stress=True)}
+    report = port(family, "vit_tiny_patch16_224", tmp_path / "own.h5", **how).report  # type: ignore[arg-type]
+    assert report is not None
+    assert [run.name for run in report.stress] == ["loud weights, seed 0"]
+    assert "--stress did not try 1 of 281x226: the models take only images of 224x224" in report.axes

@@ -14,6 +14,7 @@ def report(**errors: float) -> ParityReport:
         LayerComparison(
             name, name, "Linear", (1,), "float32", "float32",
             {FLOAT32: View(Distance(1, 1), Distance(1e-7, 1e-7), Distance(error, error))}, Difference(),
+            is_output=name == "output",
         )
         for name, error in errors.items()
     )  # fmt: skip

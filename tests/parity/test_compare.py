@@ -448,3 +448,29 @@ def test_few_numbers_do_not_tell_how_large_rounding_is() -> None:
         assert report.layers[0].ratio < 16
     candidate.layers[-1].set_weights([kernel, bias * 0])
     assert not check_parity(reference, candidate, inputs).passed
+
+
+@pytest.mark.parametrize("name", ["fc", "output", "output[0]"])
+@pytest.mark.parametrize("dtype", ["float32", "mixed_float16"])
+def test_a_module_that_is_called_as_results_are(name: str, dtype: str) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_module(name, nn.Linear(6, 5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.softmax(self.get_submodule(name)(x), -1)
+
+    torch.manual_seed(0)
+    reference, inputs = Named().eval(), keras.Input((6,))
+    dense = keras.layers.Dense(5, name="dense")
+    candidate = keras.Model(inputs, keras.layers.Softmax(dtype=dtype)(dense(inputs)))
+    values = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
+    report = porting.port_weights(reference, candidate, [porting.KeyRule(name, "dense", "dense")], inputs=values).report
+    assert report is not None
+    assert report.passed is (dtype == "float32")
+    assert [(layer.source, layer.kind, layer.is_output) for layer in report.layers] == [
+        (name, "Linear", False),
+        ("output", "output", True),
+    ]
+    assert "float32" in report.layers[-1].views

@@ -6,13 +6,15 @@ import keras
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from porting.families.base import Spec
 from porting.families.van import VanFamily
 from porting.files.weights_file import assign_weights
 from porting.mapping.convert import convert
+from porting.models.synthetic import fill_with_synthetic_weights
 from porting.parity.report import ParityReport
-from porting.parity.stress import stress_cases, with_small_variances
+from porting.parity.stress import stress_cases, with_loud_weights, with_small_variances
 from porting.references.van import VAN
 from porting.tasks.case import open_case
 from porting.tasks.check import compare_models
@@ -81,3 +83,32 @@ def test_an_epsilon_that_ordinary_weights_hide_is_loud(checkpoint: Path) -> None
         return max(layer.views["exact"].relative_error for layer in each.layers if layer.source == "norm1")
 
     assert loudness(small) > 100 * loudness(report)
+
+
+class Sized(nn.Module):
+    """Takes images of 8x8 alone, and has no BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(144, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.shape[2:] == (8, 8), "this model takes images of 8x8"
+        return self.fc(torch.relu(self.conv(x)).flatten(1))
+
+
+def test_a_model_of_one_size_gets_loud_weights() -> None:
+    images = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
+    model = Sized().eval()
+    loud = with_loud_weights(model, images, 0)
+    assert not torch.equal(loud.conv.weight, model.conv.weight)  # type: ignore[union-attr,arg-type]
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_modes_and_momenta_of_every_norm_are_restored(momentum: float | None) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=momentum), nn.BatchNorm2d(4)).train()
+    model[1].eval()
+    with_loud_weights(model, np.zeros((1, 8, 8, 3), np.float32), 0)
+    fill_with_synthetic_weights(model, 0)
+    assert [each.training for each in model.modules()] == [True, True, False, True]
+    assert model[1].momentum == momentum

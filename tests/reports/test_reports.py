@@ -51,7 +51,9 @@ def layer(
 ) -> LayerComparison:
     views = {EXACT: exact(relative), FLOAT32: view(ratio, problem)}
     difference = Difference(1e-6, 1e-7, 2e-7, worst_index=(0, 3), ulp_histogram=(5, 3, 1))
-    return LayerComparison(source, target, "Conv2d", (2, 4), "float32", "float32", views, difference, rewritten)
+    is_output = source.startswith("output")
+    kinds = "Conv2d", (2, 4), "float32", "float32"
+    return LayerComparison(source, target, *kinds, views, difference, rewritten, is_output)
 
 
 def make(*layers: LayerComparison, **changes: object) -> ParityReport:
@@ -185,7 +187,7 @@ def test_all_that_objects(changes: dict[str, object], objection: str) -> None:
 
 def test_a_report_that_proves_nothing_is_not_parity() -> None:
     views: dict[str, View] = {}
-    empty = LayerComparison("output", "output", "output", (), "float32", "float32", views, Difference())
+    empty = LayerComparison("output", "output", "output", (), "float32", "float32", views, Difference(), "", True)
     assert make(empty).objections == ("output: nothing was compared",)
 
 

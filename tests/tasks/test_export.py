@@ -232,10 +232,10 @@ def test_eight_bits_are_not_a_licence(reference: VAN) -> None:
     rounded = in_precision(reference, "int8", images)
     scale = 0.0
 
-    def run(image: np.ndarray) -> dict[str, np.ndarray]:
+    def run(image: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         with torch.no_grad():
             output = rounded(torch.from_numpy(image.transpose(0, 3, 1, 2).copy())).numpy()
-        return {OUTPUT: output + scale * np.abs(output).max() * np.array([1, -1] * 5, np.float32)}
+        return {"": output + scale * np.abs(output).max() * np.array([1, -1] * 5, np.float32)}, {}
 
     assert compare_outputs(reference, run, images, rounded=rounded).passed
     scale = 3.0
