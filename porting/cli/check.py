@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 import cloup
 
+from porting.call_names import without_number
 from porting.cli.groups import (
     FILE,
     WEIGHTS_HELP,
@@ -79,8 +80,8 @@ def check(
         report = read_report(from_report)
         if remark := file_beside(report, from_report):
             say(remark)
-        layers = {layer.source.partition("#")[0] for layer in report.layers}
-        if unknown := [name for name in options.limits.per_layer if name.partition("#")[0] not in layers]:
+        layers = {without_number(layer.source) for layer in report.layers}
+        if unknown := [name for name in options.limits.per_layer if without_number(name) not in layers]:
             raise click.UsageError(f"--limit: the report has no layer {unknown[0]!r}")
         stress = tuple(replace(run, limits=options.limits) for run in report.stress)
         report = replace(report, limits=options.limits, stress=stress)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from porting.call_names import call_name, without_number
 from porting.kinds.base import CallInputs
 from porting.models.stacks import layers_of_stack
 from porting.models.traverse import named_layers
@@ -55,7 +56,7 @@ class _Calls:
 
     def begin(self, name: str) -> str:
         self._seen[name] += 1
-        numbered = name if self._seen[name] == 1 else f"{name}#{self._seen[name] - 1}"
+        numbered = call_name(name, self._seen[name] - 1)
         self._open.append(numbered)
         return numbered
 
@@ -219,7 +220,7 @@ class Replay:
     def begin_again(self, call: str) -> list[str]:
         """The layers that were called inside a call, once for each time."""
         first, last = self._begun[call], self._ended[call]
-        return [name.partition("#")[0] for name, place in self._begun.items() if first < place < last]
+        return [without_number(name) for name, place in self._begun.items() if first < place < last]
 
     def begin(self, call: str) -> None:
         if self._recording:

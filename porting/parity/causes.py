@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from porting.call_names import without_number
 from porting.kinds import becomes, kind_called, kind_of_module
 from porting.kinds.activation import LINEAR, functions, joined_names
 from porting.kinds.base import Kind, Leaf, attribute, with_change, with_value
@@ -23,7 +24,7 @@ from porting.parity.diagnose import EXPLAINED, as_tensors, diagnose
 from porting.parity.fused import Activations, Core, core_of
 from porting.parity.measure import rms
 from porting.parity.record import Recording
-from porting.parity.report import Diagnosis
+from porting.parity.report import WEIGHTS, Diagnosis
 from porting.parity.trace import Node, Tracer
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 # A few roundings of the greatest number, as many as folding in float32 causes.
 _FOLDED = 2.0**-21
 _NORM = ", with the norm behind it folded in,"
-NOT_THE_CHECKPOINTS = "is not the checkpoint's"
 # Up to this many differing numbers of a weight are named one by one.
 _FEW = 3
 
@@ -67,7 +67,7 @@ def _lone_activation(label: str, expected: Tensor, actual: Tensor, place: str) -
         fitting = [name for name, function in known.items() if rms(function(given) - target) <= limit]
         if fitting:
             text = f"{joined_names(fitting)} comes {place} in {side} alone"
-            return Diagnosis(label, text, 0.0, (text,))
+            return Diagnosis.certain(label, text)
     return None
 
 
@@ -113,7 +113,7 @@ def _exchanged_activation(
         for side, lone, other, without in sides:
             if other == [LINEAR] and bool(torch.allclose(without, source.double(), rtol=1e-9, atol=0.0)):
                 text = f"{joined_names(lone)} comes {place} in {side} alone"
-        return Diagnosis(label, text, 0.0, (text,))
+        return Diagnosis.certain(label, text)
     return None
 
 
@@ -144,7 +144,7 @@ def _rounding_of(expected: Tensor, actual: Tensor) -> float:
 
 def tensors_near(recording: Recording, call: str) -> dict[str, Tensor]:
     """The tensors near a call that a port might use by mistake, by name."""
-    parent = call.partition("#")[0].rpartition(".")[0]
+    parent = without_number(call).rpartition(".")[0]
     scope = f"{parent}." if parent else ""
     near = {
         name: each.outputs[0].tensor
@@ -164,7 +164,7 @@ def tensors_before(recording: Recording, call: str) -> dict[str, Tensor]:
 
 def with_names_of_stack(session: Session, call: str, found: Diagnosis | None) -> Diagnosis | None:
     """A diagnosis with the names that the tensors of a layer in a stack have in the stack."""
-    base = call.partition("#")[0]
+    base = without_number(call)
     owner, place = owner_of(base, session.modules)
     if found is None or owner == base:
         return found
@@ -187,7 +187,7 @@ def cause_of(
     inside: Activations | None = None,
 ) -> Diagnosis | None:
     """Look for the cause why a Keras call differs from the PyTorch call; `inside` is the Keras layer's activation."""
-    base = call.partition("#")[0]
+    base = without_number(call)
     module = modules_of(session.double_model).get(base)
     layer = session.layer(node.name)
     inputs = recording.calls[call].taken()
@@ -259,7 +259,7 @@ def _other_epsilon(
     guess = with_value(module, inputs, "eps", lambda _: actual)()
     if not isinstance(guess, torch.Tensor) or guess.shape != found.shape:
         return None
-    left = float((found - guess).square().mean().sqrt() / (found - truth).square().mean().sqrt())
+    left = _share_left(truth, found, guess)
     text = f"its epsilon is {actual!r} in Keras, {expected!r} in PyTorch"
     return Diagnosis(call, text, left, (text,)) if left <= EXPLAINED else None
 
@@ -284,13 +284,13 @@ def _other_order(
     with torch.no_grad():
         guess = module(node.inputs[0].double().reshape(inputs[0].shape))
         guess = guess if behind is None else behind(guess)
-    if guess.shape != found.shape or float((guess - found).square().mean().sqrt()) > 1e-9 * float(found.std() + 1e-300):
+    if guess.shape != found.shape or rms(guess - found) > 1e-9 * float(found.std() + 1e-300):
         return None
     cause = (
         f"the rows of {call} are in PyTorch's order (channels, height, width), and what comes in is in Keras's "
         "(height, width, channels): permute the rows, or the tensor before it"
     )
-    return Diagnosis(call, cause, 0.0, (cause,))
+    return Diagnosis.certain(call, cause)
 
 
 @dataclass(frozen=True)
@@ -441,7 +441,9 @@ def _differing_weights(
 ) -> Diagnosis | None:
     """Diagnose weights that differ, if PyTorch with Keras's weights in place of its own computes Keras's result."""
     weights = _weights(module, layer)
-    causes = _said_of_weights(call, weights, elsewhere, slack)
+    causes = _known_change(call, weights, elsewhere, slack)
+    basis = "" if causes else WEIGHTS
+    causes = causes or _differences(call, weights, slack)
     if not causes:
         return None
     joined = _joined(module, layer)
@@ -459,7 +461,9 @@ def _differing_weights(
     results = [each if behind is None else behind(each) for each in made]
     left = [_share_left(truth, found, each) for each in results if each.shape == found.shape]
     unexplained = min(left, default=math.inf)
-    return Diagnosis(call, "; ".join(causes), unexplained, tuple(causes)) if unexplained <= EXPLAINED else None
+    if unexplained > EXPLAINED:
+        return None
+    return Diagnosis(call, "; ".join(causes), unexplained, tuple(causes), basis=basis)
 
 
 def _share_left(truth: Tensor, found: Tensor, guess: Tensor) -> float:
@@ -471,20 +475,20 @@ def _share_left(truth: Tensor, found: Tensor, guess: Tensor) -> float:
     finite = found.isfinite() & truth.isfinite()
     if not finite.any():
         return 0.0
-    total = float((found - truth)[finite].square().mean())
-    return math.sqrt(float((found - guess)[finite].square().mean()) / total) if total else 0.0
+    total = rms((found - truth)[finite])
+    return rms((found - guess)[finite]) / total if total else 0.0
 
 
 def has_weights_of(session: Session, node: Node, call: str) -> bool:
     """Whether a Keras layer has the very weights of a PyTorch call's module."""
-    module = session.modules[call.partition("#")[0]]
+    module = session.modules[without_number(call)]
     weights = _weights(module, session.layer(node.name))
     return bool(weights) and all(np.array_equal(each.expected, each.actual) for each in weights)
 
 
 def has_size_of(session: Session, node: Node, call: str) -> bool:
     """Whether the kernels of a Keras layer have as many numbers as those of a PyTorch call's module."""
-    module, layer = session.modules[call.partition("#")[0]], session.layer(node.name)
+    module, layer = session.modules[without_number(call)], session.layer(node.name)
     theirs = sorted(each.numel() for each in module.parameters() if each.ndim > 1)
     ours = sorted(math.prod(each.shape) for each in getattr(layer, "weights", ()) if len(each.shape) > 1)
     return theirs == ours
@@ -511,8 +515,8 @@ def _equal(tensor: Tensor, values: Array) -> bool:
     return bool(np.array_equal(tensor.detach().float().numpy(), values))
 
 
-def _said_of_weights(call: str, weights: list[_Weight], elsewhere: Callable[[Array], str], slack: float) -> list[str]:
-    """In what way weights differ from the checkpoint's; empty if they do not."""
+def _known_change(call: str, weights: list[_Weight], elsewhere: Callable[[Array], str], slack: float) -> list[str]:
+    """What was done to all weights that differ from the checkpoint's, if that is a known mistake; empty if not."""
     note = _NORM if slack else ""
     for one, other in itertools.combinations(weights, 2):
         exchanged = np.array_equal(one.expected, other.actual) and np.array_equal(other.expected, one.actual)
@@ -530,14 +534,21 @@ def _said_of_weights(call: str, weights: list[_Weight], elsewhere: Callable[[Arr
     owners = {weight.name: elsewhere(weight.actual) for weight in differing}
     if owners and all(owners.values()):
         return [_said_of_owner(owner, owners) for owner in dict.fromkeys(owners.values())]
-    said = []
-    for weight in differing:
+    return []
+
+
+def _differences(call: str, weights: list[_Weight], slack: float) -> list[str]:
+    """By how much weights differ from the checkpoint's; empty if they do not."""
+    said, note = [], _NORM if slack else ""
+    for weight in weights:
         expected, actual = weight.expected, weight.actual
         count = int((~_same(expected, actual, slack)).sum())
+        if not count:
+            continue
         scale = float(np.sqrt(np.square(expected, dtype=np.float64).mean())) or 1.0
         greatest = float(np.abs(expected.astype(np.float64) - actual).max())
         said.append(
-            f"{call}.{weight.name}{note} {NOT_THE_CHECKPOINTS}: {count} of {expected.size} numbers differ, by at "
+            f"{call}.{weight.name}{note} is not the checkpoint's: {count} of {expected.size} numbers differ, by at "
             f"most {greatest / scale:.2g} of its size"
         )
     return said
@@ -597,4 +608,4 @@ def exchanged_parts(tracer: Tracer, node: Node, call: str) -> Diagnosis | None:
         if index != right
     ]
     cause = f"{' and '.join(moved)} are exchanged: each gives another's part of one PyTorch tensor"
-    return Diagnosis(call, cause, 0.0, (cause,))
+    return Diagnosis.certain(call, cause)

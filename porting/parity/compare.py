@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from porting.call_names import without_number
 from porting.kinds import KINDS, kind_of_module
 from porting.kinds.transforms import Array, Shifted
 from porting.mapping.key_map import KeyMap
@@ -161,11 +162,11 @@ def check_parity(
             return _without_result(str(error), limits, name)
         report = summarize(session, limits, name, key_map, strict_settings, waive)
         if key_map is None and not report.divergences:
-            report = with_inferred_weights(session, report, limits, loud=loud)
+            report = with_inferred_weights(session, report, loud=loud)
         if loud:
             progress("loud inputs" if key_map is None else "loud weights")
             locates = locate_culprits and not report.divergences
-            found, on_loud = compare_loud_outputs(session, others, key_map, limits, locates)
+            found, on_loud = compare_loud_outputs(session, others, key_map, locates)
             report = replace(report, loud=found, culprits=on_loud)
         if locate_culprits and report.divergences:
             progress("looking for the cause")
@@ -471,17 +472,17 @@ def _rounded_weights(session: Session) -> Iterator[str]:
 def _culprits(session: Session, report: ParityReport) -> tuple[Culprit, ...]:
     """The culprits in float64; if the models agree there, the first layer that rounds too much."""
     if any(divergence.view == EXACT for divergence in report.divergences):
-        found = tuple(locate(session, session.few(2), report.limits))
+        found = tuple(locate(session, session.few(2)))
         if found:
             return found
     first = report.divergences[0]
     layer = next(each for each in report.layers if each.source == first.layer)
     view = layer.views.get(first.view)
-    own = session.names.layers.get(layer.target.partition("#")[0])
+    own = session.names.layers.get(without_number(layer.target))
     dtype = getattr(own, "compute_dtype", "float32") if own is not None else precision_of(session.candidate)
     diagnosis = None
     if first.view == FLOAT32 and dtype != "float32":
-        diagnosis = Diagnosis(first.layer, f"it computes in {dtype}", 0.0, (f"it computes in {dtype}",))
+        diagnosis = Diagnosis.certain(first.layer, f"it computes in {dtype}")
     relative = view.relative_error if view is not None else math.inf
     return (Culprit(first.layer, layer.target, first.reason, relative, diagnosis=diagnosis),)
 

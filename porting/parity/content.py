@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from porting.models.inputs import Axes, inverse, moved
-from porting.parity.measure import DistanceSum, in_memory_order, measure_candidate, measure_size
+from porting.parity.measure import DistanceSum, in_memory_order, measure_distance, measure_size, rms
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,7 +129,7 @@ class Library:
                 # It is compared again in float32, and is then in Keras's order already.
                 truth.tensor = expected.contiguous().permute(inverse(axes))
                 expected = truth.tensor.permute(axes)
-            distance = measure_candidate(actual, expected.reshape(actual.shape), None)
+            distance = measure_distance(actual, expected.reshape(actual.shape))
             if distance.total().rms <= limit:
                 return Match(truth, axes, distance, reshaped)
         return None
@@ -182,7 +182,7 @@ class Library:
                     if axis >= truth.tensor.ndim or truth.tensor.shape[axis] % parts:
                         continue
                     for index, part in enumerate(truth.tensor.chunk(parts, axis)):
-                        if not math.isclose(float(part.square().mean().sqrt()), size, rel_tol=SAME):
+                        if not math.isclose(rms(part), size, rel_tol=SAME):
                             continue
                         if self.match(actual, Truth(part.contiguous())) is not None:
                             return truth, index, parts
@@ -235,7 +235,7 @@ def _reordered(actual: Tensor, truth: Truth, tolerance: float) -> Match | None:
     if actual.ndim < 1 or truth.tensor.ndim < 1 or len(actual) != len(truth.tensor) or truth.rms == 0.0:
         return None
     ours, theirs = (side.reshape(len(side), -1).sort(dim=1).values for side in (actual, truth.tensor))
-    distance = measure_candidate(ours, theirs, None)
+    distance = measure_distance(ours, theirs)
     if distance.total().rms > tolerance * truth.rms:
         return None
     return Match(truth, tuple(range(truth.tensor.ndim)), distance, reordered=True)

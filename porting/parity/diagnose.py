@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from porting.kinds import kind_of_module
 from porting.kinds.base import Kind, with_change
 from porting.parity.measure import rms
-from porting.parity.report import REPRODUCED, Diagnosis
+from porting.parity.report import REPRODUCED, WIRING, Diagnosis
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -78,12 +78,15 @@ def _diagnose(
     if behind is not None:
         hypotheses = [(cause, partial(_with_behind, make, behind)) for cause, make in hypotheses]
     hypotheses += _precision_hypotheses(module if behind is None else None, inputs, exact)
-    hypotheses += _wiring_hypotheses(exact, others)
     checked: list[str] = []
     best: tuple[float, str] = (math.inf, "")
-    best_is_pattern = False
-    tried = [(*hypothesis, False) for hypothesis in hypotheses]
-    for cause, make, is_pattern in itertools.chain(tried, _patterns(exact, found)):
+    best_basis = ""
+    tried = itertools.chain(
+        ((*each, "") for each in hypotheses),
+        ((*each, WIRING) for each in _wiring_hypotheses(exact, others)),
+        ((*each, _PATTERN) for each in _pattern_hypotheses(exact, found)),
+    )
+    for cause, make, basis in tried:
         checked.append(cause)
         try:
             made = make()
@@ -95,14 +98,16 @@ def _diagnose(
         left = min(fitting) / total
         # Earlier hypotheses are more specific, so a later one must be clearly better.
         if left < best[0] * 0.1 or (left < best[0] and best[0] > EXPLAINED):
-            best, best_is_pattern = (left, cause), is_pattern
+            best, best_basis = (left, cause), basis
         if left <= REPRODUCED:
             break
     if best[0] > EXPLAINED:
         return None
-    return Diagnosis(layer, best[1], best[0], tuple(checked), best_is_pattern)
+    pattern = best_basis == _PATTERN
+    return Diagnosis(layer, best[1], best[0], tuple(checked), pattern, "" if pattern else best_basis)
 
 
+_PATTERN = "pattern"
 # What PyTorch raises where a module is given what it does not take.
 _IMPOSSIBLE = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError)
 
@@ -174,21 +179,11 @@ def _wiring_hypotheses(exact: Tensor, others: Mapping[str, Tensor]) -> Iterator[
         yield f"{wrong} is added where {right} belongs", partial(_combined, exact, minus=one, plus=other)
 
 
-def is_of_wiring(cause: str) -> bool:
-    """Whether a cause is one of those mistakes."""
-    return cause.startswith("it is ") or " is not added" in cause or " is added " in cause
-
-
 def _combined(base: Tensor, *, plus: Tensor | None = None, minus: Tensor | None = None) -> Tensor:
     result = base.double()
     if plus is not None:
         result = result + plus.double()
     return result if minus is None else result - minus.double()
-
-
-def _patterns(exact: Tensor, found: Tensor) -> Iterator[tuple[str, Callable[[], Made], bool]]:
-    for cause, make in _pattern_hypotheses(exact, found):
-        yield cause, make, True
 
 
 def _pattern_hypotheses(exact: Tensor, found: Tensor) -> Iterator[Hypothesis]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from porting.call_names import without_number
 from porting.kinds.transforms import Array
 from porting.models.inputs import Inputs, leaves_by_key
 from porting.models.observe import Replacement, observe_layers, to_torch
@@ -48,7 +49,7 @@ class _Calls:
         return None
 
     def after(self, name: str, outputs: list[Tensor]) -> Replacement:
-        own, inputs = self.found.get(name.partition("#")[0]), self._inputs.pop()
+        own, inputs = self.found.get(without_number(name)), self._inputs.pop()
         if own is not None:
             own += [(inputs, as_real(output)) for output in outputs if output.numel() > 1]
         return None
@@ -73,7 +74,7 @@ def unproven_layers(session: Session, called: Collection[str]) -> set[str]:
 
 def _unpaired(session: Session, called: Collection[str]) -> Iterator[str]:
     """Yield the layers with weights of their own whose result, or that of a layer around them, is not PyTorch's."""
-    proven = {pair.target.partition("#")[0] for pair in session.pairs.values() if not pair.named}
+    proven = {without_number(pair.target) for pair in session.pairs.values() if not pair.named}
     for name, own in owned_names(session.candidate).items():
         if name not in called or not own or name in proven:
             continue

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from porting.call_names import without_number
 from porting.kinds import becomes, kind_of_layer, kind_of_module
 from porting.kinds.activation import GRID, LINEAR, functions, joined_names
 from porting.kinds.activation import KIND as ACTIVATION
@@ -18,7 +19,7 @@ from porting.models.observe import to_torch
 from porting.models.stacks import modules_of
 from porting.parity.content import as_real
 from porting.parity.derived import fold
-from porting.parity.measure import rms
+from porting.parity.measure import mean_square_distance, rms
 from porting.parity.record import Recording
 from porting.parity.report import Diagnosis
 from porting.parity.trace import Node, Tracer, key_of
@@ -62,7 +63,7 @@ def last_of_fused(session: Session, recording: Recording, tracer: Tracer, node: 
         behind = next(_behind(session, recording, current), None)
         if behind is None:
             break
-        module = session.modules[behind.partition("#")[0]]
+        module = session.modules[without_number(behind)]
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             if _is_taken_by_a(tracer, node, kind_of_module(module), session):
                 break
@@ -97,14 +98,14 @@ class Activations:
         if self.theirs is None or self.our_name == self.their_name or not same(self.ours(expected), actual):
             return None
         cause = f"its activation is {self.our_name} in Keras, and PyTorch applies {self.their_name} to its result"
-        return Diagnosis(call, cause, 0.0, (cause,))
+        return Diagnosis.certain(call, cause)
 
     def expected(self, truth: Tensor, actual: Tensor) -> Tensor:
         """What Keras should return, if the module returns `truth`."""
         if self.theirs is not None:
             return self.theirs(truth)
         activated = self.ours(truth)
-        return min(activated, truth, key=lambda tensor: float((actual - tensor).square().mean()))
+        return min(activated, truth, key=lambda tensor: mean_square_distance(actual, tensor))
 
 
 def activations_of(
@@ -120,7 +121,7 @@ def activations_of(
 
     layer = session.layer(node.name)
     function = ACTIVATION.inside(layer)
-    if function is None or ACTIVATION.is_module(session.modules[call.partition("#")[0]]):
+    if function is None or ACTIVATION.is_module(session.modules[without_number(call)]):
         return None
 
     def ours(tensor: Tensor) -> Tensor:
@@ -158,7 +159,7 @@ def _taken_behind(session: Session, recording: Recording, call: str, truth: Tens
     order, found = recording.order.get(call, -1), []
     for name in recording.order:
         if recording.order[name] > order:
-            module = session.modules.get(name.partition("#")[0])
+            module = session.modules.get(without_number(name))
             kind = None if module is None else kind_of_module(module)
             takes = kind is not None and bool(kind.leaves)
             tensors = (given.tensor for given in recording.calls[name].inputs)
@@ -183,20 +184,20 @@ def core_of(session: Session, recording: Recording, call: str, layer: Any) -> Co
         id(truth): name
         for name, each in recording.calls.items()
         for truth in each.outputs
-        if name.partition("#")[0] in modules and not list(modules[name.partition("#")[0]].children())
+        if without_number(name) in modules and not list(modules[without_number(name)].children())
     }
     tail: list[nn.Module] = []
     current = call
-    while not becomes(modules[current.partition("#")[0]], layer):
+    while not becomes(modules[without_number(current)], layer):
         inputs = recording.calls[current].inputs
         before = made_by.get(id(inputs[0])) if len(inputs) == 1 else None
         if before is None or len(tail) == _MOST_BEHIND:
             return None
-        tail.insert(0, modules[current.partition("#")[0]])
+        tail.insert(0, modules[without_number(current)])
         current = before
     if not tail:
         return None
-    name = current.partition("#")[0]
+    name = without_number(current)
     module = modules[name]
     norm = tail[0]
     is_folded = isinstance(norm, nn.modules.batchnorm._BatchNorm)
@@ -214,7 +215,7 @@ def _behind(session: Session, recording: Recording, call: str) -> Iterator[str]:
     mine = recording.calls[call].outputs
     for name, each in recording.calls.items():
         if mine and name != call and len(each.inputs) == 1 and each.inputs[0] is mine[0]:
-            module = session.modules.get(name.partition("#")[0])
+            module = session.modules.get(without_number(name))
             if module is not None and not list(module.children()):
                 yield name
 
@@ -242,7 +243,7 @@ def _nearest(session: Session, recording: Recording, node: Node, call: str) -> s
         if axes is None:
             return float("inf")
         expected = outputs[0].tensor.permute(axes).reshape(actual.shape)
-        return float((actual - expected).square().mean().nan_to_num(float("inf")))
+        return mean_square_distance(actual, expected)
 
     nearest = min((call, *_behind(session, recording, call)), key=distance)
     return nearest if distance(nearest) < 0.01 * distance(call) else call

@@ -24,14 +24,14 @@ from porting.models.stacks import layers_of_stack, owner_of
 from porting.models.traverse import named_variables, owned_variables
 from porting.parity.bits import compare_bits
 from porting.parity.loud import compare_loud_outputs
-from porting.parity.report import Limits, ParityReport
+from porting.parity.report import ParityReport
 from porting.parity.session import Session
 
 # The share of equal numbers from which a parameter without a layer is taken for another.
 _MOST = 0.5
 
 
-def with_inferred_weights(session: Session, report: ParityReport, limits: Limits, *, loud: bool) -> ParityReport:
+def with_inferred_weights(session: Session, report: ParityReport, *, loud: bool) -> ParityReport:
     """Add to the report which weights are equal bit by bit, if the pairs of layers tell which belong together.
 
     Without `loud`, weights that differ are not reported, because only other weights show that the pairs are right.
@@ -42,12 +42,10 @@ def with_inferred_weights(session: Session, report: ParityReport, limits: Limits
     bits = compare_bits(session.reference, named_variables(session.candidate), key_map)
     differing = dict(bits.differing)
     if differing:
-        if not loud or not _computes_the_same(session, key_map, limits):
+        if not loud or not _computes_the_same(session, key_map):
             return report
         if not session.has_whole_results:  # on which hardly anything has an effect
-            differing = {
-                name: how for name, how in differing.items() if not _has_no_effect(session, key_map, limits, name)
-            }
+            differing = {name: how for name, how in differing.items() if not _has_no_effect(session, key_map, name)}
     verified = replace(
         report.verified,
         differing=tuple(differing),
@@ -59,16 +57,16 @@ def with_inferred_weights(session: Session, report: ParityReport, limits: Limits
     return replace(report, verified=verified, notes=(*report.notes, *notes))
 
 
-def _computes_the_same(session: Session, key_map: KeyMap, limits: Limits) -> bool:
+def _computes_the_same(session: Session, key_map: KeyMap) -> bool:
     """Whether both models compute the same with loud weights moved by the key map."""
-    found, _ = compare_loud_outputs(session, None, key_map, limits, locates=False)
+    found, _ = compare_loud_outputs(session, None, key_map, locates=False)
     return found is not None and found.passed
 
 
-def _has_no_effect(session: Session, key_map: KeyMap, limits: Limits, name: str) -> bool:
+def _has_no_effect(session: Session, key_map: KeyMap, name: str) -> bool:
     """Whether the models compute the same though this variable is not PyTorch's, such as a key bias in an attention."""
     entries = tuple(entry for entry in key_map.entries if name not in entry.targets)
-    return _computes_the_same(session, replace(key_map, entries=entries), limits)
+    return _computes_the_same(session, replace(key_map, entries=entries))
 
 
 def infer_key_map(session: Session) -> KeyMap | None:

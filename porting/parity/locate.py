@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from porting.call_names import without_number
 from porting.models.inputs import Inputs, inverse, leaves_by_key
 from porting.models.observe import observe_layers
 from porting.models.stacks import last_layer
 from porting.parity.causes import (
-    NOT_THE_CHECKPOINTS,
     cause_of,
     exchanged_parts,
     has_size_of,
@@ -37,11 +37,11 @@ from porting.parity.content import (
     Truth,
     as_real,
 )
-from porting.parity.diagnose import diagnose, is_of_wiring
+from porting.parity.diagnose import diagnose
 from porting.parity.fused import activations_of, last_of_fused, same
-from porting.parity.measure import measure_candidate
+from porting.parity.measure import mean_square_distance, measure_distance, rms
 from porting.parity.record import Recording, output_name
-from porting.parity.report import Culprit, Diagnosis, Limits
+from porting.parity.report import WEIGHTS, WIRING, Culprit, Diagnosis
 from porting.parity.results import other_shape, pair_results
 from porting.parity.trace import Gap, Node, Tracer, key_of
 
@@ -72,8 +72,8 @@ class _Step:
     is_own: bool = False
 
 
-def locate(session: Session, inputs: Inputs, limits: Limits, most: int = MAX_CULPRITS) -> Iterator[Culprit]:
-    """Yield at most `most` culprits in the order of data flow; none if the outputs agree."""
+def locate(session: Session, inputs: Inputs) -> Iterator[Culprit]:
+    """Yield at most `MAX_CULPRITS` culprits in the order of data flow; none if the outputs agree."""
     import torch
 
     recording = session.record_truth(inputs)
@@ -91,7 +91,7 @@ def locate(session: Session, inputs: Inputs, limits: Limits, most: int = MAX_CUL
     previous: tuple[float, int] | None = None
     last: Place | None = None
     tolerance = SAME
-    for _ in range(3 * most):  # some culprits turn out to be none
+    for _ in range(3 * MAX_CULPRITS):  # some culprits turn out to be none
         tracer = Tracer(library, fixes, tolerance, of_code, session.inside_float32)
         ours: dict[str, Tensor] | None = None
         # A layer may not take PyTorch's tensor, such as positions that count from two.
@@ -133,7 +133,7 @@ def locate(session: Session, inputs: Inputs, limits: Limits, most: int = MAX_CUL
         carried.append(difference)
         found.append(step.culprit)
         last = step.place
-        if len(found) >= most:
+        if len(found) >= MAX_CULPRITS:
             break
     yield from _once_a_layer(found)
 
@@ -142,20 +142,20 @@ def _is_carried(difference: Tensor, earlier: Tensor) -> bool:
     """Whether a sum beside the layers, such as that of a residual block, carries an earlier difference on."""
     if difference.numel() != earlier.numel():
         return False
-    size = float(earlier.square().mean().sqrt())
-    return _distance(difference.reshape(earlier.shape), earlier) <= (1e-6 * size) ** 2
+    size = rms(earlier)
+    return mean_square_distance(difference.reshape(earlier.shape), earlier) <= (1e-6 * size) ** 2
 
 
 def _once_a_layer(culprits: list[Culprit]) -> Iterator[Culprit]:
     """Merge the culprits of a layer that is called several times into one, under the layer's own name."""
     calls: dict[tuple[str, bool], list[Culprit]] = {}
     for culprit in culprits:
-        calls.setdefault((culprit.layer.partition("#")[0], culprit.is_input), []).append(culprit)
+        calls.setdefault((without_number(culprit.layer), culprit.is_input), []).append(culprit)
     for (layer, _), several in calls.items():
         if len(several) == 1:
             yield several[0]
         else:
-            target = several[0].target.partition("#")[0]
+            target = without_number(several[0].target)
             yield replace(
                 several[0], layer=layer, target=target, reason=f"{several[0].reason}, in {len(several)} calls"
             )
@@ -177,9 +177,10 @@ def _wrong_results(
         if expected.shape != actual.shape:
             wrong.append((theirs, ours[own], 1.0))
             continue
-        distance = measure_candidate(actual, expected, None).total().rms
+        measured = measure_distance(actual, expected)
+        distance = measured.total().rms
         relative = distance / truth.rms if truth.rms else float(distance > 0)
-        match = Match(truth, axes, measure_candidate(actual, expected, None))
+        match = Match(truth, axes, measured)
         inside = loosely and session.computes_in_float32(ours[own], match)
         limit = SAME_IN_FLOAT32 if inside else min(tolerance, 1e-13)
         if not relative <= limit:
@@ -404,13 +405,13 @@ def _own_mistake(
     cause = None if inside is None else inside.another(call, expected, actual)
     cause = cause or cause_of(session, recording, tracer, node, call, index, axes, actual, inside)
     cause = with_names_of_stack(session, call, cause)
-    is_computed = node.name.partition("#")[0] in session.computed
+    is_computed = without_number(node.name) in session.computed
     # These may be said of a layer that stands for this module and others.
-    is_vague = cause is not None and (NOT_THE_CHECKPOINTS in cause.cause or (is_computed and is_of_wiring(cause.cause)))
+    is_vague = cause is not None and (cause.basis == WEIGHTS or (is_computed and cause.basis == WIRING))
     if cause is None or is_vague:
         several = _meant_of_code(session, node, actual, expected, in_code)
         if several is not None:
-            relative = (_distance(actual, several) / float(several.square().mean())) ** 0.5
+            relative = rms(actual - several) / rms(several)
             text = f"differs by {relative:.2g} in float64 from what PyTorch's code computes of it and of other tensors"
             culprit = Culprit(label, node.name, text, relative)
             return _Step(culprit, (node.name, True, own), several, actual - several, is_own=True)
@@ -439,11 +440,11 @@ def _meant_of_code(
         axes = session.axes_in_keras(tensor, actual) if tensor.numel() == actual.numel() else None
         if axes is not None and tuple(tensor.shape[axis] for axis in axes) == tuple(actual.shape):
             found.append(tensor.permute(axes).contiguous())
-    nearest = min(found, key=lambda tensor: _distance(actual, tensor), default=None)
-    if nearest is None or not float(nearest.square().mean()):
+    nearest = min(found, key=lambda tensor: mean_square_distance(actual, tensor), default=None)
+    if nearest is None or not rms(nearest):
         return None
-    distance = _distance(actual, nearest)
-    is_near = distance < _NEARER * _distance(actual, expected) and distance < float(nearest.square().mean())
+    distance = mean_square_distance(actual, nearest)
+    is_near = distance < _NEARER * mean_square_distance(actual, expected) and distance < rms(nearest) ** 2
     return nearest if is_near else None
 
 
@@ -467,7 +468,7 @@ def _wrong_input(session: Session, recording: Recording, tracer: Tracer, gap: Ga
         text = f"shape {tuple(actual.shape)} for PyTorch's {tuple(truth.tensor.shape)}"
         return _Step(Culprit(call, node.name, text, 1.0, True))
     # What comes in differs in every order. Where sides are equal, the nearest is the one that is meant.
-    axes = min(orders, key=lambda each: _distance(actual, truth.tensor.permute(each).reshape(actual.shape)))
+    axes = min(orders, key=lambda each: mean_square_distance(actual, truth.tensor.permute(each).reshape(actual.shape)))
     expected = _as_flattened(tracer, node.inputs[index], truth.tensor, truth.tensor.permute(axes).reshape(actual.shape))
     relative = _relative(actual, expected, truth)
     cause = None
@@ -489,7 +490,7 @@ def _as_flattened(tracer: Tracer, tensor: Tensor, truth: Tensor, expected: Tenso
         return expected.contiguous()
     count, *sides, channels = given.shape
     rows = truth.reshape(count, channels, *sides).movedim(1, -1).reshape(actual.shape)
-    return min((expected, rows), key=lambda each: _distance(actual, each)).contiguous()
+    return min((expected, rows), key=lambda each: mean_square_distance(actual, each)).contiguous()
 
 
 def _to_blame(session: Session, recording: Recording, tracer: Tracer, call: str, truth: Truth) -> tuple[str, bool]:
@@ -510,7 +511,7 @@ def _to_blame(session: Session, recording: Recording, tracer: Tracer, call: str,
     for maker in makers:
         if maker not in nodes and list(session.modules[maker].children()):
             return maker, False
-    parent = call.partition("#")[0].rpartition(".")[0]
+    parent = without_number(call).rpartition(".")[0]
     while parent in recording.calls and truth in recording.calls[parent].inputs:
         call, parent = parent, parent.rpartition(".")[0]
     return call, True
@@ -547,10 +548,10 @@ def _wrong_result(session: Session, recording: Recording, key: str, wrong: list[
     other = library.match(actual, truth)
     if other is not None and not other.reshaped:
         text = f"its axes are in the order {other.axes}, not {axes}"
-        cause = Diagnosis(label, text, 0.0, (text,))
+        cause = Diagnosis.certain(label, text)
     elif moved is not None:
         text = f"it is what PyTorch returns as {output_name(moved)}: the results come in another order"
-        cause = Diagnosis(label, text, 0.0, (text,))
+        cause = Diagnosis.certain(label, text)
     else:
         near = tensors_near(recording, "")
         cause = other_activation(label, expected, actual, f"before the {label}", near, axes)
@@ -599,7 +600,7 @@ def _partner(session: Session, recording: Recording, tracer: Tracer, node: Node)
         if own_kind:
             same_weights = [call for call in own_kind if pool is not same_input and has_weights_of(session, node, call)]
             return _same_call(session, recording, tracer, node, (same_weights or own_kind)[0])
-    modules = {call: session.modules[call.partition("#")[0]] for call in same_input}
+    modules = {call: session.modules[without_number(call)] for call in same_input}
     # A layer without weights, such as an addition, stands for no module that has some.
     weighs = bool(getattr(session.layer(node.name), "weights", None))
     leaves = [
@@ -612,13 +613,13 @@ def _partner(session: Session, recording: Recording, tracer: Tracer, node: Node)
 
 def _same_call(session: Session, recording: Recording, tracer: Tracer, node: Node, call: str) -> str:
     """The call of a module, if it runs several times, whose input is the nearest: Keras's order may differ."""
-    module = call.partition("#")[0]
+    module = without_number(call)
     if f"{module}#1" not in recording.calls or not node.inputs:
         return call
     known = tracer.same_calls.get((node.name, module))
     if known is not None:
         return known
-    calls = [name for name in recording.calls if name.partition("#")[0] == module]
+    calls = [name for name in recording.calls if without_number(name) == module]
     match = tracer.match(node.inputs[0])
     if match is not None:
         return next((name for name in calls if match.truth in recording.calls[name].inputs), call)
@@ -629,7 +630,7 @@ def _same_call(session: Session, recording: Recording, tracer: Tracer, node: Nod
         axes = session.axes_in_keras(given[0].tensor, actual) if given else None
         if axes is None:
             return float("inf")
-        return _distance(actual, given[0].tensor.permute(axes).reshape(actual.shape))
+        return mean_square_distance(actual, given[0].tensor.permute(axes).reshape(actual.shape))
 
     nearest = min(calls, key=distance)
     tracer.same_calls[node.name, module] = nearest if distance(nearest) < distance(call) else call
@@ -654,12 +655,8 @@ def _agreeing(tracer: Tracer) -> list[Truth]:
 
 
 def _relative(actual: Tensor, expected: Tensor, truth: Truth) -> float:
-    distance = measure_candidate(actual, expected, None).total().rms
+    distance = measure_distance(actual, expected).total().rms
     return distance / truth.rms if truth.rms else float("inf")
-
-
-def _distance(one: Tensor, other: Tensor) -> float:
-    return float((one - other).square().mean().nan_to_num(float("inf")))
 
 
 def _by_how_much(relative: float) -> str:

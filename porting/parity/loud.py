@@ -22,7 +22,6 @@ from porting.parity.measure import rms
 from porting.parity.report import (
     FLOAT32_ROUNDOFF,
     Culprit,
-    Limits,
     Loud,
 )
 from porting.parity.results import pair_results
@@ -40,7 +39,7 @@ _MOST_MASKS = 3
 
 
 def compare_loud_outputs(
-    session: Session, inputs: Inputs | None, key_map: KeyMap | None, limits: Limits, locates: bool
+    session: Session, inputs: Inputs | None, key_map: KeyMap | None, locates: bool
 ) -> tuple[Loud | None, tuple[Culprit, ...]]:
     """Compare the outputs on loud weights, or on loud inputs if no key map can transfer weights.
 
@@ -49,13 +48,13 @@ def compare_loud_outputs(
     """
     inputs = session.few(_samples(session.inputs)) if inputs is None else inputs
     if key_map is not None:
-        return _on_loud_weights(session, inputs, key_map, limits, locates)
+        return _on_loud_weights(session, inputs, key_map, locates)
     if not any(array.dtype.kind == "f" for array in inputs.candidate):
         return None, ()
     size = f"inputs {LOUD_INPUTS:g} times as large"
-    found = _judged_loud(session, _louder(inputs, noisy=True), f"{size}, with noise", limits, locates)
+    found = _judged_loud(session, _louder(inputs, noisy=True), f"{size}, with noise", locates)
     if found[0] is None:  # the model may take only numbers of some range
-        found = _judged_loud(session, _louder(inputs, noisy=False), size, limits, locates)
+        found = _judged_loud(session, _louder(inputs, noisy=False), size, locates)
     return found
 
 
@@ -65,16 +64,14 @@ def _samples(inputs: Inputs) -> int:
     return max(1, min(_MOST_SAMPLES, _NUMBERS // max(1, numbers)))
 
 
-def _judged_loud(
-    session: Session, inputs: Inputs, what: str, limits: Limits, locates: bool
-) -> tuple[Loud | None, tuple[Culprit, ...]]:
+def _judged_loud(session: Session, inputs: Inputs, what: str, locates: bool) -> tuple[Loud | None, tuple[Culprit, ...]]:
     relative = _relative_on(session, inputs)
     if relative is None:
         return None, ()
     found = Loud(what, relative, LOUD_LIMIT)
     if found.passed or not locates:
         return found, ()
-    return found, tuple(locate(session, inputs, limits))
+    return found, tuple(locate(session, inputs))
 
 
 def _louder(inputs: Inputs, *, noisy: bool) -> Inputs:
@@ -100,7 +97,7 @@ def _louder(inputs: Inputs, *, noisy: bool) -> Inputs:
 
 
 def _on_loud_weights(
-    session: Session, inputs: Inputs, key_map: KeyMap, limits: Limits, locates: bool
+    session: Session, inputs: Inputs, key_map: KeyMap, locates: bool
 ) -> tuple[Loud | None, tuple[Culprit, ...]]:
     import torch
 
@@ -132,7 +129,7 @@ def _on_loud_weights(
                     if entry.is_in(arrays, variables):
                         for name, values in entry.to_keras(arrays, shapes).items():
                             variables[name].assign(np.asarray(values, order="C"))
-            return _judged_loud(session, inputs, "loud random weights", limits, locates)
+            return _judged_loud(session, inputs, "loud random weights", locates)
     except (RuntimeError, ValueError):  # a model that cannot be filled with loud weights has none
         return None, ()
 

@@ -83,7 +83,7 @@ def measure_size(tensor: Tensor) -> DistanceSum:
 
 
 def measure_distance(actual: Tensor, truth: Tensor) -> DistanceSum:
-    """Measure the distance of `actual` to `truth` in float64, in the memory order of `truth`."""
+    """Measure the distance of two tensors of one shape in float64, in the memory order of `truth`."""
     order = _memory_order(truth)
     size = DistanceSum()
     for mine, exact in _chunks(actual.permute(order), truth.permute(order)):
@@ -96,6 +96,11 @@ def rms(values: Tensor) -> float:
     return float(values.square().mean().sqrt())
 
 
+def mean_square_distance(one: Tensor, other: Tensor) -> float:
+    """The mean square of the difference of two tensors; infinite if it is not a number."""
+    return float((one - other).square().mean().nan_to_num(float("inf")))
+
+
 def in_memory_order(tensor: Tensor) -> Tensor:
     """The tensor with its axes in the order of its memory, so that it can be made flat without a copy."""
     return tensor.permute(_memory_order(tensor))
@@ -104,15 +109,6 @@ def in_memory_order(tensor: Tensor) -> Tensor:
 def _memory_order(tensor: Tensor) -> list[int]:
     strides = tensor.stride()
     return sorted(range(tensor.ndim), key=lambda axis: -strides[axis])
-
-
-def measure_candidate(actual: Tensor, expected: Tensor, expected_error: Tensor | None) -> DistanceSum:
-    """Measure the distance of `actual` to the truth, which is `expected` minus `expected_error` (None means 0)."""
-    size = DistanceSum()
-    tensors = (actual, expected) if expected_error is None else (actual, expected, expected_error)
-    for mine, theirs, *rest in _chunks(*tensors):
-        size.add_chunk((mine - theirs).add_(rest[0]) if rest else mine - theirs)
-    return size
 
 
 class DifferenceSum:

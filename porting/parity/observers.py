@@ -21,7 +21,7 @@ from porting.parity.content import (
     is_whole,
     place_of_result,
 )
-from porting.parity.measure import DifferenceSum, DistanceSum, measure_candidate
+from porting.parity.measure import DifferenceSum, DistanceSum, measure_distance
 from porting.parity.record import Recording, output_name
 from porting.parity.report import (
     FLOAT32_ROUNDOFF,
@@ -175,7 +175,7 @@ class ExactObserver:
             pair.exact.problem = f"shape {tuple(actual.shape)} for PyTorch's {tuple(truth.tensor.shape)}"
             return
         pair.exact.scale.include(truth.size)
-        pair.exact.actual_error.include(measure_candidate(actual, expected, None))
+        pair.exact.actual_error.include(measure_distance(actual, expected))
 
     def _include(self, pair: Pair, match: Match, actual: Tensor) -> None:
         pair.exact.scale.include(match.truth.size)
@@ -205,7 +205,7 @@ class ExactObserver:
             if expected.shape != actual.shape:
                 pair.exact.problem = other_shape(actual, expected, truth)
                 continue
-            distance = measure_candidate(actual, expected, None)
+            distance = measure_distance(actual, expected)
             in_float32 = session.computes_in_float32(found[ours], Match(truth, axes, distance))
             in_float32 &= not self._is_doubtful
             pair.in_float32 |= in_float32 and not distance.total().rms <= SAME * truth.rms

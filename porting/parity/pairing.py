@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rapidfuzz import process
 
+from porting.call_names import without_number
 from porting.models.stacks import modules_of
 from porting.models.traverse import named_layers
 
@@ -29,11 +30,14 @@ class Names:
         modules = [name for name in modules_of(reference) if name]
         layers = named_layers(candidate)
         given = {source: _layer_name(target, layers) for source, target in (pairs or {}).items()}
-        _refuse_unknown("pairs", [_base(source) for source in given], modules, "module of the PyTorch model")
+        _refuse_unknown("pairs", [without_number(source) for source in given], modules, "module of the PyTorch model")
         named = [target for target in given.values() if target != NO_PARTNER]
         known = {_dotted(name) for name in layers} | {_dotted(f"{candidate.name}/{name}") for name in layers}
         _refuse_unknown(
-            "pairs", [name for name in named if _dotted(_base(name)) not in known], layers, "layer of the Keras model"
+            "pairs",
+            [name for name in named if _dotted(without_number(name)) not in known],
+            layers,
+            "layer of the Keras model",
         )
         if twice := sorted({target for target in named if named.count(target) > 1}):
             raise ValueError(f"pairs: two modules are paired with one layer: {', '.join(twice)}")
@@ -81,11 +85,7 @@ def _refuse_unknown(what: str, names: list[str], known: Iterable[str], whose: st
 def refuse_unknown_layers(what: str, names: Iterable[str], reference: nn.Module, others: Iterable[str] = ()) -> None:
     """Raise ValueError for a name that is no module of the PyTorch model. Call numbers are ignored."""
     known = [*(name for name in modules_of(reference) if name), *others]
-    _refuse_unknown(what, [_base(name) for name in names], known, "module of the PyTorch model")
-
-
-def _base(name: str) -> str:
-    return name.partition("#")[0]
+    _refuse_unknown(what, [without_number(name) for name in names], known, "module of the PyTorch model")
 
 
 def _dotted(path: str) -> str:

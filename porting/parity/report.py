@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from porting.call_names import without_number
 from porting.wording import counted, listed
 
 # The name under which the models' own results are compared, after all layers.
@@ -112,12 +113,16 @@ class Audit:
         return tuple(difference for difference in self.differences if difference.counts)
 
 
+WIRING, WEIGHTS = "wiring", "weights"
+
+
 @dataclass(frozen=True)
 class Diagnosis:
     """A cause in plain words.
 
     `unexplained` is the share of the RMS difference that it leaves. `checked` lists all causes that were tried. A
-    `pattern` describes only what the difference looks like, not its cause.
+    `pattern` describes only what the difference looks like, not its cause. `basis` is `WIRING` if another tensor of the
+    run explains it, `WEIGHTS` if it only says that weights differ, and else "".
     """
 
     layer: str
@@ -125,6 +130,12 @@ class Diagnosis:
     unexplained: float
     checked: tuple[str, ...]
     pattern: bool = False
+    basis: str = ""
+
+    @classmethod
+    def certain(cls, layer: str, cause: str) -> Diagnosis:
+        """A cause that explains the whole difference, and beside which nothing else was tried."""
+        return cls(layer, cause, 0.0, (cause,))
 
     @property
     def confidence(self) -> str:
@@ -312,7 +323,7 @@ class Limits:
 
     def of(self, source: str) -> float:
         """The `max_ratio` of a layer, for any of its calls."""
-        return self.per_layer.get(source, self.per_layer.get(source.partition("#")[0], self.max_ratio))
+        return self.per_layer.get(source, self.per_layer.get(without_number(source), self.max_ratio))
 
     def objection(self, layer: LayerComparison, view_name: str) -> str:
         """Why a layer is not at parity in one view; "" if it is."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from porting.parity.content import MOST_AXES, SAME, Truth
+from porting.parity.measure import rms
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +19,7 @@ def other_shape(actual: Tensor, expected: Tensor, truth: Truth) -> str:
     orders = itertools.permutations(range(truth.tensor.ndim)) if actual.ndim == truth.tensor.ndim <= MOST_AXES else ()
     for axes in orders:
         moved = truth.tensor.permute(axes)
-        if moved.shape == actual.shape and float((actual - moved).square().mean().sqrt()) <= SAME * truth.rms:
+        if moved.shape == actual.shape and rms(actual - moved) <= SAME * truth.rms:
             return f"{text}: its numbers are right, in PyTorch's axes {axes}, as output_axes={axes} would state"
     return text
 

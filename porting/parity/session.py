@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from porting.call_names import without_number
 from porting.kinds import becomes, kind_of_layer
 from porting.kinds.base import Kind
 from porting.kinds.transforms import Array
@@ -104,7 +105,7 @@ class Pair:
             views[FLOAT32] = View(
                 sums.scale.total(), sums.expected_error.total(), sums.actual_error.total(), sums.problem
             )
-        kind = kinds.get(self.place[0].partition("#")[0], "output")
+        kind = kinds.get(without_number(self.place[0]), "output")
         source = self.source
         return LayerComparison(
             source,
@@ -293,9 +294,9 @@ class Session:
 
         What it takes must be PyTorch's: otherwise its own rounding would hide a mistake before it.
         """
-        if name.partition("#")[0] not in self.computed or match.reordered:
+        if without_number(name) not in self.computed or match.reordered:
             return False
-        layer = named_layers(self.float64.model).get(name.partition("#")[0])
+        layer = named_layers(self.float64.model).get(without_number(name))
         actual = as_real(output)
         if layer is None or not all(library.find(as_real(each)) for each in inputs):
             return False
@@ -348,21 +349,21 @@ class Session:
         return fitting or [self.inputs.output_axes(rank)]
 
     def kind_matches(self, call: str, layer_name: str) -> bool:
-        module, layer = self.modules.get(call.partition("#")[0]), self.layer(layer_name)
+        module, layer = self.modules.get(without_number(call)), self.layer(layer_name)
         return module is not None and layer is not None and becomes(module, layer)
 
     @property
     def layer_of_module(self) -> dict[str, str]:
         """The Keras layer whose result pairs with that of a module, by the module's name."""
         return {
-            pair.place[0].partition("#")[0]: pair.target.partition("#")[0]
+            without_number(pair.place[0]): without_number(pair.target)
             for pair in self.pairs.values()
             if pair.place[1] and pair.index == 0
         }
 
     def layer(self, name: str) -> Any:
         """The Keras layer of a call; None if the model has no such layer."""
-        return self.names.layers.get(name.partition("#")[0])
+        return self.names.layers.get(without_number(name))
 
     def layer_kind(self, name: str) -> Kind | None:
         layer = self.layer(name)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from porting.call_names import without_number
 from porting.kinds.transforms import Array
 from porting.mapping.key_map import KeyMap
 from porting.models.stacks import modules_of
@@ -69,7 +70,7 @@ def summarize(
         notes=tuple(session.notes),
     )
     agreed = not any(divergence.view == EXACT for divergence in report.divergences)
-    called = {name.partition("#")[0] for name in session.called}
+    called = {without_number(name) for name in session.called}
     unproven = set[str]()
     if agreed and not session.has_whole_results:
         unproven = unproven_layers(session, called)
@@ -99,7 +100,7 @@ def _verified(session: Session, ran: Collection[str], unproven: Collection[str],
     if agreed and session.has_whole_results:
         called = _before_fractions(session)
     elif not agreed:
-        called = {pair.target.partition("#")[0] for pair in session.pairs.values() if not pair.named}
+        called = {without_number(pair.target) for pair in session.pairs.values() if not pair.named}
     seen: set[int] = set()
     for layer_name, own in owned_variables(session.candidate).items():
         # The model itself runs in every pass.
@@ -129,7 +130,7 @@ def _before_fractions(session: Session) -> set[str]:
     paired = {pair.target for pair in session.pairs.values() if not (pair.named or pair.is_whole)}
     order = list(session.called)
     last = max((index for index, name in enumerate(order) if name in paired), default=-1)
-    return {name.partition("#")[0] for name in order[: last + 1]}
+    return {without_number(name) for name in order[: last + 1]}
 
 
 def precision_of(candidate: keras.Model) -> str:
@@ -158,7 +159,7 @@ def with_usual_rounding(layers: list[LayerComparison], reference: nn.Module) -> 
                 before.append(view.relative_rounding)
             yield layer
             continue
-        module = modules.get(layer.source.partition("#")[0], reference)  # the results of the models belong to no module
+        module = modules.get(without_number(layer.source), reference)  # the results of the models belong to no module
         summed = max((weight[0].numel() for weight in module.parameters() if weight.ndim > 1), default=1)
         own = math.sqrt(summed) / 4 * FLOAT32_ROUNDOFF
         usual = max(own, statistics.median(before) if before else 0.0)

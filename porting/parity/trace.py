@@ -15,6 +15,7 @@ from porting.parity.content import (
     Place,
     as_real,
 )
+from porting.parity.measure import rms
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -189,9 +190,9 @@ class Tracer:
         """Whether a map, with its axes in some order, has the numbers of another tensor in their order."""
         if len(given) != len(flat):
             return True
-        limit = max(self.tolerance, SAME) * float(flat.square().mean().sqrt())
+        limit = max(self.tolerance, SAME) * rms(flat)
         return any(
-            float((given.permute(0, *axes).reshape(flat.shape) - flat).square().mean().sqrt()) <= limit
+            rms(given.permute(0, *axes).reshape(flat.shape) - flat) <= limit
             for axes in itertools.permutations(range(1, given.ndim))
         )
 

@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 from rapidfuzz import fuzz
 
+from porting.call_names import without_number
 from porting.kinds import kind_called, kind_of_layer
 from porting.kinds.transforms import VECTOR, Array, Constant, Shape
 from porting.mapping.key_map import TensorEntry
@@ -81,10 +82,10 @@ class Options:
                 self._takers.setdefault(id(truth), []).append(call)
         self._calls: dict[str, list[str]] = {}
         for call in recording.calls:
-            self._calls.setdefault(call.partition("#")[0], []).append(call)
+            self._calls.setdefault(without_number(call), []).append(call)
         self._plain = {name for name in self.modules if not source.holds_tensors(name)}
         self._fitting_known: dict[tuple[str, str, tuple[str, ...]], tuple[Option, ...]] = {}
-        self.order = {call.partition("#")[0]: place for call, place in reversed(list(recording.order.items()))}
+        self.order = {without_number(call): place for call, place in reversed(list(recording.order.items()))}
 
     def takers(self, truth: Truth) -> list[str]:
         """The modules of a known kind that take a tensor, directly or through modules without weights, each once."""
@@ -93,7 +94,7 @@ class Options:
         while pending:
             each, depth = pending.pop(0)
             for call in self._takers.get(id(each), ()):
-                base = call.partition("#")[0]
+                base = without_number(call)
                 if self.kinds.get(base) is not None and base not in self._plain:
                     found[base] = None
                 if base in self._plain and depth < _DEEPEST:
@@ -141,7 +142,7 @@ class Options:
                 row_kind = f"parameter:+{more}"
                 entry = TensorEntry.one(name, variable, kind_called(row_kind).leaves[0].transform)
                 options.append(Option(name, row_kind, (entry,)))
-        owners = [call.partition("#")[0] for truth in truths for call in self._takers.get(id(truth), ())]
+        owners = [without_number(call) for truth in truths for call in self._takers.get(id(truth), ())]
         separator = self.source.separator
         near: dict[int, list[Option]] = {}
         for owner in dict.fromkeys(owners):

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from porting.call_names import without_number
 from porting.models.observe import Replacement
-from porting.parity.content import Library, Match, Truth, as_real
+from porting.parity.content import SAME, Library, Match, Truth, as_real
+from porting.parity.measure import rms
 from porting.parity.record import version
 from porting.parity.results import in_another_order, pair_results, same_results
 from porting.parity.trace import key_of
@@ -245,7 +247,7 @@ class Walk:
 
     def before(self, name: str, inputs: list[Tensor]) -> Replacement:
         self._alive += inputs
-        base = name.partition("#")[0]
+        base = without_number(name)
         fed: list[Tensor | None] | None = None
         if base not in self._ran and base in self.options.layers:
             self._ran.add(base)
@@ -273,7 +275,7 @@ class Walk:
     def after(self, name: str, outputs: list[Tensor]) -> Replacement:
         self._alive += outputs
         _, inputs = self._stack.pop()
-        base = name.partition("#")[0]
+        base = without_number(name)
         choice = self.choices.get(base)
         if choice is not None and "#" not in name:
             return self._judge(choice, outputs)
@@ -490,8 +492,8 @@ class Walk:
                     made = self.options.target.activated(choice.layer, expected)
                     if made is None:
                         return False
-                    scale = float(made.square().mean().sqrt())
-                    if float((made - outputs[0]).square().mean().sqrt()) <= 1e-11 * scale:
+                    scale = rms(made)
+                    if rms(made - outputs[0]) <= SAME * scale:
                         return True
         return False
 

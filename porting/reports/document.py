@@ -12,7 +12,7 @@ layers           in order of data flow: {source, target, kind, shape, expected_d
   rewritten      how a layer is implemented differently, else ""
   is_output      whether this is a result of the model; versions before 0.2.0 left it out, and readers look at the name
 culprits         in order of data flow: {layer, target, reason, relative, is_input, culprit, diagnosis}
-  diagnosis      {layer, cause, confidence, unexplained, checked, pattern}, or null
+  diagnosis      {layer, cause, confidence, unexplained, checked, pattern, basis}, or null
 audit            {layers, settings, differences: [{layer, setting, expected, actual, advice, training, counts}]}, or
                  null
 verified         {weights, verified, unverified, differing, through_layers, compared_bits, details}, or
