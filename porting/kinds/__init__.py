@@ -30,6 +30,7 @@ _FILES = (
     "group_norm",
     "instance_norm",
     "recurrent",
+    "recurrent_cell",
     "attention",
     "parameter",
     "constant",

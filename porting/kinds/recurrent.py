@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 # By PyTorch class, the index in PyTorch of each gate in Keras's order.
-_ORDERS = {"LSTM": (0, 1, 2, 3), "GRU": (1, 0, 2), "RNN": (0,)}
+ORDERS = {"LSTM": (0, 1, 2, 3), "GRU": (1, 0, 2), "RNN": (0,)}
 # The order in which PyTorch stacks the gates' weights.
-_GATES = {"LSTM": ("input", "forget", "cell", "output"), "GRU": ("reset", "update", "new")}
+GATES = {"LSTM": ("input", "forget", "cell", "output"), "GRU": ("reset", "update", "new")}
 
 
 def _mode(module: Any) -> str:
@@ -44,13 +44,13 @@ class Recurrent(Kind):
         return Recurrent(int(details[1:]))
 
     def leaves_for(self, module: nn.Module) -> tuple[Leaf, ...]:
-        order = _ORDERS.get(_mode(module))
+        order = ORDERS.get(_mode(module))
         return () if order is None else _leaves(order, self.layer)
 
     def variables(self, layer: Any) -> dict[str, keras.Variable]:
         if not hasattr(layer, "forward_layer"):
-            return _of_cell(layer, "")
-        return _of_cell(layer.forward_layer, "forward/") | _of_cell(layer.backward_layer, "backward/")
+            return variables_of_cell(layer)
+        return variables_of_cell(layer.forward_layer, "forward/") | variables_of_cell(layer.backward_layer, "backward/")
 
     def is_module(self, module: nn.Module) -> bool:
         from torch import nn
@@ -69,7 +69,7 @@ class Recurrent(Kind):
             "bidirectional": module.bidirectional,
             "activation": "ReLU" if module.mode == "RNN_RELU" else "tanh",
         }
-        if _mode(module) in _GATES:
+        if _mode(module) in GATES:
             settings["recurrent_activation"] = "sigmoid"
         return {**settings, "reset_after": True} if _mode(module) == "GRU" else settings
 
@@ -84,17 +84,17 @@ class Recurrent(Kind):
 
     def mistakes(self, module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
         names = list(dict(module.named_parameters()))
-        gates = _GATES.get(_mode(module), ())
+        gates = GATES.get(_mode(module), ())
         for one, other in itertools.combinations(range(len(gates)), 2):
             text = f"the {gates[one]} gate and the {gates[other]} gate are exchanged"
-            exchange = partial(_exchanged, len(gates), one, other)
-            yield _changed(module, inputs, text, names, exchange)
+            exchange = partial(exchanged, len(gates), one, other)
+            yield changed(module, inputs, text, names, exchange)
             for name in names:
-                yield _changed(module, inputs, f"{text} in {name}", [name], exchange)
+                yield changed(module, inputs, f"{text} in {name}", [name], exchange)
         biases = [name for name in names if name.startswith("bias")]
         for name in biases:
-            yield _changed(module, inputs, f"{name} is lost", [name], lambda values: values * 0)
-        yield _changed(module, inputs, "the biases are lost", biases, lambda values: values * 0)
+            yield changed(module, inputs, f"{name} is lost", [name], lambda values: values * 0)
+        yield changed(module, inputs, "the biases are lost", biases, lambda values: values * 0)
         if _mode(module) == "GRU" and biases:
             yield Mistake("its two biases are exchanged", with_change(module, inputs, _exchange_biases))
             yield Mistake(
@@ -153,7 +153,7 @@ def _activation_mistakes(module: Any, inputs: list[Tensor]) -> Iterator[Mistake]
         return
     known = functions()
     own = "ReLU" if module.mode == "RNN_RELU" else "tanh"
-    if _mode(module) in _GATES:
+    if _mode(module) in GATES:
         text = "its recurrent_activation is hard sigmoid in Keras, sigmoid in PyTorch"
         yield Mistake(text, partial(_by_hand, module, inputs[0], known["hard sigmoid"], torch.tanh))
     for name in ("tanh", "ReLU", "sigmoid", "hard sigmoid", LINEAR):
@@ -195,13 +195,14 @@ def _by_hand(
     return made.transpose(0, 1) if module.batch_first else made, state[None]
 
 
-def _of_cell(layer: Any, prefix: str) -> dict[str, keras.Variable]:
+def variables_of_cell(layer: Any, prefix: str = "") -> dict[str, keras.Variable]:
+    """The variables of a recurrent layer's cell, or of a cell, by their names behind the prefix."""
     cell = getattr(layer, "cell", layer)
     found = {name: getattr(cell, name, None) for name in ("kernel", "recurrent_kernel", "bias")}
     return {f"{prefix}{name}": variable for name, variable in found.items() if variable is not None}
 
 
-def _changed(
+def changed(
     module: Any, inputs: list[Tensor], cause: str, names: list[str], change: Callable[[Tensor], Tensor]
 ) -> Mistake:
     def apply(changed: Any) -> None:
@@ -212,7 +213,7 @@ def _changed(
     return Mistake(cause, with_change(module, inputs, apply))
 
 
-def _exchanged(count: int, one: int, other: int, values: Tensor) -> Tensor:
+def exchanged(count: int, one: int, other: int, values: Tensor) -> Tensor:
     import torch
 
     if values.shape[0] % count:

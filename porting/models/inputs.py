@@ -50,6 +50,7 @@ _FEATURES_LAST = frozenset(
     [
         "Linear",
         "RNNBase",
+        "RNNCellBase",
         "MultiheadAttention",
         "LayerNorm",
         "RMSNorm",
@@ -434,7 +435,7 @@ def _watched(model: nn.Module, before: Callable[..., None]) -> Iterator[None]:
 
 
 def leaves_by_key(value: Any) -> dict[str, Any]:
-    """The tensors in a result, by their place in it: keys for dicts and dataclasses, indices for sequences.
+    """The tensors and numbers in a result, by their place: keys for dicts and dataclasses, indices for sequences.
 
     A single tensor has the key "".
     """
@@ -454,6 +455,8 @@ def leaves_by_key(value: Any) -> dict[str, Any]:
                 walk(each, f"{key}[{place}]")
         elif hasattr(item, "shape") and hasattr(item, "dtype"):
             found[key] = item
+        elif isinstance(item, (bool, int, float)):
+            found[key] = np.asarray(item)
 
     walk(value, "")
     return found

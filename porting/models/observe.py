@@ -341,6 +341,7 @@ def to_torch(value: Any) -> Tensor:
 
     if isinstance(value, torch.Tensor):  # Keras runs on the PyTorch backend
         own: Tensor = value.detach()
+        own = own if own.layout == torch.strided else own.to_dense()
         return own.float() if own.dtype in {torch.bfloat16, torch.float16} else own
     dtype = getattr(value, "dtype", None)
     # DLPack ends the process for types that are not numbers, such as text.
@@ -350,6 +351,8 @@ def to_torch(value: Any) -> Tensor:
             shared: Tensor = torch.utils.dlpack.from_dlpack(value)
             return shared.float() if shared.dtype in {torch.bfloat16, torch.float16} else shared
     array = np.asarray(value.numpy() if hasattr(value, "numpy") else value)
+    if array.dtype == np.object_:
+        raise TypeError(f"a {type(value).__name__} is no array of numbers and cannot be compared: return dense tensors")
     if array.dtype.name in {"bfloat16", "float16"}:
         array = array.astype(np.float32)
     return torch.from_numpy(array if array.flags.writeable else array.copy())

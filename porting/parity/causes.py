@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 # A few roundings of the greatest number, as many as folding in float32 causes.
 _FOLDED = 2.0**-21
+# Two roundings of a number: a sum of biases may be made in float32 or in float64.
+_SUMMED = 2.0**-22
 _NORM = ", with the norm behind it folded in,"
 # Up to this many differing numbers of a weight are named one by one.
 _FEW = 3
@@ -316,7 +318,8 @@ class _Weight:
             made = self.leaf.transform.to_torch(numbers, list(self.shapes))
         except ValueError:
             return ""
-        number = float(made[self.leaf.sources.index(self.name)][place])
+        which = self.leaf.sources.index(self.name) if self.name in self.leaf.sources else 0
+        number = float(made[which][place])
         if not number.is_integer() or not 0 <= number < ends[-1]:
             return ""
         which = int(np.searchsorted(ends, number, side="right")) - 1
@@ -354,8 +357,7 @@ def _weights_as(kind: Kind, module: Any, layer: Any) -> Iterator[_Weight]:
     for leaf in kind.leaves_for(module):
         tensors = [attribute(module, name) for name in leaf.sources]
         held = [tensor for tensor in tensors if tensor is not None]
-        # If several tensors make one variable, which of them is wrong cannot be known.
-        if not held or len(held) < len(leaf.sources) or len(held) > len(leaf.targets):
+        if not held or len(held) < len(leaf.sources):
             continue
         if not all(name in own for name in leaf.targets):
             continue
@@ -367,6 +369,12 @@ def _weights_as(kind: Kind, module: Any, layer: Any) -> Iterator[_Weight]:
         except ValueError:
             continue
         variables = tuple(own[name] for name in leaf.targets)
+        if sum(each.size for each in actual) > sum(each.size for each in arrays):
+            # The variable holds their sum, so which of them is wrong cannot be known.
+            total = leaf.transform.to_torch(leaf.transform.to_keras(expected, []), list(shapes))[0]
+            total = np.where(np.isclose(total, actual[0], rtol=_SUMMED, atol=0.0), actual[0], total)
+            yield _Weight(f"({' + '.join(leaf.sources)})", total, actual[0], leaf, variables, shapes)
+            continue
         for name, one, other in zip(leaf.sources, expected, actual, strict=True):
             if one.shape == other.shape:
                 yield _Weight(name, one, other, leaf, variables, shapes)
@@ -451,7 +459,7 @@ def _differing_weights(
     def put_in(changed: Any) -> None:
         import torch
 
-        actual = {weight.name: weight.actual for weight in weights}
+        actual = {weight.name: weight.actual for weight in weights if weight.name in weight.leaf.sources}
         for path, values in (joined | actual).items():
             owner, _, name = path.rpartition(".")
             tensor = getattr(changed.get_submodule(owner), name)

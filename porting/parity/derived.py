@@ -205,7 +205,7 @@ def has_derived(model: nn.Module) -> bool:
     from torch import nn
 
     return any(
-        isinstance(module, (nn.RNNBase, nn.modules.batchnorm._BatchNorm)) or _is_parametrized(module)
+        isinstance(module, (nn.RNNBase, nn.RNNCellBase, nn.modules.batchnorm._BatchNorm)) or _is_parametrized(module)
         for module in model.modules()
     )
 
@@ -213,9 +213,9 @@ def has_derived(model: nn.Module) -> bool:
 def _of_module(module: nn.Module) -> Iterator[Array]:
     from torch import nn
 
-    if isinstance(module, nn.RNNBase) and module.bias:
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and module.bias:
         for suffix in _directions(module):
-            one, other = (getattr(module, f"bias_{name}_{suffix}").detach().numpy() for name in ("ih", "hh"))
+            one, other = (getattr(module, f"bias_{name}{suffix}").detach().numpy() for name in ("ih", "hh"))
             yield one + other
     if isinstance(module, nn.RNNBase):
         yield from _computed_weights(module)
@@ -242,10 +242,12 @@ def _computed_weights(module: nn.RNNBase) -> Iterator[Array]:
 
 
 def _directions(module: Any) -> Iterator[str]:
-    for layer in range(module.num_layers):
-        yield f"l{layer}"
+    for layer in range(getattr(module, "num_layers", 0)):
+        yield f"_l{layer}"
         if module.bidirectional:
-            yield f"l{layer}_reverse"
+            yield f"_l{layer}_reverse"
+    if not hasattr(module, "num_layers"):  # a cell
+        yield ""
 
 
 def _is_parametrized(module: nn.Module) -> bool:

@@ -106,7 +106,7 @@ def compare_outputs(
     noisy_model = reference if rounded is None else rounded
     layers: dict[str, _Layer] = {}
     logits: list[tuple[Array, Array]] = []
-    kinds, notes = kinds_of(reference), dict[str, None]()
+    kinds, caveats = kinds_of(reference), dict[str, None]()
     for index in range(len(given)):
         progress("comparing what was exported", index, len(given))
         batch = given.batch(index, index + 1)
@@ -128,7 +128,7 @@ def compare_outputs(
                 axes = _axes(truth, actual)
             layer.include(unit, truth, actual, axes, limits.of(source), index)
         results, problems = pair_results(exact.outputs, ours)
-        notes.update(dict.fromkeys(problems))
+        caveats.update(dict.fromkeys(problems))
         for theirs, key in results.items():
             place, truth = place_of_result(theirs), exact.outputs[theirs].tensor
             actual = torch.from_numpy(np.array(ours[key], np.float32))
@@ -141,7 +141,7 @@ def compare_outputs(
     progress("done", len(given), len(given))
     compared = list(with_usual_rounding([layer.total() for layer in layers.values()], reference))
     others = _of_the_same_name(compared, limits)
-    notes.update(dict.fromkeys(f"{layer.source} of the file is not PyTorch's {layer.source}" for layer in others))
+    notes = tuple(f"{layer.source} of the file is not PyTorch's {layer.source}" for layer in others)
     return ParityReport(
         layers=tuple(layer for layer in compared if layer not in others),
         unpaired_source=(),
@@ -150,7 +150,8 @@ def compare_outputs(
         input_shapes=tuple(tuple(array.shape) for array in given.candidate),
         limits=limits,
         name=name,
-        notes=tuple(notes),
+        notes=notes,
+        caveats=tuple(caveats),
     )
 
 

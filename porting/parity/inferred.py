@@ -14,14 +14,14 @@ from dataclasses import replace
 import numpy as np
 
 from porting.errors import KeyMapError
-from porting.kinds import kind_called, kind_of_module
+from porting.kinds import kind_called, kind_of_layer, kind_of_module
 from porting.kinds.base import Kind
 from porting.kinds.transforms import VECTOR, Constant
 from porting.mapping.key_map import KeyMap, LayerPair, TensorEntry
 from porting.models.live import effective_names
 from porting.models.rows import entries_filling
 from porting.models.stacks import layers_of_stack, owner_of
-from porting.models.traverse import named_variables, owned_variables
+from porting.models.traverse import named_variables, owned_names, owned_variables
 from porting.parity.bits import compare_bits
 from porting.parity.loud import compare_loud_outputs
 from porting.parity.report import ParityReport
@@ -45,7 +45,12 @@ def with_inferred_weights(session: Session, report: ParityReport, *, loud: bool)
         if not loud or not _computes_the_same(session, key_map):
             return report
         if not session.has_whole_results:  # on which hardly anything has an effect
-            differing = {name: how for name, how in differing.items() if not _has_no_effect(session, key_map, name)}
+            tables = _tables(session)
+            differing = {
+                name: how
+                for name, how in differing.items()
+                if name in tables or not _has_no_effect(session, key_map, name)
+            }
     verified = replace(
         report.verified,
         differing=tuple(differing),
@@ -53,8 +58,8 @@ def with_inferred_weights(session: Session, report: ParityReport, *, loud: bool)
         details=tuple(differing.values()),
     )
     idle = bits.differing.keys() - differing.keys()
-    notes = [f"{name} is not the checkpoint's, and has no effect" for name in sorted(idle)]
-    return replace(report, verified=verified, notes=(*report.notes, *notes))
+    caveats = [f"{name} is not the checkpoint's, and has no effect" for name in sorted(idle)]
+    return replace(report, verified=verified, caveats=(*report.caveats, *caveats))
 
 
 def _computes_the_same(session: Session, key_map: KeyMap) -> bool:
@@ -67,6 +72,18 @@ def _has_no_effect(session: Session, key_map: KeyMap, name: str) -> bool:
     """Whether the models compute the same though this variable is not PyTorch's, such as a key bias in an attention."""
     entries = tuple(entry for entry in key_map.entries if name not in entry.targets)
     return _computes_the_same(session, replace(key_map, entries=entries))
+
+
+def _tables(session: Session) -> set[str]:
+    """The variables of which a model may read a part, which the inputs choose: those of embeddings, and bare tables."""
+    found = set[str]()
+    shapes = {name: variable.shape for name, variable in named_variables(session.candidate).items()}
+    for layer, names in owned_names(session.candidate).items():
+        owner = session.layer(layer)
+        kind = None if owner is None else kind_of_layer(owner)
+        if kind is None or kind.name == "embedding":
+            found.update(name for name in names if sum(side > 1 for side in shapes[name]) > 1)
+    return found
 
 
 def infer_key_map(session: Session) -> KeyMap | None:

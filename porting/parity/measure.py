@@ -41,6 +41,24 @@ class DistanceSum:
         """Add a one-dimensional chunk of values."""
         self._take(_greatest(chunk), _power(chunk), chunk.numel())
 
+    def add_size(self, chunk: Tensor) -> None:
+        """Add a one-dimensional chunk of values without those that are infinite, such as scores behind a mask."""
+        greatest = _greatest(chunk)
+        if math.isinf(greatest):
+            chunk = chunk.masked_fill(chunk.isinf(), 0.0)
+            greatest = _greatest(chunk)
+        self._take(greatest, _power(chunk), chunk.numel())
+
+    def add_difference(self, one: Tensor, other: Tensor) -> None:
+        """Add the difference of two one-dimensional chunks. Equal infinities do not differ."""
+        difference = one - other
+        greatest = _greatest(difference)
+        if math.isnan(greatest):
+            one, other = without_equal_infinities(one, other)
+            difference = one - other
+            greatest = _greatest(difference)
+        self._take(greatest, _power(difference), difference.numel())
+
     def include(self, other: DistanceSum) -> None:
         """Add all values of another sum."""
         if other.count:
@@ -75,10 +93,10 @@ def measure_truth(expected: Tensor, truth: Tensor) -> tuple[Tensor, DistanceSum,
 
 
 def measure_size(tensor: Tensor) -> DistanceSum:
-    """Measure the size of a tensor as its distance to zero."""
+    """Measure the size of a tensor as its distance to zero. Infinities are left out: no scale could contain them."""
     size = DistanceSum()
     for (chunk,) in _chunks(in_memory_order(tensor)):
-        size.add_chunk(chunk)
+        size.add_size(chunk)
     return size
 
 
@@ -87,7 +105,7 @@ def measure_distance(actual: Tensor, truth: Tensor) -> DistanceSum:
     order = _memory_order(truth)
     size = DistanceSum()
     for mine, exact in _chunks(actual.permute(order), truth.permute(order)):
-        size.add_chunk(exact - mine)
+        size.add_difference(exact, mine)
     return size
 
 
@@ -99,6 +117,12 @@ def rms(values: Tensor) -> float:
 def mean_square_distance(one: Tensor, other: Tensor) -> float:
     """The mean square of the difference of two tensors; infinite if it is not a number."""
     return float((one - other).square().mean().nan_to_num(float("inf")))
+
+
+def without_equal_infinities(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Two tensors of one shape with zeros where both have the same infinity."""
+    same = (one == other) & one.isinf()
+    return one.masked_fill(same, 0.0), other.masked_fill(same, 0.0)
 
 
 def in_memory_order(tensor: Tensor) -> Tensor:
@@ -159,7 +183,14 @@ class DifferenceSum:
         for mine, theirs, *rest in _chunks(*tensors):
             difference = mine - theirs
             error = difference + rest[0] if rest else difference
-            greatest, power = _greatest(error), _power(error)
+            greatest = _greatest(error)
+            if math.isnan(greatest):
+                same = (mine == theirs) & mine.isinf()
+                mine, theirs, difference, error = (
+                    each.masked_fill(same, 0.0) for each in (mine, theirs, difference, error)
+                )
+                greatest = _greatest(error)
+            power = _power(error)
             distance._take(greatest, power, error.numel())
             if rest:
                 self.distance.add_chunk(difference)

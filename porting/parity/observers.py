@@ -190,7 +190,7 @@ class ExactObserver:
         found = {key: to_torch(leaf) for key, leaf in leaves_by_key(result).items()}
         session.has_whole_results &= all(is_whole(as_real(leaf)) for leaf in found.values())
         partners, notes = pair_results(self.recording.outputs, found)
-        session.notes.update(dict.fromkeys(notes))
+        session.caveats.update(dict.fromkeys(notes))
         for theirs, ours in partners.items():
             truth, actual = self.recording.outputs[theirs], as_real(found[ours])
             source = output_name(theirs)

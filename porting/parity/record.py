@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from porting.kinds.base import CallInputs
 from porting.models.inputs import leaves_by_key
-from porting.models.observe import Observer, Replacement, call_inputs, observe_modules
+from porting.models.observe import Observer, Replacement, call_inputs, observe_modules, to_torch
 from porting.models.stacks import modules_of
 from porting.parity.content import Place, Truth, as_real, place_of_result
 from porting.parity.report import OUTPUT
@@ -78,8 +78,9 @@ class _Recorder:
 
     def keep_results(self, leaves: Mapping[str, Any]) -> None:
         for key, leaf in leaves.items():
-            if hasattr(leaf, "detach"):
-                self.recording.outputs[key] = self._keep(leaf, place_of_result(key))
+            with contextlib.suppress(TypeError):  # an array of something else than numbers
+                tensor = leaf if hasattr(leaf, "detach") else to_torch(leaf)
+                self.recording.outputs[key] = self._keep(tensor, place_of_result(key))
 
     def _keep(self, tensor: Tensor, place: Place) -> Truth:
         key = id(tensor), version(tensor)
@@ -152,7 +153,7 @@ class NoiseObserver:
         found = leaves_by_key(result)
         for key, truth in self.recording.outputs.items():
             if key in found:
-                self._measure([truth], [found[key]])
+                self._measure([truth], [to_torch(found[key])])
 
     def _measure(self, truths: list[Truth], tensors: list[Tensor]) -> None:
         from porting.parity.measure import measure_distance

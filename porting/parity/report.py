@@ -369,6 +369,7 @@ class ParityReport:
     exact view. `float32_inside` names the layers that always compute in float32 and are judged by its rounding. `axes`
     describes the order of axes of inputs and outputs on both sides. `audit` compares settings. `culprits` are all
     mistakes that were found, in the order of data flow. `precision` is the type in which the Keras model computes.
+    `caveats` say what was not compared, or differs without effect.
     `stress` holds the reports of the same models on other weights and inputs, each under its `name`.
     """
 
@@ -389,6 +390,7 @@ class ParityReport:
     verified: Verified | None = None
     precision: str = "float32"
     notes: tuple[str, ...] = ()
+    caveats: tuple[str, ...] = ()
     stress: tuple[ParityReport, ...] = ()
     context: dict[str, Any] = field(default_factory=dict)
 

@@ -150,6 +150,7 @@ class Session:
         self.unseen: dict[str, None] = {}
         self.written: dict[str, str] = {}
         self.notes: dict[str, None] = {}
+        self.caveats: dict[str, None] = {}
         self.logits: list[tuple[Array, Array]] = []
         self.halved: list[Array] = []
         self.bits = Bits()

@@ -68,6 +68,7 @@ def summarize(
         axes=session.inputs.described(),
         precision=precision_of(session.candidate),
         notes=tuple(session.notes),
+        caveats=tuple(session.caveats),
     )
     agreed = not any(divergence.view == EXACT for divergence in report.divergences)
     called = {without_number(name) for name in session.called}

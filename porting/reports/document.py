@@ -19,7 +19,8 @@ verified         {weights, verified, unverified, differing, through_layers, comp
                  null
 loud             {what, relative, limit}, or null
 exact_model      how the Keras model became float64; float32_inside names layers that still compute in float32
-axes, notes      sentences on orders of axes and sizes of inputs, and on what is implemented differently
+axes, notes      sentences on orders of axes, and on what is implemented differently
+caveats          sentences on what was not compared, or differs without effect
 precision        the precision in which the Keras model computes
 limits           {max_ratio, atol, rtol, per_layer, max_exact_ratio}
 input_shapes     one shape per input, with the number of samples first

@@ -132,6 +132,7 @@ def findings(report: ParityReport) -> list[str]:
         lines.append("No weight of the Keras model was observed in use")
     if report.audit:
         lines += [f"Setting: {line}" for line in grouped([str(each) for each in report.audit.failures])]
+    lines += [f"Note: {line}" for line in report.caveats]
     for run in report.stress:
         lines += [f"Under stress, {run.name}: {line}" for line in findings(run)]
     return lines

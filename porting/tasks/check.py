@@ -139,7 +139,7 @@ def compare_models(
         if not stress.has_new_weights and not _take(stress.reference, keras_model, stress.images):
             own = "x".join(map(str, compared.shape[1:3]))
             skipped = f"--stress did not try {stress.name}: the models take only images of {own}"
-            report = replace(report, axes=(*report.axes, skipped))
+            report = replace(report, caveats=(*report.caveats, skipped))
             continue
         stressed.append(run(stress.name, stress.reference, keras_model, stress.images))
     return replace(report, stress=tuple(stressed))

@@ -198,4 +198,4 @@ def test_stress_leaves_out_sizes_that_a_model_does_not_take(tmp_path: Path) -> N
     report = port(family, "vit_tiny_patch16_224", tmp_path / "own.h5", **how).report  # type: ignore[arg-type]
     assert report is not None
     assert [run.name for run in report.stress] == ["loud weights, seed 0"]
-    assert "--stress did not try 1 of 281x226: the models take only images of 224x224" in report.axes
+    assert "--stress did not try 1 of 281x226: the models take only images of 224x224" in report.caveats

@@ -1,0 +1,85 @@
+"""Cells of recurrent layers, which compute one step: LSTM, GRU and simple RNN."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from porting.kinds.activation import name_of_function, settings_of_function
+from porting.kinds.base import Kind, Leaf, Mistake, Settings
+from porting.kinds.recurrent import GATES, ORDERS, changed, exchanged, variables_of_cell
+from porting.kinds.transforms import Gates, JoinedBiases
+
+if TYPE_CHECKING:
+    import keras
+    from torch import Tensor, nn
+
+
+def _mode(module: Any) -> str:
+    """LSTM, GRU or RNN, also for a class that derives from them."""
+    names = (base.__name__.removesuffix("Cell") for base in type(module).__mro__)
+    return next((name for name in names if name in ORDERS), "")
+
+
+def _leaves(order: tuple[int, ...]) -> tuple[Leaf, ...]:
+    gates = Gates("gates", order)
+    return (
+        Leaf("weight_ih", "kernel", gates),
+        Leaf("weight_hh", "recurrent_kernel", gates),
+        Leaf(("bias_ih", "bias_hh"), "bias", JoinedBiases("biases of gates", order), 0.0),
+    )
+
+
+class RecurrentCell(Kind):
+    name = "recurrent_cell"
+    leaves = _leaves((0,))  # only for their names: the order of gates depends on the module
+
+    def leaves_for(self, module: nn.Module) -> tuple[Leaf, ...]:
+        return _leaves(ORDERS[_mode(module)])
+
+    def variables(self, layer: Any) -> dict[str, keras.Variable]:
+        return variables_of_cell(layer)
+
+    def is_module(self, module: nn.Module) -> bool:
+        from torch import nn
+
+        return isinstance(module, (nn.LSTMCell, nn.GRUCell, nn.RNNCell))
+
+    def is_layer(self, layer: keras.layers.Layer) -> bool:
+        from keras import layers
+
+        return isinstance(layer, (layers.LSTMCell, layers.GRUCell, layers.SimpleRNNCell))
+
+    def module_settings(self, module: Any) -> Settings:
+        activation = "ReLU" if getattr(module, "nonlinearity", "") == "relu" else "tanh"
+        settings: Settings = {"hidden_size": module.hidden_size, "activation": activation}
+        if _mode(module) in GATES:
+            settings = {**settings, "recurrent_activation": "sigmoid"}
+        return {**settings, "reset_after": True} if _mode(module) == "GRU" else settings
+
+    def layer_settings(self, layer: Any) -> Settings:
+        settings: Settings = {"hidden_size": layer.units}
+        for name in ("activation", "recurrent_activation"):
+            values = settings_of_function(getattr(layer, name, None)).get("activation")
+            if values is not None:
+                settings = {**settings, name: name_of_function(values)}
+        return {**settings, "reset_after": layer.reset_after} if hasattr(layer, "reset_after") else settings
+
+    def mistakes(self, module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
+        names = list(dict(module.named_parameters()))
+        gates = GATES.get(_mode(module), ())
+        for one, other in itertools.combinations(range(len(gates)), 2):
+            text = f"the {gates[one]} gate and the {gates[other]} gate are exchanged"
+            exchange = partial(exchanged, len(gates), one, other)
+            yield changed(module, inputs, text, names, exchange)
+            for name in names:
+                yield changed(module, inputs, f"{text} in {name}", [name], exchange)
+        biases = [name for name in names if name.startswith("bias")]
+        for name in biases:
+            yield changed(module, inputs, f"{name} is lost", [name], lambda values: values * 0)
+        yield changed(module, inputs, "the biases are lost", biases, lambda values: values * 0)
+
+
+KIND = RecurrentCell()
