@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from porting.kinds.transforms import Array
-from porting.models.frameworks import convolving, replaced
+from porting.models.frameworks import convolving, eager_functions, replaced
 
 _MAPS, _VOLUMES = 4, 5  # numbers of axes, with those of samples and channels
 
@@ -28,12 +28,19 @@ def exact_functions(*, staying: bool) -> Iterator[None]:
         return
     import tensorflow as tf
     from keras.src.backend import nn
+    from tensorflow.python.framework import override_binary_operator as operators
 
     raw, old = tf.raw_ops, tf.compat.v1.image
     with (
         convolving(_depthwise),
         replaced(nn, leaky_relu=_leaky_relu, gelu=_gelu),
-        replaced(tf, cast=_cast(tf.cast, staying)),
+        eager_functions(),
+        replaced(tf, cast=_cast(tf.cast, staying), constant=_constant(tf.constant, staying)),
+        replaced(tf, convert_to_tensor=_converting(tf.convert_to_tensor)),
+        replaced(operators, maybe_promote_tensors=_promoting(operators.maybe_promote_tensors)),
+        replaced(tf, **{name: _mixing(getattr(tf, name)) for name in _MIXED}),
+        replaced(tf.math, **{name: _mixing(getattr(tf.math, name)) for name in _MIXED_MATH}),
+        replaced(tf.linalg, matmul=_mixing(tf.linalg.matmul)),
         replaced(tf.image, resize=_resize(tf.image.resize)),
         replaced(raw, ResizeBilinear=_resize_bilinear(raw.ResizeBilinear)),
         replaced(old, resize_bilinear=_resize_bilinear(old.resize_bilinear)),
@@ -73,6 +80,70 @@ def _cast(own: Callable[..., Any], staying: bool) -> Callable[..., Any]:
         return tf.convert_to_tensor(x) if stays else own(x, dtype, name)
 
     return cast
+
+
+def _constant(own: Callable[..., Any], staying: bool) -> Callable[..., Any]:
+    """Create constants of the code in float64, as PyTorch's code does by default there."""
+    import tensorflow as tf
+
+    def constant(value: Any, dtype: Any = None, shape: Any = None, name: str = "Const") -> Any:
+        wanted = dtype is None or (staying and tf.as_dtype(dtype) == tf.float32)
+        return own(value, tf.float64 if wanted and _has_fractions(value) else dtype, shape, name)
+
+    return constant
+
+
+def _converting(own: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for the conversion of Python's numbers."""
+    import tensorflow as tf
+
+    def convert(value: Any, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return own(value, tf.float64 if dtype is None and _has_fractions(value) else dtype, *args, **kwargs)
+
+    return convert
+
+
+def _has_fractions(value: Any) -> bool:
+    """Whether this is a Python number, or a list of them, with a fraction."""
+    if isinstance(value, (list, tuple)):
+        return any(map(_has_fractions, value)) and all(isinstance(each, (list, tuple, int, float)) for each in value)
+    return isinstance(value, float) and not isinstance(value, np.generic)
+
+
+def _in_double(value: Any) -> Any:
+    import tensorflow as tf
+
+    is_single = tf.is_tensor(value) and value.dtype == tf.float32
+    return tf.raw_ops.Cast(x=value, DstT=tf.float64) if is_single else value
+
+
+def _promoting(own: Callable[..., Any]) -> Callable[..., Any]:
+    """Let operators take a tensor in float64 and one in float32, such as a mask that the code cast to it."""
+    import tensorflow as tf
+
+    def promote(*tensors: Any, **how: Any) -> Any:
+        types = {each.dtype for each in tensors if tf.is_tensor(each)}
+        return own(*(map(_in_double, tensors) if {tf.float32, tf.float64} <= types else tensors), **how)
+
+    return promote
+
+
+# Functions of TensorFlow that take several tensors of one type.
+_MIXED_MATH = ("add", "divide", "maximum", "minimum", "multiply", "pow", "subtract")
+_MIXED = (*_MIXED_MATH, "concat", "einsum", "matmul", "stack", "tensordot", "where")
+
+
+def _mixing(own: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a function that takes tensors of one type take float64 and float32 together."""
+    import tensorflow as tf
+
+    def mixed(*args: Any, **kwargs: Any) -> Any:
+        types = {each.dtype for each in tf.nest.flatten((args, kwargs)) if tf.is_tensor(each)}
+        if {tf.float32, tf.float64} <= types:
+            args, kwargs = tf.nest.map_structure(_in_double, (args, kwargs))
+        return own(*args, **kwargs)
+
+    return mixed
 
 
 def _depthwise(

@@ -71,6 +71,8 @@ _READING = "ReadVariableOp"
 # few roundings, such as those of an angle and of its sine.
 _ROUNDINGS = 2.0**-20
 _GREATEST = 1e4
+# Numbers of so many parts of one are taken for exact.
+_FRACTIONS = 4096.0
 
 
 class Float32Trace:
@@ -105,15 +107,19 @@ class Float32Trace:
         """Follow the operations of this context."""
         import tensorflow as tf
         from tensorflow.python.framework import op_callbacks
+        from tensorflow.python.framework import override_binary_operator as operators
 
         op_callbacks.add_op_callback(self._follow)
         try:
             # Numbers that NumPy computed come in by these, and not by an operation.
-            with replaced(
-                tf,
-                cast=self._converting(tf.cast),
-                constant=self._converting(tf.constant),
-                convert_to_tensor=self._converting(tf.convert_to_tensor),
+            with (
+                replaced(
+                    tf,
+                    cast=self._converting(tf.cast),
+                    constant=self._converting(tf.constant),
+                    convert_to_tensor=self._converting(tf.convert_to_tensor),
+                ),
+                replaced(operators, maybe_promote_tensors=self._promoting(operators.maybe_promote_tensors)),
             ):
                 yield
         finally:
@@ -148,12 +154,26 @@ class Float32Trace:
             made = own(value, *args, **kwargs)
             if not tf.executing_eagerly():
                 return made  # a function is being compiled
-            if isinstance(value, (np.ndarray, list, tuple)) and self._is_constant(made):
+            if _is_rounded(value) or (isinstance(value, (np.ndarray, list, tuple)) and self._is_constant(made)):
                 self._touched.add(made._id)
             return made
 
         converting: Callable[..., Any] = convert
         return converting
+
+    def _promoting(self, own: Callable[..., Any]) -> Callable[..., Any]:
+        """Follow numbers in float32 that an operator takes beside a tensor."""
+        import tensorflow as tf
+
+        def promote(*tensors: Any, **how: Any) -> Any:
+            given = list(tensors)
+            for place, each in enumerate(tensors):
+                if _is_rounded(each):
+                    given[place] = tf.raw_ops.Identity(input=np.asarray(each, np.float64))
+                    self._touched.add(given[place]._id)
+            return own(*given, **how)
+
+        return promote
 
     def _is_constant(self, output: Any) -> bool:
         """Whether PyTorch holds these numbers rounded to float32."""
@@ -171,3 +191,11 @@ class Float32Trace:
             if abs(values[-1] - each[-1]) <= limit and 0.0 < float(np.abs(values - each).max()) <= limit:
                 return True
         return False
+
+
+def _is_rounded(value: Any) -> bool:
+    """Whether NumPy numbers of the code were rounded to float32. Simple fractions and whole numbers are not."""
+    if not isinstance(value, (np.ndarray, np.generic)) or value.dtype != np.float32 or not np.isfinite(value).all():
+        return False
+    scaled = np.asarray(value, np.float64) * _FRACTIONS
+    return bool((scaled != np.floor(scaled)).any())

@@ -96,8 +96,21 @@ def in_float64(model: nn.Module) -> nn.Module:
 @contextlib.contextmanager
 def computing_in_float64(model: nn.Module) -> Iterator[None]:
     """Let a PyTorch model that is fed float64 compute in float64, whatever type its weights have."""
-    with staying_in_float64() if is_double(model) else _weights_in_float64():
+    with _float64_by_default(), staying_in_float64() if is_double(model) else _weights_in_float64():
         yield
+
+
+@contextlib.contextmanager
+def _float64_by_default() -> Iterator[None]:
+    """Let code that creates a tensor without a type, such as `torch.tensor(0.1)`, create it in float64."""
+    import torch
+
+    own = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(own)
 
 
 def is_double(model: nn.Module) -> bool:

@@ -221,6 +221,22 @@ def replaced(owner: Any, **functions: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def eager_functions() -> Iterator[None]:
+    """Run what is compiled by `tf.function` eagerly in this context, so that the calls inside it can be observed.
+
+    Its compiled form may also be made for float32 alone.
+    """
+    import tensorflow as tf
+
+    own = tf.config.functions_run_eagerly()
+    tf.config.run_functions_eagerly(True)
+    try:
+        yield
+    finally:
+        tf.config.run_functions_eagerly(own)
+
+
+@contextlib.contextmanager
 def convolving(special: Callable[..., Any]) -> Iterator[None]:
     """Let Keras's backend convolve by `special` in this context, or as it does wherever that returns None.
 

@@ -128,9 +128,10 @@ class Inputs:
                 )
         return ""
 
-    def for_candidate(self, model: keras.Model) -> Any:
-        """The structure that the Keras model takes."""
-        return self.structured(model, self.candidate)
+    def for_candidate(self, model: keras.Model, *, exact: bool = False) -> Any:
+        """The structure that the Keras model takes, with floats in float64 for an exact run."""
+        doubles = (array.astype(np.float64) if array.dtype.kind == "f" else array for array in self.candidate)
+        return self.structured(model, tuple(doubles) if exact else self.candidate)
 
     def structured(self, model: keras.Model, values: Sequence[Any]) -> Any:
         """Values in the order of these inputs, in the structure that the Keras model takes."""

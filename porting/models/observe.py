@@ -20,6 +20,7 @@ import numpy as np
 
 from porting.call_names import call_name, without_number
 from porting.kinds.base import CallInputs
+from porting.models.frameworks import eager_functions
 from porting.models.stacks import layers_of_stack
 from porting.models.traverse import named_layers
 
@@ -254,7 +255,7 @@ def observe_layers(
     names = {id(layer): name for name, layer in named_layers(model).items()}
 
     def observed_call(self: keras.layers.Layer, *args: Any, **kwargs: Any) -> Any:
-        if self is model:
+        if self is model or _is_being_compiled():
             return original(self, *args, **kwargs)
         # A layer that is created during a call has no name in the model.
         name = calls.begin(names.get(id(self)) or self.path or self.name)
@@ -277,7 +278,8 @@ def observe_layers(
 
     layer_class.__call__ = observed_call
     try:
-        yield bridge.to_torch
+        with eager_functions() if keras.backend.backend() == "tensorflow" else contextlib.nullcontext():
+            yield bridge.to_torch
     finally:
         layer_class.__call__ = original
 
@@ -335,8 +337,25 @@ def keras_tensors_in(value: Any) -> list[Tensor]:
     return [to_torch(leaf) for leaf in keras.tree.flatten(value) if keras.ops.is_tensor(leaf)]
 
 
+def _is_being_compiled() -> bool:
+    """Whether TensorFlow compiles the code that runs now, as `tf.vectorized_map` does: no tensor has numbers then."""
+    import keras
+
+    if keras.backend.backend() != "tensorflow":
+        return False
+    import tensorflow as tf
+
+    return not tf.executing_eagerly()
+
+
 def to_torch(value: Any) -> Tensor:
     """Convert a Keras tensor to a torch tensor, half precision to float32. The result must not be written to."""
+    tensor = _converted(value)
+    tensor.keras_id = getattr(value, "_id", None)  # type: ignore[attr-defined]  # by it TensorFlow's own is known
+    return tensor
+
+
+def _converted(value: Any) -> Tensor:
     import torch
 
     if isinstance(value, torch.Tensor):  # Keras runs on the PyTorch backend

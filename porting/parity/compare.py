@@ -375,7 +375,7 @@ def _run_exact(session: Session, recording: Recording, batch: Inputs, start: int
         observer = ExactObserver(session, recording, start, batch)
         try:
             with torch_on_one_thread(), session.float64.active() as model, observe_layers(model, observer):
-                observer.results(model(batch.for_candidate(model), training=False))
+                observer.results(model(batch.for_candidate(model, exact=True), training=False))
         except Exception as error:
             session.forget(before)
             attempt = next(attempts, "")

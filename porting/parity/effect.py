@@ -91,7 +91,7 @@ def _without_counterpart(session: Session, inputs: Inputs, names: Sequence[str])
     observer = _Calls(names)
     with session.float64.active() as model:
         with observe_layers(model, observer):
-            model(inputs.for_candidate(model), training=False)
+            model(inputs.for_candidate(model, exact=True), training=False)
         sizes = {output.numel() for calls in observer.found.values() for _, output in calls}
         computed = tensors_of_code(session.truth_model, inputs, wanted=sizes.__contains__)
         library, layers = session.library(Recording(), computed), named_layers(model)
@@ -116,7 +116,7 @@ def _without_effect(session: Session, inputs: Inputs, names: Sequence[str]) -> s
     with session.float64.overwritten() as variables, session.float64.active() as model:
 
         def results() -> list[Tensor]:
-            leaves: dict[str, Any] = leaves_by_key(model(inputs.for_candidate(model), training=False))
+            leaves: dict[str, Any] = leaves_by_key(model(inputs.for_candidate(model, exact=True), training=False))
             return [as_real(to_torch(leaf)).double().clone() for leaf in leaves.values()]
 
         before = results()

@@ -96,7 +96,7 @@ def locate(session: Session, inputs: Inputs) -> Iterator[Culprit]:
         ours: dict[str, Tensor] | None = None
         # A layer may not take PyTorch's tensor, such as positions that count from two.
         with contextlib.suppress(Exception), session.float64.active() as model, observe_layers(model, tracer) as seen:
-            result = model(inputs.for_candidate(model), training=False)
+            result = model(inputs.for_candidate(model, exact=True), training=False)
             ours = {key: seen(leaf) for key, leaf in leaves_by_key(result).items()}
         helps = ours is not None
         if ours is not None:

@@ -79,7 +79,8 @@ class _Recorder:
     def keep_results(self, leaves: Mapping[str, Any]) -> None:
         for key, leaf in leaves.items():
             with contextlib.suppress(TypeError):  # an array of something else than numbers
-                tensor = leaf if hasattr(leaf, "detach") else to_torch(leaf)
+                is_dense = hasattr(leaf, "detach") and str(leaf.layout) == "torch.strided"
+                tensor = leaf if is_dense else to_torch(leaf)
                 self.recording.outputs[key] = self._keep(tensor, place_of_result(key))
 
     def _keep(self, tensor: Tensor, place: Place) -> Truth:
