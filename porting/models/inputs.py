@@ -257,9 +257,18 @@ def names_in_reference(reference: nn.Module, names: tuple[str, ...] | None) -> t
     if names is None:
         return None
     taken = _arguments(reference)
-    return tuple(
+    found = tuple(
         _KNOWN_NAMES[name] if name not in taken and _KNOWN_NAMES.get(name) in taken else name for name in names
     )
+    if len(found) == 1 and taken and found[0] not in taken and _takes_only_named(reference):
+        return (taken[0],)
+    return found
+
+
+def _takes_only_named(reference: nn.Module) -> bool:
+    """Whether PyTorch's forward takes no other arguments than those that it names."""
+    kinds = {each.kind for each in inspect.signature(reference.forward).parameters.values()}
+    return not kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}
 
 
 def _arguments(reference: nn.Module) -> list[str]:

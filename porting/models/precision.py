@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("float32", "float16", "int8")
 # The types in which Keras computes under its mixed policies.
-_HALVES = ("float16", "bfloat16")
+HALVES = ("float16", "bfloat16")
 
 
 def in_precision(model: nn.Module, precision: str, inputs: Array | Inputs, *, results: bool = True) -> nn.Module:
@@ -32,7 +32,7 @@ def in_precision(model: nn.Module, precision: str, inputs: Array | Inputs, *, re
     """
     import torch
 
-    known = dict.fromkeys((*PRECISIONS, *_HALVES))
+    known = dict.fromkeys((*PRECISIONS, *HALVES))
     if precision not in known:
         raise ValueError(f"precision is one of {', '.join(known)}: got {precision!r}")
     rounded = copy.deepcopy(model).eval()
@@ -40,14 +40,14 @@ def in_precision(model: nn.Module, precision: str, inputs: Array | Inputs, *, re
         return rounded
     with torch.no_grad():
         for parameter in rounded.parameters():
-            if precision in _HALVES:
+            if precision in HALVES:
                 parameter.copy_(parameter.to(getattr(torch, precision)).float())
             elif parameter.ndim > 1:
                 parameter.copy_(_in_steps_a_channel(parameter))
     if not results:
         return rounded
     leaves = [module for module in rounded.modules() if not list(module.children())]
-    if precision in _HALVES:
+    if precision in HALVES:
         for module in leaves:
             module.register_forward_hook(partial(_in_half, getattr(torch, precision)))
         return rounded

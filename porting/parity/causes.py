@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,8 @@ _FOLDED = 2.0**-21
 # Two roundings of a number: a sum of biases may be made in float32 or in float64.
 _SUMMED = 2.0**-22
 _NORM = ", with the norm behind it folded in,"
+# The weights of a layer with a mistake are nearer to their own than to others by this factor.
+_NEAR = 0.1
 # Up to this many differing numbers of a weight are named one by one.
 _FEW = 3
 
@@ -487,11 +489,20 @@ def _share_left(truth: Tensor, found: Tensor, guess: Tensor) -> float:
     return rms((found - guess)[finite]) / total if total else 0.0
 
 
-def has_weights_of(session: Session, node: Node, call: str) -> bool:
-    """Whether a Keras layer has the very weights of a PyTorch call's module."""
-    module = session.modules[without_number(call)]
-    weights = _weights(module, session.layer(node.name))
-    return bool(weights) and all(np.array_equal(each.expected, each.actual) for each in weights)
+def nearest_by_weights(session: Session, node: Node, calls: Sequence[str]) -> str:
+    """The PyTorch call whose module has clearly the weights of a Keras layer, up to a mistake; else the first."""
+    distances = {call: _distance_of_weights(session, node, call) for call in calls}
+    first, *others = sorted(distances, key=distances.__getitem__)
+    limit = _NEAR * min((distances[call] for call in others), default=math.inf)
+    return first if distances[first] <= min(_NEAR, limit) else calls[0]
+
+
+def _distance_of_weights(session: Session, node: Node, call: str) -> float:
+    """The distance of a Keras layer's weights to those of a call's module, over their size; both squared."""
+    weights = _weights(session.modules[without_number(call)], session.layer(node.name))
+    size: float = sum(float(np.square(each.expected, dtype=np.float64).sum()) for each in weights)
+    distance: float = sum(float(np.square(each.expected.astype(np.float64) - each.actual).sum()) for each in weights)
+    return distance / size if size else math.inf
 
 
 def has_size_of(session: Session, node: Node, call: str) -> bool:

@@ -21,6 +21,7 @@ from porting.call_names import without_number
 from porting.kinds import KINDS, kind_of_module
 from porting.kinds.transforms import Array, Shifted
 from porting.mapping.key_map import KeyMap
+from porting.mapping.rules import KeyRule
 from porting.models.float32_trace import Float32Trace
 from porting.models.frameworks import torch_on_one_thread
 from porting.models.inputs import Axes, Inputs, leaves_by_key, make_inputs
@@ -28,7 +29,8 @@ from porting.models.keras_float64 import Float64Model
 from porting.models.live import effective_tensors, require_models
 from porting.models.modes import in_mode
 from porting.models.observe import observe_layers, observe_modules, to_torch
-from porting.models.precision import in_precision
+from porting.models.precision import HALVES, in_precision
+from porting.models.rows import key_map_of_rows
 from porting.models.stacks import last_layer
 from porting.models.traverse import named_layers, named_variables, owned_names
 from porting.parity.bits import compare_bits
@@ -80,7 +82,7 @@ def check_parity(
     *,
     reference_inputs: Any = None,
     pairs: Mapping[str, Any] | None = None,
-    key_map: KeyMap | None = None,
+    key_map: KeyMap | Sequence[KeyRule] | None = None,
     input_axes: Sequence[Axes | None] | None = None,
     output_axes: Mapping[str, Axes] | Sequence[Axes] | Axes | None = None,
     limits: Limits | None = None,
@@ -104,7 +106,8 @@ def check_parity(
             samples if PyTorch's first module takes them there.
         pairs: which layer stands for which module where names do not say so, `{"torch.name": "keras/path"}`, with "-"
             for no layer. All other tensors pair by content.
-        key_map: states which weights must be equal bit by bit, and carries loud weights over to Keras.
+        key_map: states which weights must be equal bit by bit, and carries loud weights over to Keras: a KeyMap, or
+            rows.
         input_axes: PyTorch's axes in Keras's order for each input.
         output_axes: the same for each result: a dict by key, a sequence, or one order of axes for a single result.
         limits: what parity allows, and for which layers.
@@ -123,15 +126,17 @@ def check_parity(
     Both models are left exactly as they were. Activations of one batch are in memory at a time.
 
     Raises ValueError when there are no inputs, or when a name belongs to neither model, and TypeError when a model is
-    of the wrong framework. Inputs of a wrong shape raise nothing: the report says so in `problem` and does not pass.
+    of the wrong framework or an option of the wrong type. Inputs of a wrong shape raise nothing: the report says so in
+    `problem` and does not pass.
     """
     from torch.nn.parameter import is_lazy
 
     require_models(reference, candidate)
     limits = limits or Limits()
     reference = _unwrapped(reference)
-    refuse_unknown_layers("limits", limits.per_layer, reference, [OUTPUT])
-    refuse_unknown_layers("waive", [each.partition(":")[0] for each in waive], reference)
+    require_options(reference, limits=limits, waive=waive, pairs=pairs, precision=precision)
+    if key_map is not None and not isinstance(key_map, KeyMap):
+        key_map = key_map_of_rows(reference, candidate, key_map)
     if any(is_lazy(tensor) or tensor.is_meta for tensor in (*reference.parameters(), *reference.buffers())):
         return _without_result("the PyTorch model has weights without values: lazy ones, or on meta", limits, name)
     with in_mode(reference, training=False):
@@ -485,6 +490,30 @@ def _culprits(session: Session, report: ParityReport) -> tuple[Culprit, ...]:
         diagnosis = Diagnosis.certain(first.layer, f"it computes in {dtype}")
     relative = view.relative_error if view is not None else math.inf
     return (Culprit(first.layer, layer.target, first.reason, relative, diagnosis=diagnosis),)
+
+
+def require_options(
+    reference: nn.Module,
+    *,
+    limits: Limits | None = None,
+    waive: Sequence[str] = (),
+    pairs: Mapping[str, Any] | None = None,
+    precision: str | None = None,
+    **_: Any,
+) -> None:
+    """Check options of `check_parity`: raise TypeError for a wrong type, ValueError for a name of neither model."""
+    if limits is not None and not isinstance(limits, Limits):
+        raise TypeError(
+            f"limits must be porting.Limits, such as Limits(max_ratio=16), but is a {type(limits).__name__}"
+        )
+    if isinstance(waive, str) or not all(isinstance(each, str) for each in waive):
+        raise TypeError(f'waive must be a list of names, such as ["stem:eps"], but is {waive!r:.80}')
+    if pairs is not None and not isinstance(pairs, Mapping):
+        raise TypeError(f'pairs must be a dict, such as {{"stem": "first"}}, but is a {type(pairs).__name__}')
+    if precision not in {None, *HALVES}:
+        raise ValueError(f"precision must be {' or '.join(HALVES)}, but is {precision!r}")
+    refuse_unknown_layers("limits", limits.per_layer if limits is not None else (), reference, [OUTPUT])
+    refuse_unknown_layers("waive", [each.partition(":")[0] for each in waive], reference)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

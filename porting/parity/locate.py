@@ -23,7 +23,7 @@ from porting.parity.causes import (
     cause_of,
     exchanged_parts,
     has_size_of,
-    has_weights_of,
+    nearest_by_weights,
     other_activation,
     tensors_before,
     tensors_near,
@@ -461,12 +461,13 @@ def _wrong_input(session: Session, recording: Recording, tracer: Tracer, gap: Ga
     actual = as_real(node.inputs[index])
     if call is None or index >= len(inputs):
         text = "is fed a tensor that PyTorch does not have"
-        return _Step(Culprit(node.name.replace("/", "."), node.name, text, 1.0, True))
+        name = node.name.replace("/", ".")
+        return _Step(Culprit(name, node.name, text, 1.0, True, feeder=_feeder(session, name)))
     truth = inputs[index]
     orders = session.orders_in_keras(truth.tensor, actual)
     if not orders:
         text = f"shape {tuple(actual.shape)} for PyTorch's {tuple(truth.tensor.shape)}"
-        return _Step(Culprit(call, node.name, text, 1.0, True))
+        return _Step(Culprit(call, node.name, text, 1.0, True, feeder=_feeder(session, call)))
     # What comes in differs in every order. Where sides are equal, the nearest is the one that is meant.
     axes = min(orders, key=lambda each: mean_square_distance(actual, truth.tensor.permute(each).reshape(actual.shape)))
     expected = _as_flattened(tracer, node.inputs[index], truth.tensor, truth.tensor.permute(axes).reshape(actual.shape))
@@ -478,9 +479,20 @@ def _wrong_input(session: Session, recording: Recording, tracer: Tracer, gap: Ga
         cause = cause or diagnose(call, None, [], expected.permute(inverse(axes)), found, others)
     said = cause or exchanged_parts(tracer, node, call)
     label, is_input = _to_blame(session, recording, tracer, call, truth)
-    culprit = Culprit(label, node.name, _by_how_much(relative), relative, is_input, said)
+    feeder = _feeder(session, label) if is_input else None
+    culprit = Culprit(label, node.name, _by_how_much(relative), relative, is_input, said, feeder)
     place = _place_of_input(tracer, node, index, truth)
     return _Step(culprit, place, expected, actual - expected)
+
+
+def _feeder(session: Session, call: str) -> str:
+    """The module whose code feeds a call: the nearest around it that runs, which a list of modules does not."""
+    from torch import nn
+
+    parent = without_number(call).rpartition(".")[0]
+    while isinstance(session.modules.get(parent), (nn.ModuleList, nn.ModuleDict)):
+        parent = parent.rpartition(".")[0]
+    return parent
 
 
 def _as_flattened(tracer: Tracer, tensor: Tensor, truth: Tensor, expected: Tensor) -> Tensor:
@@ -598,8 +610,7 @@ def _partner(session: Session, recording: Recording, tracer: Tracer, node: Node)
         own_kind = [call for call in pool if session.kind_matches(call, node.name)]
         own_kind = [call for call in own_kind if has_size_of(session, node, call)] or own_kind
         if own_kind:
-            same_weights = [call for call in own_kind if pool is not same_input and has_weights_of(session, node, call)]
-            return _same_call(session, recording, tracer, node, (same_weights or own_kind)[0])
+            return _same_call(session, recording, tracer, node, nearest_by_weights(session, node, own_kind))
     modules = {call: session.modules[without_number(call)] for call in same_input}
     # A layer without weights, such as an addition, stands for no module that has some.
     weighs = bool(getattr(session.layer(node.name), "weights", None))

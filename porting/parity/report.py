@@ -150,6 +150,7 @@ class Culprit:
     """Where two models part: the first layer whose difference reaches the outputs.
 
     `layer` is PyTorch's name, `target` is Keras's. `is_input` means that the layer is right and its input is wrong.
+    `feeder` is then the module whose code feeds it, by default the one that holds it.
     `relative` is the RMS difference over the RMS of the truth.
     """
 
@@ -159,11 +160,14 @@ class Culprit:
     relative: float
     is_input: bool = False
     diagnosis: Diagnosis | None = None
+    feeder: str | None = None
 
     @property
     def culprit(self) -> str:
         """The layer with the mistake: `layer`, or the one that feeds it; "" is the model as a whole."""
-        return self.layer.rpartition(".")[0] if self.is_input else self.layer
+        if not self.is_input:
+            return self.layer
+        return self.layer.rpartition(".")[0] if self.feeder is None else self.feeder
 
     def __str__(self) -> str:
         if self.is_input:

@@ -11,7 +11,8 @@ layers           in order of data flow: {source, target, kind, shape, expected_d
   difference     Keras in float32 against PyTorch in float64: see porting.parity.report.Difference
   rewritten      how a layer is implemented differently, else ""
   is_output      whether this is a result of the model; versions before 0.2.0 left it out, and readers look at the name
-culprits         in order of data flow: {layer, target, reason, relative, is_input, culprit, diagnosis}
+culprits         in order of data flow: {layer, target, reason, relative, is_input, culprit, diagnosis,
+                 feeder}
   diagnosis      {layer, cause, confidence, unexplained, checked, pattern, basis}, or null
 audit            {layers, settings, differences: [{layer, setting, expected, actual, advice, training, counts}]}, or
                  null

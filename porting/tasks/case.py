@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from porting.errors import OptionError, PortingError, WeightsFileError
+from porting.errors import KeyMapError, OptionError, PortingError, WeightsFileError
 from porting.families.base import Family, Spec, by_path
 from porting.families.registry import families_with
 from porting.files import weights_file
@@ -32,6 +32,9 @@ from porting.sources.table import Source, parse_location
 if TYPE_CHECKING:
     import keras
     from torch import nn
+
+
+_MOST_ROWS = 10
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,20 @@ class Case:
     def refuse_other_tensors(self) -> None:
         """Raise KeyMapError, with the hint `variant_hint`, unless the checkpoint has the tensors of the model."""
         refuse_other_keys(self.state_dict, self.key_map, self.shapes, where=self.where, hint=self.variant_hint)
+        # The two models may be built with other arguments, such as two numbers of classes.
+        known = self.family.tensor_shapes(self.spec)
+        rows = [
+            f"  {name}: expected {known[name]}, found {array.shape}"
+            for name, array in self.state_dict.items()
+            if name in known and name not in self.key_map.drops and known[name] != array.shape
+        ]
+        if rows:
+            raise KeyMapError(
+                "\n".join(
+                    [f"{self.where}: its tensors do not have the shapes of the PyTorch model", *rows[:_MOST_ROWS]]
+                ),
+                hint=self.variant_hint(),
+            )
 
     def variant_hint(self) -> str:
         """The hint for a checkpoint whose tensors do not match the model."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from porting.errors import ExportError, FailedParityError, OutputError, PortingError
+from porting.errors import ExportError, FailedParityError, OutputError, ParityError, PortingError
 from porting.evaluation.labels import read_labels, usual_labels
 from porting.exporting import FORMATS, NEEDED, open_runtime, write
 from porting.exporting.base import Exportable
@@ -28,6 +28,8 @@ from porting.models.frameworks import start_tensorflow, without_logs
 from porting.models.images import Preprocessing
 from porting.models.inputs import Inputs, image_inputs, make_inputs
 from porting.models.precision import PRECISIONS, in_precision
+from porting.models.traverse import named_variables
+from porting.parity.bits import compare_bits
 from porting.parity.exported import compare_outputs
 from porting.parity.report import Limits, ParityReport, refusal
 from porting.progress import SILENT, Progress
@@ -103,10 +105,11 @@ def export(
 
     With `check`, the artifact is loaded in its own runtime and compared with the PyTorch model of the checkpoint, in
     units of the error that this precision causes in PyTorch. If it passes, it gets its name, with the report beside
-    it. Without `check`, no checkpoint is read: the weights file determines what to build.
+    it. The weights must be the checkpoint's bit by bit. Without `check`, no checkpoint is read: the weights file
+    determines what to build.
 
     Raises SourceError, CheckpointError, KeyMapError, WeightsFileError, OutputError, ExportError if the model cannot be
-    converted or run, or FailedParityError. `out` is then unchanged.
+    converted or run, or ParityError. `out` is then unchanged.
     """
     _check_arguments(form, precision, out)
     if with_preprocessing and normalization is None and not family.knows_preprocessing:
@@ -143,6 +146,8 @@ def export(
         start_tensorflow()
         progress("reading the weights")
         model = case.load_candidate(weights)
+        if check:
+            _refuse_other_weights(case, model, weights)
         if not getattr(model, "inputs", None):
             raise ExportError(
                 f"{case.how_to_build}: a subclassed Keras model, which does not declare its inputs and outputs",
@@ -206,6 +211,17 @@ def export(
                 raise FailedParityError(f"{out} was not written: {refusal(report)}", report)
             report_path = pending.commit(to_json(report))
     return ExportResult(out, form, precision, _size(out), operators, usage, report, report_path)
+
+
+def _refuse_other_weights(case: Case, model: keras.Model, weights: Path) -> None:
+    """Raise ParityError if a weight is not the checkpoint's. In low precision, an export would hide such a mistake."""
+    differing = compare_bits(case.load_reference(), named_variables(model), case.reference_map).differing
+    if differing:
+        raise ParityError(
+            f"{weights}: {counted(len(differing), 'weight')} not the checkpoint's: {next(iter(differing.values()))}",
+            hint="`van-port check` shows what it changes. If the weights are meant so, such as after fine-tuning, port "
+            "them back with `van-port revert`, and give its result as --checkpoint.",
+        )
 
 
 def _stated(normalization: tuple[Sequence[float], Sequence[float]], samples: Inputs) -> Preprocessing:

@@ -103,6 +103,7 @@ def _port(
 ) -> PortResult:
     out, temporary = pending.out, pending.path
     progress("converting")
+    case.refuse_other_tensors()
     conversion = convert(
         case.state_dict,
         case.key_map,

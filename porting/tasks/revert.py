@@ -128,7 +128,10 @@ def _revert(
     progress("reading the weights")
     candidate = ported_from.load_candidate(weights)
     progress("converting")
-    state_dict = invert(_values(candidate), target.key_map, family.tensor_shapes(target.spec))
+    try:
+        state_dict = invert(_values(candidate), target.key_map, family.tensor_shapes(target.spec))
+    except ValueError as error:
+        raise KeyMapError(f"{weights}: {error}", hint=family.expected(target.spec)) from None
     non_finite = refuse_non_finite(state_dict, where=str(weights), allowed=options.allow_non_finite)
     state_dict = {name: _cast(name, array, dtype) for name, array in state_dict.items()}
     unused = target.unused_tensors()
@@ -139,6 +142,7 @@ def _revert(
     progress("reading back")
     case = open_case(family, variant, temporary, layout=target.naming.name, progress=progress)
     _refuse_other_tensors(case, state_dict)
+    case.refuse_other_tensors()
     case = replace(case, spec=replace(case.spec, stated=target.spec.stated))
     notes = (*_setting_notes(ported_from, target), *_counter_notes(unused))
     if not check:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,11 @@ from porting.errors import KeyMapError, ParityError
 from porting.mapping.convert import Conversion, convert, invert
 from porting.mapping.key_map import KeyMap
 from porting.mapping.rules import KeyRule
+from porting.models.inputs import make_inputs
 from porting.models.live import assign_tensors, effective_tensors, require_models, shapes_of
 from porting.models.rows import key_map_of_rows, pairs_of
-from porting.models.traverse import named_variables
-from porting.parity.compare import check_parity
+from porting.models.traverse import named_layers, named_variables
+from porting.parity.compare import check_parity, require_options
 from porting.parity.report import ParityReport, refusal
 from porting.proposing.proposal import propose_map
 from porting.wording import counted
@@ -82,7 +84,10 @@ def port_weights(
     lists the first differences of each kind.
     """
     require_models(reference, candidate)
+    require_options(reference, **check_options)
     tensors = effective_tensors(reference)
+    if inputs is not None:
+        _build(reference, candidate, inputs, check_options)
     variables = named_variables(candidate)
     _refuse_unknown("drop", drop, tensors)
     _refuse_unknown("keep", keep, variables)
@@ -93,7 +98,7 @@ def port_weights(
     key_map = KeyMap.of(key_map.layers, key_map.entries, [*key_map.drops, *drop], key_map.foreign)
     shapes = {name: tuple(variable.shape) for name, variable in variables.items() if name not in keep}
     conversion = convert(tensors, key_map, shapes, hint=lambda: _HINT)
-    _assign(candidate, variables, conversion)
+    _assign(variables, conversion)
     report = None
     if inputs is not None:
         options = {
@@ -159,7 +164,16 @@ def _proposed(
     return proposal.require_complete([*drop, *zeros], keep).key_map
 
 
-def _assign(candidate: keras.Model, variables: Mapping[str, Any], conversion: Conversion) -> None:
+def _build(reference: nn.Module, candidate: keras.Model, inputs: Any, check_options: Mapping[str, Any]) -> None:
+    """Run a Keras model once if it has no variables yet, as before the first call of a subclassed one."""
+    if all(layer.built for layer in (candidate, *named_layers(candidate).values())):
+        return
+    axes = [check_options.get(name) for name in ("reference_inputs", "input_axes")]
+    with contextlib.suppress(Exception):  # the check says what is wrong with the inputs
+        candidate(make_inputs(reference, candidate, inputs, *axes).batch(0, 1).for_candidate(candidate), training=False)
+
+
+def _assign(variables: Mapping[str, Any], conversion: Conversion) -> None:
     for name, values in conversion.weights.items():
         variables[name].assign(np.asarray(values, order="C"))
 

@@ -112,6 +112,19 @@ def test_another_number_of_classes_and_a_layout(run_cli: RunCli, given: list[str
     assert result.exit_code == 4, result.output
     assert f"{other}: its tensors are not those of the model" in result.output
     assert "--source-arg and --target-arg" in " ".join(result.output.split())
+    # The PyTorch model may be another than the checkpoint's, too.
+    models = Path(given[1].rpartition(":")[0])
+    models.write_text(
+        MODELS.replace("def __init__(self):", "def __init__(self, classes=4):").replace("6, 4)", "6, classes)")
+    )
+    result = run_cli(*given, "--source-arg", "classes=5", "--checkpoint", checkpoint, "--out", tmp_path / "x.h5")
+    assert result.exit_code == 4, result.output
+    assert "head.weight: expected (5, 6), found (4, 6)" in result.output
+    assert run_cli(*given, "--checkpoint", checkpoint, "--out", tmp_path / "x.h5").exit_code == 0
+    result = run_cli(
+        "revert", *given, "--source-arg", "classes=5", "--weights", tmp_path / "x.h5", "--out", tmp_path / "x.pth"
+    )
+    assert result.exit_code == 4, result.output
     for option in ("--layout", "--variant"):
         for arguments in ([*given, option, "foo"], [option, "foo", *given]):
             result = run_cli(*arguments, "--checkpoint", checkpoint, "--out", tmp_path / "x.h5")

@@ -16,7 +16,7 @@ import torch
 from click.testing import Result
 
 import van_tf
-from porting.errors import ExportError, FailedParityError, OptionError, OutputError, WeightsFileError
+from porting.errors import ExportError, FailedParityError, OptionError, OutputError, ParityError, WeightsFileError
 from porting.exporting import open_runtime, write
 from porting.exporting.base import Exportable
 from porting.exporting.litert import kernels_in_parts
@@ -224,6 +224,24 @@ def test_a_wrong_export_gets_no_name(
         export(family, "nano", ported, tmp_path / "x.tflite", form="litert", checkpoint=checkpoint, options=TWO)
     assert names_in(tmp_path) == ["x.tflite"]
     assert (tmp_path / "x.tflite").read_text() == "old"
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_weights_that_are_not_the_checkpoints_are_not_exported(
+    family: VanFamily, checkpoint: Path, ported: Path, tmp_path: Path, precision: str
+) -> None:
+    """One wrong number is below the rounding of every runtime."""
+    wrong, out = tmp_path / "wrong.h5", tmp_path / "x.tflite"
+    model = van_tf.van_nano(weights=ported)
+    kernel = next(each for each in model.weights if "kernel" in each.path)
+    values = np.array(kernel)
+    values.flat[5] += 1e-4
+    kernel.assign(values)
+    model.save_weights(wrong.with_suffix(".weights.h5"))
+    how: dict[str, Any] = {"form": "litert", "precision": precision, "checkpoint": checkpoint, "options": TWO}
+    with pytest.raises(ParityError, match="1 weight not the checkpoint's: .*and should be"):
+        export(family, "nano", wrong.with_suffix(".weights.h5"), out, **how)
+    assert not out.exists()
 
 
 def test_eight_bits_are_not_a_licence(reference: VAN) -> None:
