@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from porting.kinds.activation import KIND as ACTIVATION
 from porting.models.inputs import Axes, Inputs, leaves_by_key
 from porting.models.observe import Replacement, to_torch
 from porting.parity.content import (
@@ -21,7 +22,7 @@ from porting.parity.content import (
     is_whole,
     place_of_result,
 )
-from porting.parity.measure import DifferenceSum, DistanceSum, measure_distance
+from porting.parity.measure import DifferenceSum, DistanceSum, measure_distance, rms
 from porting.parity.record import Recording, output_name
 from porting.parity.report import (
     FLOAT32_ROUNDOFF,
@@ -176,6 +177,18 @@ class ExactObserver:
             return
         pair.exact.scale.include(truth.size)
         pair.exact.actual_error.include(measure_distance(actual, expected))
+        if self._is_activated(name, expected, actual):
+            session.written[pair.source] = "with its activation inside"
+
+    def _is_activated(self, name: str, expected: Tensor, actual: Tensor) -> bool:
+        """Whether a layer's result is its partner's, with the activation applied that Keras has in the layer."""
+        import keras
+
+        function = ACTIVATION.inside(self.session.layer(name))
+        if function is None:
+            return False
+        made = as_real(to_torch(function(keras.ops.convert_to_tensor(expected.contiguous().numpy()))))
+        return made.shape == actual.shape and rms(made - actual) <= SAME * rms(actual)
 
     def _include(self, pair: Pair, match: Match, actual: Tensor) -> None:
         pair.exact.scale.include(match.truth.size)
