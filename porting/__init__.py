@@ -12,7 +12,8 @@
 
 `propose_map` finds the rows by running both models. `evaluate` compares both on a data set. `get_family` returns a
 family of models whose published checkpoints can be ported. `porting.tasks` has the functions behind the command line.
-Every error that a user can cause is a `PortingError`.
+Files, families and rows that cannot be used raise a `PortingError`; wrong arguments of `check_parity` raise ValueError
+or TypeError.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def counted(count: int, noun: str, plural: str = "") -> str:
@@ -15,6 +16,12 @@ def listed(names: Sequence[str], most: int = 10, separator: str = ", ") -> str:
     """The first `most` names, and how many there are beside them."""
     shown = separator.join(names[:most])
     return shown if len(names) <= most else f"{shown}{separator}and {len(names) - most:,} more"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A question that names the nearest of the known names; "" if none is near."""
+    found = difflib.get_close_matches(name, list(known), 1)
+    return f"Did you mean {found[0]}? " if found else ""
 
 
 def reason_of(error: BaseException) -> str:

@@ -28,6 +28,19 @@ if TYPE_CHECKING:
     from porting.tasks.options import CheckOptions
 
 
+# Options that matter only when the models run.
+_OF_A_RUN = (
+    "images",
+    "samples",
+    "stress",
+    "train",
+    "allow_non_finite",
+    "strict_settings",
+    "waive",
+    "checkpoint",
+)
+
+
 @cloup.command(short_help="Compare a file of Keras weights with its checkpoint.")
 @model_options(required=False)
 @titled("Files", click.option("--weights", type=FILE, help=WEIGHTS_HELP))
@@ -77,6 +90,13 @@ def check(
         if weights is not None or model.variant is not None:
             extra = [option for option, given in (("--weights", weights), ("--variant", model.variant)) if given]
             raise click.UsageError(f"--from judges an existing report: omit {' and '.join(extra)}")
+        context = click.get_current_context()
+        if idle := [
+            f"--{name.replace('_', '-')}"
+            for name in _OF_A_RUN
+            if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        ]:
+            raise click.UsageError(f"--from judges an existing report, where {', '.join(idle)} can change nothing")
         report = read_report(from_report)
         if remark := file_beside(report, from_report):
             say(remark)

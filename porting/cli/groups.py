@@ -204,7 +204,9 @@ class Model:
                 return found, str(variant)
         if isinstance(family, str) and " -> " in family:
             raise click.UsageError(f"{weights} was ported with --source, --target and --map: give them here too")
-        raise click.UsageError(f"Missing option '--variant': {weights} does not name its model.")
+        raise click.UsageError(
+            f"Missing option '--variant', or --source, --target and --map: {weights} does not name its model."
+        )
 
 
 def family_option(command: Command) -> Command:
@@ -263,7 +265,12 @@ def _model(
             raise click.UsageError("Missing option '--variant'.")
         return Model(family, variant)
     if missing := [option for option, value in given.items() if not value]:
-        raise click.UsageError(f"--source, --target and --map must be given together: {', '.join(missing)} is missing")
+        hint = ""
+        if missing == ["--map"]:
+            hint = f". `van-port map {source} {target} --out rows.toml` finds one"
+        raise click.UsageError(
+            f"--source, --target and --map must be given together: {', '.join(missing)} is missing{hint}"
+        )
     if config is not None:
         raise click.UsageError("--config belongs to a family and cannot be combined with --source")
     if click.get_current_context().get_parameter_source("family") is click.core.ParameterSource.COMMANDLINE:
@@ -280,6 +287,7 @@ def _model(
         source,
         target,
         read_rows(rows_file),
+        rows_file=rows_file,
         source_arguments=parse_arguments(source_arguments),
         target_arguments=parse_arguments(target_arguments),
         inputs=inputs,

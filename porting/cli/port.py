@@ -80,7 +80,10 @@ def run_port(
 
     if model.variant is None:
         raise click.UsageError(f"--variant is required: one of {', '.join(model.family.variants)}")
-    out = out if out is not None else Path(f"{model.family.name}_{model.variant.rpartition('/')[2]}.h5")
+    if out is None:
+        if not model.family.has_published:
+            raise click.UsageError("Missing option '--out': models of your own have no name for a file.")
+        out = Path(f"{model.family.name}_{model.variant.rpartition('/')[2]}.h5")
     reporting.require_writable(
         {**result_paths(out), "--keep-failed": [keep_failed]}, {"--checkpoint": checkpoint.files}
     )

@@ -77,6 +77,8 @@ class Family:
     namings: tuple[Naming, ...]
     sources: Path | tuple[Source, ...]
     inputs: Preprocessing
+    # Whether there are published weights to use where no checkpoint is given.
+    has_published = True
     # Whether settings that matter only in training must agree between the two models that are built here.
     strict_settings = True
     # Whether the family knows how its images are normalised, or takes none.
@@ -104,6 +106,9 @@ class Family:
     def described(self) -> str:
         """The name of the family in reports."""
         return self.name
+
+    def refuse_unfit_rows(self, spec: Spec, state_dict: Mapping[str, Array]) -> None:
+        """Raise KeyMapError if the rows are a user's and at fault. By default, they are the family's own."""
 
     def expected(self, spec: Spec) -> str:
         """Which weights the family takes, in sentences, for a checkpoint that holds others."""

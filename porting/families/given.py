@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from porting.errors import FamilyError, SourceError
-from porting.families.base import Spec
+from porting.errors import FamilyError, KeyMapError, SourceError
+from porting.families.base import Spec, by_path
 from porting.families.library import LibraryFamily
 from porting.families.specs import build_model
 from porting.files.checkpoint import Checkpoint
 from porting.kinds.transforms import Array
+from porting.mapping.convert import diff_keys
+from porting.mapping.key_map import KeyMap
 from porting.mapping.rules import KeyRule
 from porting.progress import SILENT, Progress
 
@@ -26,6 +28,7 @@ VARIANT = "given"
 _IMAGE_SIDE, _LENGTH = 224, 16
 _TOKENS = 64
 _SAMPLES = 2
+_MOST_LINES = 10
 
 
 class GivenFamily(LibraryFamily):
@@ -38,6 +41,7 @@ class GivenFamily(LibraryFamily):
 
     name = "given"
     knows_preprocessing = False
+    has_published = False
     publisher = "the model's own"
 
     def __init__(
@@ -49,12 +53,14 @@ class GivenFamily(LibraryFamily):
         source_arguments: Mapping[str, Any] | None = None,
         target_arguments: Mapping[str, Any] | None = None,
         inputs: Path | None = None,
+        rows_file: Path | None = None,
     ) -> None:
         self._source, self._target, self.rows = source, target, tuple(rows)
         self._source_arguments, self._target_arguments = source_arguments or {}, target_arguments or {}
         self._inputs = None if inputs is None else read_inputs(inputs)
         self.inputs_are_random = inputs is None
         self.models = {VARIANT: (source, target)}
+        self._rows_file = rows_file
 
     @property
     def described(self) -> str:
@@ -66,6 +72,29 @@ class GivenFamily(LibraryFamily):
             f"Expected the weights of {self._source}. If only sizes differ, such as the number of classes, state them "
             "with --source-arg and --target-arg."
         )
+
+    def key_map(self, spec: Spec) -> KeyMap:
+        try:
+            return super().key_map(spec)
+        except KeyMapError as error:
+            where = f"{self._rows_file}: " if self._rows_file else ""
+            raise KeyMapError(f"{where}{error.message}", hint=error.hint) from None
+
+    def refuse_unfit_rows(self, spec: Spec, state_dict: Mapping[str, Array]) -> None:
+        """Raise KeyMapError if a checkpoint fits the PyTorch model, so that only the rows can be at fault."""
+        own = self.tensor_shapes(spec)
+        if any(name not in state_dict or state_dict[name].shape != shape for name, shape in own.items()):
+            return
+        diff = diff_keys(state_dict, self.key_map(spec), by_path(self.weight_shapes(spec)))
+        lines = [f"  {name}: no row takes this tensor of PyTorch's" for name in diff.unexpected_keys if name in own]
+        lines += [f"  {name}: no row writes this variable of Keras's" for name in diff.unwritten]
+        lines += [f"  {each.source}: Keras has {each.expected}, PyTorch {each.found}" for each in diff.mismatched]
+        if lines:
+            raise KeyMapError(
+                "\n".join([f"{self._rows_file or 'the rows'}: they do not fit the two models", *lines[:_MOST_LINES]]),
+                hint="`van-port map SOURCE TARGET --map ROWS --out NEW` completes rows. A tensor that Keras has in its "
+                'code needs a row with target = "" and kind = "constant".',
+            )
 
     def facts(self, spec: Spec) -> dict[str, Any]:
         return {"family": self.described, "num_classes": None}  # which layer is a head is not known

@@ -14,6 +14,7 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING
 
 from porting.errors import FamilyError
+from porting.wording import nearest
 
 if TYPE_CHECKING:
     from porting.families.base import Family
@@ -67,7 +68,8 @@ def get_family(name: str) -> Family:
         return family
     point = _offered().get(name)
     if point is None:
-        raise FamilyError(f"unknown family {name!r}", hint=f"Choose from {', '.join(family_names())}.")
+        guess = nearest(name, family_names())
+        raise FamilyError(f"unknown family {name!r}", hint=f"{guess}Choose from {', '.join(family_names())}.")
     try:
         offered: Family = point.load()()
         _ = offered.variants

@@ -13,7 +13,7 @@ from typing import Any
 
 from porting.errors import FamilyError, SourceError
 from porting.models.frameworks import import_library
-from porting.wording import typed_reason_of
+from porting.wording import nearest, typed_reason_of
 
 FORMS = (
     "timm:NAME, torchvision:NAME, transformers:CLASS[:config.json], keras.applications:NAME, "
@@ -118,7 +118,8 @@ def _callable(place: str, name: str) -> Callable[..., Any]:
 
 def _attribute(owner: Any, name: str, place: str) -> Any:
     if not hasattr(owner, name):
-        raise FamilyError(f"{place} has no {name!r}", hint=f"Use one of the forms {FORMS}.")
+        guess = nearest(name, (each for each in dir(owner) if not each.startswith("_")))
+        raise FamilyError(f"{place} has no {name!r}", hint=guess.rstrip() or f"Use one of the forms {FORMS}.")
     return getattr(owner, name)
 
 

@@ -18,6 +18,7 @@ from porting.errors import KeyMapError, SourceError
 from porting.mapping.rules import KeyRule
 
 _MAX_BYTES = 16 << 20
+_ROW = "Each row: [[row]] source, target, kind."
 _FIELDS = {"source", "target", "kind"}
 
 
@@ -36,17 +37,22 @@ def read_rows(path: str | os.PathLike[str]) -> list[KeyRule]:
     path = Path(path)
     try:
         if not path.is_file():
-            raise SourceError(f"{path}: no such file", hint="`van-port map` writes one with --out.")
+            what = "is a folder, not a file of rows" if path.is_dir() else "no such file"
+            raise SourceError(f"{path}: {what}", hint="`van-port map` writes a file of rows with --out.")
         with path.open("rb") as file:
             text = file.read(_MAX_BYTES + 1)
         if len(text) > _MAX_BYTES:
             raise ValueError(f"larger than {_MAX_BYTES >> 20} MiB")
-        rows = tomllib.loads(text.decode())["row"]
+        rows = tomllib.loads(text.decode()).get("row", [])
+        if not isinstance(rows, list) or not rows:
+            raise ValueError("it has no [[row]]")
         for row in rows:
             if row.keys() != _FIELDS or not all(isinstance(value, str) for value in row.values()):
                 raise ValueError(f"a row has source, target and kind, all of them text: got {row!r:.200}")
         return [KeyRule(**row) for row in rows]
+    except UnicodeDecodeError:
+        raise KeyMapError(f"{path}: not a file of rows, but no text", hint=_ROW) from None
+    except KeyMapError as error:
+        raise KeyMapError(f"{path}: {error.message}", hint=error.hint) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise KeyMapError(
-            f"{path}: not a file of rows: {error}", hint="Each row: [[row]] source, target, kind."
-        ) from None
+        raise KeyMapError(f"{path}: not a file of rows: {error}", hint=_ROW) from None

@@ -13,7 +13,7 @@ import numpy as np
 
 from porting.errors import KeyMapError, OptionError, PortingError, WeightsFileError
 from porting.families.base import Family, Spec, by_path
-from porting.families.registry import families_with
+from porting.families.registry import families_with, family_names
 from porting.files import weights_file
 from porting.files.checkpoint import Checkpoint, checkpoint_files, read_checkpoint, verify_container
 from porting.files.provenance import GIVEN_BY_PATH, describe_source, versions
@@ -168,6 +168,7 @@ class Case:
 
     def refuse_other_tensors(self) -> None:
         """Raise KeyMapError, with the hint `variant_hint`, unless the checkpoint has the tensors of the model."""
+        self.family.refuse_unfit_rows(self.spec, self.state_dict)
         refuse_other_keys(self.state_dict, self.key_map, self.shapes, where=self.where, hint=self.variant_hint)
         # The two models may be built with other arguments, such as two numbers of classes.
         known = self.family.tensor_shapes(self.spec)
@@ -285,9 +286,15 @@ def case_of_file(
 
 
 def refuse_another(family: Family, variant: str, survey: Survey, weights: Path) -> None:
-    """Raise WeightsFileError if the provenance of a weights file names another variant of the family."""
+    """Raise WeightsFileError if the provenance of a weights file names another family, or another variant."""
     facts = survey.provenance or {}
     stated = facts.get("variant")
+    other = facts.get("family")
+    if isinstance(other, str) and other in family_names() and other != family.described:
+        raise WeightsFileError(
+            f"{weights}: holds weights of {other} {stated}, not of {family.described}",
+            hint=f"Use --family {other} --variant {stated}.",
+        )
     if facts.get("family") == family.described and isinstance(stated, str) and stated != variant:
         raise WeightsFileError(
             f"{weights}: holds weights of {family.described} {stated}, but --variant says {variant}",
@@ -305,7 +312,8 @@ def refuse_without_checkpoint(family: Family, variant: str, survey: Survey, weig
     published = [row.sha256 for row in family.table if row.variant == variant and row.sha256]  # maybe the beginning
     if not any(str(source.get("sha256")).startswith(each) for each in published):
         raise OptionError(
-            f"{weights}: was ported from {source.get('name')}, not from the published checkpoint of {variant}",
+            f"{weights}: was ported from {source.get('name')}"
+            + (f", not from the published checkpoint of {variant}" if family.has_published else ""),
             hint=f"Give that file with --checkpoint; its sha256 is {source.get('sha256')}.",
         )
 

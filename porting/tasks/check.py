@@ -13,7 +13,7 @@ from porting.errors import FamilyError, OptionError, WeightsFileError
 from porting.families.base import Family
 from porting.files import weights_file
 from porting.files.atomic import sha256_of
-from porting.files.survey import survey_file
+from porting.files.survey import Survey, survey_file
 from porting.kinds.transforms import Array
 from porting.mapping.convert import refuse_non_finite
 from porting.models.frameworks import start_tensorflow
@@ -85,7 +85,16 @@ def check(
         "non_finite": list(non_finite),
         "file": {"name": weights.name, "sha256": sha256_of(weights)},
     }
-    return replace(report, context=context)
+    return replace(report, context=context, caveats=(*report.caveats, *_other_source(case, survey, weights)))
+
+
+def _other_source(case: Case, survey: Survey, weights: Path) -> tuple[str, ...]:
+    """A caveat if the weights file says that it was ported from another checkpoint."""
+    source = (survey.provenance or {}).get("source")
+    own = "" if case.checkpoint is None else case.checkpoint.sha256
+    if not isinstance(source, dict) or not isinstance(source.get("sha256"), str) or source["sha256"] == own:
+        return ()
+    return (f"{weights.name} was ported from {source.get('name')}, whose sha256 {source['sha256'][:8]} is another",)
 
 
 def compare_models(

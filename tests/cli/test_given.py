@@ -132,6 +132,52 @@ def test_another_number_of_classes_and_a_layout(run_cli: RunCli, given: list[str
             assert "cannot be combined with --source" in " ".join(result.output.split())
 
 
+def test_messages_name_the_file_of_rows(run_cli: RunCli, given: list[str], tmp_path: Path) -> None:
+    checkpoint, rows, out = tmp_path / "own.pth", Path(given[5]), tmp_path / "x.h5"
+    own = ROWS.replace("points.{s}", "points.0").replace("point{s+1}", "point1")
+    for text, said in (
+        (own, "no row takes this tensor of PyTorch's"),
+        (ROWS.replace('"stem"', '"stm"'), "stm (nearest: stem)"),
+        (ROWS.replace('"first"', '"furst"'), "the Keras model has no layer 'furst'"),
+        (ROWS.replace('"batch_norm"', '"batchnorm"'), "there is no kind 'batchnorm'"),
+        ("", "it has no [[row]]"),
+        ("row = 3", "it has no [[row]]"),
+    ):
+        rows.write_text(text)
+        result = run_cli(*given, "--checkpoint", checkpoint, "--out", out)
+        said_in_one = " ".join(result.output.split())
+        assert (result.exit_code, said in said_in_one, str(rows) in said_in_one) == (4, True, True), result.output
+    rows.unlink()
+    rows.mkdir()
+    result = run_cli(*given, "--checkpoint", checkpoint, "--out", out)
+    assert (result.exit_code, "is a folder" in result.output) == (5, True), result.output
+    result = run_cli(*given[:4], "--checkpoint", checkpoint, "--out", out)
+    assert "van-port map" in result.output
+    assert run_cli(*given[:1], given[1].replace(":Net", ":Nett"), *given[2:]).exit_code == 5
+    assert not out.exists()
+
+
+def test_a_file_without_a_name_and_a_check_against_another_checkpoint(
+    run_cli: RunCli, given: list[str], tmp_path: Path
+) -> None:
+    checkpoint, other, weights = tmp_path / "own.pth", tmp_path / "other.pth", tmp_path / "own.h5"
+    assert run_cli(*given, "--checkpoint", checkpoint).exit_code == 2
+    assert run_cli(*given, "--checkpoint", checkpoint, "--out", weights).exit_code == 0
+    torch.save({**torch.load(checkpoint, weights_only=True), "head.bias": torch.ones(4)}, other)
+    result = run_cli("check", *given, "--weights", weights, "--checkpoint", other)
+    assert result.exit_code == 1
+    assert "own.h5 was ported from own.pth, whose sha256" in " ".join(result.output.split())
+    result = run_cli("check", *given, "--weights", weights)
+    assert (result.exit_code, "published" in result.output) == (2, False), result.output
+    report = weights.with_name("own.h5.parity.json")
+    assert run_cli("check", "--from", report).exit_code == 0
+    for option in ("--stress", "--strict-settings"):
+        result = run_cli("check", "--from", report, option)
+        assert (result.exit_code, f"{option} can change nothing" in " ".join(result.output.split())) == (2, True)
+    result = run_cli("check", "--family", "vgg", "--variant", "vgg16", "--weights", weights, "--checkpoint", checkpoint)
+    assert result.exit_code != 0
+
+
 def test_export(run_cli: RunCli, given: list[str], tmp_path: Path) -> None:
     checkpoint, weights, out = tmp_path / "own.pth", tmp_path / "own.h5", tmp_path / "own.onnx"
     assert run_cli(*given, "--checkpoint", checkpoint, "--out", weights, "--no-check").exit_code == 0

@@ -70,7 +70,7 @@ def test_registered_families() -> None:
     assert isinstance(registry.get_family("van"), VanFamily)
     with pytest.raises(FamilyError, match="unknown family 'lenet'") as caught:
         registry.get_family("lenet")
-    assert caught.value.hint.startswith("Choose from van, convnext, ")
+    assert caught.value.hint.startswith("Did you mean resnet? Choose from van, convnext, ")
 
 
 def test_families_of_other_packages_are_listed_and_a_broken_one_breaks_no_other(installed: Path) -> None:
