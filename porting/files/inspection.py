@@ -27,15 +27,15 @@ class Inspection:
 
 
 def inspect_file(path: Path, *, ema: bool = False, key: str | None = None, prefix: str | None = None) -> Inspection:
-    """Inspect any checkpoint or weights file. The content, not the name, determines its kind.
+    """Inspect any checkpoint, a folder of transformers too, or weights file. The content determines its kind.
 
     Raises SourceError if there is no such file, and CheckpointError or WeightsFileError if it is incomplete or another
     kind of file.
     """
-    if not path.is_file():
+    if not path.is_file() and not path.is_dir():
         what = "not a file" if path.exists() else "no such file"
         raise SourceError(f"{path}: {what}", hint="Give a checkpoint or a file of Keras weights.")
-    if is_weights_file(path):
+    if path.is_file() and is_weights_file(path):
         survey = survey_file(path)
         return Inspection({"format": "Keras weights"}, survey.provenance, survey.tensors)
     checkpoint = read_checkpoint(path, ema=ema, key=key, prefix=prefix)

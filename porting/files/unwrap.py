@@ -7,6 +7,7 @@ tensors is a candidate, whatever its key. Known entries that no model uses are d
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -182,8 +183,16 @@ def _without_wrappers(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], tuple
 
 
 def _stripped_forms(names: list[str]) -> list[tuple[str, list[str]]]:
-    """The names unchanged, and without one, two, ... leading parts that all of them share."""
+    """The names unchanged, and without one, two, ... leading parts that all of them share.
+
+    Also without one that most of them have, such as those of a body that was saved with another head.
+    """
     forms = [("", names)]
+    starts = Counter(f"{name.partition('.')[0]}." for name in names if "." in name)
+    usual, count = max(starts.items(), key=lambda each: each[1], default=("", 0))
+    without = [name.removeprefix(usual) for name in names]
+    if len(names) / 2 < count < len(names) and len(set(without)) == len(names):
+        forms.append((usual, without))
     taken = ""
     while names:
         part = names[0].partition(".")[0] + "."

@@ -8,6 +8,7 @@ import pickle
 import re
 import struct
 import types
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,19 @@ def test_prefixes_on_every_name_are_taken_off(tmp_path: Path, prefixes: tuple[st
 def test_a_prefix_on_some_names_stays(tmp_path: Path) -> None:
     torch.save({"backbone.w": torch.ones(1), "head.w": torch.ones(1)}, tmp_path / "x.pt")
     assert read_checkpoint(tmp_path / "x.pt").state_dict.keys() == {"backbone.w", "head.w"}
+
+
+def test_a_prefix_on_most_names_is_taken_off_where_the_model_has_none(tmp_path: Path) -> None:
+    """As in a body of transformers that was saved with another head."""
+    torch.save({f"bert.{name}": torch.ones(1) for name in "abc"} | {"head.w": torch.ones(1)}, tmp_path / "x.pt")
+
+    def fit(names: Collection[str]) -> float:
+        return len({"a", "b", "c"} & set(names)) / 3
+
+    found = read_checkpoint(tmp_path / "x.pt", fit=fit)
+    assert (found.state_dict.keys(), found.prefixes) == ({"a", "b", "c", "head.w"}, ("bert.",))
+    own = read_checkpoint(tmp_path / "x.pt", fit=lambda names: float("bert.a" in names))
+    assert own.state_dict.keys() == {"bert.a", "bert.b", "bert.c", "head.w"}
 
 
 def test_plain_weights_are_the_default_where_there_are_averages_too(tmp_path: Path) -> None:
