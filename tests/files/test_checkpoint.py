@@ -89,7 +89,7 @@ def test_a_prefix_on_most_names_is_taken_off_where_the_model_has_none(tmp_path: 
         return len({"a", "b", "c"} & set(names)) / 3
 
     found = read_checkpoint(tmp_path / "x.pt", fit=fit)
-    assert (found.state_dict.keys(), found.prefixes) == ({"a", "b", "c", "head.w"}, ("bert.",))
+    assert (set(found.state_dict), found.prefixes) == ({"a", "b", "c", "head.w"}, ("bert.",))
     own = read_checkpoint(tmp_path / "x.pt", fit=lambda names: float("bert.a" in names))
     assert own.state_dict.keys() == {"bert.a", "bert.b", "bert.c", "head.w"}
 
