@@ -498,11 +498,19 @@ def nearest_by_weights(session: Session, node: Node, calls: Sequence[str]) -> st
 
 
 def _distance_of_weights(session: Session, node: Node, call: str) -> float:
-    """The distance of a Keras layer's weights to those of a call's module, over their size; both squared."""
+    """How far a Keras layer's weights are from those of a call's module, from 0 on.
+
+    This is their squared distance over their size or, if it is less, the share of numbers that the module does not have
+    anywhere: its channels may be in another order.
+    """
     weights = _weights(session.modules[without_number(call)], session.layer(node.name))
-    size: float = sum(float(np.square(each.expected, dtype=np.float64).sum()) for each in weights)
-    distance: float = sum(float(np.square(each.expected.astype(np.float64) - each.actual).sum()) for each in weights)
-    return distance / size if size else math.inf
+    pairs = [(each.expected.astype(np.float64), each.actual.astype(np.float64)) for each in weights]
+    count, size = sum(one.size for one, _ in pairs), sum(float(np.square(one).sum()) for one, _ in pairs)
+    if not size:
+        return math.inf
+    distance = sum(float(np.square(one - other).sum()) for one, other in pairs)
+    others = sum(int((~np.isin(other, one)).sum()) for one, other in pairs)
+    return min(distance / size, others / count)
 
 
 def has_size_of(session: Session, node: Node, call: str) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,6 +56,8 @@ MAX_CULPRITS = 10
 _NEARER = 0.25
 # The rounding of float64 itself stays below this, relative to a tensor's RMS.
 _FINEST = 2e-14
+# Up to so many channels are looked for in another order, in so many rows first.
+_MOST_CHANNELS, _SORTED = 4096, 8
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class _Step:
     """A culprit, None if there is none, and how to go on behind it.
 
     `truth` is put in at `place`. `difference` is what Keras has there instead, less the truth. `is_own` means that the
-    culprit itself made the difference.
+    culprit itself made the difference, `is_permuted` that Keras has the same channels in another order.
     """
 
     culprit: Culprit | None = None
@@ -70,6 +73,7 @@ class _Step:
     truth: Tensor | None = None
     difference: Tensor | None = None
     is_own: bool = False
+    is_permuted: bool = False
 
 
 def locate(session: Session, inputs: Inputs) -> Iterator[Culprit]:
@@ -90,6 +94,7 @@ def locate(session: Session, inputs: Inputs) -> Iterator[Culprit]:
     carried: list[Tensor] = []
     previous: tuple[float, int] | None = None
     last: Place | None = None
+    last_is_permuted = False
     tolerance = SAME
     for _ in range(3 * MAX_CULPRITS):  # some culprits turn out to be none
         tracer = Tracer(library, fixes, tolerance, of_code, session.inside_float32)
@@ -108,7 +113,9 @@ def locate(session: Session, inputs: Inputs) -> Iterator[Culprit]:
             tolerance = min(SAME, max(_FINEST, worst / 10))
             tracer.refine(tolerance)
             agreeing = sum(any(tracer.is_exact(output) for output in node.outputs) for node in tracer.nodes)
-            helps = last is None or previous is None or agreeing > previous[1] or worst < 0.5 * previous[0]
+            # Channels in another order may be so on purpose. Only what follows tells, and not that they agree now.
+            most = agreeing - last_is_permuted
+            helps = last is None or previous is None or most > previous[1] or worst < 0.5 * previous[0]
         if not helps:
             if last is None:
                 break
@@ -132,7 +139,7 @@ def locate(session: Session, inputs: Inputs) -> Iterator[Culprit]:
             continue
         carried.append(difference)
         found.append(step.culprit)
-        last = step.place
+        last, last_is_permuted = step.place, step.is_permuted
         if len(found) >= MAX_CULPRITS:
             break
     yield from _once_a_layer(found)
@@ -201,17 +208,26 @@ def _next_culprit(
     def known(node: Node) -> bool:
         return _partner(session, recording, tracer, node) is not None
 
+    @cache
+    def permuted(node: Node) -> bool:
+        call = _partner(session, recording, tracer, node)
+        given = recording.calls[call].outputs if call is not None else []
+        return len(given) == len(node.outputs) == 1 and _is_permuted(session, given[0], node.outputs[0])
+
     for _ in range(len(tracer.nodes) + 2):  # each time one more tensor is assumed to be right
         candidates: list[tuple[int, Node | Gap]] = []
         for key, tensor, _ in wrong:
-            found = _search(tracer, tensor, Gap(None, 0, key), innocent, known)
+            found = _search(tracer, tensor, Gap(None, 0, key), innocent, known, permuted)
             if isinstance(found, Node):
                 candidates.append((found.began, found))
             else:
                 candidates.append((found.node.began if found.node is not None else len(tracer.nodes), found))
         _, first = min(candidates, key=lambda each: each[0])
         if isinstance(first, Gap):
-            if first.node is None or (first.node.name, False, first.index) not in innocent:
+            if first.node is None:
+                break
+            on_purpose = innocent and _takes_permuted(session, recording, tracer, first.node, first.index)
+            if (first.node.name, False, first.index) not in innocent and not on_purpose:
                 break
             # What the layer takes is unknown to PyTorch, which is no mistake: look behind it.
             tracer.assume(first.node.inputs[first.index])
@@ -224,6 +240,9 @@ def _next_culprit(
         if call is not None:
             call = last_layer(call, session.modules, recording.calls)
             taken = _wrongly_taken(tracer, first, recording.calls[call].inputs)
+            # A layer before it may have its channels in another order on purpose.
+            if taken is not None and innocent and _takes_permuted(session, recording, tracer, first, taken):
+                taken = None
             if taken is None:
                 call = last_of_fused(session, recording, tracer, first, call)
                 if not _is_right_inside(session, recording, first, call):
@@ -274,7 +293,12 @@ def _gives_anothers(
 
 
 def _search(
-    tracer: Tracer, tensor: Tensor, gap: Gap, innocent: set[Place], known: Callable[[Node], bool]
+    tracer: Tracer,
+    tensor: Tensor,
+    gap: Gap,
+    innocent: set[Place],
+    known: Callable[[Node], bool],
+    permuted: Callable[[Node], bool],
 ) -> Node | Gap:
     """Go back from a tensor that differs to the call that made it from tensors that agree, or to a gap.
 
@@ -292,7 +316,7 @@ def _search(
             gap = Gap(node, passed)
         if node is None or passed is not None or (node.name, True, 0) in innocent:
             # No layer made it. It was made from results of the layers beside the one that takes it.
-            before = _beside(tracer, gap, innocent)
+            before = _beside(tracer, gap, innocent, permuted)
             step = next((each for each in before if key_of(each) not in seen), None)
             around = gap.node.parent if gap.node is not None else None
             if step is None and gap.node is not None and around is not None:
@@ -322,11 +346,11 @@ def _is_mask(tensor: Tensor) -> bool:
     return bool(((tensor == 0) | (tensor == 1)).all())
 
 
-def _beside(tracer: Tracer, gap: Gap, innocent: set[Place]) -> list[Tensor]:
-    """The results that differ, of the earlier calls in the same layer."""
+def _beside(tracer: Tracer, gap: Gap, innocent: set[Place], permuted: Callable[[Node], bool]) -> list[Tensor]:
+    """The results that differ, of the earlier calls in the same layer; last those that may only be in another order."""
     parent = gap.node.parent if gap.node is not None else None
     limit = gap.node.began if gap.node is not None else len(tracer.nodes)
-    found = []
+    found: list[tuple[Node, Tensor]] = []
     for node in tracer.nodes:
         if (
             node.parent is parent
@@ -334,8 +358,37 @@ def _beside(tracer: Tracer, gap: Gap, innocent: set[Place]) -> list[Tensor]:
             and node is not gap.node
             and (node.name, True, 0) not in innocent
         ):
-            found += [output for output in node.outputs if not tracer.is_exact(output)]
-    return found
+            found += [(node, output) for output in node.outputs if not tracer.is_exact(output)]
+    if len(found) > 1:
+        found.sort(key=lambda each: permuted(each[0]))
+    return [output for _, output in found]
+
+
+def _is_permuted(session: Session, truth: Truth, tensor: Tensor) -> bool:
+    """Whether a Keras tensor has the channels of PyTorch's, in another order for all samples."""
+    import torch
+
+    actual = as_real(tensor)
+    axes = session.axes_in_keras(truth.tensor, actual)
+    if axes is None or actual.ndim < 2 or not 1 < actual.shape[-1] <= _MOST_CHANNELS:
+        return False
+    expected = truth.tensor.permute(axes).reshape(actual.shape)
+    limit = SAME * truth.rms
+    if rms(actual - expected) <= limit:
+        return False
+    rows = [each.reshape(-1, each.shape[-1]) for each in (actual, expected)]
+    # Most tensors are told apart by the first rows.
+    return all(
+        rms(torch.sort(rows[0][:count]).values - torch.sort(rows[1][:count]).values) <= limit
+        for count in (_SORTED, len(rows[0]))
+    )
+
+
+def _takes_permuted(session: Session, recording: Recording, tracer: Tracer, node: Node, index: int) -> bool:
+    """Whether what a layer takes has the channels of what its partner takes, in another order."""
+    call = _partner(session, recording, tracer, node)
+    given = recording.calls[call].inputs if call is not None else []
+    return index < len(given) and _is_permuted(session, given[index], node.inputs[index])
 
 
 def _wrongly_taken(tracer: Tracer, node: Node, expected: list[Truth]) -> int | None:
@@ -423,7 +476,8 @@ def _own_mistake(
     if cause is not None and not cause.pattern and cause.layer != call:
         label = cause.layer  # the layer is several modules, and this one has the mistake
     culprit = Culprit(label, node.name, _by_how_much(relative), relative, diagnosis=cause)
-    return _Step(culprit, (node.name, True, own), expected, actual - expected, is_own=True)
+    is_permuted = _is_permuted(session, truth, node.outputs[own])
+    return _Step(culprit, (node.name, True, own), expected, actual - expected, is_own=True, is_permuted=is_permuted)
 
 
 def _meant_of_code(
