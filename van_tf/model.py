@@ -69,7 +69,7 @@ def van(
     channels_first = _is_channels_first(data_format)
     shape = _input_shape(input_shape, input_tensor, channels_first, config.in_chans)
     classes = config.classes if classes is None else classes
-    _check_arguments(shape, channels_first, include_top, pooling, classes, drop_rate, drop_path_rate)
+    _check_arguments(shape, channels_first, pooling, classes, drop_rate, drop_path_rate)
     file = None if weights is None else find_weights(config, weights)
     if layer_norm_epsilon is None:
         layer_norm_epsilon = (file and file.layer_norm_epsilon) or config.layer_norm_epsilon
@@ -156,7 +156,6 @@ def _input_shape(
 def _check_arguments(
     shape: tuple[int | None, ...],
     channels_first: bool,
-    include_top: bool,
     pooling: str | None,
     classes: int,
     drop_rate: float,

@@ -29,10 +29,6 @@ if TYPE_CHECKING:
     from porting.files.checkpoint import Checkpoint
 
 
-# Attributes that cache live models or results derived from them. They are not pickled.
-_KEPT_HERE = {"_names", "_key_maps", "_maps", "_spare", "_shapes", "namings", "table"}
-
-
 @dataclass(frozen=True)
 class Spec:
     """One model of a family: its variant, number of classes (0: no head), and naming.
@@ -87,8 +83,13 @@ class Family:
     tied_head = ""
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state to pickle for another process, without live models and caches derived from them."""
-        return {name: value for name, value in vars(self).items() if name not in _KEPT_HERE}
+        """The state to pickle for another process, without live models and what is derived from them."""
+        return {name: value for name, value in vars(self).items() if name not in {"cache", "namings", "table"}}
+
+    @cached_property
+    def cache(self) -> dict[str, Any]:
+        """Live models and what is derived from them, by the method that keeps it. It is not pickled."""
+        return {}
 
     def build_reference(self, spec: Spec) -> nn.Module:
         """Build the PyTorch model, which maps `(N, 3, H, W)` to `(N, num_classes)` logits, or to its features."""
@@ -161,7 +162,7 @@ class Family:
 
     def key_map(self, spec: Spec) -> KeyMap:
         """The key map: each tensor of a state_dict and its Keras variable, in the same order for all namings."""
-        cache: dict[tuple[str, bool], Collection[str]] = vars(self).setdefault("_names", {})
+        cache: dict[tuple[str, bool], Collection[str]] = self.cache.setdefault("_names", {})
         # The rows must not match a head in a model without one.
         key = spec.variant, bool(spec.naming.head)
         if key not in cache:
@@ -326,7 +327,7 @@ class Family:
         return recognise_naming(self.namings, partial(self._key_map_under, variant), names, forced=forced)
 
     def _key_map_under(self, variant: str, naming: Naming) -> KeyMap:
-        cache: dict[tuple[str, str, str, str], KeyMap] = vars(self).setdefault("_key_maps", {})
+        cache: dict[tuple[str, str, str, str], KeyMap] = self.cache.setdefault("_key_maps", {})
         key = variant, naming.name, naming.head, naming.prefix
         if key not in cache:
             cache[key] = self.key_map(self.spec(variant, None if naming.head else 0, naming))

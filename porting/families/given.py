@@ -110,7 +110,7 @@ class GivenFamily(LibraryFamily):
 
     def make_candidate(self, spec: Spec) -> keras.Model:
         candidate = keras_model(self._target, self._target_arguments)
-        self._declared = getattr(candidate, "inputs", None)  # a subclassed model may state none
+        self.cache["inputs"] = getattr(candidate, "inputs", None)  # a subclassed model may state none
         return candidate
 
     def check_inputs(self, spec: Spec) -> Any:
@@ -119,9 +119,9 @@ class GivenFamily(LibraryFamily):
     def inputs_of(self, spec: Spec, samples: int | None) -> Any:
         if not self.inputs_are_random:
             return super().inputs_of(spec, samples) if samples else self._inputs
-        if not hasattr(self, "_declared"):
+        if "inputs" not in self.cache:
             self._bound(spec)
-        return random_inputs(self._declared, samples or _SAMPLES)
+        return random_inputs(self.cache["inputs"], samples or _SAMPLES)
 
     def published(self, variant: str, progress: Progress = SILENT) -> Checkpoint:
         raise SourceError(

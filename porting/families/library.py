@@ -172,7 +172,7 @@ class LibraryFamily(Family):
 
     def build_candidate(self, spec: Spec) -> keras.Model:
         # Reuse the model that the rows were matched against: nothing has changed its weights.
-        spare: dict[tuple[str, int], Any] = vars(self).setdefault("_spare", {})
+        spare: dict[tuple[str, int], Any] = self.cache.setdefault("_spare", {})
         return spare.pop(_key(spec), None) or self.make_candidate(spec)
 
     def reference_names(self, spec: Spec) -> Collection[str]:
@@ -191,7 +191,7 @@ class LibraryFamily(Family):
         return self._bound(spec)[1]
 
     def tensor_shapes(self, spec: Spec) -> dict[str, Shape]:
-        shapes: dict[tuple[str, int], dict[str, Shape]] = vars(self).setdefault("_shapes", {})
+        shapes: dict[tuple[str, int], dict[str, Shape]] = self.cache.setdefault("_shapes", {})
         if _key(spec) not in shapes:
             state = self._reference_without_memory(spec).state_dict()
             shapes[_key(spec)] = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -258,7 +258,7 @@ class LibraryFamily(Family):
         """The key map of the rows in both live models, and the shapes of the Keras model."""
         from porting.models.frameworks import start_tensorflow
 
-        bound: dict[tuple[str, int], tuple[KeyMap, dict[str, dict[str, Shape]]]] = vars(self).setdefault("_maps", {})
+        bound: dict[tuple[str, int], tuple[KeyMap, dict[str, dict[str, Shape]]]] = self.cache.setdefault("_maps", {})
         if _key(spec) not in bound:
             start_tensorflow()
             reference, candidate = self._reference_without_memory(spec), self.make_candidate(spec)
@@ -276,7 +276,7 @@ class LibraryFamily(Family):
             }
             key_map = KeyMap.of(key_map.layers, entries, key_map.drops | drops, self.foreign)
             bound[_key(spec)] = key_map, weight_shapes(candidate)
-            vars(self)["_spare"] = {_key(spec): candidate}
+            self.cache["_spare"] = {_key(spec): candidate}
         return bound[_key(spec)]
 
     def _reference_without_memory(self, spec: Spec) -> nn.Module:

@@ -68,7 +68,7 @@ def refuse_clashes(outputs: Mapping[str, Iterable[Path]], inputs: Mapping[str, I
 
 
 def refuse_existing(path: Path) -> None:
-    """Raises ClashError for a file that is there: a person may have changed it."""
+    """Raise ClashError if the file exists: a person may have changed it."""
     if path.exists() or path.is_symlink():
         raise ClashError(f"{path} exists already", hint="Move it away, or use another name.")
 

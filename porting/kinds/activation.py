@@ -88,12 +88,14 @@ class Activation(Kind):
 
         own = self.module_settings(module).get("activation")
         function = name_of_function(own) if own is not None else ""
+        others = {LINEAR, "softmax"}
         if function == "GELU (tanh)":
             yield made("GELU by erf, where PyTorch uses the tanh approximation", F.gelu)
         elif isinstance(module, nn.GELU) or function == "GELU (erf)":
-            yield made("the tanh approximation of GELU", lambda x: F.gelu(x, approximate="tanh"))
-            yield made("the sigmoid approximation of GELU", lambda x: x * torch.sigmoid(1.702 * x))
-        known = {name: each for name, each in functions().items() if name not in {LINEAR, "softmax"}}
+            for kind in ("tanh", "sigmoid"):
+                others.add(f"GELU ({kind})")
+                yield made(f"the {kind} approximation of GELU", functions()[f"GELU ({kind})"])
+        known = {name: each for name, each in functions().items() if name not in others}
         known["Keras 2's hard sigmoid, 0.2 x + 0.5,"] = lambda x: (0.2 * x + 0.5).clamp(0, 1)
         known["softmax over the last axis"] = lambda x: x.softmax(-1)
         known["softmax over the channels"] = lambda x: x.softmax(1)

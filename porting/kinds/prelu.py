@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from porting.kinds.base import Kind, Leaf, Mistake, Settings, with_value
+from porting.kinds.base import Kind, Leaf, Mistake, with_value
 from porting.kinds.transforms import Slopes
 
 if TYPE_CHECKING:
@@ -26,9 +26,6 @@ class PReLU(Kind):
         from keras import layers
 
         return isinstance(layer, layers.PReLU)
-
-    def module_settings(self, module: Any) -> Settings:
-        return {}
 
     def mistakes(self, module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
         for value, text in ((0.0, "its slopes are lost"), (0.25, "its slopes are the initial ones")):

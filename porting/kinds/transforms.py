@@ -285,10 +285,6 @@ class Constant(Transform):
         self._refuse_others(arrays)
         return [np.full(shape, self.value, np.float32) for shape in shapes]
 
-    def source_shapes(self, targets: Sequence[Shape]) -> list[Shape] | None:
-        """None: the shapes in PyTorch do not follow from those in Keras."""
-        return None
-
     def accepts(self, sources: Sequence[Shape], targets: Sequence[Shape]) -> bool:
         return True
 

@@ -52,8 +52,8 @@ class KeyDiff:
                 "of another shape or type",
                 [f"{m.source}: expected {m.expected}, found {m.found}" for m in self.mismatched],
             ),
-            ("Keras variables that no rule of the key map writes", list(self.unwritten)),
-            ("rules of the key map whose Keras variable does not exist", list(self.unknown)),
+            ("Keras variables that no row of the key map writes", list(self.unwritten)),
+            ("rows of the key map whose Keras variable does not exist", list(self.unknown)),
         ]
         lines: list[str] = []
         for title, rows in sections:

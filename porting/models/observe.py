@@ -330,13 +330,6 @@ class _Bridge:
         known[identity] = weakref.ref(leaf, forget), tensor
 
 
-def keras_tensors_in(value: Any) -> list[Tensor]:
-    """All tensors in a Keras model's result, in order, as torch tensors."""
-    import keras
-
-    return [to_torch(leaf) for leaf in keras.tree.flatten(value) if keras.ops.is_tensor(leaf)]
-
-
 def _is_being_compiled() -> bool:
     """Whether TensorFlow compiles the code that runs now, as `tf.vectorized_map` does: no tensor has numbers then."""
     import keras

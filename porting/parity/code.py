@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-# They only serve a diagnosis, so a model of large maps shows not all of them.
+# Only diagnoses use these tensors, so a model of large maps need not show them all.
 _MOST_BYTES = 2**30
 
 

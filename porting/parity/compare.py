@@ -153,7 +153,12 @@ def check_parity(
             plain = _in_float32(reference)
             rounded = plain if precision is None else in_precision(plain, precision, given.candidate[0])
             large = is_too_large_to_copy(reference)
-            float64 = Float64Model(candidate, build_float64, saving_memory=large and _in_full_precision(candidate))
+            try:
+                float64 = Float64Model(candidate, build_float64, saving_memory=large and _in_full_precision(candidate))
+            except Exception as error:  # the caller's function may raise anything
+                how = "by build_float64" if build_float64 is not None else ""
+                problem = f"the Keras model cannot be made in float64 {how}".rstrip()
+                return _without_result(f"{problem}: {typed_reason_of(error)}", limits, name)
             session = Session(reference, candidate, given, names, axes, float64, rounded, large=large)
         except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
             return _without_result(
@@ -175,7 +180,8 @@ def check_parity(
             report = replace(report, loud=found, culprits=on_loud)
         if locate_culprits and report.divergences:
             progress("looking for the cause")
-            _allow_for_rounding(session)  # which beside a mistake is none
+            # Otherwise the rounding of such weights would be named as a culprit beside the real mistake.
+            _allow_for_rounding(session)
             notes = (*report.notes, *_rounded_weights(session))
             report = replace(report, culprits=_culprits(session, report), notes=notes)
         progress("done", 1, 1)

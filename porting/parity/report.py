@@ -35,7 +35,6 @@ DEFAULT_MAX_EXACT_RATIO = 256.0
 FEW_ELEMENTS = 1024
 EXACT, FLOAT32 = "exact", "float32"
 VIEWS = (EXACT, FLOAT32)
-ROUNDOFF = {EXACT: FLOAT64_ROUNDOFF, FLOAT32: FLOAT32_ROUNDOFF}
 # A cause that leaves at most this share of a difference unexplained has reproduced it up to rounding.
 REPRODUCED = 1e-6
 

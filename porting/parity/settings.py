@@ -98,12 +98,6 @@ def settings_of_module(module: nn.Module) -> Settings:
     return {} if kind is None else kind.module_settings(module)
 
 
-def settings_of_layer(layer: keras.layers.Layer) -> Settings:
-    """The settings of a Keras layer, under PyTorch's names and in its conventions; {} for an unknown kind."""
-    kind = kind_of_layer(layer)
-    return {} if kind is None else kind.layer_settings(layer)
-
-
 def same_setting(expected: Any, actual: Any) -> bool:
     """Whether two settings agree, floats up to the rounding of float32."""
     if isinstance(expected, np.ndarray) and isinstance(actual, np.ndarray):

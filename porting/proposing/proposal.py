@@ -398,8 +398,8 @@ def _confidence(choice: Choice, exact: bool) -> tuple[str, str]:
         return LIKELY, f"interchangeable with {choice.tied}: no input shows which is which"
     if choice.steered:
         return LIKELY, "its kind, shapes and input fit, but its result differs"
-    if exact and choice.untold:
-        return LIKELY, f"exact from this layer to the outputs, but not told apart from {choice.untold}"
+    if exact and choice.not_tried:
+        return LIKELY, f"exact from this layer to the outputs, but not told apart from {choice.not_tried}"
     if exact and choice.idle:
         return LIKELY, "its kind and shapes fit, and no output depends on it"
     if exact:

@@ -45,7 +45,7 @@ class Choice:
     A slot is a layer, or a variable that a layer of no known kind holds directly; `layer` is the layer in either case.
     `options` are those that were free, `fitting` all that fitted. `seen` means that PyTorch has the layer's result,
     `guessed` that its input matched nothing, `fed` that it was therefore given PyTorch's, and `steered` that its result
-    had to be replaced. `tied` names an option that would do too, `untold` one that was not tried in time, and `idle`
+    had to be replaced. `tied` names an option that would do too, `not_tried` one that was not tried in time, and `idle`
     means that no result of the model depends on the slot.
     """
 
@@ -59,7 +59,7 @@ class Choice:
     fed: bool = False
     steered: bool = False
     tied: str = ""
-    untold: str = ""
+    not_tried: str = ""
     idle: bool = False
 
     @property
@@ -555,7 +555,7 @@ class Walk:
             choice = kept[name]
             if not choice.seen or choice.slot != choice.layer:  # a layer may give what it took, and use no parameter
                 if time.monotonic() - begin > _TIES_SECONDS:
-                    choice.untold = "other numbers"
+                    choice.not_tried = "other numbers"
                 else:
                     choice.idle = self._is_idle(name, kept)
             others = {option.source: option for option in choice.fitting if option.source != choice.option.source}
@@ -563,11 +563,11 @@ class Walk:
                 if not taken.isdisjoint(other.claims) or choice.tied:
                     continue
                 if time.monotonic() - begin > _TIES_SECONDS:
-                    choice.untold = source
+                    choice.not_tried = source
                     break
                 found = self._with(place, other, kept)
                 if found is None:
-                    choice.untold = source
+                    choice.not_tried = source
                 for differing in found or ():
                     own = kept[differing]
                     own.tied = self.choices[differing].option.source if differing in self.choices else source

@@ -77,7 +77,7 @@ def check(
     start_tensorflow()
     progress("reading the weights")
     candidate = case.load_candidate(weights)
-    report = compare_models(case, candidate, options, progress, strict=options.strict_settings)
+    report = compare_models(case, candidate, options, progress)
     context = {
         **describe_run(),
         **case.describe(),
@@ -98,11 +98,11 @@ def _other_source(case: Case, survey: Survey, weights: Path) -> tuple[str, ...]:
 
 
 def compare_models(
-    case: Case, candidate: keras.Model, options: CheckOptions, progress: Progress = SILENT, *, strict: bool = True
+    case: Case, candidate: keras.Model, options: CheckOptions, progress: Progress = SILENT, *, built_here: bool = False
 ) -> ParityReport:
     """Compare a Keras model with the PyTorch model of a case, layer by layer, and under stress if requested.
 
-    `strict` also compares settings that matter only in training, for a model that was built here.
+    For a model that was `built_here`, settings that matter only in training are compared, too.
     """
     reference = case.load_reference()
     if options.allow_non_finite:
@@ -116,7 +116,7 @@ def compare_models(
                 f"--stress and --train are for families of image models, which {case.family.described} is not",
                 hint="Leave them out: a check always compares the outputs on loud weights as well.",
             )
-        return _run(case, "as ported", reference, candidate, given, options, progress, strict=strict)
+        return _run(case, "as ported", reference, candidate, given, options, progress, built_here=built_here)
     candidate, note = _channels_last(case, candidate)
     sides = tuple(candidate.input_shape[1:3])
     if None not in sides and sides[0] != sides[1]:
@@ -131,7 +131,7 @@ def compare_models(
         name: str, model: nn.Module, keras_model: keras.Model, batch: Array, loud: Array | None = None
     ) -> ParityReport:
         how = {"input_axes": [moved(batch.ndim)], "batch_size": batch_size_of(batch), "loud_inputs": loud}
-        return _run(case, name, model, keras_model, batch, options, progress, strict=strict, **how)
+        return _run(case, name, model, keras_model, batch, options, progress, built_here=built_here, **how)
 
     report = run("as ported", reference, candidate, compared, images[-1:])
     if note:
@@ -178,7 +178,7 @@ def _run(
     options: CheckOptions,
     progress: Progress,
     *,
-    strict: bool,
+    built_here: bool,
     **how: Any,
 ) -> ParityReport:
     """Run one comparison; `how` holds further arguments of `check_parity`."""
@@ -191,7 +191,7 @@ def _run(
             pairs=case.reference_pairs,
             key_map=case.reference_map,
             limits=options.limits,
-            strict_settings=(strict and case.family.strict_settings) or options.strict_settings or options.train,
+            strict_settings=(built_here and case.family.strict_settings) or options.strict_settings or options.train,
             waive=(*options.waive, *(f"{source}:eps" for source in case.reference_map.absorbed)),
             locate_culprits=options.locate,
             name=name,

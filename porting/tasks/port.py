@@ -128,7 +128,7 @@ def _port(
         candidate = weights_file.load_model(temporary, case.build_candidate)
         _refuse_other_weights(candidate, conversion.weights)
         return_free_memory()
-        report = compare_models(case, candidate, options, progress)
+        report = compare_models(case, candidate, options, progress, built_here=True)
         provenance["parity"] = _verdict(report)
     with output_errors(out):
         weights_file.write_provenance(temporary, provenance)

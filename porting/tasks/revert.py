@@ -148,7 +148,7 @@ def _revert(
     if not check:
         pending.commit(None)
         return RevertResult(out, target.spec, state_dict, notes=notes)
-    report = compare_models(case, candidate, options, progress, strict=options.strict_settings)
+    report = compare_models(case, candidate, options, progress)
     facts = {"weights": weights.name, "non_finite": list(non_finite), "file": pending.identity()}
     context = {**describe_run(), **case.describe(), **facts}
     context["source"]["name"] = out.name

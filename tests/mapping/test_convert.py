@@ -84,7 +84,7 @@ def test_a_key_map_that_does_not_cover_the_keras_model_is_an_error() -> None:
     diff = diff_keys(make_state_dict(), KEY_MAP, shapes)
     assert diff.unwritten == ("new/scale",)
     assert diff.unknown == ("conv/bias",)
-    assert "Keras variables that no rule of the key map writes:\n  new/scale" in diff.describe()
+    assert "Keras variables that no row of the key map writes:\n  new/scale" in diff.describe()
 
 
 def test_values_that_are_not_finite_are_refused_by_name() -> None:
