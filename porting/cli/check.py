@@ -38,6 +38,17 @@ _OF_A_RUN = (
     "strict_settings",
     "waive",
     "checkpoint",
+    "sha256",
+    "layout",
+    "ema",
+    "key",
+    "prefix",
+    "family",
+    "config",
+    "source",
+    "target",
+    "rows_file",
+    "inputs",
 )
 
 

@@ -27,7 +27,7 @@ class Inspection:
 
 
 def inspect_file(path: Path, *, ema: bool = False, key: str | None = None, prefix: str | None = None) -> Inspection:
-    """Inspect any checkpoint, a folder of transformers too, or weights file. The content determines its kind.
+    """Inspect a checkpoint (a folder of transformers too) or a weights file. The content determines its kind.
 
     Raises SourceError if there is no such file, and CheckpointError or WeightsFileError if it is incomplete or another
     kind of file.

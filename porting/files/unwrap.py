@@ -188,11 +188,6 @@ def _stripped_forms(names: list[str]) -> list[tuple[str, list[str]]]:
     Also without one that most of them have, such as those of a body that was saved with another head.
     """
     forms = [("", names)]
-    starts = Counter(f"{name.partition('.')[0]}." for name in names if "." in name)
-    usual, count = max(starts.items(), key=lambda each: each[1], default=("", 0))
-    without = [name.removeprefix(usual) for name in names]
-    if len(names) / 2 < count < len(names) and len(set(without)) == len(names):
-        forms.append((usual, without))
     taken = ""
     while names:
         part = names[0].partition(".")[0] + "."
@@ -201,6 +196,12 @@ def _stripped_forms(names: list[str]) -> list[tuple[str, list[str]]]:
         names = [name.removeprefix(part) for name in names]
         taken += part
         forms.append((taken, names))
+    shared, rest = forms[-1]
+    starts = Counter(f"{name.partition('.')[0]}." for name in rest if "." in name)
+    usual, count = max(starts.items(), key=lambda each: each[1], default=("", 0))
+    without = [name.removeprefix(usual) for name in rest]
+    if len(rest) / 2 < count < len(rest) and len(set(without)) == len(rest):
+        forms.append((shared + usual, without))
     return forms
 
 
@@ -220,9 +221,9 @@ def _without_prefixes(
     if fit is None or not tensors:
         return tensors, taken, ()
     # max returns the first of the best fits, so a prefix that the model's own names have stays.
-    best, _ = max(_stripped_forms(list(tensors)), key=lambda form: fit(form[1]))
+    best, names = max(_stripped_forms(list(tensors)), key=lambda form: fit(form[1]))
     return (
-        {name.removeprefix(best): tensor for name, tensor in tensors.items()},
+        dict(zip(names, tensors.values(), strict=True)),
         (*taken, best) if best else taken,
         (),
     )

@@ -79,7 +79,6 @@ class Activation(Kind):
         return function if callable(function) and type(layer).__name__ in _WITH_ACTIVATION else None
 
     def mistakes(self, module: nn.Module, inputs: list[Tensor]) -> Iterator[Mistake]:
-        import torch
         from torch import nn
         from torch.nn import functional as F
 

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 def _mode(module: Any) -> str:
     """LSTM, GRU or RNN, also for a class that derives from them."""
-    names = (base.__name__.removesuffix("Cell") for base in type(module).__mro__)
-    return next((name for name in names if name in ORDERS), "")
+    from torch import nn
+
+    cells = {"LSTM": nn.LSTMCell, "GRU": nn.GRUCell, "RNN": nn.RNNCell}
+    return next(name for name, cell in cells.items() if isinstance(module, cell))
 
 
 def _leaves(order: tuple[int, ...]) -> tuple[Leaf, ...]:

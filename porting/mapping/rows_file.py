@@ -51,7 +51,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[KeyRule]:
                 raise ValueError(f"a row has source, target and kind, all of them text: got {row!r:.200}")
         return [KeyRule(**row) for row in rows]
     except UnicodeDecodeError:
-        raise KeyMapError(f"{path}: not a file of rows, but no text", hint=_ROW) from None
+        raise KeyMapError(f"{path}: not a text file", hint=_ROW) from None
     except KeyMapError as error:
         raise KeyMapError(f"{path}: {error.message}", hint=error.hint) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -12,6 +12,8 @@ import numpy as np
 from porting.kinds.transforms import Array
 from porting.models.frameworks import convolving, eager_functions, replaced
 
+# Up to so many numbers in float32 are taken as written, with so many digits.
+_WRITTEN, _DIGITS = 4096, 7
 _MAPS, _VOLUMES = 4, 5  # numbers of axes, with those of samples and channels
 
 
@@ -36,7 +38,8 @@ def exact_functions(*, staying: bool) -> Iterator[None]:
         replaced(nn, leaky_relu=_leaky_relu, gelu=_gelu),
         eager_functions(),
         replaced(tf, cast=_cast(tf.cast, staying), constant=_constant(tf.constant, staying)),
-        replaced(tf, convert_to_tensor=_converting(tf.convert_to_tensor)),
+        replaced(tf, convert_to_tensor=_converting(tf.convert_to_tensor, staying)),
+        replaced(tf, fill=_filling(tf.fill, staying)),
         replaced(operators, maybe_promote_tensors=_promoting(operators.maybe_promote_tensors)),
         replaced(tf, **{name: _mixing(getattr(tf, name)) for name in _MIXED}),
         replaced(tf.math, **{name: _mixing(getattr(tf.math, name)) for name in _MIXED_MATH}),
@@ -87,27 +90,56 @@ def _constant(own: Callable[..., Any], staying: bool) -> Callable[..., Any]:
     import tensorflow as tf
 
     def constant(value: Any, dtype: Any = None, shape: Any = None, name: str = "Const") -> Any:
-        wanted = dtype is None or (staying and tf.as_dtype(dtype) == tf.float32)
+        wanted = staying and (dtype is None or tf.as_dtype(dtype) == tf.float32)
+        value = as_written(value) if wanted else value
         return own(value, tf.float64 if wanted and _has_fractions(value) else dtype, shape, name)
 
     return constant
 
 
-def _converting(own: Callable[..., Any]) -> Callable[..., Any]:
-    """The same for the conversion of Python's numbers."""
+def _converting(own: Callable[..., Any], staying: bool) -> Callable[..., Any]:
+    """The same for the conversion of Python's and NumPy's numbers."""
     import tensorflow as tf
 
     def convert(value: Any, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
-        return own(value, tf.float64 if dtype is None and _has_fractions(value) else dtype, *args, **kwargs)
+        wanted = staying and (dtype is None or tf.as_dtype(dtype) == tf.float32)
+        value = as_written(value) if wanted else value
+        return own(value, tf.float64 if wanted and _has_fractions(value) else dtype, *args, **kwargs)
 
     return convert
+
+
+def _filling(own: Callable[..., Any], staying: bool) -> Callable[..., Any]:
+    import tensorflow as tf
+
+    def fill(dims: Any, value: Any, name: str | None = None) -> Any:
+        is_exact = staying and _has_fractions(value)
+        return own(dims, tf.constant(value, tf.float64) if is_exact else value, name)
+
+    return fill
+
+
+def as_written(value: Any) -> Any:
+    """NumPy's float32 numbers in float64, as the code wrote them: 0.1 for the float32 nearest to it.
+
+    Numbers that need more digits than a person writes stay as they are.
+    """
+    is_single = isinstance(value, (np.ndarray, np.generic)) and value.dtype == np.float32
+    if not is_single or not 0 < np.size(value) <= _WRITTEN or not np.isfinite(value).all():
+        return value
+    texts = [np.format_float_scientific(each, trim="-") for each in np.ravel(value)]
+    if any(len(text.partition("e")[0].lstrip("-").replace(".", "")) > _DIGITS for text in texts):
+        return value
+    return np.array([float(text) for text in texts]).reshape(np.shape(value))
 
 
 def _has_fractions(value: Any) -> bool:
     """Whether this is a Python number, or a list of them, with a fraction."""
     if isinstance(value, (list, tuple)):
         return any(map(_has_fractions, value)) and all(isinstance(each, (list, tuple, int, float)) for each in value)
-    return isinstance(value, float) and not isinstance(value, np.generic)
+    if isinstance(value, (np.ndarray, np.generic)):
+        return bool(value.dtype == np.float64)
+    return isinstance(value, float)
 
 
 def _in_double(value: Any) -> Any:
@@ -123,7 +155,9 @@ def _promoting(own: Callable[..., Any]) -> Callable[..., Any]:
 
     def promote(*tensors: Any, **how: Any) -> Any:
         types = {each.dtype for each in tensors if tf.is_tensor(each)}
-        return own(*(map(_in_double, tensors) if {tf.float32, tf.float64} <= types else tensors), **how)
+        if tf.float64 not in types:
+            return own(*tensors, **how)
+        return own(*(_in_double(as_written(each)) for each in tensors), **how)
 
     return promote
 

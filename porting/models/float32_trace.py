@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from porting.kinds.transforms import Array
+from porting.models.exact_functions import as_written
 from porting.models.frameworks import replaced
 
 # Operations that only move numbers or choose among them: the result is as exact as what they take.
@@ -70,6 +71,7 @@ _READING = "ReadVariableOp"
 # How far a constant that was computed in float32 may be from the same in float64, relative to its greatest number: a
 # few roundings, such as those of an angle and of its sine.
 _ROUNDINGS = 2.0**-20
+_ROUNDING = 2.0**-24
 _GREATEST = 1e4
 # Numbers of so many parts of one are taken for exact.
 _FRACTIONS = 4096.0
@@ -83,16 +85,19 @@ class Float32Trace:
     about as much as float32 rounds. Only TensorFlow can be followed.
 
     `constants` are numbers that PyTorch holds in float32, such as a table of sines. Where Keras computes the same in
-    float64, PyTorch's side is the one that was rounded.
+    float64, PyTorch's side is the one that was rounded. `created` are numbers that PyTorch's code makes in float64,
+    which Keras may hold in float32.
     """
 
-    def __init__(self, constants: Iterable[Array] = ()) -> None:
+    def __init__(self, constants: Iterable[Array] = (), created: Iterable[Array] = ()) -> None:
         self._touched: set[int] = set()
         # A mask's great numbers would allow for anything beside them. Many layers hold the same table.
-        flat = (np.ravel(array) for array in constants)
-        useful = [each for each in flat if np.unique(each[:64]).size > 1 and np.abs(each).max() < _GREATEST]
-        distinct = {(each.size, each.tobytes()): each for each in useful}
-        self._constants = [(each, _ROUNDINGS * float(np.abs(each).max())) for each in distinct.values()]
+        self._constants: list[tuple[Array, float]] = []
+        for arrays, roundings in ((constants, _ROUNDINGS), (created, _ROUNDING)):
+            flat = (np.ravel(array) for array in arrays)
+            useful = [each for each in flat if np.unique(each[:64]).size > 1 and np.abs(each).max() < _GREATEST]
+            distinct = {(each.size, each.tobytes()): each for each in useful}
+            self._constants += [(each, roundings * float(np.abs(each).max())) for each in distinct.values()]
 
     def __bool__(self) -> bool:
         """Whether any such tensor was seen."""
@@ -194,8 +199,10 @@ class Float32Trace:
 
 
 def _is_rounded(value: Any) -> bool:
-    """Whether NumPy numbers of the code were rounded to float32. Simple fractions and whole numbers are not."""
+    """Whether NumPy numbers of the code were rounded to float32, and are not as a person writes them."""
     if not isinstance(value, (np.ndarray, np.generic)) or value.dtype != np.float32 or not np.isfinite(value).all():
+        return False
+    if as_written(value).dtype != np.float32:
         return False
     scaled = np.asarray(value, np.float64) * _FRACTIONS
     return bool((scaled != np.floor(scaled)).any())

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
+from contextvars import ContextVar
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +99,22 @@ def computing_in_float64(model: nn.Module) -> Iterator[None]:
     """Let a PyTorch model that is fed float64 compute in float64, whatever type its weights have."""
     with _float64_by_default(), staying_in_float64() if is_double(model) else _weights_in_float64():
         yield
+
+
+# Where the constants that a model's code creates are collected; None if nobody asks for them.
+_COLLECTED: ContextVar[list[Any] | None] = ContextVar("collected", default=None)
+_CONSTANTS, _MOST_NUMBERS = frozenset({"tensor", "as_tensor", "full", "linspace"}), 65_536
+
+
+@contextlib.contextmanager
+def collecting_constants() -> Iterator[list[Tensor]]:
+    """Yield a list of the tensors that code makes of its own numbers while models run in this context."""
+    found: list[Tensor] = []
+    token = _COLLECTED.set(found)
+    try:
+        yield found
+    finally:
+        _COLLECTED.reset(token)
 
 
 @contextlib.contextmanager
@@ -193,6 +210,10 @@ def _in_double_if_new(name: str, result: Any) -> Any:
     """A tensor that code creates without a type, in float64 like all others. Its numbers are exact in float32 too."""
     import torch
 
+    collected = _COLLECTED.get() if name in _CONSTANTS else None
+    is_tensor = collected is not None and isinstance(result, torch.Tensor) and result.dtype == torch.float64
+    if collected is not None and is_tensor and 0 < result.numel() <= _MOST_NUMBERS:
+        collected.append(result.detach().clone())
     made = name in _CREATING and isinstance(result, torch.Tensor)
     return result.double() if made and result.dtype == torch.float32 else result
 

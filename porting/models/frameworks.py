@@ -237,6 +237,23 @@ def eager_functions() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def compiled_calls() -> Iterator[list[str]]:
+    """Yield a list that gets the name of every function that `tf.function` has compiled and that is called here."""
+    from tensorflow.python.eager.polymorphic_function import polymorphic_function
+
+    called: list[str] = []
+    owner = polymorphic_function.Function
+    own = owner.__call__
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        called.append(str(getattr(self, "_name", "")))
+        return own(self, *args, **kwargs)
+
+    with replaced(owner, __call__=call):
+        yield called
+
+
+@contextlib.contextmanager
 def convolving(special: Callable[..., Any]) -> Iterator[None]:
     """Let Keras's backend convolve by `special` in this context, or as it does wherever that returns None.
 

@@ -58,6 +58,8 @@ def other_activation(
     `place` says where it is, such as "before fc2". `near` are tensors of PyTorch's run that it may be applied to, and
     `axes` bring them into Keras's order. Something may be added to its result, or multiplied with it.
     """
+    if not bool(expected.isfinite().all()) or not bool(actual.isfinite().all()):
+        return None  # a mask of minus infinity is no activation
     return _exchanged_activation(label, expected, actual, place, near, axes) or _lone_activation(
         label, expected, actual, place
     )

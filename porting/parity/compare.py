@@ -23,7 +23,7 @@ from porting.kinds.transforms import Array, Shifted
 from porting.mapping.key_map import KeyMap
 from porting.mapping.rules import KeyRule
 from porting.models.float32_trace import Float32Trace
-from porting.models.frameworks import torch_on_one_thread
+from porting.models.frameworks import compiled_calls, torch_on_one_thread
 from porting.models.inputs import Axes, Inputs, leaves_by_key, make_inputs
 from porting.models.keras_float64 import Float64Model
 from porting.models.live import effective_tensors, require_models
@@ -34,7 +34,7 @@ from porting.models.rows import key_map_of_rows
 from porting.models.stacks import last_layer
 from porting.models.traverse import named_layers, named_variables, owned_names
 from porting.parity.bits import compare_bits
-from porting.parity.content import SAME, SAME_IN_FLOAT32
+from porting.parity.content import SAME, SAME_IN_FLOAT32, as_real
 from porting.parity.derived import (
     StoredWeights,
     derived_weights,
@@ -51,6 +51,7 @@ from porting.parity.derived import (
 from porting.parity.inferred import with_inferred_weights
 from porting.parity.locate import locate
 from porting.parity.loud import compare_loud_outputs
+from porting.parity.measure import measure_distance, measure_size
 from porting.parity.observers import ExactObserver, RoundingObserver
 from porting.parity.pairing import Names, refuse_unknown_layers
 from porting.parity.record import NoiseObserver, Recording
@@ -73,6 +74,10 @@ from porting.wording import counted, typed_reason_of
 if TYPE_CHECKING:
     import keras
     from torch import nn
+
+
+# A compiled function may round otherwise than its code, by less than this share of a result.
+_COMPILED = 1e-3
 
 
 def check_parity(
@@ -240,8 +245,11 @@ def _run_all(
         step(3, "Keras, float32")
         rounding = RoundingObserver(session, recording, limits, start)
         with torch_on_one_thread():
-            with session.as_precise_as_reference(), observe_layers(session.candidate, rounding):
+            compiled: Any = compiled_calls() if _on_tensorflow() else contextlib.nullcontext([])
+            with session.as_precise_as_reference(), observe_layers(session.candidate, rounding), compiled as called:
                 result = session.candidate(batch.for_candidate(session.candidate), training=False)
+            if called and start == 0:
+                _refuse_stale(session, batch, result)
             found = {key: to_torch(leaf) for key, leaf in leaves_by_key(result).items()}
             partners, _ = pair_results(recording.outputs, found)
             rounding.results(found, partners)
@@ -292,11 +300,27 @@ def _substitute_by_key_map(session: Session, key_map: KeyMap) -> None:
     session.float64.substitute(rounded)
 
 
+def _substitute_created(session: Session) -> None:
+    """Give the float64 model PyTorch's own constants where it holds their rounding to float32, such as a mean."""
+    created = {(each.size, each.astype(np.float32).tobytes()): each for each in session.created}
+    sizes = {size for size, _ in created}
+    shapes = (variable.shape for variable in named_variables(session.candidate).values())
+    if sizes.isdisjoint(math.prod(shape) for shape in shapes):
+        return
+
+    def exact(name: str, held: Any) -> Any:
+        found = created.get((held.size, held.astype(np.float32).tobytes())) if held.size in sizes else None
+        return None if found is None or np.array_equal(found.ravel(), held.ravel()) else found.reshape(held.shape)
+
+    session.float64.substitute(exact)
+
+
 def _substitute_derived(session: Session, recording: Recording) -> None:
     halved = halved_weights(session.reference)
     if halved and session.float64.substitute(lambda name, values: rounds_to(values, halved)):
         session.notes["PyTorch's weights are in half precision, and Keras's are numbers that round to them"] = None
         session.halved = halved
+    _substitute_created(session)
     if not has_derived(session.truth_model):
         return
     weights = session.float64.weights(without=session.bits.copies)
@@ -415,17 +439,32 @@ class _BeginAgainError(Exception):
     """A batch shows that float32 has to be followed from the first batch on."""
 
 
-def _can_follow_float32() -> bool:
+def _on_tensorflow() -> bool:
     import keras
 
     return bool(keras.backend.backend() == "tensorflow")
 
 
+def _refuse_stale(session: Session, batch: Inputs, result: Any) -> None:
+    """Raise CannotRunError if what `tf.function` has compiled returns something else than its code, run eagerly."""
+    with session.as_precise_as_reference():
+        compiled = session.candidate(batch.for_candidate(session.candidate), training=False)
+    ours, others = (leaves_by_key(each) for each in (result, compiled))
+    for key, leaf in ours.items():
+        one, other = as_real(to_torch(leaf)), as_real(to_torch(others[key]))
+        alike = one.shape == other.shape
+        if not alike or not measure_distance(other, one).total().rms <= _COMPILED * measure_size(one).total().rms:
+            raise CannotRunError(
+                "what tf.function has compiled in the Keras model returns something else than its code: it was "
+                "compiled with other values. Build the model anew"
+            )
+
+
 def _follow_float32(session: Session) -> None:
     if session.float64.trace is None and not session.was_followed:
         session.was_followed = True
-        if _can_follow_float32():
-            session.float64.trace = Float32Trace(_constants(session.truth_model))
+        if _on_tensorflow():
+            session.float64.trace = Float32Trace(_constants(session.truth_model), session.created)
 
 
 def _constants(model: nn.Module) -> list[Array]:

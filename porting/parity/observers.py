@@ -22,7 +22,7 @@ from porting.parity.content import (
     is_whole,
     place_of_result,
 )
-from porting.parity.measure import DifferenceSum, DistanceSum, measure_distance, rms
+from porting.parity.measure import DifferenceSum, DistanceSum, measure_distance, measure_size
 from porting.parity.record import Recording, output_name
 from porting.parity.report import (
     FLOAT32_ROUNDOFF,
@@ -175,20 +175,19 @@ class ExactObserver:
         if expected is None:
             pair.exact.problem = f"shape {tuple(actual.shape)} for PyTorch's {tuple(truth.tensor.shape)}"
             return
-        pair.exact.scale.include(truth.size)
+        expected = self._activated(name, expected)
+        pair.exact.scale.include(measure_size(expected))
         pair.exact.actual_error.include(measure_distance(actual, expected))
-        if self._is_activated(name, expected, actual):
-            session.written[pair.source] = "with its activation inside"
 
-    def _is_activated(self, name: str, expected: Tensor, actual: Tensor) -> bool:
-        """Whether a layer's result is its partner's, with the activation applied that Keras has in the layer."""
+    def _activated(self, name: str, expected: Tensor) -> Tensor:
+        """A module's result behind the activation that Keras has in the layer, if PyTorch has such a tensor."""
         import keras
 
         function = ACTIVATION.inside(self.session.layer(name))
         if function is None:
-            return False
+            return expected
         made = as_real(to_torch(function(keras.ops.convert_to_tensor(expected.contiguous().numpy()))))
-        return made.shape == actual.shape and rms(made - actual) <= SAME * rms(actual)
+        return made if self.library.find(made) else expected
 
     def _include(self, pair: Pair, match: Match, actual: Tensor) -> None:
         pair.exact.scale.include(match.truth.size)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from porting.parity.content import MOST_AXES, SAME, Truth
 from porting.parity.measure import rms
+from porting.wording import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +47,11 @@ def in_another_order(found: Mapping[str, str]) -> str:
     return f"the results come in another order: {said}"
 
 
+def _without_numbers(results: Mapping[str, Any]) -> dict[str, Any]:
+    tensors = ((key, getattr(each, "tensor", each)) for key, each in results.items())
+    return {key: results[key] for key, tensor in tensors if tensor.ndim}
+
+
 def pair_results(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
     """Pair PyTorch's results with Keras's: by key if keys agree, otherwise by place. Also returns notes on the rest."""
     if set(theirs) == set(ours):
@@ -54,6 +60,13 @@ def pair_results(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[di
     if common and "" not in common and not all(key.startswith("[") for key in common):
         left = [key for key in (*theirs, *ours) if key not in common]
         return {key: key for key in common}, [f"results that only one side has: {', '.join(left)}"]
+    if len(theirs) != len(ours):
+        # Numbers of Python among the results of one side alone are no partners of tensors.
+        rest, own = _without_numbers(theirs), _without_numbers(ours)
+        if rest and len(rest) == len(own):
+            alone = [key for key in (*theirs, *ours) if key not in rest and key not in own]
+            pairs, notes = pair_results(rest, own)
+            return pairs, [*notes, f"results that only one side has: {', '.join(alone)}"]
     pairs = dict(zip(theirs, ours, strict=False))
     notes = []
     if len(pairs) > 1:
@@ -61,5 +74,7 @@ def pair_results(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[di
         notes = [f"the results of the two models have other names and are paired by place: {said}"]
     if len(theirs) != len(ours):
         count = min(len(theirs), len(ours))
-        notes += [f"PyTorch gives {len(theirs)} results and Keras {len(ours)}; the first {count} are compared"]
+        notes += [
+            f"PyTorch gives {counted(len(theirs), 'result')} and Keras {len(ours)}; the first {count} are compared"
+        ]
     return pairs, notes

@@ -14,7 +14,7 @@ from porting.call_names import without_number
 from porting.kinds import becomes, kind_of_layer
 from porting.kinds.base import Kind
 from porting.kinds.transforms import Array
-from porting.models.float64 import in_float64, is_double
+from porting.models.float64 import collecting_constants, in_float64, is_double
 from porting.models.frameworks import return_free_memory
 from porting.models.inputs import Axes, Inputs
 from porting.models.keras_float64 import Float64Model
@@ -159,6 +159,8 @@ class Session:
         self.sizes: set[int] = set()
         # Weights that a port may have derived, such as folded norms, with exact numbers.
         self.derived: list[Array] = []
+        # What PyTorch's code makes of its own numbers, in float64. Keras may hold it in float32.
+        self.created: list[Array] = []
         # Whether float32 was followed in one of the passes, as far as the backend allows.
         self.was_followed = False
         # Whether no result has fractions, so that most mistakes do not show.
@@ -219,7 +221,9 @@ class Session:
             return batch.call_reference(model, torch.float64)
 
         try:
-            recording = record(self.truth_model, run)
+            with collecting_constants() as created:
+                recording = record(self.truth_model, run)
+            self.created = self.created or [tensor.numpy() for tensor in created]
         except Exception:
             if is_double(self.truth_model):
                 raise

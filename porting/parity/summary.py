@@ -75,7 +75,8 @@ def summarize(
     unproven = set[str]()
     if agreed and not session.has_whole_results:
         unproven = unproven_layers(session, called)
-    report = replace(report, layers=tuple(_written(layer, session, agreed) for layer in report.layers))
+    if agreed:
+        report = replace(report, layers=tuple(_written(layer, session) for layer in report.layers))
     targets = session.layer_of_module
     if key_map is not None:
         targets = {**targets, **{pair.source: pair.target for pair in key_map.layers}}
@@ -84,11 +85,9 @@ def summarize(
     return replace(report, audit=audit, verified=_verified(session, called, unproven, agreed))
 
 
-def _written(layer: LayerComparison, session: Session, agreed: bool) -> LayerComparison:
-    """Mark a layer as written in another way if that is known, or if its own result differs and the outputs agree."""
+def _written(layer: LayerComparison, session: Session) -> LayerComparison:
+    """Mark a layer as written in another way if its own result differs and the outputs agree."""
     how = session.written.get(layer.source, "")
-    if not agreed:
-        return replace(layer, rewritten=how)
     pair = next((each for each in session.pairs.values() if each.source == layer.source and each.named), None)
     if pair is not None and not layer.is_output and pair.target == layer.target:
         how = how or "its result differs, and what follows agrees again"

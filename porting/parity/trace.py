@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# Where to put in a truth: a call, whether it is a result (or an input) of the call, and its index.
-
-
 @dataclass(eq=False)
 class Node:
     """A call of a Keras layer: its inputs, its outputs and the calls inside it."""

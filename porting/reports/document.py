@@ -161,10 +161,13 @@ def from_json(text: str) -> ParityReport:
 
 def _mark_outputs(document: Mapping[str, Any]) -> None:
     """Mark the results of the model in a report of a version that knew them by their names."""
-    for layer in document.get("layers", ()):
-        layer.setdefault("is_output", str(layer["source"]).partition("[")[0] == OUTPUT)
-    for run in document.get("stress", ()):
-        _mark_outputs(run)
+    layers, runs = (document.get(name) for name in ("layers", "stress"))
+    for layer in layers if isinstance(layers, list) else ():
+        if isinstance(layer, dict):
+            layer.setdefault("is_output", str(layer.get("source")).partition("[")[0] == OUTPUT)
+    for run in runs if isinstance(runs, list) else ():
+        if isinstance(run, dict):
+            _mark_outputs(run)
 
 
 def _refuse_unsound(report: ParityReport) -> None:

@@ -194,7 +194,8 @@ class Case:
         for tensors in (self.state_dict, shorter):
             for other in families_with(tensors):
                 with suppress(PortingError):  # its package may be missing
-                    if guess := other.guess_variant(tensors):
+                    guess = other.guess_variant(tensors)
+                    if guess is not None and (other, guess) != (self.family, self.spec.variant):
                         belongs = f"{other.name} {guess}"
                         return f"These tensors belong to {belongs}: use --family {other.name} --variant {guess}."
         return f"{self.family.expected(self.spec)} `van-port inspect` shows what the file holds."

@@ -94,7 +94,10 @@ def _other_source(case: Case, survey: Survey, weights: Path) -> tuple[str, ...]:
     own = "" if case.checkpoint is None else case.checkpoint.sha256
     if not isinstance(source, dict) or not isinstance(source.get("sha256"), str) or source["sha256"] == own:
         return ()
-    return (f"{weights.name} was ported from {source.get('name')}, whose sha256 {source['sha256'][:8]} is another",)
+    return (
+        f"{weights.name} was ported from {source.get('name')}, not from this checkpoint: its sha256 begins with "
+        f"{source['sha256'][:8]}",
+    )
 
 
 def compare_models(

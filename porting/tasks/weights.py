@@ -97,7 +97,7 @@ def port_weights(
         key_map = key_map_of_rows(reference, candidate, key_map)
     key_map = KeyMap.of(key_map.layers, key_map.entries, [*key_map.drops, *drop], key_map.foreign)
     shapes = {name: tuple(variable.shape) for name, variable in variables.items() if name not in keep}
-    conversion = convert(tensors, key_map, shapes, hint=lambda: _HINT)
+    conversion = convert(tensors, key_map, shapes, where="the PyTorch model", hint=lambda: _HINT)
     _assign(variables, conversion)
     report = None
     if inputs is not None:

@@ -166,7 +166,7 @@ def test_a_file_without_a_name_and_a_check_against_another_checkpoint(
     torch.save({**torch.load(checkpoint, weights_only=True), "head.bias": torch.ones(4)}, other)
     result = run_cli("check", *given, "--weights", weights, "--checkpoint", other)
     assert result.exit_code == 1
-    assert "own.h5 was ported from own.pth, whose sha256" in " ".join(result.output.split())
+    assert "own.h5 was ported from own.pth, not from this checkpoint: its sha256" in " ".join(result.output.split())
     result = run_cli("check", *given, "--weights", weights)
     assert (result.exit_code, "published" in result.output) == (2, False), result.output
     report = weights.with_name("own.h5.parity.json")

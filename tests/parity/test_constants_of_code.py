@@ -71,6 +71,18 @@ HEALTHY: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     ),
     "an empty result": (lambda y, _: (y, y[:0]), lambda y, _: (y, y[:0])),
     "Python's numbers": (lambda y, _: (y, 1.5, 2), lambda y, _: (y, 1.5, 2)),
+    "numbers on one side": (lambda y, _: (False, y, 2 * y, 3), lambda y, _: (y, 2 * y)),
+    "a filled tensor": (lambda y, _: y * torch.full((3,), 0.1), lambda y, _: y * tf.fill((3,), 0.1)),
+    "boxes in float32": (
+        lambda y, _: y,
+        lambda y, _: (y, tf.image.crop_and_resize(tf.ones((1, 5, 3, 1)), tf.constant([[0.0, 0, 1, 1]]), [0], [5, 3]))[
+            0
+        ],
+    ),
+    "an array of TensorFlow": (
+        lambda y, _: y,
+        lambda y, _: y * tf.cast(tf.TensorArray(tf.float32, 1).write(0, tf.constant(1.0)).read(0), y.dtype),
+    ),
     "a sparse result": (lambda y, _: torch.relu(y).to_sparse(), lambda y, _: ops.relu(y)),
 }
 WRONG: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
@@ -82,6 +94,12 @@ WRONG: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         lambda y, _: y * torch.tensor(THIRDS),
         lambda y, _: y * np.array([0.1, 0.200002, 0.3], np.float32),
     ),
+    "an array by 5e-7": (
+        lambda y, _: y * torch.tensor(THIRDS),
+        lambda y, _: y * np.array([0.1, 0.2000001, 0.3], np.float32),
+    ),
+    "a number by 3e-6": (lambda y, _: y * 0.1, lambda y, _: y * np.float32(0.1000003)),
+    "numbers on one side": (lambda y, _: (False, y, 3 * y), lambda y, _: (y, 2 * y)),
     "a mask": (lambda y, x: y * (x[:, :3] > 0).float(), lambda y, x: y * ops.cast(x[:, :3] > 0.6, "float32")),
     "one infinity": (
         lambda y, x: y.masked_fill(x[:, :3] > 0, -torch.inf),
@@ -111,12 +129,41 @@ def test_mistakes_in_it_are_found(name: str) -> None:
     assert not check(*WRONG[name]).passed
 
 
+class Holding(keras.Model):  # type: ignore[misc]
+    """Holds in float32, in a tensor or in a weight, what PyTorch's code makes anew in each call."""
+
+    def __init__(self, mean: list[float], *, in_weight: bool) -> None:
+        super().__init__()
+        self.fc = layers.Dense(3)
+        self.mean = tf.constant(mean)
+        if in_weight:
+            self.mean = self.add_weight(shape=(3,), trainable=False)
+            self.mean.assign(mean)
+
+    def call(self, x: Any) -> Any:
+        return self.fc(x) - self.mean
+
+
+@pytest.mark.parametrize("in_weight", [False, True], ids=["tensor", "weight"])
+@pytest.mark.parametrize("change", [0.0, 5e-7], ids=["healthy", "wrong"])
+def test_constants_that_keras_holds(in_weight: bool, change: float) -> None:
+    torch.manual_seed(0)
+    mean = [0.485, 0.456, 0.406]
+    reference = Theirs(lambda y, _: y - torch.tensor(mean)).eval()
+    candidate = Holding([mean[0], mean[1] + change, mean[2]], in_weight=in_weight)
+    candidate(VALUES)
+    candidate.fc.set_weights([reference.fc.weight.detach().numpy().T, reference.fc.bias.detach().numpy()])
+    assert porting.check_parity(reference, candidate, VALUES).passed is not bool(change)
+
+
 class Compiled(keras.Model):  # type: ignore[misc]
     """Calls its layers inside compiled functions, one of which takes only float32."""
 
     def __init__(self, scale: float) -> None:
         super().__init__()
         self.first, self.second, self.scale = layers.Dense(6), layers.Dense(3), scale
+        self.first.build((None, 4))  # variables that are made during a compilation keep their first values in it
+        self.second.build((None, 6))
 
     @tf.function(input_signature=[tf.TensorSpec((None, 4), tf.float32)])  # type: ignore[untyped-decorator]
     def body(self, x: Any) -> Any:
@@ -175,3 +222,66 @@ def test_results_that_only_one_side_has_are_said() -> None:
     report = check(lambda y, _: (y, 2 * y), lambda y, _: y)
     assert report.passed
     assert "PyTorch gives 2 results and Keras 1; the first 1 are compared" in str(report)
+
+
+def test_a_function_that_was_compiled_with_other_values_is_refused() -> None:
+    class Stale(Ours):
+        scale = 1.5
+
+        @tf.function  # type: ignore[untyped-decorator]
+        def call(self, x: Any) -> Any:
+            return self.fc(x) * self.scale
+
+    torch.manual_seed(0)
+    reference, candidate = Theirs(lambda y, _: 2 * y).eval(), Stale(lambda y, _: y)
+    candidate(VALUES)
+    candidate.fc.set_weights([reference.fc.weight.detach().numpy().T, reference.fc.bias.detach().numpy()])
+    candidate.scale = 2.0
+    report = porting.check_parity(reference, candidate, VALUES)
+    assert "compiled with other values" in report.problem
+
+
+class Gated(nn.Module):
+    def __init__(self, most: float) -> None:
+        super().__init__()
+        self.a, self.g, self.b, self.most = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 3), most
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.clamp(self.a(x), -self.most, self.most) * torch.sigmoid(30 * self.g(x)))
+
+
+class Choosing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.u, self.v = nn.Linear(4, 200), nn.Linear(4, 200)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores, places = torch.sigmoid(self.u(x)).topk(3)
+        return torch.cat([self.v(x).gather(1, places), scores], 1)
+
+
+@pytest.mark.parametrize("locates", [True, False])
+def test_a_clamp_is_found_beside_scores_that_saturate(locates: bool) -> None:
+    """On loud inputs, a sort may choose differently among equal scores. That must not excuse anything else."""
+    torch.manual_seed(0)
+    reference, inputs = Gated(16.0).eval(), keras.Input((4,))
+    a, g, b = layers.Dense(6), layers.Dense(6), layers.Dense(3)
+    candidate = keras.Model(inputs, b(a(inputs) * ops.sigmoid(30 * g(inputs))))
+    for linear, dense in ((reference.a, a), (reference.g, g), (reference.b, b)):
+        dense.set_weights([linear.weight.detach().numpy().T, linear.bias.detach().numpy()])
+    report = porting.check_parity(reference, candidate, VALUES, locate_culprits=locates)
+    assert report.loud is not None
+    assert not report.loud.passed
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_another_choice_among_equal_scores_is_no_difference(wrong: bool) -> None:
+    torch.manual_seed(0)
+    reference, inputs = Choosing().eval(), keras.Input((4,))
+    u, v = layers.Dense(200), layers.Dense(200)
+    scores, places = ops.top_k(ops.sigmoid(u(inputs)), 3)
+    chosen = ops.take_along_axis(v(inputs), ops.flip(places, 1) if wrong else places, 1)
+    candidate = keras.Model(inputs, ops.concatenate([chosen, scores], 1))
+    for linear, dense in ((reference.u, u), (reference.v, v)):
+        dense.set_weights([linear.weight.detach().numpy().T, linear.bias.detach().numpy()])
+    assert porting.check_parity(reference, candidate, VALUES).passed is not wrong

@@ -445,7 +445,7 @@ def test_what_has_no_partner_is_named() -> None:
     assert ported.dropped == ("1.num_batches_tracked", "spare")
     with pytest.raises(KeyMapError, match="drop: unknown name nothing"):
         porting.port_weights(reference, model, ROWS, drop=["nothing"])
-    with pytest.raises(KeyMapError, match="2 Keras variables that no rule"):
+    with pytest.raises(KeyMapError, match="2 Keras variables that no row"):
         porting.port_weights(reference, model, ROWS[:2], drop=["spare", "4.weight", "4.bias"])
     kept = porting.port_weights(
         reference, model, ROWS[:2], drop=["spare", "4.weight", "4.bias"], keep=["fc/kernel", "fc/bias"]
