@@ -135,9 +135,16 @@ class Inputs:
 
     def structured(self, model: keras.Model, values: Sequence[Any]) -> Any:
         """Values in the order of these inputs, in the structure that the Keras model takes."""
-        if self.names is not None:
-            return dict(zip(self.names, values, strict=True))
         structure = getattr(model, "_inputs_struct", None)
+        if self.names is not None:
+            named = dict(zip(self.names, values, strict=True))
+            if structure is None or isinstance(structure, Mapping):
+                return named
+            # Keras warns of a dict where the model was made of one input or a list.
+            order = [tensor.name for tensor in model.inputs]
+            if set(order) != set(named):
+                return named
+            return named[order[0]] if len(order) == 1 else [named[name] for name in order]
         if isinstance(structure, Mapping) and len(structure) == len(values):
             return dict(zip(structure, values, strict=True))
         return values[0] if len(values) == 1 else list(values)

@@ -43,6 +43,9 @@ CASES: dict[str, tuple[str, Callable[[], nn.Module], Callable[[], Any], tuple[in
         lambda: layers.Bidirectional(layers.GRU(4)),
         (5, 2, 3),
     ),
+    "LSTM cell": ("recurrent_cell", lambda: nn.LSTMCell(3, 4), lambda: layers.LSTMCell(4), (2, 3)),
+    "GRU cell": ("recurrent_cell", lambda: nn.GRUCell(3, 4), lambda: layers.GRUCell(4), (2, 3)),
+    "RNN cell": ("recurrent_cell", lambda: nn.RNNCell(3, 4), lambda: layers.SimpleRNNCell(4), (2, 3)),
     "transposed convolution": (
         "conv_transpose",
         lambda: nn.ConvTranspose2d(3, 3, 3, 2, 1),
@@ -117,7 +120,10 @@ def test_settings_agree_where_the_two_are_set_alike(case: str) -> None:
     name, module, layer, shape = CASES[case]
     kind, built = KINDS[name], layer()
     given = np.zeros((shape[0], *shape[2:], shape[1]) if len(shape) > 2 else shape, np.float32)
-    built(given, given) if name == "attention" else built(given)
+    if name == "recurrent_cell":
+        built.build(given.shape)
+    else:
+        built(given, given) if name == "attention" else built(given)
     expected, actual = kind.module_settings(module()), kind.layer_settings(built)
     common = [key for key in expected if key in actual and key not in {"eps", "momentum", "padding"}]
     assert common or name in {"dense", "layer_norm", "prelu", "pooling", "resampling"}

@@ -474,3 +474,57 @@ def test_a_module_that_is_called_as_results_are(name: str, dtype: str) -> None:
         ("output", "output", True),
     ]
     assert "float32" in report.layers[-1].views
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"limits": {"max_ratio": 3}}, TypeError, "limits must be porting.Limits"),
+        ({"waive": "fc"}, TypeError, "waive must be a list of names"),
+        ({"pairs": [("fc", "dense")]}, TypeError, "pairs must be a dict"),
+        ({"precision": "fp8"}, ValueError, "precision must be float16 or bfloat16"),
+        ({"waive": ["nothing:eps"]}, ValueError, "nothing"),
+    ],
+)
+def test_options_of_a_wrong_type_raise_before_anything_runs(options: Any, error: type[Exception], said: str) -> None:
+    reference, inputs = nn.Sequential(nn.Linear(4, 3)), keras.Input((4,))
+    candidate = keras.Model(inputs, keras.layers.Dense(3, name="dense")(inputs))
+    before = candidate.get_weights()[0].copy()
+    values = np.ones((2, 4), np.float32)
+    with pytest.raises(error, match=said):
+        porting.check_parity(reference, candidate, values, **options)
+    with pytest.raises(error, match=said):
+        porting.port_weights(reference, candidate, [porting.KeyRule("0", "dense", "dense")], inputs=values, **options)
+    np.testing.assert_array_equal(candidate.get_weights()[0], before)
+
+
+def test_rows_are_a_key_map_and_a_dict_has_keras_names() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x)
+
+    reference, photo = Net().eval(), keras.Input((4,), name="photo")
+    candidate = keras.Model(photo, keras.layers.Dense(3, name="dense")(photo))
+    rows, values = [porting.KeyRule("fc", "dense", "dense")], np.ones((2, 4), np.float32)
+    porting.port_weights(reference, candidate, rows)
+    report = porting.check_parity(reference, candidate, {"photo": values}, key_map=rows)
+    assert report.passed, str(report)
+    assert report.verified is not None
+    assert report.verified.compared_bits == 2
+
+
+def test_a_subclassed_model_that_has_not_run_is_built() -> None:
+    class Own(keras.Model):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = keras.layers.Dense(3)
+
+        def call(self, x: Any) -> Any:
+            return self.fc(x)
+
+    values = np.random.default_rng(0).normal(size=(2, 4)).astype(np.float32)
+    assert porting.port_weights(nn.Sequential(nn.Linear(4, 3)).eval(), Own(), inputs=values).require_parity()

@@ -16,6 +16,7 @@ import torch
 import van_tf
 from porting.errors import CheckpointError, FailedParityError, KeyMapError, OutputError, ParityError, SourceError
 from porting.families.base import Spec
+from porting.families.registry import get_family
 from porting.families.van import VanFamily
 from porting.files import weights_file
 from porting.files.atomic import report_path_of
@@ -259,3 +260,14 @@ def test_names_that_are_no_text(family: VanFamily, checkpoint: Path, tmp_path: P
         assert read_checkpoint(back).state_dict.keys() == read_checkpoint(own).state_dict.keys()
     for form in ("html", "markdown", "junit"):
         write_report(result.report, tmp_path / f"r.{form}", form)
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_what_the_user_gave_is_no_advice(prefix: str, tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    state = {**timm.create_model("resnet18", num_classes=3).state_dict(), "extra.scale": torch.ones(3)}
+    torch.save({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "resnet.pth")
+    with pytest.raises(KeyMapError) as caught:
+        port(get_family("resnet"), "resnet18", tmp_path / "x.h5", checkpoint=tmp_path / "resnet.pth")
+    assert "extra.scale" in caught.value.message
+    assert "--variant resnet18" not in caught.value.hint
