@@ -39,6 +39,18 @@ class FailedParityError(ParityError):
         self.report = report
 
 
+class NotComparedError(FailedParityError):
+    """The two models could not be compared: one does not run, or the inputs fit neither. `report.problem` says why."""
+
+    exit_code = 11
+
+
+def failed_parity(message: str, report: ParityReport, *, hint: str = "") -> FailedParityError:
+    """The error for a report that has not passed."""
+    kind = NotComparedError if report.problem else FailedParityError
+    return kind(message, report, hint=hint)
+
+
 class CheckpointError(PortingError):
     """A checkpoint file cannot be read, or holds something other than weights."""
 

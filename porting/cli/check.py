@@ -83,7 +83,7 @@ def check(
       van-port check --from van_b1.h5.parity.json --max-ratio 4
     """
     from porting.cli.terminal import ProgressBar, say
-    from porting.errors import ParityError
+    from porting.errors import ParityError, failed_parity
     from porting.parity.baseline import regressions
     from porting.reports.document import file_beside, read_report
     from porting.reports.terminal import verdict
@@ -130,6 +130,6 @@ def check(
         say(f"Worse than the baseline: {line}")
     if not report.passed:
         first = report.first_divergence
-        raise ParityError(str(first) if first else verdict(report), hint=reporting.hint)
+        raise failed_parity(str(first) if first else verdict(report), report, hint=reporting.hint)
     if worse:
         raise ParityError(f"{len(worse)} comparisons are worse than {baseline} by more than {factor:g} times")

@@ -144,6 +144,8 @@ def evaluate(
     from porting.tasks.evaluate import EvaluateOptions
     from porting.tasks.evaluate import evaluate as run
 
+    if ray_address and engine != "ray":
+        raise click.UsageError("--ray-address needs --engine ray")
     report_files = with_stream(report_files, as_json)
     files = [path for path in report_files if not is_stream(path)]
     route_results(to_stderr=len(files) < len(report_files))

@@ -70,7 +70,7 @@ def map_command(
         require_its_file(spec)  # before PyTorch is loaded
 
     from porting.cli.terminal import ProgressBar, say, say_json
-    from porting.errors import KeyMapError
+    from porting.errors import KeyMapError, OutputError
     from porting.files.atomic import refuse_clashes, refuse_existing, require_writable, write_text
     from porting.mapping.rows_file import read_rows, rows_text
     from porting.proposing.family_file import family_text
@@ -86,6 +86,8 @@ def map_command(
         family_file = Path(f"{family}.py")
         refuse_existing(family_file)
         outputs["--family"] = [family_file]
+    if out is not None and out.suffix != ".toml":
+        raise OutputError(f"{out}: rows are written as .toml", hint=f"Use {out.with_suffix('.toml')}.")
     read = {"--inputs": inputs, "--map": known}
     refuse_clashes(outputs, {label: [path] for label, path in read.items() if path is not None})
     for path in (path for paths in outputs.values() for path in paths):

@@ -52,6 +52,8 @@ def report(file: Path, form: str | None, out: Path | None, all_layers: bool) -> 
         show, write = partial(print_report, parity, all_layers=all_layers), partial(reports.write_report, parity)
     out = out or Path("-")
     streamed = reports.is_stream(out)
+    if form is not None and not streamed and form != "terminal" and form in forms and format_of(out) != form:
+        raise click.UsageError(f"--format {form} does not fit the suffix of {out}: leave --format out")
     form = form or ("terminal" if streamed else format_of(out))
     if form == "terminal":
         show(make_console())

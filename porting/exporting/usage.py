@@ -18,6 +18,10 @@ LABELS_FILE = "labels.txt"
 AS_THEY_ARE = (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)
 
 
+# How open axes after that of the samples are shown, by the number of axes.
+_OPEN = {2: ("L",), 3: ("L",), 4: ("H", "W")}
+
+
 @dataclass(frozen=True)
 class Tensor:
     """An input or a result: its name in the file, its shape (None for an open axis), and its type."""
@@ -27,7 +31,11 @@ class Tensor:
     dtype: str
 
     def __str__(self) -> str:
-        return f"{self.name} {'x'.join('N' if side is None else str(side) for side in self.shape)} {self.dtype}"
+        # Samples first; then the length of a sequence, or the sides of an image.
+        open_sides = ("N", *_OPEN.get(len(self.shape), ()))
+        letters = [*open_sides, *["?"] * (len(self.shape) - len(open_sides))]
+        shown = (letter if side is None else str(side) for side, letter in zip(self.shape, letters, strict=False))
+        return f"{self.name} {'x'.join(shown)} {self.dtype}"
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,9 @@ class Family:
     # The PyTorch name of the token embedding, for language models whose head shares its weights.
     tied_head = ""
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.described}>"
+
     def __getstate__(self) -> dict[str, Any]:
         """The state to pickle for another process, without live models and what is derived from them."""
         return {name: value for name, value in vars(self).items() if name not in {"cache", "namings", "table"}}
@@ -175,7 +178,13 @@ class Family:
         return f'porting.get_family("{self.name}").build("{spec.variant}", {spec.num_classes})'
 
     def build(self, variant: str, num_classes: int | None = None) -> keras.Model:
-        """Build the Keras model of a variant. `num_classes` defaults to that of the published weights."""
+        """Build the Keras model of a variant. `num_classes` defaults to that of the published weights.
+
+        Raises SourceError for a variant that the family does not have, and ValueError for a negative number of classes.
+        """
+        self.source_of(variant)
+        if num_classes is not None and num_classes < 0:
+            raise ValueError(f"num_classes must be 0, for no head, or more: got {num_classes}")
         return self.build_candidate(self.spec(variant, num_classes))
 
     def weight_shapes(self, spec: Spec) -> dict[str, dict[str, Shape]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from porting.errors import SourceError
+from porting.errors import OptionError, SourceError
 from porting.files.checkpoint import read_checkpoint
 from porting.files.survey import survey_file
 from porting.files.weights_file import is_weights_file
@@ -36,6 +36,10 @@ def inspect_file(path: Path, *, ema: bool = False, key: str | None = None, prefi
         what = "not a file" if path.exists() else "no such file"
         raise SourceError(f"{path}: {what}", hint="Give a checkpoint or a file of Keras weights.")
     if path.is_file() and is_weights_file(path):
+        if ema or key or prefix:
+            raise OptionError(
+                f"{path}: a file of Keras weights has no --ema, --key or --prefix", hint="These are for checkpoints."
+            )
         survey = survey_file(path)
         return Inspection({"format": "Keras weights"}, survey.provenance, survey.tensors)
     checkpoint = read_checkpoint(path, ema=ema, key=key, prefix=prefix)

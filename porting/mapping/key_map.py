@@ -13,6 +13,7 @@ from porting.errors import KeyMapError
 from porting.kinds import kind_called
 from porting.kinds.transforms import Array, Shape, Transform
 from porting.mapping.rules import KeyRule, bind, fill, join_name
+from porting.wording import counted
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class TensorEntry:
         return f"what becomes {', '.join(map(str, wanted))} ({self.transform.name})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class KeyMap:
     """The expanded table.
 
@@ -79,6 +80,9 @@ class KeyMap:
     entries: tuple[TensorEntry, ...]
     drops: frozenset[str]
     foreign: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<KeyMap: {counted(len(self.layers), 'layer')}, {counted(len(self.entries), 'row')} of tensors>"
 
     def dropped(self, names: Iterable[str]) -> tuple[str, ...]:
         """The names that are left out on purpose, sorted."""

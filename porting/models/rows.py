@@ -26,7 +26,9 @@ def key_map_of_rows(reference: nn.Module, candidate: keras.Model, rows: Iterable
     """Build the key map that rows stand for in two live models. Raises KeyMapError for a row that fits nothing."""
     rows = list(rows)
     if other := [row for row in rows if not isinstance(row, KeyRule)]:
-        raise KeyMapError(f"a key map is a KeyMap or a list of KeyRule: got {other[0]!r:.100}")
+        raise KeyMapError(
+            f"a key map is a KeyMap or a list of KeyRule: got {other[0]!r:.100}", hint="Arrays are passed as inputs=."
+        )
     tensors = effective_names(reference)
     modules = dict(reference.named_modules())
     layers, variables = named_layers(candidate), named_variables(candidate)

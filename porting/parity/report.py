@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from porting.call_names import without_number
+from porting.errors import failed_parity
 from porting.wording import counted, listed
 
 # The name under which the models' own results are compared, after all layers.
@@ -450,6 +451,12 @@ class ParityReport:
     def __repr__(self) -> str:
         first = str(self).partition("\n")[0]
         return f"<ParityReport: {first}>"
+
+    def require_parity(self) -> ParityReport:
+        """Return the report itself. Raises ParityError, with the verdict and the findings, if it has not passed."""
+        if not self.passed:
+            raise failed_parity(str(self), self)
+        return self
 
     def to_html(self) -> str:
         """The report as a single HTML page without external resources."""

@@ -162,7 +162,7 @@ def verdict(report: ParityReport) -> str:
         results = sum(layer.is_output for layer in failed)
         inside = len(failed) - results
         what = " and ".join(counted(count, noun) for count, noun in ((results, "output"), (inside, "layer")) if count)
-        return f"NOT AT PARITY: {what} of {len(report.layers)} compared{agreement}"
+        return f"NOT AT PARITY: {what} of {counted(len(report.layers), 'tensor')} compared{agreement}"
     if report.objections and not any(not run.passed for run in report.stress):
         return f"NOT AT PARITY: {report.objections[0]}; the numbers of this run agree{agreement}"
     if not report.passed:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from porting.errors import ExportError, FailedParityError, OutputError, ParityError, PortingError
+from porting.errors import ExportError, OutputError, ParityError, PortingError, failed_parity
 from porting.evaluation.labels import read_labels, usual_labels
 from porting.exporting import FORMATS, NEEDED, open_runtime, write
 from porting.exporting.base import Exportable
@@ -208,7 +208,7 @@ def export(
             context = {**describe_run(), **case.describe(), **facts}
             report = replace(report, context=context)
             if not report.passed:
-                raise FailedParityError(f"{out} was not written: {refusal(report)}", report)
+                raise failed_parity(f"{out} was not written: {refusal(report)}", report)
             report_path = pending.commit(to_json(report))
     return ExportResult(out, form, precision, _size(out), operators, usage, report, report_path)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from porting.errors import FailedParityError, ParityError
+from porting.errors import FailedParityError, ParityError, failed_parity
 from porting.families.base import Family
 from porting.files import weights_file
 from porting.files.atomic import move_into_place, output_errors
@@ -192,4 +192,4 @@ def _verdict(report: ParityReport) -> dict[str, Any]:
 
 def _refusal(out: Path, report: ParityReport, kept: Path | None) -> FailedParityError:
     hint = f"The failed file is {kept}." if kept else "--keep-failed FILE keeps a file that fails."
-    return FailedParityError(f"{out} was not written: {refusal(report)}", report, hint=hint)
+    return failed_parity(f"{out} was not written: {refusal(report)}", report, hint=hint)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from porting.errors import FailedParityError, KeyMapError, OptionError, OutputError, ParityError
+from porting.errors import KeyMapError, OptionError, OutputError, ParityError, failed_parity
 from porting.families.base import Family, Spec
 from porting.families.given import GivenFamily
 from porting.files import weights_file
@@ -154,7 +154,7 @@ def _revert(
     context["source"]["name"] = out.name
     report = replace(report, context=context)
     if not report.passed:
-        raise FailedParityError(f"{out} was not written: {refusal(report)}", report)
+        raise failed_parity(f"{out} was not written: {refusal(report)}", report)
     report_path = pending.commit(to_json(report))
     return RevertResult(out, target.spec, state_dict, report, report_path, notes)
 

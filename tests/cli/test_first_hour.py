@@ -153,3 +153,17 @@ def test_a_missing_file_is_said_to_be_missing(run_cli: RunCli, tmp_path: Path) -
 def test_rows_are_read_from_a_path_in_text(tmp_path: Path) -> None:
     (tmp_path / "rows.toml").write_text('[[row]]\nsource = "a"\ntarget = "b"\nkind = "dense"\n')
     assert porting.read_rows(str(tmp_path / "rows.toml")) == [porting.KeyRule("a", "b", "dense")]
+
+
+def test_options_that_would_do_nothing_are_refused(run_cli: RunCli, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("{}")
+    for arguments, code, said in (
+        (
+            ["evaluate", "--variant", "nano", "--weights", "x.h5", "--data", "x", "--ray-address", "a:1"],
+            2,
+            "--engine ray",
+        ),
+        (["map", "a.b:c", "d.e:f", "--out", tmp_path / "rows.txt"], 6, "rows are written as .toml"),
+    ):
+        result = run_cli(*arguments)
+        assert (result.exit_code, said in " ".join(result.output.split())) == (code, True), result.output

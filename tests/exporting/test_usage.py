@@ -53,8 +53,8 @@ def test_tokens_have_no_preparation() -> None:
     values = np.zeros((2, 7), np.int32)
     given = Exportable(model, Inputs((values,), (values,), ((0, 1),), ("token_ids",)))
     assert usage_of(given, fixed=False, preprocessing=None, facts={}).lines() == [
-        "input token_ids NxN int32",
-        "output features NxNx4 float32",
+        "input token_ids NxL int32",
+        "output features NxLx4 float32",
     ]
     assert usage_of(given, fixed=True, preprocessing=None, facts={}).lines()[0] == "input token_ids 1x7 int32"
 

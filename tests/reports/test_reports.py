@@ -136,7 +136,7 @@ def test_terminal_of_a_failed_report() -> None:
     assert "Setting: 2 layers (block1.0, block1.1): eps is 0.001 in Keras, 1e-05 in PyTorch" in text
     assert "Note: block1.1: momentum is 0.01 in Keras, 0.1 in PyTorch (set 0.9)" in text
     assert "stress, small variances: AT PARITY" in text
-    assert "NOT AT PARITY: 1 output and 2 layers of 6 compared" in text
+    assert "NOT AT PARITY: 1 output and 2 layers of 6 tensors compared" in text
 
 
 @pytest.mark.parametrize("width", [40, 60, 80])
