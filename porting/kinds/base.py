@@ -209,6 +209,15 @@ def _tensors(result: Any) -> tuple[Tensor, ...]:
     return tuple(tensor for each in inner for tensor in _tensors(each))
 
 
+def same_pads(sides: Iterable[int], reaches: Iterable[int], strides: Iterable[int]) -> list[int]:
+    """What TensorFlow's "same" pads in front and behind for windows of these reaches, the last axis first."""
+    pads: list[int] = []
+    for side, reach, stride in zip(sides, reaches, strides, strict=True):
+        total = max((-(-side // stride) - 1) * stride + reach - side, 0)
+        pads = [total // 2, total - total // 2, *pads]
+    return pads
+
+
 def with_value(module: nn.Module, inputs: list[Tensor], name: str, value: Callable[[Any], Any]) -> Callable[[], Made]:
     """Like `with_change`, where the change gives one tensor or attribute the value that `value` computes."""
 

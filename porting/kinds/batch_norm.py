@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 # Epsilons of PyTorch, Keras, keras.applications and published models: a wrong epsilon is likely one of these.
-USUAL_EPSILONS = (1e-3, 1e-4, 1e-5, 1.001e-5, 1e-6, 1e-12, 0.0)
+USUAL_EPSILONS = (1e-3, 1e-4, 1e-5, 1.001e-5, 1e-6, 1e-7, 1e-8, 1e-12, 0.0)
 
 
 class BatchNorm(Kind):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from porting.kinds.base import Kind, Leaf, Mistake, Settings, in_double, with_change, with_value
+from porting.kinds.base import Kind, Leaf, Mistake, Settings, in_double, same_pads, with_change, with_value
 from porting.kinds.transforms import CONVOLUTION, VECTOR
 
 if TYPE_CHECKING:
@@ -183,6 +183,14 @@ def _padding_mistakes(module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
         f"{padding_advice(padding)}",
         lambda: _padded_as_same(module, inputs[0]),
     )
+    if not isinstance(padding, str):
+        most = max(padding)
+        for shift in dict.fromkeys((1, most)):
+            for sign, where in ((1, "in front"), (-1, "behind")):
+                yield Mistake(
+                    f"it pads {shift} more {where} and {shift} less on the other side: {padding_advice(padding)}",
+                    partial(_padded_unevenly, module, inputs[0], sign * shift),
+                )
     for mode in ("reflect", "replicate"):
         yield Mistake(
             f"the border is padded by {mode}, not by zeros", with_change(module, inputs, _with_padding_mode(mode))
@@ -219,12 +227,16 @@ def _dilated(module: Any, x: Tensor, step: int) -> Tensor | None:
 def _padded_as_same(module: Any, x: Tensor) -> Tensor:
     from torch.nn import functional as F
 
-    pads: list[int] = []
-    sides = x.shape[2:]
-    for side, size, stride, step in zip(sides, module.kernel_size, module.stride, module.dilation, strict=True):
-        reach = (size - 1) * step + 1
-        total = max((-(-side // stride) - 1) * stride + reach - side, 0)
-        pads = [total // 2, total - total // 2, *pads]  # F.pad takes the last axis first
+    reaches = ((size - 1) * step + 1 for size, step in zip(module.kernel_size, module.dilation, strict=True))
+    pads = same_pads(x.shape[2:], reaches, module.stride)
+    return _convolve(module, F.pad(in_double(x), pads), 0, module.dilation)
+
+
+def _padded_unevenly(module: Any, x: Tensor, shift: int) -> Tensor:
+    """Pad by as much as the module in all, but so much more in front and less behind."""
+    from torch.nn import functional as F
+
+    pads = [side for pad in reversed(module.padding) for side in (pad + min(pad, shift), pad - min(pad, shift))]
     return _convolve(module, F.pad(in_double(x), pads), 0, module.dilation)
 
 

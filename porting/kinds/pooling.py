@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from porting.kinds.base import Kind, Mistake, in_double
+from porting.kinds.base import Kind, Mistake, in_double, same_pads
 
 if TYPE_CHECKING:
     import keras
@@ -104,11 +104,7 @@ def _pads_of_same(module: Any, x: Tensor) -> list[int]:
     axes = x.ndim - 2
     kernel = _for_axes(module.kernel_size, axes)
     stride = _for_axes(module.stride if module.stride is not None else kernel, axes)
-    pads: list[int] = []
-    for side, size, step in zip(x.shape[2:], kernel, stride, strict=True):
-        total = max((-(-side // step) - 1) * step + size - side, 0)
-        pads = [total // 2, total - total // 2, *pads]
-    return pads
+    return same_pads(x.shape[2:], kernel, stride)
 
 
 def _as_same(module: Any, x: Tensor, how: str) -> Tensor:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from porting.kinds.base import Kind, Leaf, Mistake, Settings, with_value
+from porting.kinds.batch_norm import USUAL_EPSILONS, constant
 
 if TYPE_CHECKING:
     import keras
@@ -47,20 +49,16 @@ class RMSNorm(Kind):
             yield Mistake("1 is added to its scale", more)
         name = _epsilon(module)
         own = getattr(module, name)
-        for eps in (1e-5, 1e-6, 1e-7, 1e-8, 0.0):
+        for eps in USUAL_EPSILONS:
             if eps != own:
                 usual = "its type's own" if own is None else f"{own:g}"
                 cause = f"an epsilon of {eps:g} instead of {usual}"
-                yield Mistake(cause, with_value(module, inputs, name, _constant(eps)))
+                yield Mistake(cause, with_value(module, inputs, name, partial(constant, eps)))
 
 
 def _epsilon(module: nn.Module) -> str:
     """The name of the attribute that holds epsilon."""
     return "variance_epsilon" if hasattr(module, "variance_epsilon") else "eps"
-
-
-def _constant(value: float) -> Any:
-    return lambda _: value
 
 
 KIND = RMSNorm()

@@ -1,6 +1,6 @@
 """The key map: a table of rows, expanded once into one entry per tensor.
 
-All names come from this table. No other code splits, searches or replaces parts of a name.
+All names come from this table. Only a family rewrites names elsewhere, for another version of its package.
 """
 
 from __future__ import annotations

@@ -193,3 +193,22 @@ def test_tokens_that_are_off_by_one() -> None:
     assert not report.passed
     assert report.diagnosis is not None
     assert "it takes the row 1 after the one that PyTorch takes" in report.diagnosis.cause
+
+
+@pytest.mark.parametrize(
+    ("pads", "cause"),
+    [((2, 2), ""), ((3, 1), "it pads 1 more in front"), ((0, 4), "it pads 2 more behind"), ((4, 0), "2 more in front")],
+)
+def test_padding_that_is_uneven_is_named(pads: tuple[int, int], cause: str) -> None:
+    torch.manual_seed(0)
+    reference = nn.Sequential(nn.Conv2d(4, 8, 5, stride=2, padding=2), nn.Flatten()).eval()
+    inputs = keras.Input((6, 6, 4))
+    conv = layers.Conv2D(8, 5, 2, name="0")
+    x = conv(layers.ZeroPadding2D((pads, pads))(inputs))
+    model = keras.Model(inputs, layers.Reshape((72,))(layers.Permute((3, 1, 2))(x)))
+    conv.set_weights(kernel(reference[0]))
+    report = check_parity(reference, model, IMAGES)
+    assert report.passed is not bool(cause), str(report)
+    if cause:
+        assert report.culprits[0].diagnosis is not None
+        assert cause in report.culprits[0].diagnosis.cause
