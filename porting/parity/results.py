@@ -74,7 +74,6 @@ def pair_results(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[di
         notes = [f"the results of the two models have other names and are paired by place: {said}"]
     if len(theirs) != len(ours):
         count = min(len(theirs), len(ours))
-        notes += [
-            f"PyTorch gives {counted(len(theirs), 'result')} and Keras {len(ours)}; the first {count} are compared"
-        ]
+        said = "the first is compared" if count == 1 else f"the first {count} are compared"
+        notes += [f"PyTorch gives {counted(len(theirs), 'result')} and Keras {len(ours)}; {said}"]
     return pairs, notes

@@ -221,7 +221,7 @@ def test_rows_of_a_table_that_no_input_reads_count(row: int, change: float) -> N
 def test_results_that_only_one_side_has_are_said() -> None:
     report = check(lambda y, _: (y, 2 * y), lambda y, _: y)
     assert report.passed
-    assert "PyTorch gives 2 results and Keras 1; the first 1 are compared" in str(report)
+    assert "PyTorch gives 2 results and Keras 1; the first is compared" in str(report)
 
 
 def test_a_function_that_was_compiled_with_other_values_is_refused() -> None:
