@@ -20,6 +20,7 @@ import numpy as np
 from porting.call_names import without_number
 from porting.kinds import KINDS, kind_of_module
 from porting.kinds.transforms import Array, Shifted
+from porting.mapping.convert import to_float32
 from porting.mapping.key_map import KeyMap
 from porting.mapping.rules import KeyRule
 from porting.models.float32_trace import Float32Trace
@@ -302,14 +303,14 @@ def _substitute_by_key_map(session: Session, key_map: KeyMap) -> None:
 
 def _substitute_created(session: Session) -> None:
     """Give the float64 model PyTorch's own constants where it holds their rounding to float32, such as a mean."""
-    created = {(each.size, each.astype(np.float32).tobytes()): each for each in session.created}
+    created = {(each.size, to_float32(each).tobytes()): each for each in session.created}
     sizes = {size for size, _ in created}
     shapes = (variable.shape for variable in named_variables(session.candidate).values())
     if sizes.isdisjoint(math.prod(shape) for shape in shapes):
         return
 
     def exact(name: str, held: Any) -> Any:
-        found = created.get((held.size, held.astype(np.float32).tobytes())) if held.size in sizes else None
+        found = created.get((held.size, to_float32(held).tobytes())) if held.size in sizes else None
         return None if found is None or np.array_equal(found.ravel(), held.ravel()) else found.reshape(held.shape)
 
     session.float64.substitute(exact)
