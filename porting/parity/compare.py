@@ -49,7 +49,7 @@ from porting.parity.derived import (
     substitute_for,
     table_with_row,
 )
-from porting.parity.inferred import with_inferred_weights
+from porting.parity.inferred import with_bare_weights, with_inferred_weights
 from porting.parity.locate import locate
 from porting.parity.loud import compare_loud_outputs
 from porting.parity.measure import measure_distance, measure_size
@@ -190,6 +190,8 @@ def check_parity(
             _allow_for_rounding(session)
             notes = (*report.notes, *_rounded_weights(session))
             report = replace(report, culprits=_culprits(session, report), notes=notes)
+            if key_map is None and any(each.diagnosis is None for each in report.culprits):
+                report = with_bare_weights(session, report)
         progress("done", 1, 1)
         return report
 

@@ -16,7 +16,7 @@ import numpy as np
 from porting.errors import KeyMapError
 from porting.kinds import kind_called, kind_of_layer, kind_of_module
 from porting.kinds.base import Kind
-from porting.kinds.transforms import VECTOR, Constant
+from porting.kinds.transforms import VECTOR, Array, Constant
 from porting.mapping.key_map import KeyMap, LayerPair, TensorEntry
 from porting.models.live import effective_names
 from porting.models.rows import entries_filling
@@ -29,6 +29,8 @@ from porting.parity.session import Session
 
 # The share of equal numbers from which a parameter without a layer is taken for another.
 _MOST = 0.5
+# Fewer numbers may be near others by chance, and so may those that are not this near.
+_FEWEST, _NEAR = 3, 1e-3
 
 
 def with_inferred_weights(session: Session, report: ParityReport, *, loud: bool) -> ParityReport:
@@ -72,6 +74,45 @@ def _has_no_effect(session: Session, key_map: KeyMap, name: str) -> bool:
     """Whether the models compute the same though this variable is not PyTorch's, such as a key bias in an attention."""
     entries = tuple(entry for entry in key_map.entries if name not in entry.targets)
     return _computes_the_same(session, replace(key_map, entries=entries))
+
+
+def with_bare_weights(session: Session, report: ParityReport) -> ParityReport:
+    """Add to a failing report which bare variables differ from PyTorch's bare parameters that they clearly stand for.
+
+    Neither a layer nor a module of a known kind holds them, so that no result of a layer shows them by itself.
+    """
+    if report.verified is None or session.halved:
+        return report
+    fits, state = _Fits(session), session.reference.state_dict()
+    known = {name for name, module in session.modules.items() if kind_of_module(module) is not None}
+    theirs = {
+        name: state[name].detach().float().numpy().ravel()
+        for name in fits.unread(())
+        if name.rpartition(".")[0] not in known
+    }
+    found: dict[str, str] = {}
+    for layer, names in owned_names(session.candidate).items():
+        owner = session.layer(layer)
+        for name in names if owner is None or kind_of_layer(owner) is None else ():
+            values = np.asarray(named_variables(session.candidate)[name]).astype(np.float32).ravel()
+            near = [each for each, other in theirs.items() if _is_near(values, other)]
+            if len(near) == 1:
+                entry = TensorEntry((near[0],), (name,), VECTOR)
+                found |= compare_bits(session.reference, fits.variables, KeyMap((), (entry,), frozenset())).differing
+    if not found:
+        return report
+    differing = {**dict.fromkeys(report.verified.differing, ""), **found}
+    details = (*report.verified.details, *(how for name, how in found.items() if name not in report.verified.differing))
+    return replace(report, verified=replace(report.verified, differing=tuple(differing), details=details))
+
+
+def _is_near(values: Array, other: Array) -> bool:
+    """Whether most of two tables' numbers are equal, or all are nearly so."""
+    if values.shape != other.shape or values.size < _FEWEST:
+        return False
+    size = float(np.square(other, dtype=np.float64).sum())
+    distance = float(np.square(values.astype(np.float64) - other).sum())
+    return bool((values == other).mean() > _MOST) or distance < _NEAR * size
 
 
 def _tables(session: Session) -> set[str]:
@@ -119,9 +160,9 @@ class _Fits:
         self._session = session
         self._state = session.reference.state_dict()
         self._tensors = effective_names(session.reference)
-        self._variables = named_variables(session.candidate)
-        self._names = {id(variable): name for name, variable in self._variables.items()}
-        self.shapes = {name: tuple(variable.shape) for name, variable in self._variables.items()}
+        self.variables = named_variables(session.candidate)
+        self._names = {id(variable): name for name, variable in self.variables.items()}
+        self.shapes = {name: tuple(variable.shape) for name, variable in self.variables.items()}
         self._kinds = {name: kind_of_module(module) for name, module in session.modules.items()}
         self.kind_names = {
             name: self._kind_name(name, kind)
@@ -156,7 +197,7 @@ class _Fits:
         for source in self.kind_names:
             if source not in taken and (entries := self.entries(source, target)):
                 key_map = KeyMap((), entries, frozenset())
-                bits = compare_bits(self._session.reference, self._variables, key_map)
+                bits = compare_bits(self._session.reference, self.variables, key_map)
                 if bits.compared and not bits.differing:
                     return source, entries
         return None
@@ -167,7 +208,7 @@ class _Fits:
         left = {name: self._state[name].detach().float().numpy().ravel() for name in self.unread(entries)}
         found: list[TensorEntry] = []
         for name in self.shapes.keys() - filled:
-            values = np.asarray(self._variables[name]).astype(np.float32).ravel()
+            values = np.asarray(self.variables[name]).astype(np.float32).ravel()
             same_size = (each for each in left if left[each].shape == values.shape and values.size)
             equal = {each: (left[each] == values).mean() for each in same_size}
             best = max(equal, key=equal.__getitem__, default=None)

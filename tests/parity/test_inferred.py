@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 import torch
-from keras import layers
+from keras import layers, ops
 from torch import nn
 
 import porting
@@ -153,3 +153,45 @@ def test_rows_of_a_table_that_these_inputs_do_not_reach(wrong: bool) -> None:
     report = porting.check_parity(reference, candidate, given)
     assert report.passed is not wrong, str(report)
     assert not wrong or "table[12, 0] is" in str(report)
+
+
+class Mixing(nn.Module):
+    """Two tables of its own, which no module holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(5, 4)
+        self.mix, self.shift = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.fc(x)) @ self.mix + self.shift
+
+
+class OursMixing(layers.Layer):  # type: ignore[misc]
+    def build(self, shape: Any) -> None:
+        self.mix = self.add_weight(name="mix", shape=(4, 4))
+        self.shift = self.add_weight(name="shift", shape=(4,))
+
+    def call(self, x: Any) -> Any:
+        return ops.tanh(x) @ self.mix + self.shift
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("scales_all", [False, True])
+def test_a_bare_weight_that_is_wrong_is_named(place: int, scales_all: bool) -> None:
+    torch.manual_seed(0)
+    values_in = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
+    reference, inputs = Mixing().eval(), keras.Input((5,))
+    dense, mixing = layers.Dense(4), OursMixing()
+    candidate = keras.Model(inputs, mixing(dense(inputs)))
+    dense.set_weights([reference.fc.weight.detach().numpy().T, reference.fc.bias.detach().numpy()])
+    values = [reference.mix.detach().numpy().copy(), reference.shift.detach().numpy().copy()]
+    mixing.set_weights(values)
+    assert porting.check_parity(reference, candidate, values_in).passed
+    values[place][slice(None) if scales_all else 1] *= 1.001
+    mixing.set_weights(values)
+    report = porting.check_parity(reference, candidate, values_in)
+    assert not report.passed
+    assert report.verified is not None
+    assert report.verified.differing == (f"{mixing.name}/{('mix', 'shift')[place]}",), str(report)
+    assert "and should be" in report.verified.details[0]
