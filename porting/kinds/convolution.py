@@ -116,8 +116,9 @@ def kernel_mistakes(module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
             f"the kernel's {names[one - 2]} and {names[other - 2]} are swapped",
             with_value(module, inputs, "weight", partial(_swapped, one, other)),
         )
-    for count in range(spatial, 0, -1):
-        for flipped in itertools.combinations(axes, count):
+    longer = [axis for axis in axes if module.kernel_size[axis - 2] > 1]
+    for count in range(len(longer), 0, -1):
+        for flipped in itertools.combinations(longer, count):
             where = " and ".join(names[axis - 2] for axis in flipped)
             yield Mistake(
                 f"the kernel is flipped in {where}",

@@ -199,3 +199,18 @@ def test_what_is_wrong_in_attention_is_told(change: Callable[[list[Array]], None
     assert [each.culprit for each in report.culprits] == ["attn"]
     assert report.culprits[0].diagnosis is not None
     assert report.culprits[0].diagnosis.cause == cause
+
+
+def test_one_number_of_two_is_named() -> None:
+    """As many as half of a small bias are still few."""
+    torch.manual_seed(0)
+    reference, inputs = nn.Sequential(nn.Linear(4, 2), nn.Sigmoid()).eval(), keras.Input((4,))
+    dense = keras.layers.Dense(2, "sigmoid")
+    candidate = keras.Model(inputs, dense(inputs))
+    linear: Any = reference[0]
+    kernel, bias = linear.weight.detach().numpy().T.copy(), linear.bias.detach().numpy().copy()
+    bias[1] *= 1.001
+    dense.set_weights([kernel, bias])
+    report = check_parity(reference, candidate, np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32))
+    assert report.culprits[0].diagnosis is not None
+    assert "0.bias[1] is" in report.culprits[0].diagnosis.cause, str(report)
