@@ -43,10 +43,13 @@ def exact_functions(*, staying: bool) -> Iterator[None]:
         replaced(operators, maybe_promote_tensors=_promoting(operators.maybe_promote_tensors)),
         replaced(tf, **{name: _mixing(getattr(tf, name)) for name in _MIXED}),
         replaced(tf.math, **{name: _mixing(getattr(tf.math, name)) for name in _MIXED_MATH}),
-        replaced(tf.linalg, matmul=_mixing(tf.linalg.matmul)),
+        replaced(tf.linalg, **{name: _mixing(getattr(tf.linalg, name)) for name in _MIXED_LINALG}),
         replaced(tf.image, resize=_resize(tf.image.resize)),
         replaced(raw, ResizeBilinear=_resize_bilinear(raw.ResizeBilinear)),
         replaced(old, resize_bilinear=_resize_bilinear(old.resize_bilinear)),
+        replaced(tf.nn, gelu=_gelu_of_tf(tf.nn.gelu), leaky_relu=_leaky_relu_of_tf(tf.nn.leaky_relu)),
+        replaced(tf.nn, silu=_silu_of_tf(tf.nn.silu), swish=_silu_of_tf(tf.nn.swish)),
+        replaced(tf.nn, **{name: _mixing(getattr(tf.nn, name)) for name in _MIXED_NN}),
         replaced(tf.nn, max_pool=_pool(tf.nn.max_pool), avg_pool=_pool(tf.nn.avg_pool)),
     ):
         yield
@@ -67,6 +70,35 @@ def _gelu(x: Any, approximate: bool = True) -> Any:
     if not approximate:
         return 0.5 * x * tf.math.erfc(-x * math.sqrt(0.5))
     return 0.5 * x * (1.0 + keras.ops.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)))
+
+
+def _gelu_of_tf(own: Callable[..., Any]) -> Callable[..., Any]:
+    def gelu(features: Any, approximate: bool = False, name: str | None = None) -> Any:
+        return _gelu(features, approximate) if _is_double(features) else own(features, approximate, name)
+
+    return gelu
+
+
+def _leaky_relu_of_tf(own: Callable[..., Any]) -> Callable[..., Any]:
+    def leaky_relu(features: Any, alpha: float = 0.2, name: str | None = None) -> Any:
+        return _leaky_relu(features, alpha) if _is_double(features) else own(features, alpha, name)
+
+    return leaky_relu
+
+
+def _silu_of_tf(own: Callable[..., Any]) -> Callable[..., Any]:
+    import tensorflow as tf
+
+    def silu(features: Any, beta: float = 1.0) -> Any:
+        return features * tf.sigmoid(features * beta) if _is_double(features) else own(features, beta)
+
+    return silu
+
+
+def _is_double(value: Any) -> bool:
+    import tensorflow as tf
+
+    return bool(tf.is_tensor(value) and value.dtype == tf.float64)
 
 
 def _cast(own: Callable[..., Any], staying: bool) -> Callable[..., Any]:
@@ -163,8 +195,16 @@ def _promoting(own: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # Functions of TensorFlow that take several tensors of one type.
-_MIXED_MATH = ("add", "divide", "maximum", "minimum", "multiply", "pow", "subtract")
-_MIXED = (*_MIXED_MATH, "concat", "einsum", "matmul", "stack", "tensordot", "where")
+_COMPARING = ("equal", "greater", "greater_equal", "less", "less_equal", "not_equal")
+_ARITHMETIC = ("add", "divide", "maximum", "minimum", "multiply", "pow", "subtract")
+_MIXED_MATH = (*_COMPARING, *_ARITHMETIC, "add_n", "atan2", "floormod", "squared_difference")
+_SCATTERING = ("tensor_scatter_nd_add", "tensor_scatter_nd_update")
+_MIXED = (
+    *(*_COMPARING, *_ARITHMETIC, *_SCATTERING),
+    *("concat", "einsum", "matmul", "searchsorted", "stack", "tensordot", "where"),
+)
+_MIXED_LINALG = ("cholesky_solve", "lstsq", "matmul", "matvec", "solve", "triangular_solve")
+_MIXED_NN = ("bias_add", "conv1d", "conv2d", "conv3d", "depthwise_conv2d")
 
 
 def _mixing(own: Callable[..., Any]) -> Callable[..., Any]:

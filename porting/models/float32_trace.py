@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -92,12 +94,19 @@ class Float32Trace:
     def __init__(self, constants: Iterable[Array] = (), created: Iterable[Array] = ()) -> None:
         self._touched: set[int] = set()
         # A mask's great numbers would allow for anything beside them. Many layers hold the same table.
-        self._constants: list[tuple[Array, float]] = []
+        self._constants: list[tuple[Array, Array]] = []
+        constants, created = list(constants), list(created)
+        alike = (each.flat[0] for each in (*constants, *created) if each.size and (each == each.flat[0]).all())
+        self._numbers = sorted({float(each) for each in alike if each and math.isfinite(each)})
         for arrays, roundings in ((constants, _ROUNDINGS), (created, _ROUNDING)):
             flat = (np.ravel(array) for array in arrays)
             useful = [each for each in flat if np.unique(each[:64]).size > 1 and np.abs(each).max() < _GREATEST]
             distinct = {(each.size, each.tobytes()): each for each in useful}
-            self._constants += [(each, roundings * float(np.abs(each).max())) for each in distinct.values()]
+            # A sine near zero has the rounding of its angle. Each other number has its own.
+            for each in distinct.values():
+                sizes = np.abs(each)
+                least = min(float(sizes.max()), 1.0) / 2 if roundings == _ROUNDINGS else 0.0
+                self._constants.append((each, roundings * np.maximum(sizes, least)))
 
     def __bool__(self) -> bool:
         """Whether any such tensor was seen."""
@@ -159,7 +168,11 @@ class Float32Trace:
             made = own(value, *args, **kwargs)
             if not tf.executing_eagerly():
                 return made  # a function is being compiled
-            if _is_rounded(value) or (isinstance(value, (np.ndarray, list, tuple)) and self._is_constant(made)):
+            if (
+                _is_rounded(value)
+                or self._is_number(value)
+                or (isinstance(value, (np.ndarray, list, tuple)) and self._is_constant(made))
+            ):
                 self._touched.add(made._id)
             return made
 
@@ -173,12 +186,22 @@ class Float32Trace:
         def promote(*tensors: Any, **how: Any) -> Any:
             given = list(tensors)
             for place, each in enumerate(tensors):
-                if _is_rounded(each):
+                if _is_rounded(each) or self._is_number(each):
                     given[place] = tf.raw_ops.Identity(input=np.asarray(each, np.float64))
                     self._touched.add(given[place]._id)
             return own(*given, **how)
 
         return promote
+
+    def _is_number(self, value: Any) -> bool:
+        """Whether PyTorch holds this number of the code rounded to float32."""
+        if isinstance(value, (np.ndarray, np.generic)) and np.size(value) == 1:
+            value = np.ravel(as_written(value)).astype(float).item()
+        if not isinstance(value, float) or not value:
+            return False
+        place = bisect.bisect_left(self._numbers, value)
+        near = self._numbers[max(0, place - 1) : place + 1]
+        return any(each != value and abs(each - value) <= _ROUNDING * abs(each) for each in near)
 
     def _is_constant(self, output: Any) -> bool:
         """Whether PyTorch holds these numbers rounded to float32."""
@@ -188,12 +211,15 @@ class Float32Trace:
             return False
         count = int(np.prod(output.shape))
         # Code may use the first rows of a table.
-        fitting = [(each[:count], limit) for each, limit in self._constants if each.size >= count > 1]
+        fitting = [(each[:count], limit[:count]) for each, limit in self._constants if each.size >= count > 1]
         if not fitting:
             return False
         values = output.numpy().ravel()
         for each, limit in fitting:
-            if abs(values[-1] - each[-1]) <= limit and 0.0 < float(np.abs(values - each).max()) <= limit:
+            if abs(values[-1] - each[-1]) > limit[-1]:
+                continue
+            distances = np.abs(values - each)
+            if distances.any() and bool((distances <= limit).all()):
                 return True
         return False
 

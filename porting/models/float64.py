@@ -78,6 +78,7 @@ _LOOKING = frozenset(
 
 def in_float64(model: nn.Module) -> nn.Module:
     """Copy the model in double precision, without an intermediate copy in its own precision."""
+    import torch
     from torch import nn
 
     memo: dict[int, Any] = {}
@@ -85,9 +86,11 @@ def in_float64(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(_exact_copy(parameter.detach()), requires_grad=False)
     for buffer in model.buffers():
         memo[id(buffer)] = _exact_copy(buffer)
-    # Other tensors that a model holds are copied as they are.
     truth = copy.deepcopy(model, memo).double()
     for module in truth.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, torch.Tensor) and value.dtype == torch.float32:  # neither a parameter nor a buffer
+                vars(module)[name] = value.double()
         # Not for subclasses, which may compute something else.
         if type(module) is nn.Conv2d and _is_plain_depthwise(module):
             vars(module)["forward"] = partial(_depthwise, module)

@@ -267,9 +267,15 @@ def names_in_reference(reference: nn.Module, names: tuple[str, ...] | None) -> t
     found = tuple(
         _KNOWN_NAMES[name] if name not in taken and _KNOWN_NAMES.get(name) in taken else name for name in names
     )
-    if len(found) == 1 and taken and found[0] not in taken and _takes_only_named(reference):
+    if not taken or not _takes_only_named(reference) or set(found) <= set(taken):
+        return found
+    if len(found) == 1:
         return (taken[0],)
-    return found
+    unknown = ", ".join(name for name in found if name not in taken)
+    raise ValueError(
+        f"PyTorch's model takes {', '.join(taken)}, and not {unknown}: give its inputs as "
+        "reference_inputs={...} by its own names"
+    )
 
 
 def _takes_only_named(reference: nn.Module) -> bool:

@@ -35,7 +35,7 @@ from porting.models.rows import key_map_of_rows
 from porting.models.stacks import last_layer
 from porting.models.traverse import named_layers, named_variables, owned_names
 from porting.parity.bits import compare_bits
-from porting.parity.content import SAME, SAME_IN_FLOAT32, as_real
+from porting.parity.content import ROUNDED, SAME_IN_FLOAT32, as_real
 from porting.parity.derived import (
     StoredWeights,
     derived_weights,
@@ -475,9 +475,10 @@ def _constants(model: nn.Module) -> list[Array]:
     import torch
 
     modules = [module for module in model.modules() if kind_of_module(module) is None]
-    held = (value for module in modules for value in (*module.buffers(recurse=False), *vars(module).values()))
+    held = [value for module in modules for value in (*module.buffers(recurse=False), *vars(module).values())]
+    held += [each for module in modules for each in module.parameters(recurse=False) if each.numel() == 1]
     floats = (each for each in held if isinstance(each, torch.Tensor) and each.is_floating_point())
-    return [each.detach().double().numpy() for each in floats if each.numel() > 1]
+    return [each.detach().double().numpy() for each in floats if each.numel()]
 
 
 def _may_round_in_float32(session: Session) -> bool:
@@ -487,7 +488,7 @@ def _may_round_in_float32(session: Session) -> bool:
     views = [pair.exact for pair in session.results.values()]
     sizes = [(view.scale.total().rms, view.actual_error.total().rms) for view in views]
     near = not any(view.problem for view in views) and all(error <= SAME_IN_FLOAT32 * scale for scale, error in sizes)
-    return near and any(error > SAME * scale for scale, error in sizes)
+    return near and any(error > ROUNDED * scale for scale, error in sizes)
 
 
 def _runs(session: Session, batch: Inputs) -> bool:

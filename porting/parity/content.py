@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # Two tensors are the same if their RMS distance is at most this share of their RMS. Correct ports stay below 1e-13 at
 # any depth. A mistake that matters in float32 is above 1e-10.
 SAME = 1e-11
+# What float64 alone never reaches. The rounding of a constant may have so small an effect, such as before a norm.
+ROUNDED = 2e-14
 # The same for a layer that always computes in float32: some roundings of 6e-8.
 SAME_IN_FLOAT32 = 1e-5
 # A match that is so many times as far as the nearest is another tensor, such as a norm's that hardly changes its input.

@@ -612,7 +612,7 @@ def _wrong_result(session: Session, recording: Recording, key: str, wrong: list[
     library = session.library(recording)
     moved = next((k for k, each in recording.outputs.items() if k != key and library.match(actual, each)), None)
     other = library.match(actual, truth)
-    if other is not None and not other.reshaped:
+    if other is not None and not other.reshaped and other.axes != axes:
         text = f"its axes are in the order {other.axes}, not {axes}"
         cause = Diagnosis.certain(label, text)
     elif moved is not None:

@@ -12,6 +12,7 @@ from porting.kinds.activation import KIND as ACTIVATION
 from porting.models.inputs import Axes, Inputs, leaves_by_key
 from porting.models.observe import Replacement, to_torch
 from porting.parity.content import (
+    ROUNDED,
     SAME,
     SAME_IN_FLOAT32,
     Match,
@@ -220,7 +221,7 @@ class ExactObserver:
             distance = measure_distance(actual, expected)
             in_float32 = session.computes_in_float32(found[ours], Match(truth, axes, distance))
             in_float32 &= not self._is_doubtful
-            pair.in_float32 |= in_float32 and not distance.total().rms <= SAME * truth.rms
+            pair.in_float32 |= in_float32 and not distance.total().rms <= ROUNDED * truth.rms
             pair.exact.scale.include(truth.size)
             pair.exact.actual_error.include(distance)
         return found

@@ -491,10 +491,11 @@ class ParityReport:
 
     def _objection(self, layer: LayerComparison, view: str) -> str:
         """Why a layer fails in a view by itself; "" if it does not."""
-        if view != EXACT or layer.is_output:
-            return self.limits.objection(layer, view)
         ratio = layer.views[view].ratio
-        if layer.source not in self.float32_inside or ratio <= MAX_RATIO_INSIDE:
+        inside = view == EXACT and layer.views[view].roundoff == FLOAT32_ROUNDOFF
+        if view != EXACT or (layer.is_output and not (inside and ratio > MAX_RATIO_INSIDE)):
+            return self.limits.objection(layer, view)
+        if ratio <= MAX_RATIO_INSIDE or (layer.source not in self.float32_inside and not layer.is_output):
             return ""
         return f"{ratio:.3g} times the rounding of float32, in which it computes; {MAX_RATIO_INSIDE:g} allowed"
 

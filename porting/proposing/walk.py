@@ -466,7 +466,7 @@ class Walk:
         if any(self._is(tensor, truth) for tensor in tensors for truth in own) or any(map(self._find, tensors)):
             choice.seen = True
             return None
-        if option.kind.startswith("recurrent") and isinstance(self.options, AcrossFrameworks):
+        if option.kind.partition(":")[0] == "recurrent" and isinstance(self.options, AcrossFrameworks):
             place = int(option.kind.partition(":l")[2] or 0)
             if place + 1 < self.options.modules[option.source].num_layers:
                 for tensor in tensors:

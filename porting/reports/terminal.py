@@ -161,6 +161,8 @@ def verdict(report: ParityReport) -> str:
         failed = [layer for layer in report.layers if report.failed(layer)]
         results = sum(layer.is_output for layer in failed)
         inside = len(failed) - results
+        if not failed:
+            return f"NOT AT PARITY: {report.divergences[0]}{agreement}"
         what = " and ".join(counted(count, noun) for count, noun in ((results, "output"), (inside, "layer")) if count)
         return f"NOT AT PARITY: {what} of {counted(len(report.layers), 'tensor')} compared{agreement}"
     if report.objections and not any(not run.passed for run in report.stress):

@@ -12,6 +12,7 @@ import tensorflow as tf
 import torch
 from keras import layers, ops
 from torch import nn
+from torch.nn import functional as F
 
 import porting
 
@@ -69,6 +70,18 @@ HEALTHY: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         lambda y, x: y.masked_fill(x[:, :3] > 0, -torch.inf),
         lambda y, x: tf.where(x[:, :3] > 0, tf.constant(-np.inf, y.dtype), y),
     ),
+    "functions of TensorFlow": (
+        lambda y, _: [F.gelu(y), F.gelu(y, approximate="tanh"), F.leaky_relu(y, 0.3), y * torch.sigmoid(1.7 * y)],
+        lambda y, _: [tf.nn.gelu(y), tf.nn.gelu(y, True), tf.nn.leaky_relu(y, 0.3), tf.nn.silu(y, 1.7)],
+    ),
+    "a system of equations": (
+        lambda y, _: torch.linalg.solve(torch.eye(3) * 2 + 1, y.T).T,
+        lambda y, _: tf.transpose(tf.linalg.solve(tf.eye(3) * 2 + 1, tf.transpose(y))),
+    ),
+    "a root before a norm": (
+        lambda y, _: F.layer_norm(y * 3**0.5, (3,)),
+        lambda y, _: layers.LayerNormalization(epsilon=1e-5)(y * tf.sqrt(3.0)),
+    ),
     "an empty result": (lambda y, _: (y, y[:0]), lambda y, _: (y, y[:0])),
     "Python's numbers": (lambda y, _: (y, 1.5, 2), lambda y, _: (y, 1.5, 2)),
     "numbers on one side": (lambda y, _: (False, y, 2 * y, 3), lambda y, _: (y, 2 * y)),
@@ -97,6 +110,10 @@ WRONG: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "an array by 5e-7": (
         lambda y, _: y * torch.tensor(THIRDS),
         lambda y, _: y * np.array([0.1, 0.2000001, 0.3], np.float32),
+    ),
+    "another polynomial": (
+        lambda y, _: F.gelu(y, approximate="tanh"),
+        lambda y, _: 0.5 * y * (1 + tf.tanh(np.sqrt(2 / np.pi).astype(np.float32) * (y + 0.0447 * y**3))),
     ),
     "a number by 3e-6": (lambda y, _: y * 0.1, lambda y, _: y * np.float32(0.1000003)),
     "numbers on one side": (lambda y, _: (False, y, 3 * y), lambda y, _: (y, 2 * y)),
@@ -154,6 +171,44 @@ def test_constants_that_keras_holds(in_weight: bool, change: float) -> None:
     candidate(VALUES)
     candidate.fc.set_weights([reference.fc.weight.detach().numpy().T, reference.fc.bias.detach().numpy()])
     assert porting.check_parity(reference, candidate, VALUES).passed is not bool(change)
+
+
+class WithBuffer(nn.Module):
+    def __init__(self, values: Any, *, plain: bool) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+        if plain:
+            self.table = torch.tensor(values)  # neither a parameter nor a buffer
+        else:
+            self.register_buffer("table", torch.tensor(values))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) @ self.table if self.table.ndim == 2 else self.fc(x) * self.table
+
+
+TABLES: dict[str, tuple[Any, Any, bool]] = {
+    "a number": (0.1, 0.1, True),
+    "a number in float32": (0.1, np.float32(0.1), True),
+    "a third": (1 / 3, 1 / 3, True),
+    "equal numbers": ([0.1, 0.1, 0.1], 0.1, True),
+    "a matrix": ([[0.1, 0.2, 0.3]] * 3, np.array([[0.1, 0.2, 0.3]] * 3, np.float32), True),
+    "a number by 1e-6": (0.1, 0.1000001, False),
+    "a small entry beside a large one": ([1000.0, 0.1, 0.001], np.array([1000, 0.1, 0.00102]), False),
+    "an entry by 1 %": ([1.0, 0.01, 0.0001], np.array([1, 0.01, 0.000101]), False),
+}
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["buffer", "attribute"])
+@pytest.mark.parametrize("name", TABLES)
+def test_numbers_that_pytorch_holds(name: str, plain: bool) -> None:
+    theirs, ours, healthy = TABLES[name]
+    torch.manual_seed(0)
+    reference = WithBuffer(theirs, plain=plain).eval()
+    candidate = Ours(lambda y, _: ops.matmul(y, ours) if np.ndim(ours) == 2 else y * ours)
+    candidate(VALUES)
+    candidate.fc.set_weights([reference.fc.weight.detach().numpy().T, reference.fc.bias.detach().numpy()])
+    report = porting.check_parity(reference, candidate, VALUES)
+    assert report.passed is healthy, str(report)
 
 
 class Compiled(keras.Model):  # type: ignore[misc]
