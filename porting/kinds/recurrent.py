@@ -83,18 +83,8 @@ class Recurrent(Kind):
         return {**settings, "reset_after": own.reset_after} if hasattr(own, "reset_after") else settings
 
     def mistakes(self, module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
-        names = list(dict(module.named_parameters()))
-        gates = GATES.get(_mode(module), ())
-        for one, other in itertools.combinations(range(len(gates)), 2):
-            text = f"the {gates[one]} gate and the {gates[other]} gate are exchanged"
-            exchange = partial(exchanged, len(gates), one, other)
-            yield changed(module, inputs, text, names, exchange)
-            for name in names:
-                yield changed(module, inputs, f"{text} in {name}", [name], exchange)
-        biases = [name for name in names if name.startswith("bias")]
-        for name in biases:
-            yield changed(module, inputs, f"{name} is lost", [name], lambda values: values * 0)
-        yield changed(module, inputs, "the biases are lost", biases, lambda values: values * 0)
+        yield from gate_mistakes(module, inputs, GATES.get(_mode(module), ()))
+        biases = [name for name, _ in module.named_parameters() if name.startswith("bias")]
         if _mode(module) == "GRU" and biases:
             yield Mistake("its two biases are exchanged", with_change(module, inputs, _exchange_biases))
             yield Mistake(
@@ -113,6 +103,21 @@ class Recurrent(Kind):
             time = 1 if module.batch_first else 0
             backwards = with_change(module, [sequence.flip(time)], lambda _: None)
             yield Mistake("it goes backwards through the sequence", backwards)
+
+
+def gate_mistakes(module: Any, inputs: list[Tensor], gates: tuple[str, ...]) -> Iterator[Mistake]:
+    """Mistakes of recurrent layers and cells alike: gates that are exchanged, and biases that are lost."""
+    names = [name for name, _ in module.named_parameters()]
+    for one, other in itertools.combinations(range(len(gates)), 2):
+        text = f"the {gates[one]} gate and the {gates[other]} gate are exchanged"
+        exchange = partial(_exchanged, len(gates), one, other)
+        yield _changed(module, inputs, text, names, exchange)
+        for name in names:
+            yield _changed(module, inputs, f"{text} in {name}", [name], exchange)
+    biases = [name for name in names if name.startswith("bias")]
+    for name in biases:
+        yield _changed(module, inputs, f"{name} is lost", [name], lambda values: values * 0)
+    yield _changed(module, inputs, "the biases are lost", biases, lambda values: values * 0)
 
 
 def _leaves(order: tuple[int, ...], layer: int) -> tuple[Leaf, ...]:
@@ -202,7 +207,7 @@ def variables_of_cell(layer: Any, prefix: str = "") -> dict[str, keras.Variable]
     return {f"{prefix}{name}": variable for name, variable in found.items() if variable is not None}
 
 
-def changed(
+def _changed(
     module: Any, inputs: list[Tensor], cause: str, names: list[str], change: Callable[[Tensor], Tensor]
 ) -> Mistake:
     def apply(changed: Any) -> None:
@@ -213,7 +218,7 @@ def changed(
     return Mistake(cause, with_change(module, inputs, apply))
 
 
-def exchanged(count: int, one: int, other: int, values: Tensor) -> Tensor:
+def _exchanged(count: int, one: int, other: int, values: Tensor) -> Tensor:
     import torch
 
     if values.shape[0] % count:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from porting.kinds.activation import name_of_function, settings_of_function
 from porting.kinds.base import Kind, Leaf, Mistake, Settings
-from porting.kinds.recurrent import GATES, ORDERS, changed, exchanged, variables_of_cell
+from porting.kinds.recurrent import GATES, ORDERS, gate_mistakes, variables_of_cell
 from porting.kinds.transforms import Gates, JoinedBiases
 
 if TYPE_CHECKING:
@@ -70,18 +68,7 @@ class RecurrentCell(Kind):
         return {**settings, "reset_after": layer.reset_after} if hasattr(layer, "reset_after") else settings
 
     def mistakes(self, module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
-        names = list(dict(module.named_parameters()))
-        gates = GATES.get(_mode(module), ())
-        for one, other in itertools.combinations(range(len(gates)), 2):
-            text = f"the {gates[one]} gate and the {gates[other]} gate are exchanged"
-            exchange = partial(exchanged, len(gates), one, other)
-            yield changed(module, inputs, text, names, exchange)
-            for name in names:
-                yield changed(module, inputs, f"{text} in {name}", [name], exchange)
-        biases = [name for name in names if name.startswith("bias")]
-        for name in biases:
-            yield changed(module, inputs, f"{name} is lost", [name], lambda values: values * 0)
-        yield changed(module, inputs, "the biases are lost", biases, lambda values: values * 0)
+        yield from gate_mistakes(module, inputs, GATES.get(_mode(module), ()))
 
 
 KIND = RecurrentCell()
