@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,7 @@ def report(file: Path, form: str | None, out: Path | None, all_layers: bool) -> 
     """
     from porting import reports
     from porting.cli.terminal import make_console, say
+    from porting.errors import OutputError
     from porting.files.atomic import refuse_clashes, require_writable
     from porting.reports import evaluation
     from porting.reports.document import file_beside, read_report
@@ -52,7 +54,10 @@ def report(file: Path, form: str | None, out: Path | None, all_layers: bool) -> 
         show, write = partial(print_report, parity, all_layers=all_layers), partial(reports.write_report, parity)
     out = out or Path("-")
     streamed = reports.is_stream(out)
-    if form is not None and not streamed and form != "terminal" and form in forms and format_of(out) != form:
+    of_suffix = None
+    with contextlib.suppress(OutputError):  # a suffix that says nothing
+        of_suffix = None if streamed else format_of(out)
+    if form is not None and of_suffix is not None and form not in {"terminal", of_suffix}:
         raise click.UsageError(f"--format {form} does not fit the suffix of {out}: leave --format out")
     form = form or ("terminal" if streamed else format_of(out))
     if form == "terminal":

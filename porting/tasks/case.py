@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import numpy as np
 
@@ -217,24 +217,33 @@ class Case:
         return {name: fact for name, fact in facts.items() if fact is not None}
 
 
+class Reading(TypedDict, total=False):
+    """How to read a checkpoint.
+
+    `layout` is the name of its publisher's naming; by default, the tensor names decide. `ema`, `key` and `prefix`
+    choose which weights of the file to use, as `read_checkpoint` explains. `sha256` must match the file's hash.
+    """
+
+    layout: str | None
+    ema: bool
+    sha256: str | None
+    key: str | None
+    prefix: str | None
+
+
 def open_case(
     family: Family,
     variant: str,
     location: str | Path | None,
-    *,
-    layout: str | None = None,
-    ema: bool = False,
-    sha256: str | None = None,
-    key: str | None = None,
-    prefix: str | None = None,
     progress: Progress = SILENT,
+    **reading: Unpack[Reading],
 ) -> Case:
     """Open the checkpoint at `location`, or the variant's official one, and recognise its publisher and settings.
 
-    `layout` is the name of a naming; by default, the tensor names decide. `ema`, `key` and `prefix` choose which
-    weights of the file to use, as `read_checkpoint` explains. Raises SourceError, CheckpointError, or KeyMapError if
-    the naming is unknown or ambiguous, or if the checkpoint states settings that the family cannot build.
+    Raises SourceError, CheckpointError, or KeyMapError if the naming is unknown or ambiguous, or if the checkpoint
+    states settings that the family cannot build.
     """
+    sha256 = reading.get("sha256")
     found = family.source_of(variant) if location is None else parse_location(family.name, variant, location)
     source = found if isinstance(found, Source) else None
     loaded = family.published(variant, progress) if location is None else None
@@ -245,10 +254,12 @@ def open_case(
             else found
         )
         progress("reading the checkpoint")
-        loaded = read_checkpoint(path, ema=ema, key=key, prefix=prefix, fit=partial(family.fit, variant))
+        chosen = {"key": reading.get("key"), "prefix": reading.get("prefix")}
+        fit = partial(family.fit, variant)
+        loaded = read_checkpoint(path, ema=reading.get("ema", False), **chosen, fit=fit)
         if source is None:
             require_sha256(str(path), loaded.sha256, sha256)
-    spec = family.recognise(variant, loaded.state_dict, forced=layout, facts=loaded.facts)
+    spec = family.recognise(variant, loaded.state_dict, forced=reading.get("layout"), facts=loaded.facts)
     return Case(family, spec, loaded, source)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from porting.parity.stress import stress_cases
 from porting.parity.training import compare_masks, compare_training, training_batch
 from porting.progress import SILENT, Progress
 from porting.run import describe_run
-from porting.tasks.case import Case, open_case, refuse_another, refuse_without_checkpoint
+from porting.tasks.case import Case, Reading, open_case, refuse_another, refuse_without_checkpoint
 from porting.tasks.options import CheckOptions, batch_size_of
 
 if TYPE_CHECKING:
@@ -39,36 +39,22 @@ def check(
     weights: Path,
     *,
     checkpoint: str | Path | None = None,
-    layout: str | None = None,
-    ema: bool = False,
-    sha256: str | None = None,
-    key: str | None = None,
-    prefix: str | None = None,
     options: CheckOptions | None = None,
     progress: Progress = SILENT,
+    **reading: Unpack[Reading],
 ) -> ParityReport:
     """Compare a file of Keras weights, from any source, with the checkpoint that it should match.
 
-    `checkpoint` defaults to the variant's official one. `layout` names its publisher; by default, the publisher is
-    recognised from the tensor names. Raises SourceError, CheckpointError, KeyMapError, or WeightsFileError if the file
-    does not fit the model.
+    `checkpoint` defaults to the variant's official one, and `reading` says how to read it, as for
+    `porting.tasks.port.port`. Raises SourceError, CheckpointError, KeyMapError, or WeightsFileError if the file does
+    not fit the model.
     """
     weights_file.require_file(weights)
     survey = survey_file(weights)
     refuse_another(family, variant, survey, weights)
     if checkpoint is None:
         refuse_without_checkpoint(family, variant, survey, weights)
-    case = open_case(
-        family,
-        variant,
-        checkpoint,
-        layout=layout,
-        ema=ema,
-        sha256=sha256,
-        key=key,
-        prefix=prefix,
-        progress=progress,
-    )
+    case = open_case(family, variant, checkpoint, progress, **reading)
     case.refuse_other_tensors()
     options = options or CheckOptions()
     used = {name: case.state_dict[name] for entry in case.key_map.entries for name in entry.sources}

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
@@ -35,7 +35,15 @@ from porting.parity.report import Limits, ParityReport, refusal
 from porting.progress import SILENT, Progress
 from porting.reports.document import to_json
 from porting.run import describe_run
-from porting.tasks.case import Case, case_of_file, files_of, open_case, refuse_another, refuse_without_checkpoint
+from porting.tasks.case import (
+    Case,
+    Reading,
+    case_of_file,
+    files_of,
+    open_case,
+    refuse_another,
+    refuse_without_checkpoint,
+)
 from porting.tasks.options import CheckOptions
 from porting.wording import counted, reason_of
 
@@ -71,11 +79,6 @@ def export(
     form: str,
     precision: str = "float32",
     checkpoint: str | Path | None = None,
-    layout: str | None = None,
-    ema: bool = False,
-    sha256: str | None = None,
-    key: str | None = None,
-    prefix: str | None = None,
     input_size: int | None = None,
     fused: bool = True,
     split_kernels: bool | None = None,
@@ -86,10 +89,11 @@ def export(
     check: bool = True,
     options: CheckOptions | None = None,
     progress: Progress = SILENT,
+    **reading: Unpack[Reading],
 ) -> ExportResult:
     """Export a ported file as a SavedModel (a folder), for LiteRT or as ONNX.
 
-    `checkpoint` and how to read it are those of `porting.tasks.port.port`, which only a check needs. `precision` is
+    `checkpoint` and `reading` are those of `porting.tasks.port.port`; only a check needs them. `precision` is
     float32, float16 or int8; int8 calibrates on the images of `options`. In a SavedModel it applies only
     to the stored weights, and all computation is in float32. An image model takes `(N, input_size, input_size, 3)`
     (LiteRT: N = 1); the default size is the variant's. A token model takes sequences of `input_size` tokens in LiteRT,
@@ -128,20 +132,10 @@ def export(
         if check:
             if checkpoint is None:
                 refuse_without_checkpoint(family, variant, survey, weights)
-            case = open_case(
-                family,
-                variant,
-                checkpoint,
-                layout=layout,
-                ema=ema,
-                sha256=sha256,
-                key=key,
-                prefix=prefix,
-                progress=progress,
-            )
+            case = open_case(family, variant, checkpoint, progress, **reading)
             case.refuse_other_tensors()
         else:
-            case = case_of_file(family, variant, survey, layout=layout)
+            case = case_of_file(family, variant, survey, layout=reading.get("layout"))
         progress("starting TensorFlow")
         start_tensorflow()
         progress("reading the weights")

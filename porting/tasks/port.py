@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from porting.parity.report import FLOAT32, ParityReport, refusal
 from porting.progress import SILENT, Progress
 from porting.reports.document import to_json
 from porting.run import describe_run
-from porting.tasks.case import Case, files_of, open_case
+from porting.tasks.case import Case, Reading, files_of, open_case
 from porting.tasks.check import compare_models
 from porting.tasks.options import CheckOptions
 from porting.wording import counted
@@ -51,21 +51,17 @@ def port(
     out: Path,
     *,
     checkpoint: str | Path | None = None,
-    layout: str | None = None,
-    ema: bool = False,
-    sha256: str | None = None,
-    key: str | None = None,
-    prefix: str | None = None,
     check: bool = True,
     options: CheckOptions | None = None,
     keep_failed: Path | None = None,
     progress: Progress = SILENT,
+    **reading: Unpack[Reading],
 ) -> PortResult:
     """Port one checkpoint to the file `out`, whose suffix determines the format.
 
-    `checkpoint` is a path or an address; the default is the variant's official file. `sha256`, if given, must match
-    its hash. `layout` names its publisher; by default, the publisher is recognised from the tensor names. With `check`,
-    the file is written under a temporary name, read back through Keras and compared with PyTorch according to
+    `checkpoint` is a path or an address; the default is the variant's official file. `reading` says how to read it, by
+    the names in `porting.tasks.case.Reading`: by default, its publisher is recognised from the tensor names. With
+    `check`, the file is written under a temporary name, read back through Keras and compared with PyTorch according to
     `options`. It gets its name only at parity, with the report beside it as `OUT.parity.json`.
 
     Raises SourceError, CheckpointError, KeyMapError, OutputError, or FailedParityError. `out` is then unchanged. A
@@ -76,17 +72,7 @@ def port(
     inputs = {"--checkpoint": files_of(checkpoint)}
     outputs = {} if keep_failed is None else {"--keep-failed": [keep_failed]}
     with pending_result(out, suffix, inputs=inputs, outputs=outputs) as pending:
-        case = open_case(
-            family,
-            variant,
-            checkpoint,
-            layout=layout,
-            ema=ema,
-            sha256=sha256,
-            key=key,
-            prefix=prefix,
-            progress=progress,
-        )
+        case = open_case(family, variant, checkpoint, progress, **reading)
         if case.checkpoint is not None:  # a download's file is known only now
             refuse_result_clashes(out, {"the checkpoint": case.checkpoint.files}, outputs)
         return _port(case, pending, check=check, options=options, keep_failed=keep_failed, progress=progress)
