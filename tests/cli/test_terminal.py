@@ -141,6 +141,7 @@ def mutations(document: object) -> list[tuple[str, object]]:
     return found
 
 
+@pytest.mark.slow
 def test_every_mutation_of_types_is_read_or_refused(tmp_path: Path) -> None:
     """Every report that can be read can be shown in every form, and no form shows a failed report as passed."""
     import io

@@ -182,7 +182,9 @@ def test_onnx_of_large_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, l
     assert {tensor.name for tensor in graph.initializer} <= used
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu", "mish"])
+@pytest.mark.parametrize(
+    "activation", ["gelu", pytest.param("silu", marks=pytest.mark.slow), pytest.param("mish", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(("form", "name"), FORMS)
 def test_activations(tmp_path: Path, form: str, name: str, activation: str) -> None:
     inputs = keras.Input((5,), name="numbers")

@@ -71,6 +71,7 @@ def test_a_faithful_port_stands_the_stress(family: VanFamily, checkpoint: Path) 
     assert len(report.stress) == 4
 
 
+@pytest.mark.slow
 def test_an_epsilon_that_ordinary_weights_hide_is_loud(checkpoint: Path) -> None:
     report = run(WrongEpsilons(), checkpoint)
     small = report.stress[0]
