@@ -18,6 +18,7 @@ from porting.mapping.convert import diff_keys
 from porting.mapping.key_map import KeyMap
 from porting.mapping.rules import KeyRule
 from porting.progress import SILENT, Progress
+from porting.wording import listed
 
 if TYPE_CHECKING:
     import keras
@@ -28,7 +29,6 @@ VARIANT = "given"
 _IMAGE_SIDE, _LENGTH = 224, 16
 _TOKENS = 64
 _SAMPLES = 2
-_MOST_LINES = 10
 
 
 class GivenFamily(LibraryFamily):
@@ -91,7 +91,7 @@ class GivenFamily(LibraryFamily):
         lines += [f"  {each.source}: Keras has {each.expected}, PyTorch {each.found}" for each in diff.mismatched]
         if lines:
             raise KeyMapError(
-                "\n".join([f"{self._rows_file or 'the rows'}: they do not fit the two models", *lines[:_MOST_LINES]]),
+                f"{self._rows_file or 'the rows'}: they do not fit the two models\n{listed(lines, separator=chr(10))}",
                 hint="`van-port map SOURCE TARGET --map ROWS --out NEW` completes rows. A tensor that Keras has in its "
                 'code needs a row with target = "" and kind = "constant".',
             )

@@ -53,7 +53,7 @@ def family_names() -> tuple[str, ...]:
 
 
 def families_with(names: Collection[str]) -> Iterator[Family]:
-    """Yield the families whose rows cover most of these names of PyTorch tensors, the best first."""
+    """Yield the families of this package whose rows cover most of these names of PyTorch tensors, the best first."""
     known = [get_family(name) for name in _FAMILIES]
     shares = {family: family.coverage(names) for family in known}
     yield from sorted((family for family in known if shares[family] > 0.5), key=lambda each: -shares[each])

@@ -94,7 +94,7 @@ def with_bare_weights(session: Session, report: ParityReport) -> ParityReport:
     for layer, names in owned_names(session.candidate).items():
         owner = session.layer(layer)
         for name in names if owner is None or kind_of_layer(owner) is None else ():
-            values = np.asarray(named_variables(session.candidate)[name]).astype(np.float32).ravel()
+            values = np.asarray(fits.variables[name]).astype(np.float32).ravel()
             near = [each for each, other in theirs.items() if _is_near(values, other)]
             if len(near) == 1:
                 entry = TensorEntry((near[0],), (name,), VECTOR)

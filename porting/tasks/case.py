@@ -28,13 +28,11 @@ from porting.progress import SILENT, Progress
 from porting.sources.download import require_sha256
 from porting.sources.fetch import fetch
 from porting.sources.table import Source, parse_location
+from porting.wording import listed
 
 if TYPE_CHECKING:
     import keras
     from torch import nn
-
-
-_MOST_ROWS = 10
 
 
 @dataclass(frozen=True)
@@ -178,12 +176,8 @@ class Case:
             if name in known and name not in self.key_map.drops and known[name] != array.shape
         ]
         if rows:
-            raise KeyMapError(
-                "\n".join(
-                    [f"{self.where}: its tensors do not have the shapes of the PyTorch model", *rows[:_MOST_ROWS]]
-                ),
-                hint=self.variant_hint(),
-            )
+            said = f"{self.where}: its tensors do not have the shapes of the PyTorch model"
+            raise KeyMapError(f"{said}\n{listed(rows, separator=chr(10))}", hint=self.variant_hint())
 
     def variant_hint(self) -> str:
         """The hint for a checkpoint whose tensors do not match the model."""
