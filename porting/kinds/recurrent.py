@@ -75,12 +75,7 @@ class Recurrent(Kind):
 
     def layer_settings(self, layer: Any) -> Settings:
         own = getattr(layer, "forward_layer", layer)
-        settings = {"hidden_size": own.units, "bidirectional": own is not layer}
-        for name in ("activation", "recurrent_activation"):
-            values = settings_of_function(getattr(own, name, None)).get("activation")
-            if values is not None:
-                settings[name] = name_of_function(values)
-        return {**settings, "reset_after": own.reset_after} if hasattr(own, "reset_after") else settings
+        return {"bidirectional": own is not layer, **settings_of_units(own)}
 
     def mistakes(self, module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
         yield from gate_mistakes(module, inputs, GATES.get(_mode(module), ()))
@@ -105,6 +100,16 @@ class Recurrent(Kind):
             yield Mistake("it goes backwards through the sequence", backwards)
 
 
+def settings_of_units(layer: Any) -> Settings:
+    """The settings that a recurrent layer of Keras in one direction and a cell have in common."""
+    settings = {"hidden_size": layer.units}
+    for name in ("activation", "recurrent_activation"):
+        values = settings_of_function(getattr(layer, name, None)).get("activation")
+        if values is not None:
+            settings[name] = name_of_function(values)
+    return {**settings, "reset_after": layer.reset_after} if hasattr(layer, "reset_after") else settings
+
+
 def gate_mistakes(module: Any, inputs: list[Tensor], gates: tuple[str, ...]) -> Iterator[Mistake]:
     """Mistakes of recurrent layers and cells alike: gates that are exchanged, and biases that are lost."""
     names = [name for name, _ in module.named_parameters()]
@@ -122,16 +127,18 @@ def gate_mistakes(module: Any, inputs: list[Tensor], gates: tuple[str, ...]) -> 
 
 def _leaves(order: tuple[int, ...], layer: int) -> tuple[Leaf, ...]:
     """The leaves of a layer in one direction, then those of a bidirectional layer."""
+    places = (("", ""), ("forward/", ""), ("backward/", "_reverse"))
+    return tuple(leaf for place, suffix in places for leaf in gate_leaves(order, place, f"_l{layer}{suffix}"))
+
+
+def gate_leaves(order: tuple[int, ...], place: str = "", end: str = "") -> tuple[Leaf, ...]:
+    """The leaves of one layer or cell. `end` is behind PyTorch's names, `place` before Keras's."""
     kernel, biases = Gates("gates", order), JoinedBiases("biases of gates", order)
-    found = []
-    for place, suffix in (("", ""), ("forward/", ""), ("backward/", "_reverse")):
-        end = f"l{layer}{suffix}"
-        found += [
-            Leaf(f"weight_ih_{end}", f"{place}kernel", kernel),
-            Leaf(f"weight_hh_{end}", f"{place}recurrent_kernel", kernel),
-            Leaf((f"bias_ih_{end}", f"bias_hh_{end}"), f"{place}bias", biases, 0.0),
-        ]
-    return tuple(found)
+    return (
+        Leaf(f"weight_ih{end}", f"{place}kernel", kernel),
+        Leaf(f"weight_hh{end}", f"{place}recurrent_kernel", kernel),
+        Leaf((f"bias_ih{end}", f"bias_hh{end}"), f"{place}bias", biases, 0.0),
+    )
 
 
 def _pairs_of_biases(module: Any) -> Iterator[tuple[Tensor, Tensor]]:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from porting.kinds.activation import name_of_function, settings_of_function
 from porting.kinds.base import Kind, Leaf, Mistake, Settings
-from porting.kinds.recurrent import GATES, ORDERS, gate_mistakes, variables_of_cell
-from porting.kinds.transforms import Gates, JoinedBiases
+from porting.kinds.recurrent import GATES, ORDERS, gate_leaves, gate_mistakes, settings_of_units, variables_of_cell
 
 if TYPE_CHECKING:
     import keras
@@ -23,21 +21,12 @@ def _mode(module: Any) -> str:
     return next(name for name, cell in cells.items() if isinstance(module, cell))
 
 
-def _leaves(order: tuple[int, ...]) -> tuple[Leaf, ...]:
-    gates = Gates("gates", order)
-    return (
-        Leaf("weight_ih", "kernel", gates),
-        Leaf("weight_hh", "recurrent_kernel", gates),
-        Leaf(("bias_ih", "bias_hh"), "bias", JoinedBiases("biases of gates", order), 0.0),
-    )
-
-
 class RecurrentCell(Kind):
     name = "recurrent_cell"
-    leaves = _leaves((0,))  # only for their names: the order of gates depends on the module
+    leaves = gate_leaves((0,))  # only for their names: the order of gates depends on the module
 
     def leaves_for(self, module: nn.Module) -> tuple[Leaf, ...]:
-        return _leaves(ORDERS[_mode(module)])
+        return gate_leaves(ORDERS[_mode(module)])
 
     def variables(self, layer: Any) -> dict[str, keras.Variable]:
         return variables_of_cell(layer)
@@ -60,12 +49,7 @@ class RecurrentCell(Kind):
         return {**settings, "reset_after": True} if _mode(module) == "GRU" else settings
 
     def layer_settings(self, layer: Any) -> Settings:
-        settings: Settings = {"hidden_size": layer.units}
-        for name in ("activation", "recurrent_activation"):
-            values = settings_of_function(getattr(layer, name, None)).get("activation")
-            if values is not None:
-                settings = {**settings, name: name_of_function(values)}
-        return {**settings, "reset_after": layer.reset_after} if hasattr(layer, "reset_after") else settings
+        return settings_of_units(layer)
 
     def mistakes(self, module: Any, inputs: list[Tensor]) -> Iterator[Mistake]:
         yield from gate_mistakes(module, inputs, GATES.get(_mode(module), ()))

@@ -119,26 +119,30 @@ def _cast(own: Callable[..., Any], staying: bool) -> Callable[..., Any]:
 
 def _constant(own: Callable[..., Any], staying: bool) -> Callable[..., Any]:
     """Create constants of the code in float64, as PyTorch's code does by default there."""
-    import tensorflow as tf
 
     def constant(value: Any, dtype: Any = None, shape: Any = None, name: str = "Const") -> Any:
-        wanted = staying and (dtype is None or tf.as_dtype(dtype) == tf.float32)
-        value = as_written(value) if wanted else value
-        return own(value, tf.float64 if wanted and _has_fractions(value) else dtype, shape, name)
+        return own(*(_typed(value, dtype) if staying else (value, dtype)), shape, name)
 
     return constant
 
 
 def _converting(own: Callable[..., Any], staying: bool) -> Callable[..., Any]:
     """The same for the conversion of Python's and NumPy's numbers."""
-    import tensorflow as tf
 
     def convert(value: Any, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
-        wanted = staying and (dtype is None or tf.as_dtype(dtype) == tf.float32)
-        value = as_written(value) if wanted else value
-        return own(value, tf.float64 if wanted and _has_fractions(value) else dtype, *args, **kwargs)
+        return own(*(_typed(value, dtype) if staying else (value, dtype)), *args, **kwargs)
 
     return convert
+
+
+def _typed(value: Any, dtype: Any) -> tuple[Any, Any]:
+    """Numbers of the code as written, and their type: float64 in the place of float32 and of none."""
+    import tensorflow as tf
+
+    if dtype is not None and tf.as_dtype(dtype) != tf.float32:
+        return value, dtype
+    value = as_written(value)
+    return value, tf.float64 if _has_fractions(value) else dtype
 
 
 def _filling(own: Callable[..., Any], staying: bool) -> Callable[..., Any]:

@@ -98,14 +98,14 @@ class Float32Trace:
         constants, created = list(constants), list(created)
         alike = (each.flat[0] for each in (*constants, *created) if each.size and (each == each.flat[0]).all())
         self._numbers = sorted({float(each) for each in alike if each and math.isfinite(each)})
-        for arrays, roundings in ((constants, _ROUNDINGS), (created, _ROUNDING)):
+        # A sine near zero has the rounding of its angle. What the code wrote has that of each number.
+        for arrays, roundings, floor in ((constants, _ROUNDINGS, 0.5), (created, _ROUNDING, 0.0)):
             flat = (np.ravel(array) for array in arrays)
             useful = [each for each in flat if np.unique(each[:64]).size > 1 and np.abs(each).max() < _GREATEST]
             distinct = {(each.size, each.tobytes()): each for each in useful}
-            # A sine near zero has the rounding of its angle. Each other number has its own.
             for each in distinct.values():
                 sizes = np.abs(each)
-                least = min(float(sizes.max()), 1.0) / 2 if roundings == _ROUNDINGS else 0.0
+                least = floor * min(float(sizes.max()), 1.0)
                 self._constants.append((each, roundings * np.maximum(sizes, least)))
 
     def __bool__(self) -> bool:

@@ -341,6 +341,13 @@ def _is_being_compiled() -> bool:
     return not tf.executing_eagerly()
 
 
+def applied(function: Callable[[Any], Any], tensor: Tensor) -> Tensor:
+    """What a function of Keras makes of a torch tensor."""
+    import keras
+
+    return to_torch(function(keras.ops.convert_to_tensor(tensor.contiguous().numpy())))
+
+
 def to_torch(value: Any) -> Tensor:
     """Convert a Keras tensor to a torch tensor, half precision to float32. The result must not be written to."""
     tensor = _converted(value)

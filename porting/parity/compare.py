@@ -305,6 +305,8 @@ def _substitute_by_key_map(session: Session, key_map: KeyMap) -> None:
 
 def _substitute_created(session: Session) -> None:
     """Give the float64 model PyTorch's own constants where it holds their rounding to float32, such as a mean."""
+    if not session.created:
+        return
     created = {(each.size, to_float32(each).tobytes()): each for each in session.created}
     sizes = {size for size, _ in created}
     shapes = (variable.shape for variable in named_variables(session.candidate).values())

@@ -15,7 +15,7 @@ from porting.kinds import becomes, kind_of_layer, kind_of_module
 from porting.kinds.activation import GRID, LINEAR, functions, joined_names
 from porting.kinds.activation import KIND as ACTIVATION
 from porting.models.inputs import Axes, inverse
-from porting.models.observe import to_torch
+from porting.models.observe import applied
 from porting.models.stacks import modules_of
 from porting.parity.content import as_real
 from porting.parity.derived import fold
@@ -116,7 +116,6 @@ def activations_of(
     No module returns that function's result, but a later one takes it. `truth` is the module's result, and `axes` puts
     it into Keras's order. None if the layer has no activation inside, or PyTorch has a module for it.
     """
-    import keras
     import torch
 
     layer = session.layer(node.name)
@@ -126,7 +125,7 @@ def activations_of(
 
     def ours(tensor: Tensor) -> Tensor:
         with session.float64.active():
-            return to_torch(function(keras.ops.convert_to_tensor(tensor.contiguous().numpy())))
+            return applied(function, tensor)
 
     def in_keras(tensor: Tensor) -> Tensor:
         return tensor.permute(axes).reshape(actual.shape)

@@ -54,12 +54,9 @@ def compare_loud_outputs(
     if not any(array.dtype.kind == "f" for array in inputs.candidate):
         return None, ()
     size = f"inputs {LOUD_INPUTS:g} times as large"
-    found = _judged_loud(session, _louder(inputs, noisy=True), f"{size}, with noise", locates)
-    if (
-        found[0] is not None
-        and found[0].relative > _GREATLY
-        and _is_another_choice(session, _louder(inputs, noisy=True))
-    ):
+    louder = _louder(inputs, noisy=True)
+    found = _judged_loud(session, louder, f"{size}, with noise", locates)
+    if found[0] is not None and found[0].relative > _GREATLY and _is_another_choice(session, louder):
         # Among equal scores either choice is right. Smaller inputs do not saturate.
         what = f"inputs {CALMER_INPUTS:g} times as large, with noise"
         calm = _judged_loud(session, _louder(inputs, noisy=True, by=CALMER_INPUTS), what, locates)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from porting.kinds.activation import KIND as ACTIVATION
 from porting.models.inputs import Axes, Inputs, leaves_by_key
-from porting.models.observe import Replacement, to_torch
+from porting.models.observe import Replacement, applied, to_torch
 from porting.parity.content import (
     ROUNDED,
     SAME,
@@ -182,12 +182,10 @@ class ExactObserver:
 
     def _activated(self, name: str, expected: Tensor) -> Tensor:
         """A module's result behind the activation that Keras has in the layer, if PyTorch has such a tensor."""
-        import keras
-
         function = ACTIVATION.inside(self.session.layer(name))
         if function is None:
             return expected
-        made = as_real(to_torch(function(keras.ops.convert_to_tensor(expected.contiguous().numpy()))))
+        made = as_real(applied(function, expected))
         return made if self.library.find(made) else expected
 
     def _include(self, pair: Pair, match: Match, actual: Tensor) -> None:

@@ -21,7 +21,7 @@ from porting.models.frameworks import torch_on_one_thread
 from porting.models.inputs import Axes, Inputs, equal_inputs, leaves_by_key, make_inputs
 from porting.models.keras_float64 import Float64Model
 from porting.models.live import assign_tensors, effective_tensors
-from porting.models.observe import Observer, Replay, observe_layers, observe_modules, to_torch
+from porting.models.observe import Observer, Replay, applied, observe_layers, observe_modules, to_torch
 from porting.models.synthetic import fill_with_synthetic_weights
 from porting.models.traverse import named_layers, named_variables, owned_names, variable_names
 from porting.wording import typed_reason_of
@@ -302,10 +302,8 @@ class KerasSide:
         self._float64.substitute(drawn)
 
     def activated(self, layer: str, tensor: Tensor) -> Tensor | None:
-        import keras
-
         activation = getattr(self.layers[layer], "activation", None)
-        return None if not callable(activation) else to_torch(activation(keras.ops.convert_to_tensor(tensor.numpy())))
+        return applied(activation, tensor) if callable(activation) else None
 
     def result_of(self, layer: str, tensor: Tensor) -> Tensor | None:
         import keras

@@ -274,6 +274,14 @@ class Branches(nn.Module):
         return self.head(torch.relu(self.norm3(self.conv3(x)) + self.norm1(self.conv1(x))))
 
 
+def with_weights(model: keras.Model, reference: Any, kernel: np.ndarray, bias: np.ndarray) -> keras.Model:
+    """Give the convolution that stands for several these weights, and the head the reference's own."""
+    model.get_layer("both").set_weights([kernel.transpose(2, 3, 1, 0), bias])
+    head, last = (each.detach().numpy() for each in reference.head.parameters())
+    model.get_layer("head").set_weights([head.transpose(2, 3, 1, 0), last])
+    return model
+
+
 def joined(reference: Branches, epsilon: float = 1e-5) -> keras.Model:
     """One convolution for both branches, with `epsilon` for the second norm."""
 
@@ -289,10 +297,7 @@ def joined(reference: Branches, epsilon: float = 1e-5) -> keras.Model:
     inputs = keras.Input((8, 8, 3))
     x = layers.ReLU()(layers.Conv2D(4, 3, padding="same", name="both")(inputs))
     model = keras.Model(inputs, layers.Conv2D(2, 1, name="head")(x))
-    model.get_layer("both").set_weights([kernel.transpose(2, 3, 1, 0), bias + offset])
-    head, last = (each.detach().numpy() for each in reference.head.parameters())
-    model.get_layer("head").set_weights([head.transpose(2, 3, 1, 0), last])
-    return model
+    return with_weights(model, reference, kernel, bias + offset)
 
 
 def test_branches_may_be_one_convolution() -> None:
@@ -366,10 +371,7 @@ def normed(reference: Normed, epsilon: float, factor: float = 1.0) -> keras.Mode
     x = inputs * ops.rsqrt(ops.mean(ops.square(inputs), (1, 2, 3), keepdims=True) + epsilon)
     x = layers.Conv2D(4, 3, padding="same", activation=layers.Activation("tanh"), name="both")(x)
     model = keras.Model(inputs, layers.Conv2D(2, 1, name="head")(x))
-    model.get_layer("both").set_weights([kernel.transpose(2, 3, 1, 0), bias + offset])
-    head, last = (each.detach().numpy() for each in reference.head.parameters())
-    model.get_layer("head").set_weights([head.transpose(2, 3, 1, 0), last])
-    return model
+    return with_weights(model, reference, kernel, bias + offset)
 
 
 def test_the_rounding_of_joined_branches_hides_no_mistake_before_them() -> None:
