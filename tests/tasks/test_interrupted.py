@@ -39,6 +39,7 @@ def run():
 def child():
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         run()
         os._exit(0)
     except KeyboardInterrupt:
@@ -60,9 +61,12 @@ for number in range(count):
     for path in folder.iterdir():
         path.unlink()
     out.write_bytes(b"what was there before")
+    # An interrupt waits until the child can answer it: before its `try`, the interpreter would end by the signal.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     pid = os.fork()
     if pid == 0:
         child()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     time.sleep(rng.uniform(0, 1.1 * duration))
     os.kill(pid, getattr(signal, how))
     _, status = os.waitpid(pid, 0)
