@@ -1,4 +1,4 @@
-"""Functions of TensorFlow for float64, where its own round to float32, have no float64 version, or take very long."""
+"""Functions of TensorFlow for float64, where its own round to float32 or take very long."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import numpy as np
 
 from porting.kinds.transforms import Array
 from porting.models.frameworks import convolving, eager_functions, replaced
+from porting.models.without_float64 import functions_without_float64, is_double
 
 # Up to so many numbers in float32 are taken as written, with so many digits.
 _WRITTEN, _DIGITS = 4096, 7
-_MAPS, _VOLUMES = 4, 5  # numbers of axes, with those of samples and channels
+_MAPS = 4  # number of axes, with those of samples and channels
 
 
 @contextlib.contextmanager
@@ -50,7 +51,9 @@ def exact_functions(*, staying: bool) -> Iterator[None]:
         replaced(tf.nn, gelu=_gelu_of_tf(tf.nn.gelu), leaky_relu=_leaky_relu_of_tf(tf.nn.leaky_relu)),
         replaced(tf.nn, silu=_silu_of_tf(tf.nn.silu), swish=_silu_of_tf(tf.nn.swish)),
         replaced(tf.nn, **{name: _mixing(getattr(tf.nn, name)) for name in _MIXED_NN}),
-        replaced(tf.nn, max_pool=_pool(tf.nn.max_pool), avg_pool=_pool(tf.nn.avg_pool)),
+        replaced(tf, **_computing(tf, staying)),
+        replaced(tf.TensorArray, **_collecting(tf.TensorArray, staying)),
+        functions_without_float64(),
     ):
         yield
 
@@ -74,14 +77,14 @@ def _gelu(x: Any, approximate: bool = True) -> Any:
 
 def _gelu_of_tf(own: Callable[..., Any]) -> Callable[..., Any]:
     def gelu(features: Any, approximate: bool = False, name: str | None = None) -> Any:
-        return _gelu(features, approximate) if _is_double(features) else own(features, approximate, name)
+        return _gelu(features, approximate) if is_double(features) else own(features, approximate, name)
 
     return gelu
 
 
 def _leaky_relu_of_tf(own: Callable[..., Any]) -> Callable[..., Any]:
     def leaky_relu(features: Any, alpha: float = 0.2, name: str | None = None) -> Any:
-        return _leaky_relu(features, alpha) if _is_double(features) else own(features, alpha, name)
+        return _leaky_relu(features, alpha) if is_double(features) else own(features, alpha, name)
 
     return leaky_relu
 
@@ -90,15 +93,9 @@ def _silu_of_tf(own: Callable[..., Any]) -> Callable[..., Any]:
     import tensorflow as tf
 
     def silu(features: Any, beta: float = 1.0) -> Any:
-        return features * tf.sigmoid(features * beta) if _is_double(features) else own(features, beta)
+        return features * tf.sigmoid(features * beta) if is_double(features) else own(features, beta)
 
     return silu
-
-
-def _is_double(value: Any) -> bool:
-    import tensorflow as tf
-
-    return bool(tf.is_tensor(value) and value.dtype == tf.float64)
 
 
 def _cast(own: Callable[..., Any], staying: bool) -> Callable[..., Any]:
@@ -111,8 +108,11 @@ def _cast(own: Callable[..., Any], staying: bool) -> Callable[..., Any]:
             return tf.constant(x, dtype)
         # Code that casts around a norm or a softmax, to be safe in half precision, must not leave float64.
         computed = tf.is_tensor(x) or isinstance(x, keras.Variable)
-        stays = staying and computed and tf.as_dtype(x.dtype) == tf.float64 and tf.as_dtype(dtype) == tf.float32
-        return tf.convert_to_tensor(x) if stays else own(x, dtype, name)
+        if staying and computed and tf.as_dtype(x.dtype) in (tf.float64, tf.complex128):
+            dtype = _double_of(tf.as_dtype(dtype))
+            if tf.as_dtype(x.dtype) == dtype:
+                return tf.convert_to_tensor(x)
+        return own(x, dtype, name)
 
     return cast
 
@@ -178,11 +178,58 @@ def _has_fractions(value: Any) -> bool:
     return isinstance(value, float)
 
 
+def _computing(tf: Any, staying: bool) -> dict[str, Callable[..., Any]]:
+    """Functions that state the type of what they compute by other code, by name. That code computes in float64."""
+    if not staying:
+        return {}
+
+    def doubled(types: Any) -> Any:
+        return tf.nest.map_structure(lambda each: _double_of(each) if isinstance(each, tf.DType) else each, types)
+
+    def map_fn(fn: Any, elems: Any, dtype: Any = None, *args: Any, fn_output_signature: Any = None, **how: Any) -> Any:
+        return own_map(fn, elems, doubled(dtype), *args, fn_output_signature=doubled(fn_output_signature), **how)
+
+    def py_function(func: Any = None, inp: Any = None, Tout: Any = None, name: str | None = None) -> Any:  # noqa: N803
+        def exact(*given: Any) -> Any:
+            return tf.nest.map_structure(lambda each: _in_double(tf.convert_to_tensor(each)), func(*given))
+
+        return own_function(exact, inp, doubled(Tout), name)
+
+    own_map, own_function = tf.map_fn, tf.py_function
+    return {"map_fn": map_fn, "py_function": py_function}
+
+
+def _collecting(owner: Any, staying: bool) -> dict[str, Callable[..., Any]]:
+    """Methods by which an array of tensors holds float64 where the code says float32."""
+    if not staying:
+        return {}
+    import tensorflow as tf
+
+    def create(self: Any, dtype: Any, *args: Any, **kwargs: Any) -> None:
+        own_create(self, _double_of(tf.as_dtype(dtype)), *args, **kwargs)
+
+    def write(self: Any, index: Any, value: Any, name: str | None = None) -> Any:
+        return own_write(self, index, _in_double(value), name)
+
+    def unstack(self: Any, value: Any, name: str | None = None) -> Any:
+        return own_unstack(self, _in_double(value), name)
+
+    own_create, own_write, own_unstack = owner.__init__, owner.write, owner.unstack
+    return {"__init__": create, "write": write, "unstack": unstack}
+
+
 def _in_double(value: Any) -> Any:
     import tensorflow as tf
 
-    is_single = tf.is_tensor(value) and value.dtype == tf.float32
-    return tf.raw_ops.Cast(x=value, DstT=tf.float64) if is_single else value
+    is_single = tf.is_tensor(value) and _double_of(value.dtype) != value.dtype
+    return tf.raw_ops.Cast(x=value, DstT=_double_of(value.dtype)) if is_single else value
+
+
+def _double_of(dtype: Any) -> Any:
+    """The type of double precision in the place of one of single precision; any other as it is."""
+    import tensorflow as tf
+
+    return {tf.float32: tf.float64, tf.complex64: tf.complex128}.get(dtype, dtype)
 
 
 def _promoting(own: Callable[..., Any]) -> Callable[..., Any]:
@@ -191,7 +238,7 @@ def _promoting(own: Callable[..., Any]) -> Callable[..., Any]:
 
     def promote(*tensors: Any, **how: Any) -> Any:
         types = {each.dtype for each in tensors if tf.is_tensor(each)}
-        if tf.float64 not in types:
+        if types.isdisjoint((tf.float64, tf.complex128)):
             return own(*tensors, **how)
         return own(*(_in_double(as_written(each)) for each in tensors), **how)
 
@@ -205,7 +252,7 @@ _MIXED_MATH = (*_COMPARING, *_ARITHMETIC, "add_n", "atan2", "floormod", "squared
 _SCATTERING = ("tensor_scatter_nd_add", "tensor_scatter_nd_update")
 _MIXED = (
     *(*_COMPARING, *_ARITHMETIC, *_SCATTERING),
-    *("concat", "einsum", "matmul", "searchsorted", "stack", "tensordot", "where"),
+    *("complex", "concat", "einsum", "matmul", "searchsorted", "stack", "tensordot", "where"),
 )
 _MIXED_LINALG = ("cholesky_solve", "lstsq", "matmul", "matvec", "solve", "triangular_solve")
 _MIXED_NN = ("bias_add", "conv1d", "conv2d", "conv3d", "depthwise_conv2d")
@@ -217,7 +264,7 @@ def _mixing(own: Callable[..., Any]) -> Callable[..., Any]:
 
     def mixed(*args: Any, **kwargs: Any) -> Any:
         types = {each.dtype for each in tf.nest.flatten((args, kwargs)) if tf.is_tensor(each)}
-        if {tf.float32, tf.float64} <= types:
+        if any(_double_of(each) != each and _double_of(each) in types for each in types):
             args, kwargs = tf.nest.map_structure(_in_double, (args, kwargs))
         return own(*args, **kwargs)
 
@@ -304,33 +351,3 @@ def _weights(before: int, after: int, align_corners: bool, half_pixel_centers: b
         nearest = np.clip(below.astype(int) + step, 0, before - 1)
         np.add.at(weights, (np.arange(after), nearest), part)
     return weights
-
-
-def _pool(own: Callable[..., Any]) -> Callable[..., Any]:
-    """TensorFlow pools volumes only in float32. Pooling along one axis after the others gives the same."""
-
-    def pool(
-        input: Any, ksize: Any, strides: Any, padding: Any, data_format: str | None = None, name: str | None = None
-    ) -> Any:
-        import tensorflow as tf
-
-        volumes = tf.is_tensor(input) and input.dtype == tf.float64 and input.shape.rank == _VOLUMES
-        if not volumes or data_format not in {None, "NDHWC"}:
-            return own(input, ksize, strides, padding, data_format, name)
-        sides, steps = _of_volume(ksize), _of_volume(strides)
-        count, depth, height, width, channels = tf.unstack(tf.shape(input))
-        maps = tf.reshape(input, (count * depth, height, width, channels))
-        maps = own(maps, sides[1:], steps[1:], padding)
-        _, height, width, _ = tf.unstack(tf.shape(maps))
-        rows = tf.reshape(maps, (count, depth, height * width, channels))
-        rows = own(rows, (sides[0], 1), (steps[0], 1), padding)
-        return tf.reshape(rows, (count, tf.shape(rows)[1], height, width, channels))
-
-    return pool
-
-
-def _of_volume(sides: Any) -> tuple[int, ...]:
-    """Depth, height and width, of a number or of a list that may name samples and channels too."""
-    if isinstance(sides, int):
-        return (sides,) * 3
-    return tuple(sides) if len(sides) == 3 else tuple(sides)[1:-1] if len(sides) == _VOLUMES else tuple(sides) * 3

@@ -153,11 +153,11 @@ class Float32Trace:
         name = operation.decode() if isinstance(operation, bytes) else operation
         touched = any(getattr(each, "_id", None) in self._touched for each in inputs) or (
             name not in _MOVING
-            and any(each.dtype.is_floating and each.dtype.size <= 4 for each in outputs)  # bytes
-            and any(each.dtype.is_floating for each in inputs)
+            and any(_is_single(each.dtype) for each in outputs)
+            and any(_has_fractions(each.dtype) for each in inputs)
         )
         for each in outputs:
-            if each.dtype.is_floating and (touched or (name != _READING and self._is_constant(each))):
+            if _has_fractions(each.dtype) and (touched or (name != _READING and self._is_constant(each))):
                 self._touched.add(each._id)
 
     def _converting(self, own: Callable[..., Any]) -> Callable[..., Any]:
@@ -222,6 +222,15 @@ class Float32Trace:
             if distances.any() and bool((distances <= limit).all()):
                 return True
         return False
+
+
+def _has_fractions(dtype: Any) -> bool:
+    return bool(dtype.is_floating or dtype.is_complex)
+
+
+def _is_single(dtype: Any) -> bool:
+    """Whether numbers of this type are rounded to float32 or more."""
+    return bool(dtype.real_dtype.is_floating and dtype.real_dtype.size <= 4)  # bytes
 
 
 def _is_rounded(value: Any) -> bool:
