@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from porting.call_names import without_number
-from porting.kinds import becomes, kind_called, kind_of_module
+from porting.kinds import kind_of_module
 from porting.kinds.activation import LINEAR, functions, joined_names
-from porting.kinds.base import Kind, Leaf, attribute, with_change, with_value
+from porting.kinds.base import with_value
 from porting.models.inputs import Axes, inverse, moved
-from porting.models.stacks import layers_of_stack, modules_of, owner_of
+from porting.models.stacks import modules_of, owner_of
 from porting.parity.content import as_real
-from porting.parity.diagnose import EXPLAINED, as_tensors, diagnose
+from porting.parity.diagnose import EXPLAINED, diagnose
+from porting.parity.differing_weights import (
+    FOLDED,
+    WITH_NORM,
+    differing_weights,
+    few_numbers,
+    owner_by_numbers,
+    share_left,
+)
 from porting.parity.fused import Activations, Core, core_of
 from porting.parity.measure import rms
 from porting.parity.record import Recording
-from porting.parity.report import WEIGHTS, Diagnosis
+from porting.parity.report import Diagnosis
 from porting.parity.trace import Node, Tracer
 
 if TYPE_CHECKING:
@@ -32,16 +38,6 @@ if TYPE_CHECKING:
 
     from porting.kinds.transforms import Array
     from porting.parity.session import Session
-
-# A few roundings of the greatest number, as many as folding in float32 causes.
-_FOLDED = 2.0**-21
-# Two roundings of a number: a sum of biases may be made in float32 or in float64.
-_SUMMED = 2.0**-22
-_NORM = ", with the norm behind it folded in,"
-# The weights of a layer with a mistake are nearer to their own than to others by this factor.
-_NEAR = 0.1
-# Up to this many differing numbers of a weight are named one by one.
-_FEW = 3
 
 
 # An explanation leaves at most this share of a difference, or else of the tensor, but never so much of the difference.
@@ -214,7 +210,7 @@ def cause_of(
     else:
         return None
     sides = _sides_before(tracer, node)
-    elsewhere = partial(_owner, session, base)
+    elsewhere = partial(owner_by_numbers, session, base)
     core = core_of(session, recording, call, layer)
     behind = None if inside is None else inside.behind
     if behind is not None:
@@ -225,7 +221,7 @@ def cause_of(
         cause = cause or _other_order(tracer, node, core.module, core.inputs, found, core.name, core.behind)
         if cause is not None:
             return cause
-    few = _few_numbers(base, session.modules[base], layer, sides)
+    few = few_numbers(base, session.modules[base], layer, sides)
     if few is not None:
         return few
     other_order = _other_order(tracer, node, module, inputs, found, call, behind)
@@ -236,7 +232,7 @@ def cause_of(
     diagnosis = diagnose(call, module if known else None, inputs if known else [], truth, found, near, behind)
     if diagnosis is None or diagnosis.pattern:
         differing = _other_epsilon(call, module, layer, inputs, truth, found)
-        differing = differing or _differing_weights(base, module, layer, inputs, truth, found, behind, elsewhere)
+        differing = differing or differing_weights(base, module, layer, inputs, truth, found, behind, elsewhere)
         diagnosis = differing or diagnosis
     return diagnosis
 
@@ -245,16 +241,16 @@ def _cause_in_core(
     core: Core, layer: Any, truth: Tensor, found: Tensor, sides: str, elsewhere: Callable[[Array], str]
 ) -> Diagnosis | None:
     """Diagnose a mistake in the weights of a layer that fuses several modules."""
-    slack = _FOLDED if core.is_folded else 0.0
-    few = _few_numbers(core.name, core.module, layer, sides, slack)
+    slack = FOLDED if core.is_folded else 0.0
+    few = few_numbers(core.name, core.module, layer, sides, slack)
     if few is not None:
         return few
     diagnosis = diagnose(core.name, core.module, core.inputs, truth, found, {}, core.behind)
     if diagnosis is None or diagnosis.pattern:
-        return _differing_weights(
+        return differing_weights(
             core.name, core.module, layer, core.inputs, truth, found, core.behind, elsewhere, slack
         )
-    return replace(diagnosis, cause=f"{diagnosis.cause}{_NORM.rstrip(',')}") if core.is_folded else diagnosis
+    return replace(diagnosis, cause=f"{diagnosis.cause}{WITH_NORM.rstrip(',')}") if core.is_folded else diagnosis
 
 
 def _other_epsilon(
@@ -269,7 +265,7 @@ def _other_epsilon(
     guess = with_value(module, inputs, "eps", lambda _: actual)()
     if not isinstance(guess, torch.Tensor) or guess.shape != found.shape:
         return None
-    left = _share_left(truth, found, guess)
+    left = share_left(truth, found, guess)
     text = f"its epsilon is {actual!r} in Keras, {expected!r} in PyTorch"
     return Diagnosis(call, text, left, (text,)) if left <= EXPLAINED else None
 
@@ -303,323 +299,10 @@ def _other_order(
     return Diagnosis.certain(call, cause)
 
 
-@dataclass(frozen=True)
-class _Weight:
-    """A weight that both sides have, in PyTorch's order of axes, and the Keras variables that hold it."""
-
-    name: str
-    expected: np.ndarray[Any, Any]
-    actual: np.ndarray[Any, Any]
-    leaf: Leaf
-    variables: tuple[Any, ...]
-    shapes: tuple[tuple[int, ...], ...]
-
-    def place_in_keras(self, place: tuple[int, ...]) -> str:
-        """Where Keras holds a number of PyTorch's tensor, as a remark; empty if it holds none by itself."""
-        ends = np.cumsum([0, *(math.prod(variable.shape) for variable in self.variables)])
-        # Number all places, and see which number comes to this one.
-        numbers = [
-            np.arange(begin, end, dtype=np.float64).reshape(tuple(variable.shape))
-            for begin, end, variable in zip(ends, ends[1:], self.variables, strict=False)
-        ]
-        try:
-            made = self.leaf.transform.to_torch(numbers, list(self.shapes))
-        except ValueError:
-            return ""
-        which = self.leaf.sources.index(self.name) if self.name in self.leaf.sources else 0
-        number = float(made[which][place])
-        if not number.is_integer() or not 0 <= number < ends[-1]:
-            return ""
-        which = int(np.searchsorted(ends, number, side="right")) - 1
-        found = np.unravel_index(int(number) - int(ends[which]), tuple(self.variables[which].shape))
-        return f" (in Keras {self.variables[which].path}{_indexed(found)})"
-
-
-def _weights(module: Any, layer: Any, sides: str = "") -> list[_Weight]:
-    """The weights that both sides have. Behind a Flatten of a map with `sides`, rows may be in the order of Keras's."""
-    kind = kind_of_module(module)
-    if kind is None or layer is None or not becomes(module, layer):
-        return []
-    kinds = [kind]
-    if sides and kind.name == "dense":
-        kinds.append(kind_called(f"dense:{sides}"))
-    if kind.name == "layer_norm" and len(module.normalized_shape) > 1:
-        kinds.append(kind_called("layer_norm:channels_first"))
-    if stack := layers_of_stack(module):  # its layers were not recorded: it may be any of them
-        kinds = [kind_called(f"{kind.name}:l{index}") for index in range(len(stack))]
-
-    def differing(weights: list[_Weight]) -> int:
-        return sum(int((each.expected != each.actual).sum()) for each in weights)
-
-    return min((each for one in kinds if (each := list(_weights_as(one, module, layer)))), key=differing, default=[])
-
-
 def _sides_before(tracer: Tracer, node: Node) -> str:
     """The sides of the map that a Flatten before a Keras layer takes, channels first, such as 512x7x7; "" if none."""
     given = tracer.map_before(node.inputs[0]) if node.inputs else None
     return "" if given is None else "x".join(str(side) for side in (given.shape[-1], *given.shape[1:-1]))
-
-
-def _weights_as(kind: Kind, module: Any, layer: Any) -> Iterator[_Weight]:
-    own = kind.variables(layer)
-    for leaf in kind.leaves_for(module):
-        tensors = [attribute(module, name) for name in leaf.sources]
-        held = [tensor for tensor in tensors if tensor is not None]
-        if not held or len(held) < len(leaf.sources):
-            continue
-        if not all(name in own for name in leaf.targets):
-            continue
-        expected = [tensor.detach().float().numpy() for tensor in held]
-        arrays = [np.asarray(own[name]).astype(np.float32) for name in leaf.targets]
-        shapes = tuple(array.shape for array in expected)
-        try:
-            actual = leaf.transform.to_torch(arrays, list(shapes))
-        except ValueError:
-            continue
-        variables = tuple(own[name] for name in leaf.targets)
-        if sum(each.size for each in actual) > sum(each.size for each in arrays):
-            # The variable holds their sum, so which of them is wrong cannot be known.
-            total = leaf.transform.to_torch(leaf.transform.to_keras(expected, []), list(shapes))[0]
-            total = np.where(np.isclose(total, actual[0], rtol=_SUMMED, atol=0.0), actual[0], total)
-            yield _Weight(f"({' + '.join(leaf.sources)})", total, actual[0], leaf, variables, shapes)
-            continue
-        for name, one, other in zip(leaf.sources, expected, actual, strict=True):
-            if one.shape == other.shape:
-                yield _Weight(name, one, other, leaf, variables, shapes)
-
-
-def _joined(module: Any, layer: Any) -> dict[str, Array]:
-    """Keras's values of tensors of which several make one variable, such as an LSTM's two biases."""
-    kind = kind_of_module(module)
-    if kind is None or layers_of_stack(module):
-        return {}
-    own = kind.variables(layer)
-    found: dict[str, Array] = {}
-    for leaf in kind.leaves_for(module):
-        held = [attribute(module, name) for name in leaf.sources]
-        if len(held) > len(leaf.targets) and all(name in own for name in leaf.targets):
-            arrays = [np.asarray(own[name]).astype(np.float32) for name in leaf.targets]
-            shapes = [tuple(tensor.shape) for tensor in held if tensor is not None]
-            with contextlib.suppress(ValueError):  # Keras's may have another shape
-                made = leaf.transform.to_torch(arrays, shapes) if len(shapes) == len(held) else []
-                found |= dict(zip(leaf.sources, made, strict=True))
-    return found
-
-
-def _few_numbers(call: str, module: Any, layer: Any, sides: str, slack: float = 0.0) -> Diagnosis | None:
-    """Diagnose weights of which only a few numbers differ, by more than `slack` of the greatest."""
-    note = _NORM if slack else ""
-    causes = []
-    for weight in _weights(module, layer, sides):
-        name, expected, actual = weight.name, weight.expected, weight.actual
-        differing = np.argwhere(~_same(expected, actual, slack))
-        if not len(differing):
-            continue
-        if len(differing) > _FEW or (len(differing) > 1 and len(differing) >= expected.size / 2):
-            return None  # these few numbers would not be all
-        said = []
-        for place in differing:
-            one, other = float(expected[tuple(place)]), float(actual[tuple(place)])
-            times = f", {_short(other / one)} times what it should be, {one:.9g}" if one else ", which should be 0"
-            inside = weight.place_in_keras(tuple(place))
-            said.append(f"{call}.{name}{_indexed(place)}{note} is {other:.9g}{times}{inside}")
-        channel = f"output channel {int(differing[0][0])}: " if expected.ndim > 1 else ""
-        causes.append(channel + "; ".join(said))
-    return Diagnosis(call, "; ".join(causes), 0.0, tuple(causes)) if causes else None
-
-
-def _short(factor: float) -> str:
-    """A factor with as many digits as tell it from 1."""
-    text = f"{factor:.6g}"
-    return text if text != "1" else f"{factor:.9g}"
-
-
-def _indexed(place: Iterable[Any]) -> str:
-    return f"[{', '.join(str(int(each)) for each in place)}]"
-
-
-def _same(expected: np.ndarray[Any, Any], actual: np.ndarray[Any, Any], slack: float) -> np.ndarray[Any, Any]:
-    near = np.abs(expected - actual) <= slack * float(np.abs(expected).max(initial=0.0))
-    same: np.ndarray[Any, Any] = (expected == actual) | (np.isnan(expected) & np.isnan(actual)) | near
-    return same
-
-
-def _differing_weights(
-    call: str,
-    module: Any,
-    layer: Any,
-    inputs: list[Tensor],
-    truth: Tensor,
-    found: Tensor,
-    behind: Callable[[Tensor], Tensor] | None,
-    elsewhere: Callable[[Array], str],
-    slack: float = 0.0,
-) -> Diagnosis | None:
-    """Diagnose weights that differ, if PyTorch with Keras's weights in place of its own computes Keras's result."""
-    weights = _weights(module, layer)
-    causes = _known_change(call, weights, elsewhere, slack)
-    basis = "" if causes else WEIGHTS
-    causes = causes or _differences(call, weights, slack)
-    if not causes:
-        return None
-    joined = _joined(module, layer)
-
-    def put_in(changed: Any) -> None:
-        import torch
-
-        actual = {weight.name: weight.actual for weight in weights if weight.name in weight.leaf.sources}
-        for path, values in (joined | actual).items():
-            owner, _, name = path.rpartition(".")
-            tensor = getattr(changed.get_submodule(owner), name)
-            tensor.data = torch.from_numpy(values.astype(np.float64))
-
-    made = as_tensors(with_change(module, inputs, put_in)())
-    results = [each if behind is None else behind(each) for each in made]
-    left = [_share_left(truth, found, each) for each in results if each.shape == found.shape]
-    unexplained = min(left, default=math.inf)
-    if unexplained > EXPLAINED:
-        return None
-    return Diagnosis(call, "; ".join(causes), unexplained, tuple(causes), basis=basis)
-
-
-def _share_left(truth: Tensor, found: Tensor, guess: Tensor) -> float:
-    """The share of the difference that a guess leaves; a negative variance makes the same numbers NaN."""
-    import torch
-
-    if not torch.equal(found.isfinite(), guess.isfinite()):
-        return math.inf
-    finite = found.isfinite() & truth.isfinite()
-    if not finite.any():
-        return 0.0
-    total = rms((found - truth)[finite])
-    return rms((found - guess)[finite]) / total if total else 0.0
-
-
-def nearest_by_weights(session: Session, node: Node, calls: Sequence[str]) -> str:
-    """The PyTorch call whose module has clearly the weights of a Keras layer, up to a mistake; else the first."""
-    distances = {call: _distance_of_weights(session, node, call) for call in calls}
-    first, *others = sorted(distances, key=distances.__getitem__)
-    limit = _NEAR * min((distances[call] for call in others), default=math.inf)
-    return first if distances[first] <= min(_NEAR, limit) else calls[0]
-
-
-def _distance_of_weights(session: Session, node: Node, call: str) -> float:
-    """How far a Keras layer's weights are from those of a call's module, from 0 on.
-
-    This is their squared distance over their size or, if it is less, the share of numbers that the module does not have
-    anywhere: its channels may be in another order.
-    """
-    weights = _weights(session.modules[without_number(call)], session.layer(node.name))
-    pairs = [(each.expected.astype(np.float64), each.actual.astype(np.float64)) for each in weights]
-    count, size = sum(one.size for one, _ in pairs), sum(float(np.square(one).sum()) for one, _ in pairs)
-    if not size:
-        return math.inf
-    distance = sum(float(np.square(one - other).sum()) for one, other in pairs)
-    others = sum(int((~np.isin(other, one)).sum()) for one, other in pairs)
-    return min(distance / size, others / count)
-
-
-def has_size_of(session: Session, node: Node, call: str) -> bool:
-    """Whether the kernels of a Keras layer have as many numbers as those of a PyTorch call's module."""
-    module, layer = session.modules[without_number(call)], session.layer(node.name)
-    theirs = sorted(each.numel() for each in module.parameters() if each.ndim > 1)
-    ours = sorted(math.prod(each.shape) for each in getattr(layer, "weights", ()) if len(each.shape) > 1)
-    return theirs == ours
-
-
-def _owner(session: Session, call: str, values: Array) -> str:
-    """The module other than `call` that alone holds these numbers in PyTorch; empty if none does, or several do.
-
-    Equal numbers, such as the ones of a new norm, say nothing.
-    """
-    if values.size < 2 or (values == values.reshape(-1)[0]).all():
-        return ""
-    own, found = owner_of(call, session.modules)[0], []
-    for name, module in session.modules.items():
-        # The layers of a stack stand for the stack.
-        if name not in {call, own} and not layers_of_stack(module):
-            tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-            if any(each.shape == values.shape and _equal(each, values) for each in tensors):
-                found.append(name)
-    return found[0] if len(found) == 1 else ""
-
-
-def _equal(tensor: Tensor, values: Array) -> bool:
-    return bool(np.array_equal(tensor.detach().float().numpy(), values))
-
-
-def _known_change(call: str, weights: list[_Weight], elsewhere: Callable[[Array], str], slack: float) -> list[str]:
-    """What was done to all weights that differ from the checkpoint's, if that is a known mistake; empty if not."""
-    note = _NORM if slack else ""
-    for one, other in itertools.combinations(weights, 2):
-        exchanged = np.array_equal(one.expected, other.actual) and np.array_equal(other.expected, one.actual)
-        if exchanged and not np.array_equal(one.expected, one.actual):
-            return [f"its {one.name} and {other.name} are exchanged"]
-    factors = {weight.name: _factor(weight.expected, weight.actual, slack) for weight in weights}
-    if any(factor is not None for factor in factors.values()):
-        return [
-            f"{call}.{name}{note} is {factor:.6g} times what it should be" for name, factor in factors.items() if factor
-        ]
-    differing = [weight for weight in weights if not _same(weight.expected, weight.actual, slack).all()]
-    moved = [_moved_channels(weight, slack) for weight in differing]
-    if differing and all(moved):
-        return list(dict.fromkeys(moved))
-    owners = {weight.name: elsewhere(weight.actual) for weight in differing}
-    if owners and all(owners.values()):
-        return [_said_of_owner(owner, owners) for owner in dict.fromkeys(owners.values())]
-    return []
-
-
-def _differences(call: str, weights: list[_Weight], slack: float) -> list[str]:
-    """By how much weights differ from the checkpoint's; empty if they do not."""
-    said, note = [], _NORM if slack else ""
-    for weight in weights:
-        expected, actual = weight.expected, weight.actual
-        count = int((~_same(expected, actual, slack)).sum())
-        if not count:
-            continue
-        scale = float(np.sqrt(np.square(expected, dtype=np.float64).mean())) or 1.0
-        greatest = float(np.abs(expected.astype(np.float64) - actual).max())
-        said.append(
-            f"{call}.{weight.name}{note} is not the checkpoint's: {count} of {expected.size} numbers differ, by at "
-            f"most {greatest / scale:.2g} of its size"
-        )
-    return said
-
-
-def _said_of_owner(owner: str, owners: Mapping[str, str]) -> str:
-    names = [name for name, other in owners.items() if other == owner]
-    return f"its {' and '.join(names)} {'is that' if len(names) == 1 else 'are those'} of {owner}"
-
-
-def _moved_channels(weight: _Weight, slack: float) -> str:
-    """Which channels of a weight are in each other's place; empty if they are not the same channels."""
-    for axis, what in ((0, "output"), (1, "input")):
-        if weight.expected.ndim <= axis or weight.expected.shape[axis] < 2 or slack:
-            continue
-        theirs, ours = (np.moveaxis(each, axis, 0) for each in (weight.expected, weight.actual))
-        places = {row.tobytes(): index for index, row in enumerate(theirs)}
-        order = [places.get(row.tobytes(), -1) for row in ours]
-        if sorted(order) != list(range(len(order))):
-            continue
-        moved = [index for index, place in enumerate(order) if index != place]
-        if len(moved) == 2:
-            return f"its {what} channels {moved[0]} and {moved[1]} are exchanged"
-        return f"its {what} channels are in another order: {len(moved)} of {len(order)} are in another's place"
-    return ""
-
-
-def _factor(expected: np.ndarray[Any, Any], actual: np.ndarray[Any, Any], slack: float) -> float | None:
-    """The factor, other than 1, by which all numbers of a weight were multiplied, up to rounding; None if none."""
-    one, other = expected.astype(np.float64), actual.astype(np.float64)
-    power = float(np.square(one).sum())
-    if not power or not np.isfinite(other).all():
-        return None
-    factor = float((one * other).sum()) / power
-    left = float(np.abs(other - factor * one).max())
-    if not factor or abs(factor - 1.0) < max(1e-6, slack) or left > max(2.0**-22, slack) * float(np.abs(other).max()):
-        return None
-    return factor
 
 
 def exchanged_parts(tracer: Tracer, node: Node, call: str) -> Diagnosis | None:

@@ -23,8 +23,6 @@ from porting.models.stacks import last_layer
 from porting.parity.causes import (
     cause_of,
     exchanged_parts,
-    has_size_of,
-    nearest_by_weights,
     other_activation,
     tensors_before,
     tensors_near,
@@ -39,6 +37,7 @@ from porting.parity.content import (
     as_real,
 )
 from porting.parity.diagnose import diagnose
+from porting.parity.differing_weights import has_size_of, nearest_by_weights
 from porting.parity.fused import activations_of, last_of_fused, same
 from porting.parity.measure import mean_square_distance, measure_distance, rms
 from porting.parity.record import Recording, output_name
