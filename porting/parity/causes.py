@@ -22,9 +22,11 @@ from porting.parity.diagnose import EXPLAINED, diagnose
 from porting.parity.differing_weights import (
     FOLDED,
     WITH_NORM,
+    Reordered,
     differing_weights,
     few_numbers,
     owner_by_numbers,
+    reordered_weights,
     share_left,
 )
 from porting.parity.fused import Activations, Core, core_of
@@ -235,6 +237,16 @@ def cause_of(
         differing = differing or differing_weights(base, module, layer, inputs, truth, found, behind, elsewhere)
         diagnosis = differing or diagnosis
     return diagnosis
+
+
+def reordered_channels(session: Session, recording: Recording, node: Node, call: str) -> Reordered | None:
+    """Diagnose some wrong numbers of a layer that has the channels of its module in another order."""
+    layer, name = session.layer(node.name), without_number(call)
+    core = core_of(session, recording, call, layer)
+    if core is not None and not core.is_folded:
+        name = core.name
+    module = session.modules.get(name)
+    return None if module is None else reordered_weights(name, module, layer)
 
 
 def _cause_in_core(

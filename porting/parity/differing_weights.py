@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +35,8 @@ WITH_NORM = ", with the norm behind it folded in,"
 _NEAR = 0.1
 # Up to this many differing numbers of a weight are named one by one.
 _FEW = 3
+# Up to so many channels without an equal one are given to the nearest.
+_MOST_LEFT = 64
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,12 @@ class _Weight:
     leaf: Leaf
     variables: tuple[Any, ...]
     shapes: tuple[tuple[int, ...], ...]
+    # By axis of `actual`: the places in Keras of PyTorch's channels, where the layer has them in another order.
+    places: Mapping[int, Array] = field(default_factory=dict)
+
+    def in_order(self, axis: int, places: Array) -> _Weight:
+        """The same weight, with Keras's channels along an axis brought into PyTorch's order."""
+        return replace(self, actual=np.take(self.actual, places, axis), places={**self.places, axis: places})
 
     def place_in_keras(self, place: tuple[int, ...]) -> str:
         """Where Keras holds a number of PyTorch's tensor, as a remark; empty if it holds none by itself."""
@@ -60,6 +68,7 @@ class _Weight:
             made = self.leaf.transform.to_torch(numbers, list(self.shapes))
         except ValueError:
             return ""
+        place = tuple(self.places[axis][each] if axis in self.places else each for axis, each in enumerate(place))
         which = self.leaf.sources.index(self.name) if self.name in self.leaf.sources else 0
         number = float(made[which][place])
         if not number.is_integer() or not 0 <= number < ends[-1]:
@@ -136,9 +145,13 @@ def _joined(module: Any, layer: Any) -> dict[str, Array]:
 
 def few_numbers(call: str, module: Any, layer: Any, sides: str, slack: float = 0.0) -> Diagnosis | None:
     """Diagnose weights of which only a few numbers differ, by more than `slack` of the greatest."""
+    return _few_of(call, weights_of(module, layer, sides), slack)
+
+
+def _few_of(call: str, weights: list[_Weight], slack: float = 0.0) -> Diagnosis | None:
     note = WITH_NORM if slack else ""
     causes = []
-    for weight in weights_of(module, layer, sides):
+    for weight in weights:
         name, expected, actual = weight.name, weight.expected, weight.actual
         differing = np.argwhere(~_same(expected, actual, slack))
         if not len(differing):
@@ -154,6 +167,115 @@ def few_numbers(call: str, module: Any, layer: Any, sides: str, slack: float = 0
         channel = f"output channel {int(differing[0][0])}: " if expected.ndim > 1 else ""
         causes.append(channel + "; ".join(said))
     return Diagnosis(call, "; ".join(causes), 0.0, tuple(causes)) if causes else None
+
+
+@dataclass(frozen=True)
+class Reordered:
+    """A layer that has the channels of its module in another order, and some numbers beside that wrong.
+
+    `order` is PyTorch's number of each output channel of Keras, or None if these are in order. `orders` says which
+    channels are in another order. That may be so on purpose, which the layer itself does not show.
+    """
+
+    order: Array | None
+    orders: tuple[str, ...]
+    mistake: Diagnosis
+
+    @property
+    def with_orders(self) -> Diagnosis:
+        """The mistake and the orders, as one diagnosis."""
+        causes = (*self.orders, *self.mistake.checked)
+        return replace(self.mistake, cause="; ".join(causes), checked=causes)
+
+
+def reordered_weights(call: str, module: Any, layer: Any) -> Reordered | None:
+    """Diagnose a layer with its channels in another order of which some numbers differ, in less than half of them."""
+    weights, found = _in_order(weights_of(module, layer))
+    if not found:
+        return None
+    mistake = _few_of(call, weights)
+    if mistake is None:
+        said = tuple(_differences(call, weights, 0.0))
+        if not said:
+            return None
+        mistake = Diagnosis(call, "; ".join(said), 0.0, said, basis=WEIGHTS)
+    orders = tuple(_said_of_order(("output", "input")[axis], order) for axis, order in found.items())
+    return Reordered(found.get(0), orders, mistake)
+
+
+def orders_of(module: Any, layer: Any) -> dict[str, dict[int, Array]]:
+    """By name and axis of PyTorch's tensors: the numbers there of the layer's channels, if these are in another order.
+
+    Most channels of the layer must be equal to one of PyTorch's, and each of PyTorch's must stand for one.
+    """
+    weights, _ = _in_order(weights_of(module, layer))
+    return {
+        each.name: {axis: np.argsort(places) for axis, places in each.places.items()} for each in weights if each.places
+    }
+
+
+def _in_order(weights: list[_Weight]) -> tuple[list[_Weight], dict[int, Array]]:
+    """The weights in PyTorch's order, and the order of Keras's output (0) and input (1) channels where it is another.
+
+    A layer's order is known if half of its channels or more have their equals in PyTorch.
+    """
+    found: dict[int, Array] = {}
+    outputs = _places_of_rows(weights)
+    if outputs is not None:
+        found[0] = np.argsort(outputs)
+        weights = [each.in_order(0, outputs) for each in weights]
+    kernels = [each for each in weights if each.expected.ndim > 1]
+    inputs = _places([_rows(kernels[0].expected, 1)], [_rows(kernels[0].actual, 1)]) if len(kernels) == 1 else None
+    if inputs is not None:
+        found[1] = np.argsort(inputs)
+        weights = [each.in_order(1, inputs) if each is kernels[0] else each for each in weights]
+    return weights, found
+
+
+def _places_of_rows(weights: list[_Weight]) -> Array | None:
+    """The places in Keras of PyTorch's output channels, by all weights together; None if they are in order."""
+    if len({each.expected.shape[:1] for each in weights}) != 1 or not weights[0].expected.ndim:
+        return None
+    theirs = [_rows(each.expected, 0) for each in weights]
+    ours = [_rows(each.actual, 0) for each in weights]
+    found = _places(theirs, ours)
+    if found is not None:
+        return found
+    # The input channels may be in another order too.
+    return _places([np.sort(each, axis=1) for each in theirs], [np.sort(each, axis=1) for each in ours])
+
+
+def _rows(values: Array, axis: int) -> Array:
+    return np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
+
+
+def _places(theirs: list[Array], ours: list[Array]) -> Array | None:
+    """Where each row of PyTorch's is in Keras; None if most rows are in no other place, or are in none."""
+    one, other = np.concatenate(theirs, axis=1), np.concatenate(ours, axis=1)
+    count = len(one)
+    held: dict[bytes, list[int]] = {}
+    for index, row in enumerate(other):
+        held.setdefault(row.tobytes(), []).append(index)
+    places = np.full(count, -1)
+    for index, row in enumerate(one):
+        same = held.get(row.tobytes(), [])
+        if index in same:
+            same.remove(index)
+            places[index] = index
+        elif len(same) == 1:
+            places[index] = same.pop()
+    if np.unique(places[places >= 0]).size < max((places >= 0).sum(), count / 2):
+        return None
+    if (places[places >= 0] == np.flatnonzero(places >= 0)).all():
+        return None
+    left = [index for index in range(count) if index not in set(places.tolist())]
+    if len(left) > _MOST_LEFT:
+        return None
+    for index in np.flatnonzero(places < 0).tolist():
+        nearest = min(left, key=lambda each: float(np.square(one[index].astype(np.float64) - other[each]).sum()))
+        left.remove(nearest)
+        places[index] = nearest
+    return places
 
 
 def _short(factor: float) -> str:
@@ -330,11 +452,16 @@ def _moved_channels(weight: _Weight, slack: float) -> str:
         order = [places.get(row.tobytes(), -1) for row in ours]
         if sorted(order) != list(range(len(order))):
             continue
-        moved = [index for index, place in enumerate(order) if index != place]
-        if len(moved) == 2:
-            return f"its {what} channels {moved[0]} and {moved[1]} are exchanged"
-        return f"its {what} channels are in another order: {len(moved)} of {len(order)} are in another's place"
+        return _said_of_order(what, order)
     return ""
+
+
+def _said_of_order(what: str, order: Iterable[int]) -> str:
+    order = list(order)
+    moved = [index for index, place in enumerate(order) if index != place]
+    if len(moved) == 2:
+        return f"its {what} channels {moved[0]} and {moved[1]} are exchanged"
+    return f"its {what} channels are in another order: {len(moved)} of {len(order)} are in another's place"
 
 
 def _factor(expected: np.ndarray[Any, Any], actual: np.ndarray[Any, Any], slack: float) -> float | None:

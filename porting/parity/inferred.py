@@ -8,21 +8,22 @@ that differs is a mistake, whatever the results are on these inputs.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from porting.errors import KeyMapError
 from porting.kinds import kind_called, kind_of_layer, kind_of_module
 from porting.kinds.base import Kind
-from porting.kinds.transforms import VECTOR, Array, Constant
+from porting.kinds.transforms import VECTOR, Array, Constant, Shape, Transform
 from porting.mapping.key_map import KeyMap, LayerPair, TensorEntry
 from porting.models.live import effective_names
 from porting.models.rows import entries_filling
 from porting.models.stacks import layers_of_stack, owner_of
 from porting.models.traverse import named_variables, owned_names, owned_variables
 from porting.parity.bits import compare_bits
+from porting.parity.differing_weights import orders_of
 from porting.parity.loud import compare_loud_outputs
 from porting.parity.report import ParityReport
 from porting.parity.session import Session
@@ -41,7 +42,13 @@ def with_inferred_weights(session: Session, report: ParityReport, *, loud: bool)
     key_map = None if session.halved or report.verified is None else infer_key_map(session)
     if key_map is None or report.verified is None:
         return report
-    bits = compare_bits(session.reference, named_variables(session.candidate), key_map)
+    variables = named_variables(session.candidate)
+    bits = compare_bits(session.reference, variables, key_map)
+    if bits.differing and loud:
+        reordered = _with_orders(session, key_map, bits.differing.keys())
+        if reordered is not key_map and _computes_the_same(session, reordered):
+            key_map = reordered
+            bits = compare_bits(session.reference, variables, key_map)
     differing = dict(bits.differing)
     if differing:
         if not loud or not _computes_the_same(session, key_map):
@@ -62,6 +69,40 @@ def with_inferred_weights(session: Session, report: ParityReport, *, loud: bool)
     idle = bits.differing.keys() - differing.keys()
     caveats = [f"{name} is not the checkpoint's, and has no effect" for name in sorted(idle)]
     return replace(report, verified=verified, caveats=(*report.caveats, *caveats))
+
+
+@dataclass(frozen=True, eq=False)
+class _InAnotherOrder(Transform):
+    """Gives channels another order, before another transform. `orders` are PyTorch's numbers of Keras's, by axis."""
+
+    inner: Transform
+    orders: Mapping[int, Array]
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.inner.name
+
+    def to_keras(self, arrays: Sequence[Array], shapes: Sequence[Shape]) -> list[Array]:
+        (array,) = arrays
+        for axis, order in self.orders.items():
+            array = np.take(array, order, axis)
+        return self.inner.to_keras([array], shapes)
+
+
+def _with_orders(session: Session, key_map: KeyMap, differing: Set[str]) -> KeyMap:
+    """The key map for a port that has the channels of some layers in another order, such as hidden units."""
+    orders: dict[str, Mapping[int, Array]] = {}
+    for pair in key_map.layers:
+        module, layer = session.modules.get(pair.source), session.layer(pair.target)
+        if module is not None and layer is not None:
+            orders |= {f"{pair.source}.{name}": each for name, each in orders_of(module, layer).items()}
+    entries = [
+        replace(entry, transform=_InAnotherOrder(entry.transform, orders[entry.sources[0]]))
+        if len(entry.sources) == 1 and entry.sources[0] in orders and not differing.isdisjoint(entry.targets)
+        else entry
+        for entry in key_map.entries
+    ]
+    return replace(key_map, entries=tuple(entries)) if orders else key_map
 
 
 def _computes_the_same(session: Session, key_map: KeyMap) -> bool:
@@ -190,16 +231,19 @@ class _Fits:
         return found if all(self._accepts(entry) for entry in found) else ()
 
     def named_or_equal(self, target: str, taken: Collection[str]) -> tuple[str, tuple[TensorEntry, ...]] | None:
-        """The module of a layer's name, or else the first other one with the same weights."""
+        """The module of a layer's name, or else the first other one with the same weights, maybe in another order."""
         named = self._session.names.source(target, self.kind_names)
         if named is not None and (entries := self.entries(named, target)):
             return named, entries
-        for source in self.kind_names:
-            if source not in taken and (entries := self.entries(source, target)):
-                key_map = KeyMap((), entries, frozenset())
-                bits = compare_bits(self._session.reference, self.variables, key_map)
-                if bits.compared and not bits.differing:
-                    return source, entries
+        fitting = {source: self.entries(source, target) for source in self.kind_names if source not in taken}
+        for source, entries in fitting.items():
+            bits = compare_bits(self._session.reference, self.variables, KeyMap((), entries, frozenset()))
+            if bits.compared and not bits.differing:
+                return source, entries
+        layer = self._session.layer(target)
+        for source, entries in fitting.items():
+            if entries and orders_of(self._session.modules[owner_of(source, self._session.modules)[0]], layer):
+                return source, entries
         return None
 
     def parameters(self, entries: Sequence[TensorEntry]) -> list[TensorEntry]:

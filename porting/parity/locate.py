@@ -24,6 +24,7 @@ from porting.parity.causes import (
     cause_of,
     exchanged_parts,
     other_activation,
+    reordered_channels,
     tensors_before,
     tensors_near,
     with_names_of_stack,
@@ -64,7 +65,8 @@ class _Step:
     """A culprit, None if there is none, and how to go on behind it.
 
     `truth` is put in at `place`. `difference` is what Keras has there instead, less the truth. `is_own` means that the
-    culprit itself made the difference, `is_permuted` that Keras has the same channels in another order.
+    culprit itself made the difference, `is_permuted` that Keras has the same channels in another order. `instead` is
+    the step to take if the truth does not help there.
     """
 
     culprit: Culprit | None = None
@@ -73,6 +75,7 @@ class _Step:
     difference: Tensor | None = None
     is_own: bool = False
     is_permuted: bool = False
+    instead: _Step | None = None
 
 
 def locate(session: Session, inputs: Inputs) -> Iterator[Culprit]:
@@ -92,8 +95,7 @@ def locate(session: Session, inputs: Inputs) -> Iterator[Culprit]:
     found: list[Culprit] = []
     carried: list[Tensor] = []
     previous: tuple[float, int] | None = None
-    last: Place | None = None
-    last_is_permuted = False
+    tried: _Step | None = None
     tolerance = SAME
     for _ in range(3 * MAX_CULPRITS):  # some culprits turn out to be none
         tracer = Tracer(library, fixes, tolerance, of_code, session.inside_float32)
@@ -113,20 +115,23 @@ def locate(session: Session, inputs: Inputs) -> Iterator[Culprit]:
             tracer.refine(tolerance)
             agreeing = sum(any(tracer.is_exact(output) for output in node.outputs) for node in tracer.nodes)
             # Channels in another order may be so on purpose. Only what follows tells, and not that they agree now.
-            most = agreeing - last_is_permuted
-            helps = last is None or previous is None or most > previous[1] or worst < 0.5 * previous[0]
-        if not helps:
-            if last is None:
-                break
-            # The truth did not help there, so the layer is only written in another way.
-            innocent.add(last)
-            fixes.pop(last, None)
+            most = agreeing - (tried is not None and tried.is_permuted)
+            helps = tried is None or previous is None or most > previous[1] or worst < 0.5 * previous[0]
+        if helps:
+            previous = worst, agreeing
+            step = _next_culprit(session, recording, tracer, wrong, innocent, in_code)
+        elif tried is None or tried.place is None:
+            break
+        else:
+            fixes.pop(tried.place, None)
             found.pop()
             carried.pop()
-            last = None
-            continue
-        previous = worst, agreeing
-        step = _next_culprit(session, recording, tracer, wrong, innocent, in_code)
+            if tried.instead is None:
+                # The truth did not help there, so the layer is only written in another way.
+                innocent.add(tried.place)
+                tried = None
+                continue
+            step = tried.instead
         if step.culprit is None:
             break
         if step.place is None or step.truth is None or step.difference is None:
@@ -134,11 +139,11 @@ def locate(session: Session, inputs: Inputs) -> Iterator[Culprit]:
             break
         difference, fixes[step.place] = step.difference, step.truth
         if not step.is_own and any(_is_carried(difference, each) for each in carried):
-            last = None
+            tried = None
             continue
         carried.append(difference)
         found.append(step.culprit)
-        last, last_is_permuted = step.place, step.is_permuted
+        tried = step
         if len(found) >= MAX_CULPRITS:
             break
     yield from _once_a_layer(found)
@@ -365,14 +370,18 @@ def _beside(tracer: Tracer, gap: Gap, innocent: set[Place], permuted: Callable[[
 
 def _is_permuted(session: Session, truth: Truth, tensor: Tensor) -> bool:
     """Whether a Keras tensor has the channels of PyTorch's, in another order for all samples."""
-    import torch
-
     actual = as_real(tensor)
     axes = session.axes_in_keras(truth.tensor, actual)
-    if axes is None or actual.ndim < 2 or not 1 < actual.shape[-1] <= _MOST_CHANNELS:
+    return axes is not None and _has_channels(actual, truth.tensor.permute(axes).reshape(actual.shape))
+
+
+def _has_channels(actual: Tensor, expected: Tensor) -> bool:
+    """Whether a tensor has the channels of another, in another order for all samples."""
+    import torch
+
+    if actual.ndim < 2 or not 1 < actual.shape[-1] <= _MOST_CHANNELS:
         return False
-    expected = truth.tensor.permute(axes).reshape(actual.shape)
-    limit = SAME * truth.rms
+    limit = SAME * rms(expected)
     if rms(actual - expected) <= limit:
         return False
     rows = [each.reshape(-1, each.shape[-1]) for each in (actual, expected)]
@@ -456,6 +465,11 @@ def _own_mistake(
     inside = activations_of(session, recording, node, call, truth.tensor, axes, actual)
     cause = None if inside is None else inside.another(call, expected, actual)
     cause = cause or cause_of(session, recording, tracer, node, call, index, axes, actual, inside)
+    is_open = cause is None or cause.pattern or cause.basis == WEIGHTS
+    reordered = reordered_channels(session, recording, node, call) if is_open else None
+    if reordered is not None:
+        on_purpose = _takes_permuted(session, recording, tracer, node, 0)
+        cause = reordered.mistake if on_purpose and reordered.order is None else reordered.with_orders
     cause = with_names_of_stack(session, call, cause)
     is_computed = without_number(node.name) in session.computed
     # These may be said of a layer that stands for this module and others.
@@ -475,8 +489,17 @@ def _own_mistake(
     if cause is not None and not cause.pattern and cause.layer != call:
         label = cause.layer  # the layer is several modules, and this one has the mistake
     culprit = Culprit(label, node.name, _by_how_much(relative), relative, diagnosis=cause)
-    is_permuted = _is_permuted(session, truth, node.outputs[own])
-    return _Step(culprit, (node.name, True, own), expected, actual - expected, is_own=True, is_permuted=is_permuted)
+    is_permuted = _has_channels(actual, expected)
+    place = node.name, True, own
+    step = _Step(culprit, place, expected, actual - expected, is_own=True, is_permuted=is_permuted)
+    if reordered is None or reordered.order is None or len(reordered.order) != actual.shape[-1]:
+        return step
+    # What follows may take the channels in this order. Only the truth put in there tells.
+    expected = expected[..., reordered.order]
+    relative = _relative(actual, expected, truth)
+    mistake = with_names_of_stack(session, call, reordered.mistake)
+    culprit = replace(culprit, reason=_by_how_much(relative), relative=relative, diagnosis=mistake)
+    return _Step(culprit, place, expected, actual - expected, is_own=True, is_permuted=True, instead=step)
 
 
 def _meant_of_code(

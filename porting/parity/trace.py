@@ -168,9 +168,20 @@ class Tracer:
         return next((each for each in near if each.ndim > 2 and each.numel() == tensor.numel()), None)
 
     def _may_be_flattened(self, tensor: Tensor, match: Match) -> bool:
-        """Whether a Flatten of a Keras map, maybe of this tensor, may give PyTorch's order. True if there is no map."""
+        """Whether a Flatten of a Keras map, maybe of this tensor, may give PyTorch's order.
+
+        True if there is no map, unless a layer made the tensor from others that are in PyTorch's order.
+        """
         given = self._map_of(tensor)
-        return given is None or self._is_order_of(as_real(given), match.truth.tensor)
+        if given is not None:
+            return self._is_order_of(as_real(given), match.truth.tensor)
+        producer = self.producer(tensor)
+        if producer is None or not producer.inputs:
+            return True
+        near = [*producer.inputs, *(output for child in producer.children for output in child.outputs)]
+        if any(each.ndim > 2 or key_of(each) == key_of(tensor) for each in near):
+            return True
+        return any((found := self.match(each)) is None or found.reordered for each in producer.inputs)
 
     def is_flattened(self, tensor: Tensor, truth: Tensor) -> bool:
         """Whether two tensors have the numbers of one map, with its axes in different orders."""
