@@ -181,21 +181,23 @@ class Model:
         return {"family": self.family, "variant": self.variant}
 
     def of_file(self, weights: Path) -> tuple[Family, str]:
-        """The family and variant. Without `--variant`, read both from the provenance of the weights file.
+        """The family and variant. Without `--variant`, read both from what the file says of itself.
 
         Raises SourceError if there is no such file, UsageError if it names no variant, and WeightsFileError if it
         cannot be read. Call this before a task is imported, which loads PyTorch.
         """
-        if not weights.exists():
-            from porting.files.weights_file import require_file
+        from porting.files.exported_file import form_of, is_exported, require_reader
+        from porting.files.survey import survey_file
+        from porting.files.weights_file import require_file
 
+        if not weights.exists() or (weights.is_dir() and not is_exported(weights)):
             require_file(weights)
         if self.variant is not None:
             return self.family, self.variant
         facts: Mapping[str, Any] = {}
-        if weights.is_file() and weights.suffix in {".h5", ".keras"}:
-            from porting.files.survey import survey_file
-
+        if is_exported(weights):
+            require_reader(str(form_of(weights)))
+        if is_exported(weights) or (weights.is_file() and weights.suffix in {".h5", ".keras"}):
             facts = survey_file(weights).provenance or {}
         family, variant = facts.get("family"), facts.get("variant")
         with contextlib.suppress(PortingError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 import cloup
@@ -11,18 +12,25 @@ import cloup
 from porting.cli.groups import EMA, FILE, JSON, KEY, PREFIX, output_options, titled
 from porting.wording import counted
 
+_LONGEST = 200  # characters of a text
+
 
 @cloup.command(short_help="Print the origin and the tensors of a file.")
 @click.argument("file", type=FILE)
 @titled("Checkpoint", EMA, KEY, PREFIX)
 @output_options(JSON)
 def inspect(file: Path, ema: bool, key: str | None, prefix: str | None, as_json: bool) -> None:
-    """Print the provenance and the tensors of FILE, which is a checkpoint or a file of Keras weights."""
-    from porting.cli.terminal import make_console, say_json
+    """Print the provenance and the tensors of FILE.
+
+    FILE is a checkpoint, a file of Keras weights, or what `van-port export` wrote, with what that says of itself.
+    """
+    from porting.cli.terminal import ProgressBar, make_console, say_json
     from porting.files.atomic import report_path_of
     from porting.files.inspection import inspect_file
 
-    inspection = inspect_file(file, ema=ema, key=key, prefix=prefix)
+    with ProgressBar() as progress:
+        progress(f"reading {file.name}")
+        inspection = inspect_file(file, ema=ema, key=key, prefix=prefix)
     if as_json:
         tensors = [{"name": name, "shape": shape, "dtype": dtype} for name, shape, dtype in inspection.tensors]
         facts = {**inspection.facts, "provenance": inspection.provenance, "tensors": tensors}
@@ -35,8 +43,9 @@ def inspect(file: Path, ema: bool, key: str | None, prefix: str | None, as_json:
         console.print(f"{name}: {value}", soft_wrap=True)
     if inspection.provenance is not None:
         console.print("provenance:")
-        console.print(json.dumps(inspection.provenance, indent=1), soft_wrap=True)
-    elif inspection.facts["format"] == "Keras weights":
+        shown = {name: _shortened(value) for name, value in inspection.provenance.items()}
+        console.print(json.dumps(shown, indent=1), soft_wrap=True)
+    elif "wrapper" not in inspection.facts:  # not a checkpoint
         console.print("provenance: none; this file was not written by van-port")
     table = Table()
     table.add_column("tensor", overflow="fold")
@@ -48,6 +57,12 @@ def inspect(file: Path, ema: bool, key: str | None, prefix: str | None, as_json:
     if (report := report_path_of(file)).is_file():
         console.print(f"{report.name}: {_standing(report)}", soft_wrap=True)
     console.print(f"{counted(len(inspection.tensors), 'tensor')}, {counted(inspection.parameters, 'value')}")
+
+
+def _shortened(value: Any) -> Any:
+    """A value as it is, or the beginning of a long text, such as a list of classes."""
+    is_long = isinstance(value, str) and len(value) > _LONGEST
+    return f"{value[:_LONGEST]}... (--json shows all)" if is_long else value
 
 
 def _standing(path: Path) -> str:

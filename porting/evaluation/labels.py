@@ -90,8 +90,11 @@ def _plain(name: str) -> str:
     return re.sub(r"[\s_-]+", " ", name.strip().lower())
 
 
-def read_labels(path: Path, classes: int) -> Labels:
-    """Read labels from a text file with one class per line. A synset before the name is an additional name."""
+def read_labels(path: Path, classes: int | None = None) -> Labels:
+    """Read labels from a text file with one class per line. A synset before the name is an additional name.
+
+    Raises SourceError if there is no such file, and OptionError if it is no list of as many `classes`, if given.
+    """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except FileNotFoundError:
@@ -99,7 +102,7 @@ def read_labels(path: Path, classes: int) -> Labels:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OptionError(f"{path}: not a list of classes: {reason}", hint=_HINT) from None
-    if len(lines) != classes:
+    if classes is not None and len(lines) != classes:
         raise OptionError(
             f"{path}: lists {counted(len(lines), 'class', 'classes')}, but the model has {classes}", hint=_HINT
         )
@@ -107,7 +110,7 @@ def read_labels(path: Path, classes: int) -> Labels:
     for line in lines:
         first, _, rest = line.partition(" ")
         names.append((first, rest.strip()) if _SYNSET.fullmatch(first) and rest.strip() else (line,))
-    return Labels(classes, tuple(names))
+    return Labels(len(names), tuple(names))
 
 
 def usual_labels(classes: int, names: Sequence[str]) -> Labels:

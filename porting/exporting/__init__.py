@@ -9,9 +9,10 @@ from pathlib import Path
 
 from porting.exporting.base import Exportable, Runtime, plain_activations
 from porting.exporting.usage import Usage
+from porting.files.exported_file import FORMATS
 
-# The suffix of the artifact's name, by format.
-FORMATS = {"saved_model": "", "litert": ".tflite", "onnx": ".onnx"}
+__all__ = ["FORMATS", "NEEDED", "open_runtime", "write"]
+
 # The packages that each format needs in addition to the regular dependencies.
 NEEDED = {
     "litert": ("ai_edge_litert", "flatbuffers"),

@@ -17,6 +17,7 @@ import numpy as np
 from porting.errors import ExportError
 from porting.exporting.base import Exportable, last_of_each_layer
 from porting.exporting.usage import LABELS_FILE, Usage
+from porting.files.exported_file import EXTRA_FOLDER, USAGE_FILE
 from porting.kinds.transforms import Array
 from porting.models.traverse import named_layers
 
@@ -85,9 +86,9 @@ def write(given: Exportable, path: Path, precision: str) -> None:
 
 def write_usage(path: Path, usage: Usage) -> None:
     """Store the usage in the folder that TensorFlow leaves to the writers of a SavedModel."""
-    extra = path / "assets.extra"
+    extra = path / EXTRA_FOLDER
     extra.mkdir()
-    (extra / "usage.json").write_text(json.dumps(usage.properties(), indent=1) + "\n", encoding="utf-8")
+    (extra / USAGE_FILE).write_text(json.dumps(usage.properties(), indent=1) + "\n", encoding="utf-8")
     if usage.labels:
         (extra / LABELS_FILE).write_text(usage.labels_text, encoding="utf-8")
 

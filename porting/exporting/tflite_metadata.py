@@ -15,8 +15,8 @@ import flatbuffers
 from ai_edge_litert import schema_py_generated as schema
 
 from porting.exporting.usage import LABELS_FILE, Tensor, Usage
+from porting.files.exported_file import DESCRIPTION_SLOT, METADATA_BUFFER
 
-_BUFFER = b"TFLITE_METADATA"
 _MODEL_IDENTIFIER, _IDENTIFIER = b"TFL3", b"M001"
 # Runtimes map weights from the file, so the weights need the alignment that their kernels expect.
 _ALIGNMENT = 16
@@ -54,7 +54,7 @@ def with_metadata(content: bytes, usage: Usage) -> bytes:
     buffer.data = bytearray(_packed(inputs, results, usage))
     model.buffers.append(buffer)
     entry = schema.MetadataT()
-    entry.name, entry.buffer = _BUFFER, len(model.buffers) - 1
+    entry.name, entry.buffer = METADATA_BUFFER, len(model.buffers) - 1
     model.metadata = [*(model.metadata or []), entry]
     builder = _Aligned(len(content) + 4096)
     builder.Finish(model.Pack(builder), _MODEL_IDENTIFIER)
@@ -80,7 +80,7 @@ def _packed(inputs: list[Tensor], results: list[Tensor], usage: Usage) -> bytes:
     strings = {
         5: facts.get("license", ""),
         0: f"{facts.get('family', '')} {facts.get('variant', '')}".strip(),
-        1: "\n".join(f"{key}: {value}" for key, value in facts.items()),
+        DESCRIPTION_SLOT: "\n".join(f"{key}: {value}" for key, value in facts.items()),
         7: _MIN_PARSER,
     }
     fields = {slot: builder.CreateString(text) for slot, text in strings.items()}

@@ -17,6 +17,8 @@ LABELS_FILE = "labels.txt"
 # The mean and the standard deviation, for values from 0 to 1, that leave images from 0 to 255 as they are.
 AS_THEY_ARE = (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)
 
+# What the result of a classifier holds.
+PROBABILITIES, LOGITS = "probabilities", "logits"
 
 # How open axes after that of the samples are shown, by the number of axes.
 _OPEN = {2: ("L",), 3: ("L",), 4: ("H", "W")}
@@ -120,7 +122,7 @@ def usage_of(
     mean, std = (preprocessing.mean, preprocessing.std) if preprocessing is not None else (None, None)
     if given.ends.normalization is not None:
         mean, std = AS_THEY_ARE
-    gives = ("probabilities" if given.ends.softmax else "logits") if classifies else ""
+    gives = (PROBABILITIES if given.ends.softmax else LOGITS) if classifies else ""
     return Usage(tuple(inputs), tuple(results), mean, std, facts, tuple(labels), gives)
 
 

@@ -1,4 +1,4 @@
-"""Inspect the provenance and the tensors of a checkpoint or a file of Keras weights."""
+"""Inspect the provenance and the tensors of a checkpoint, a file of Keras weights, or an exported file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from porting.errors import OptionError, SourceError
+from porting.files.atomic import sha256_of
 from porting.files.checkpoint import read_checkpoint
+from porting.files.exported_file import TITLES, form_of, is_exported, require_reader
 from porting.files.survey import survey_file
 from porting.files.weights_file import is_weights_file
 
@@ -27,21 +29,28 @@ class Inspection:
 
 
 def inspect_file(path: Path, *, ema: bool = False, key: str | None = None, prefix: str | None = None) -> Inspection:
-    """Inspect a checkpoint (a folder of transformers too) or a weights file. The content determines its kind.
+    """Inspect a checkpoint (a folder of transformers too), a weights file, or a result of `van-port export`.
 
-    Raises SourceError if there is no such file, and CheckpointError or WeightsFileError if it is incomplete or another
-    kind of file.
+    The content tells a checkpoint from a weights file.
+
+    Raises SourceError if there is no such file, CheckpointError or WeightsFileError if it is incomplete or another kind
+    of file, and ExportError if a package is missing that reads it.
     """
     if not path.is_file() and not path.is_dir():
         what = "not a file" if path.exists() else "no such file"
-        raise SourceError(f"{path}: {what}", hint="Give a checkpoint or a file of Keras weights.")
-    if path.is_file() and is_weights_file(path):
-        if ema or key or prefix:
-            raise OptionError(
-                f"{path}: a file of Keras weights has no --ema, --key or --prefix", hint="These are for checkpoints."
-            )
+        raise SourceError(f"{path}: {what}", hint="Give a checkpoint, a file of Keras weights or an exported file.")
+    is_weights = path.is_file() and is_weights_file(path)
+    if (is_weights or is_exported(path)) and (ema or key or prefix):
+        what = "a file of Keras weights" if is_weights else "an exported file"
+        raise OptionError(f"{path}: {what} has no --ema, --key or --prefix", hint="These are for checkpoints.")
+    if is_weights:
         survey = survey_file(path)
         return Inspection({"format": "Keras weights"}, survey.provenance, survey.tensors)
+    form = form_of(path) if is_exported(path) else None
+    if form is not None:
+        require_reader(form)
+        survey = survey_file(path)
+        return Inspection({"format": TITLES[form], "sha256": sha256_of(path)}, survey.provenance, survey.tensors)
     checkpoint = read_checkpoint(path, ema=ema, key=key, prefix=prefix)
     facts = {
         "format": checkpoint.format,

@@ -18,6 +18,7 @@ from typing import Any
 
 from porting.errors import PortingError, WeightsFileError
 from porting.files.bounds import GREATEST_EXPANSION
+from porting.files.exported_file import TITLES, form_of, is_exported, read_exported
 
 PROVENANCE = "provenance"
 WEIGHTS_MEMBER = "model.weights.h5"
@@ -40,8 +41,11 @@ class Survey:
 
 
 def survey_file(path: Path) -> Survey:
-    """Read a whole HDF5 or `.keras` file in another process; raises WeightsFileError if it fails, crashes or hangs."""
-    seconds = _SECONDS + path.stat().st_size / _BYTES_A_SECOND
+    """Read a whole HDF5, `.keras` or exported file in another process.
+
+    Raises WeightsFileError if that fails, crashes or hangs.
+    """
+    seconds = _SECONDS + _size(path) / _BYTES_A_SECOND
     # -P: do not import modules from the working folder.
     command = [sys.executable, "-P", "-c", _CHILD, str(path), json.dumps(sys.path)]
     try:
@@ -74,10 +78,19 @@ def _limit_memory(path: Path) -> None:
     with contextlib.suppress(ImportError, ValueError, OSError):  # not every system has this limit
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY + 2 * path.stat().st_size,) * 2)
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY + 2 * _size(path),) * 2)
+
+
+def _size(path: Path) -> int:
+    """The bytes of a file, or of all files in a folder."""
+    files = [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else [path]
+    return sum(each.stat().st_size for each in files)
 
 
 def _survey(path: Path) -> dict[str, Any]:
+    if is_exported(path):
+        facts, rows = read_exported(path)
+        return {"provenance": facts, "tensors": rows}
     import h5py
 
     # Decide as Keras does: by the suffix, or else by the first bytes.
@@ -144,6 +157,9 @@ def _read_all(file: Any, size: int) -> list[tuple[str, tuple[int, ...], str]]:
 
 
 def _unreadable(path: Path, why: str) -> WeightsFileError:
+    form = form_of(path) if is_exported(path) else None
+    what = "HDF5 or .keras file" if form is None else TITLES[form] + (" file" if path.is_file() else "")
+    again = "Port" if form is None else "Export"
     return WeightsFileError(
-        f"{path}: not a whole HDF5 or .keras file: {why}", hint="The file is truncated or damaged. Port it again."
+        f"{path}: not a whole {what}: {why}", hint=f"The file is truncated or damaged. {again} it again."
     )

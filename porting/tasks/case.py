@@ -312,7 +312,10 @@ def refuse_another(family: Family, variant: str, survey: Survey, weights: Path) 
 
 def refuse_without_checkpoint(family: Family, variant: str, survey: Survey, weights: Path) -> None:
     """Raise OptionError if a weights file was ported from another checkpoint than the one that is used by default."""
-    source = (survey.provenance or {}).get("source")
+    facts = survey.provenance or {}
+    source = facts.get("source")
+    if source is None and "checkpoint_sha256" in facts:  # of an exported file
+        source = {"license": facts.get("license"), "sha256": facts["checkpoint_sha256"], "name": "another checkpoint"}
     if not isinstance(source, dict) or source.get("license") != GIVEN_BY_PATH:
         return
     published = [row.sha256 for row in family.table if row.variant == variant and row.sha256]  # maybe the beginning

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -17,16 +18,17 @@ from porting.evaluation.labels import Labels, read_labels, usual_labels
 from porting.evaluation.progress_file import ProgressFile
 from porting.evaluation.readers import Dataset, hugging_face_tokenizer, open_data
 from porting.evaluation.result import Evaluation, duplicates, evaluation_of
+from porting.exporting.usage import AS_THEY_ARE, PROBABILITIES
 from porting.families.base import Family
 from porting.files import weights_file
-from porting.files.atomic import report_path_of, sha256_of
+from porting.files.atomic import sha256_of
+from porting.files.exported_file import form_of, is_exported, require_reader
 from porting.files.survey import survey_file
 from porting.models.frameworks import start_tensorflow
 from porting.progress import SILENT, Progress
-from porting.reports.document import read_report
 from porting.run import describe_run
-from porting.tasks.case import refuse_another
-from porting.tasks.plan import Plan, form_of
+from porting.tasks.case import refuse_another, refuse_without_checkpoint
+from porting.tasks.plan import Plan
 
 _NAMED_DUPLICATES = 20
 
@@ -84,14 +86,13 @@ def evaluate(
         torch.set_num_threads(threads)
 
 
-def _refuse_ends(exported: Path) -> None:
-    """Raise OptionError for an export that takes other images than the model, or gives probabilities."""
-    path = report_path_of(exported)
-    if not path.is_file():
-        return
-    how = read_report(path).context.get("export")
-    options = ("with_preprocessing", "with_softmax") if isinstance(how, Mapping) else ()
-    if found := [f"--{option.replace('_', '-')}" for option in options if how and how.get(option)]:
+def _refuse_ends(exported: Path, facts: Mapping[str, Any]) -> None:
+    """Raise OptionError for an export that takes other images than the model, or gives probabilities, as it says."""
+    ends = {
+        "--with-preprocessing": facts.get("image_std") == json.dumps(AS_THEY_ARE[1]),
+        "--with-softmax": facts.get("output") == PROBABILITIES,
+    }
+    if found := [option for option, is_so in ends.items() if is_so]:
         raise OptionError(
             f"{exported} was exported with {', '.join(found)}, and evaluate compares logits of prepared images",
             hint="Export it once more without, and evaluate that file.",
@@ -111,13 +112,22 @@ def _evaluate(
         raise FamilyError(f"unknown engine {options.engine!r}", hint=f"Choose from {', '.join(ENGINES)}.")
     if options.engine == "ray":
         require_ray()
-    if form_of(weights) is None:
-        weights_file.require_file(weights)
-        refuse_another(family, variant, survey_file(weights), weights)
-    elif not weights.exists():
+    form = form_of(weights) if is_exported(weights) else None
+    if form is None or not weights.exists():
         weights_file.require_file(weights)
     else:
-        _refuse_ends(weights)
+        require_reader(form)
+    survey = survey_file(weights)
+    refuse_another(family, variant, survey, weights)
+    if form is not None:
+        _refuse_ends(weights, survey.provenance or {})
+    if checkpoint.get("location") is None:
+        refuse_without_checkpoint(family, variant, survey, weights)
+    if options.labels is not None:
+        read_labels(options.labels)
+    # What is wrong in local files shows before the frameworks load, which takes long.
+    is_local = "://" not in data and data.partition(":")[0] not in {"tfds", "hf"} and not options.tokenizer
+    unlabelled = open_data(data, Labels(0, ignored=True)) if is_local else None
     # Both models run at the same time, so each gets half the cores.
     threads = options.threads or max(1, (os.cpu_count() or 1) // 2)
     plan = Plan(
@@ -130,13 +140,15 @@ def _evaluate(
         longest=options.longest,
         threads=threads,
     )
+    plan.require_functions()
     progress("reading the checkpoint")
     case = plan.case
     progress("starting TensorFlow")
     start_tensorflow(threads)
     tokenizer = hugging_face_tokenizer(options.tokenizer) if options.tokenizer else None
     progress("looking at the data set")
-    unlabelled = open_data(data, Labels(0, ignored=True), tokenizer=tokenizer)
+    if unlabelled is None:
+        unlabelled = open_data(data, Labels(0, ignored=True), tokenizer=tokenizer)
     progress("running PyTorch in float64 on some samples")
     plan = plan.fitted(blocks_of(unlabelled.items(), options.batch_size))
     labels = _labels(plan, options)

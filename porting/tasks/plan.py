@@ -22,9 +22,10 @@ from porting.evaluation.judge import OWN, PYTORCH, SAME, Judge
 from porting.evaluation.samples import Batch, Prepare, load_images, load_tokens, prepare_own
 from porting.evaluation.tally import Tally
 from porting.evaluation.texts import TextJudge
-from porting.exporting import FORMATS, open_runtime
+from porting.exporting import open_runtime
 from porting.families.base import Family, Spec
 from porting.families.specs import load_function
+from porting.files.exported_file import form_of
 from porting.kinds.transforms import Array
 from porting.models.frameworks import load_triton, start_tensorflow
 from porting.models.images import prepare_in_tensorflow
@@ -84,6 +85,12 @@ class Plan:
 
         torch.set_num_threads(self.threads)
         return self.case.load_reference()
+
+    def require_functions(self) -> None:
+        """Raise FamilyError, SourceError or OptionError if a FILE.py:FUNCTION for preprocessing cannot be loaded."""
+        for function in (self.shared, self.own):
+            if function not in {"", "none", "own", "tensorflow"}:
+                _function(function)
 
     def fitted(self, blocks: Iterable[Block]) -> Plan:
         """A copy with the fields that running the PyTorch model on the first readable samples determines.
@@ -252,13 +259,6 @@ def _candidate_arm(plan: Plan) -> Iterator[Arm]:
             return np.concatenate(rows)
 
         yield _CandidateArm(run_exported, own)
-
-
-def form_of(weights: Path) -> str | None:
-    """The format of a result of `van-port export`; None for a file of Keras weights."""
-    if weights.is_dir():
-        return "saved_model"
-    return next((form for form, suffix in FORMATS.items() if suffix and weights.suffix == suffix), None)
 
 
 def _tensor(result: Any) -> Any:

@@ -112,6 +112,28 @@ def test_nothing_that_is_read_is_overwritten(run_cli: RunCli, arguments: list[st
     assert ported.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--data", "none"], "no such folder"),
+        (["--labels", "none.txt"], "none.txt: no such file"),
+        (["--keras-preprocessing", "none.py:prepare"], "none.py: no such file"),
+        (["--pytorch-preprocessing", "none.py:prepare"], "none.py: no such file"),
+        (["--variant", "b0"], "holds weights of van nano"),
+    ],
+)
+def test_what_is_wrong_shows_before_tensorflow_loads(
+    run_cli: RunCli, arguments: list[str], options: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*_: object) -> None:
+        raise AssertionError("TensorFlow was started")
+
+    monkeypatch.setattr("porting.tasks.evaluate.start_tensorflow", start)
+    result = run_cli(*arguments, *options)
+    assert said in result.output
+    assert result.exit_code not in {0, 1}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_an_end_in_the_midst_loses_nothing(

@@ -339,6 +339,13 @@ def test_the_command(run_cli: Callable[..., Result], checkpoint: Path, ported: P
     assert result.exit_code == 0, result.output
     assert "litert in float32, " in result.output
     assert "AT PARITY" in result.output
+    # An evaluation reads from the file which model it is.
+    evaluated = run_cli("evaluate", "--weights", tmp_path / "x.tflite", "--data", tmp_path / "none")
+    assert "was ported from another checkpoint" in evaluated.output
+    evaluated = run_cli(
+        "evaluate", "--weights", tmp_path / "x.tflite", "--checkpoint", checkpoint, "--data", tmp_path / "none"
+    )
+    assert "no such folder" in evaluated.output
     assert run_cli(*arguments, "--out", tmp_path / "x.bin").exit_code == 6
     assert run_cli(*arguments, "--out", tmp_path / "x.onnx", "--train").exit_code == 2
     assert run_cli(*arguments, "--out", tmp_path / "x.onnx", "--format", "litert").exit_code == 6
