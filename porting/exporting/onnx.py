@@ -119,6 +119,7 @@ def _polished(model: Any, inputs: Sequence[str]) -> Any:
     import onnx_ir
     from onnx_ir.passes.common import RemoveUnusedNodesPass
     from onnxscript import version_converter
+    from onnxscript.optimizer import fold_constants
     from onnxscript.rewriter import pattern
 
     def by_erf(op: Any, x: Any, half: Any, root: Any, one: Any) -> Any:
@@ -141,6 +142,7 @@ def _polished(model: Any, inputs: Sequence[str]) -> Any:
     polished.graph.inputs[:] = [value for value in polished.graph.inputs if value.name in inputs]
     version_converter.convert_version(polished, _OPSET)
     pattern.RewriteRuleSet([pattern.RewriteRule(by_erf, gelu, is_gelu)], commute=True).apply_to_model(polished)
+    fold_constants(polished)  # tf2onnx keeps kernels of which only the shape is read
     RemoveUnusedNodesPass()(polished)  # ONNX Runtime would print a warning for each constant of a replaced GELU
     for node in polished.graph:
         # A convolution with a fused bias or padding is called Conv__ and a number. The bias has its layer's name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -236,3 +237,16 @@ def test_a_tensor_that_has_only_the_name_in_common(wrong: bool) -> None:
     if not wrong:
         assert [layer.source for layer in report.layers] == ["output"]
         assert report.notes == ("0 of the file is not PyTorch's 0",)
+
+
+def test_onnx_holds_the_kernels_of_attention_once(tmp_path: Path) -> None:
+    inputs = keras.Input((None, 64), name="x")
+    x = keras.layers.MultiHeadAttention(4, 16)(inputs, inputs)
+    x = keras.layers.MultiHeadAttention(4, 16)(x, x)
+    model = keras.Model(inputs, x)
+    for number, weight in enumerate(model.weights):
+        weight.assign(np.random.default_rng(number).normal(size=weight.shape))
+    values = np.random.default_rng(0).normal(size=(1, 8, 64)).astype(np.float32)
+    write("onnx", Exportable(model, Inputs((values,), (values,), ((0, 1, 2),), ("x",))), tmp_path / "x.onnx", "float32")
+    held = sum(math.prod(each.dims) for each in onnx.load(tmp_path / "x.onnx").graph.initializer)
+    assert model.count_params() <= held < 1.01 * model.count_params()
