@@ -17,6 +17,8 @@ from contextvars import ContextVar
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from porting.models.clamps import clamped, is_clamp
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -203,7 +205,10 @@ def staying_in_float64() -> Iterator[None]:
                     return first.double()
                 args = tuple(torch.float64 if each is torch.float32 else each for each in args)
                 kwargs = {k: torch.float64 if each is torch.float32 else each for k, each in kwargs.items()}
-            return _in_double_if_new(getattr(func, "__name__", ""), func(*args, **kwargs))
+            name = getattr(func, "__name__", "")
+            if is_clamp(name):
+                func, args, kwargs = clamped(func, args, kwargs)
+            return _in_double_if_new(name, func(*args, **kwargs))
 
     with Staying():
         yield

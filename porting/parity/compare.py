@@ -69,6 +69,7 @@ from porting.parity.results import pair_results
 from porting.parity.rounded_weights import is_rounding_rescaling
 from porting.parity.session import Session
 from porting.parity.summary import precision_of, summarize
+from porting.parity.unreached import with_unreached_bounds
 from porting.progress import SILENT, Progress
 from porting.wording import counted, typed_reason_of
 
@@ -184,6 +185,8 @@ def check_parity(
             locates = locate_culprits and not report.divergences
             found, on_loud = compare_loud_outputs(session, others, key_map, locates)
             report = replace(report, loud=found, culprits=on_loud)
+            if not report.divergences and (found is None or found.passed):
+                report = with_unreached_bounds(session, report, locates=locate_culprits)
         if locate_culprits and report.divergences:
             progress("looking for the cause")
             # Otherwise the rounding of such weights would be named as a culprit beside the real mistake.

@@ -54,15 +54,15 @@ def compare_loud_outputs(
     if not any(array.dtype.kind == "f" for array in inputs.candidate):
         return None, ()
     size = f"inputs {LOUD_INPUTS:g} times as large"
-    louder = _louder(inputs, noisy=True)
-    found = _judged_loud(session, louder, f"{size}, with noise", locates)
-    if found[0] is not None and found[0].relative > _GREATLY and _is_another_choice(session, louder):
+    large = louder(inputs, noisy=True)
+    found = _judged_loud(session, large, f"{size}, with noise", locates)
+    if found[0] is not None and found[0].relative > _GREATLY and _is_another_choice(session, large):
         # Among equal scores either choice is right. Smaller inputs do not saturate.
         what = f"inputs {CALMER_INPUTS:g} times as large, with noise"
-        calm = _judged_loud(session, _louder(inputs, noisy=True, by=CALMER_INPUTS), what, locates)
+        calm = _judged_loud(session, louder(inputs, noisy=True, by=CALMER_INPUTS), what, locates)
         found = found if calm[0] is None else calm
     if found[0] is None:  # the model may take only numbers of some range
-        found = _judged_loud(session, _louder(inputs, noisy=False), size, locates)
+        found = _judged_loud(session, louder(inputs, noisy=False), size, locates)
     return found
 
 
@@ -111,7 +111,7 @@ def _judged_loud(session: Session, inputs: Inputs, what: str, locates: bool) -> 
     return found, tuple(locate(session, inputs))
 
 
-def _louder(inputs: Inputs, *, noisy: bool, by: float = LOUD_INPUTS) -> Inputs:
+def louder(inputs: Inputs, *, noisy: bool, by: float = LOUD_INPUTS) -> Inputs:
     """Make floats larger, and add noise as large as they are, which brings channels to life that they leave at zero.
 
     Numbers that are not negative stay so. Masks stay as they are, and noise is left out where the two sides have inputs
@@ -181,7 +181,7 @@ def _relative_on(session: Session, inputs: Inputs) -> float | None:
     """The worst relative distance of the outputs in float64; None if PyTorch's are not finite or shapes differ."""
     import torch
 
-    with torch.no_grad():
+    with torch.no_grad(), session.noting_clamps():
         theirs = {
             key: as_real(to_torch(leaf))
             for key, leaf in leaves_by_key(inputs.call_reference(session.truth_model, torch.float64)).items()

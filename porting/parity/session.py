@@ -14,6 +14,7 @@ from porting.call_names import without_number
 from porting.kinds import becomes, kind_of_layer
 from porting.kinds.base import Kind
 from porting.kinds.transforms import Array
+from porting.models.clamps import Bound, watching_clamps
 from porting.models.float64 import collecting_constants, in_float64, is_double
 from porting.models.frameworks import return_free_memory
 from porting.models.inputs import Axes, Inputs
@@ -161,6 +162,9 @@ class Session:
         self.derived: list[Array] = []
         # What PyTorch's code makes of its own numbers, in float64. Keras may hold it in float32.
         self.created: list[Array] = []
+        # Where PyTorch's code clamps numbers, and which of these bounds were reached.
+        self.bounds: dict[Bound, None] = {}
+        self.reached: set[Bound] = set()
         # Whether float32 was followed in one of the passes, as far as the backend allows.
         self.was_followed = False
         # Whether no result has fractions, so that most mistakes do not show.
@@ -221,7 +225,7 @@ class Session:
             return batch.call_reference(model, torch.float64)
 
         try:
-            with collecting_constants() as created:
+            with collecting_constants() as created, self.noting_clamps():
                 recording = record(self.truth_model, run)
             self.created = self.created or [tensor.numpy() for tensor in created]
         except Exception:
@@ -233,6 +237,14 @@ class Session:
         self._result_keys = list(recording.outputs)
         self.sizes.add(len(batch))
         return recording
+
+    @contextlib.contextmanager
+    def noting_clamps(self) -> Iterator[None]:
+        """Note which bounds the code of PyTorch clamps at in this context, and which of them were reached."""
+        with watching_clamps() as found:
+            yield
+        self.bounds |= found.bounds
+        self.reached |= found.reached
 
     def tensors_of_code(self, inputs: Inputs, recording: Recording) -> list[Tensor]:
         """What PyTorch computes in its code for these inputs, and shows to no module; nothing for a large model."""
