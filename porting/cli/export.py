@@ -102,7 +102,8 @@ class PerChannel(click.ParamType):  # type: ignore[type-arg]
     click.option(
         "--labels",
         type=FILE,
-        help="Names of the classes for the metadata, one per line.  [default: the family's, or ImageNet's by timm]",
+        metavar="PATH|imagenet",
+        help="Names of the classes for the metadata, one per line.  [default: those of a published checkpoint]",
     ),
 )
 @checkpoint_options

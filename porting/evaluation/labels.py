@@ -11,7 +11,8 @@ from pathlib import Path
 from porting.errors import OptionError, SourceError
 from porting.wording import counted
 
-IMAGENET_CLASSES = 1000
+# The name that stands for ImageNet's labels in the place of a file, and their number.
+IMAGENET, IMAGENET_CLASSES = "imagenet", 1000
 _SYNSET = re.compile(r"n\d{8}")
 _HINT = "List the model's classes in order, one per line, in a file, and give it with --labels FILE."
 

@@ -65,6 +65,8 @@ class Usage:
         lines = [f"input {each}{how}" for each in self.inputs] + [f"output {each}{what}" for each in self.results]
         if self.labels:
             lines.append(f"labels {listed(self.labels, 5)}")
+        elif self.gives:
+            lines.append("labels not known: --labels FILE names the classes")
         return lines
 
     def formula(self) -> str:

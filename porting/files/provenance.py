@@ -6,12 +6,9 @@ from importlib import metadata
 from typing import Any
 
 from porting.files.checkpoint import Checkpoint
-from porting.sources.table import Source
+from porting.sources.table import GIVEN_BY_PATH, Source
 
 _VERSIONED = ("van-port", "torch", "tensorflow", "tensorflow-cpu", "keras", "numpy", "h5py")
-
-# What stands for the licence of a checkpoint that is none of the table's.
-GIVEN_BY_PATH = "unknown: the checkpoint was given by path"
 
 
 def describe_source(source: Source | None, loaded: Checkpoint) -> dict[str, Any]:

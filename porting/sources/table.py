@@ -14,6 +14,9 @@ from porting.errors import SourceError
 from porting.sources.download import shown
 
 USUAL_CLASSES = 1000
+# What stands for the licence of a checkpoint that is none of the table's.
+GIVEN_BY_PATH = "unknown: the checkpoint was given by path"
+GIVEN_BY_ADDRESS = "unknown: the checkpoint was given by address"
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,6 @@ def parse_location(family: str, variant: str, location: str | Path) -> Source | 
     if isinstance(location, Path) or "://" not in text:
         return Path(location)
     scheme, _, rest = text.partition("://")
-    unknown = "unknown: the checkpoint was given by address"
     if scheme in {"https", "http"}:
         try:
             split = urlsplit(text)
@@ -83,13 +85,13 @@ def parse_location(family: str, variant: str, location: str | Path) -> Source | 
             whole = False
         if not whole or not text.isprintable():
             raise SourceError(f"{shown(text)}: not an address", hint="Use the form https://host/path/file.")
-        return Source(family, variant, "url", text, license=unknown)
+        return Source(family, variant, "url", text, license=GIVEN_BY_ADDRESS)
     if scheme == "hf":
         address, _, revision = rest.partition("@")
         parts = address.split("/", 2)
         if len(parts) == 3 and all(parts):
             repo = "/".join(parts[:2])
-            return Source(family, variant, "huggingface", parts[2], repo, license=unknown, revision=revision)
+            return Source(family, variant, "huggingface", parts[2], repo, license=GIVEN_BY_ADDRESS, revision=revision)
         raise SourceError(
             f"{shown(text)}: not an address on the hub", hint="Use the form hf://owner/repo/file[@revision]."
         )

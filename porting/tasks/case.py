@@ -16,7 +16,7 @@ from porting.families.base import Family, Spec, by_path
 from porting.families.registry import families_with, family_names
 from porting.files import weights_file
 from porting.files.checkpoint import Checkpoint, checkpoint_files, read_checkpoint, verify_container
-from porting.files.provenance import GIVEN_BY_PATH, describe_source, versions
+from porting.files.provenance import describe_source, versions
 from porting.files.survey import Survey
 from porting.kinds.transforms import Array, Shape
 from porting.mapping.convert import convert, refuse_other_keys, to_float32
@@ -27,7 +27,7 @@ from porting.parity.training import OptimizerPair
 from porting.progress import SILENT, Progress
 from porting.sources.download import require_sha256
 from porting.sources.fetch import fetch
-from porting.sources.table import Source, parse_location
+from porting.sources.table import GIVEN_BY_PATH, Source, parse_location
 from porting.wording import listed
 
 if TYPE_CHECKING:

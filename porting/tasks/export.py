@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 
 from porting.errors import ExportError, OutputError, ParityError, PortingError, failed_parity
-from porting.evaluation.labels import read_labels, usual_labels
+from porting.evaluation.labels import IMAGENET, IMAGENET_CLASSES, read_labels, usual_labels
 from porting.exporting import FORMATS, NEEDED, open_runtime, write
 from porting.exporting.base import Exportable
 from porting.exporting.ends import Ends
@@ -35,6 +35,7 @@ from porting.parity.report import Limits, ParityReport, refusal
 from porting.progress import SILENT, Progress
 from porting.reports.document import to_json
 from porting.run import describe_run
+from porting.sources.table import GIVEN_BY_ADDRESS, GIVEN_BY_PATH
 from porting.tasks.case import (
     Case,
     Reading,
@@ -104,8 +105,8 @@ def export(
     `with_preprocessing` puts the normalisation of images into the graph, which then takes RGB from 0 to 255, and
     `with_softmax` a softmax behind the logits. `normalization` is the mean and the standard deviation per channel, of
     values from 0 to 1, that a model of images was trained with, if it is not the family's own. `labels` is a file with
-    the names of the classes, one per line, for the artifact's metadata; by default these are the family's, or
-    ImageNet's if timm is installed.
+    the names of the classes, one per line, for the artifact's metadata, or "imagenet". By default they are those of a
+    published checkpoint; nobody knows what another one was trained on.
 
     With `check`, the artifact is loaded in its own runtime and compared with the PyTorch model of the checkpoint, in
     units of the error that this precision causes in PyTorch. If it passes, it gets its name, with the report beside
@@ -174,7 +175,7 @@ def export(
             fixed=form == "litert",
             preprocessing=preprocessing,
             facts=_facts(case, precision, survey.provenance, check=check),
-            labels=_labels(case, classes, labels),
+            labels=_labels(case, classes, labels, is_published=_is_published(_source(case, survey.provenance))),
             classifies=bool(classes and (case.num_classes or with_softmax)),
         )
         progress(f"exporting to {form}")
@@ -237,8 +238,7 @@ def _stated(normalization: tuple[Sequence[float], Sequence[float]], samples: Inp
 
 def _facts(case: Case, precision: str, provenance: Mapping[str, Any] | None, *, check: bool) -> dict[str, Any]:
     """Facts to store in the exported file. They may state parity, because a file that fails is never named."""
-    source = case.describe().get("source") or (provenance or {}).get("source") or {}
-    known = source if isinstance(source, dict) else {}  # a file's own metadata is not trusted
+    known = _source(case, provenance)
     return {
         **case.family.facts(case.spec),
         "num_classes": case.num_classes,
@@ -247,6 +247,17 @@ def _facts(case: Case, precision: str, provenance: Mapping[str, Any] | None, *, 
         "license": str(known.get("license", "unknown")),
         "parity_with_pytorch": "passed" if check else "not checked",
     }
+
+
+def _source(case: Case, provenance: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What is known of the checkpoint: from the check, or else from the weights file."""
+    source = case.describe().get("source") or (provenance or {}).get("source") or {}
+    return source if isinstance(source, dict) else {}  # a file's own metadata is not trusted
+
+
+def _is_published(source: Mapping[str, Any]) -> bool:
+    """Whether the checkpoint is one of the family's table."""
+    return bool(source) and source.get("license") not in {GIVEN_BY_PATH, GIVEN_BY_ADDRESS}
 
 
 def _classes(case: Case, model: keras.Model) -> int:
@@ -259,12 +270,14 @@ def _classes(case: Case, model: keras.Model) -> int:
     return found if found == case.num_classes or isinstance(case.family, GivenFamily) else 0
 
 
-def _labels(case: Case, classes: int, path: Path | None) -> tuple[str, ...]:
+def _labels(case: Case, classes: int, path: Path | None, *, is_published: bool) -> tuple[str, ...]:
     """The names of the classes in order; empty if they are unknown. Raises as `read_labels` does."""
-    if path is not None:
+    if path is not None and str(path) == IMAGENET and not path.exists() and classes == IMAGENET_CLASSES:
+        known = usual_labels(classes, ())
+    elif path is not None:
         known = read_labels(path, classes)
-    elif not case.num_classes:
-        return ()  # a model of one's own may be no classifier
+    elif not case.num_classes or not is_published:
+        return ()  # a model of one's own may be no classifier, and of other classes
     else:
         known = usual_labels(classes, case.family.class_names(case.spec))
     return tuple(known.name(number) for number in range(classes)) if known.names else ()

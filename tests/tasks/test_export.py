@@ -361,11 +361,22 @@ def test_what_is_added_at_both_ends_is_proven(
     assert result.report is not None
     assert result.report.passed, str(result.report)
     assert result.report.context["export"] | ends == result.report.context["export"]
-    assert result.usage.labels == van_tf.CIFAR10_CLASSES
     assert result.usage.gives == "probabilities"
+    assert result.usage.labels == (), "nobody has said what the ten classes of this checkpoint are"
+    assert result.usage.lines()[-1] == "labels not known: --labels FILE names the classes"
     # An evaluation feeds normalised images and judges logits.
     with pytest.raises(OptionError, match="was exported with --with-preprocessing, --with-softmax"):
         evaluate(family, "nano", out, str(tmp_path), checkpoint={"location": checkpoint})
+
+
+def test_labels_are_those_of_a_published_checkpoint(family: VanFamily, tmp_path: Path) -> None:
+    port(family, "nano", tmp_path / "x.h5", check=False)
+    result = export(family, "nano", tmp_path / "x.h5", tmp_path / "x.onnx", form="onnx", check=False)
+    assert result.usage.labels == van_tf.CIFAR10_CLASSES
+    names = tmp_path / "labels.txt"
+    names.write_text("\n".join("abcdefghij"))
+    other: dict[str, Any] = {"form": "onnx", "check": False, "labels": names}
+    assert export(family, "nano", tmp_path / "x.h5", tmp_path / "y.onnx", **other).usage.labels == tuple("abcdefghij")
 
 
 def test_ends_that_a_model_does_not_have(family: VanFamily, tmp_path: Path) -> None:
