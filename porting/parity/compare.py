@@ -331,6 +331,8 @@ def _substitute_derived(session: Session, recording: Recording) -> None:
     _substitute_created(session)
     if not has_derived(session.truth_model):
         return
+    if session.bits.copies.issuperset(named_variables(session.candidate)):
+        return
     weights = session.float64.weights(without=session.bits.copies)
     stored = StoredWeights(
         tensor.detach().float().numpy()

@@ -126,6 +126,12 @@ def test_a_port_without_it_is_found_and_named(name: str) -> None:
     assert "times as large" in str(report)
 
 
+def test_a_bound_that_was_rounded_to_float32_passes() -> None:
+    third = np.float32(1000 / 3)
+    report = check(lambda y: y.clamp(max=1000 / 3), lambda y: ops.minimum(y, ops.cast(third, y.dtype)))
+    assert report.passed, str(report)
+
+
 def test_what_cannot_be_reached_is_a_note() -> None:
     report = check(lambda y: y.clamp(max=1e9), lambda y: y)
     assert report.passed
