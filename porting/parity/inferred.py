@@ -231,20 +231,39 @@ class _Fits:
         return found if all(self._accepts(entry) for entry in found) else ()
 
     def named_or_equal(self, target: str, taken: Collection[str]) -> tuple[str, tuple[TensorEntry, ...]] | None:
-        """The module of a layer's name, or else the first other one with the same weights, maybe in another order."""
+        """The module of a layer's name, or else another one that has no layer yet.
+
+        That is the first with the same weights, maybe in another order, or the one with the most equal numbers, or the
+        only one that fits: a layer of which one number is wrong gives no result that pairs it.
+        """
         named = self._session.names.source(target, self.kind_names)
         if named is not None and (entries := self.entries(named, target)):
             return named, entries
-        fitting = {source: self.entries(source, target) for source in self.kind_names if source not in taken}
-        for source, entries in fitting.items():
-            bits = compare_bits(self._session.reference, self.variables, KeyMap((), entries, frozenset()))
-            if bits.compared and not bits.differing:
-                return source, entries
+        fitting = {
+            source: entries
+            for source in self.kind_names
+            if source not in taken and (entries := self.entries(source, target))
+        }
+        equal = {source: self._equal_share(entries) for source, entries in fitting.items()}
+        best = max(equal, key=equal.__getitem__, default="")
         layer = self._session.layer(target)
-        for source, entries in fitting.items():
-            if entries and orders_of(self._session.modules[owner_of(source, self._session.modules)[0]], layer):
-                return source, entries
-        return None
+        if best and equal[best] <= _MOST:
+            owners = {source: owner_of(source, self._session.modules)[0] for source in fitting}
+            reordered = (source for source in fitting if orders_of(self._session.modules[owners[source]], layer))
+            best = next(reordered, best if len(fitting) == 1 else "")
+        return (best, fitting[best]) if best else None
+
+    def _equal_share(self, entries: Sequence[TensorEntry]) -> float:
+        """The share of the numbers of a layer's variables that are what the entries make of PyTorch's tensors."""
+        same = count = 0
+        for entry in entries:
+            if not entry.is_in(self._state, self.variables):
+                continue
+            arrays = {name: self._state[name].detach().float().numpy() for name in entry.sources}
+            for name, expected in entry.to_keras(arrays, self.shapes).items():
+                same += int((expected == np.asarray(self.variables[name])).sum())
+                count += expected.size
+        return same / count if count else 0.0
 
     def parameters(self, entries: Sequence[TensorEntry]) -> list[TensorEntry]:
         """Entries for tensors that no layer holds, such as a table of positions, if most of their numbers are equal."""
