@@ -23,6 +23,7 @@ from porting.cli.groups import (
     thoroughness_options,
     titled,
 )
+from porting.cli.overwriting import PortCommand
 
 if TYPE_CHECKING:
     from porting.tasks.options import CheckOptions
@@ -52,7 +53,7 @@ _OF_A_RUN = (
 )
 
 
-@cloup.command(short_help="Compare a file of Keras weights with its checkpoint.")
+@cloup.command(cls=PortCommand, short_help="Compare a file of Keras weights with its checkpoint.")
 @model_options(required=False)
 @titled("Files", click.option("--weights", type=FILE, help=WEIGHTS_HELP))
 @checkpoint_options

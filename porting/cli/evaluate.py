@@ -20,10 +20,11 @@ from porting.cli.groups import (
     titled,
     with_stream,
 )
+from porting.cli.overwriting import PortCommand
 from porting.errors import INTERRUPTED
 
 
-@cloup.command(short_help="Compare the original and its port on a data set.")
+@cloup.command(cls=PortCommand, short_help="Compare the original and its port on a data set.")
 @model_options(required=False)
 @titled(
     "Files",

@@ -25,6 +25,7 @@ from porting.cli.groups import (
     thoroughness_options,
     titled,
 )
+from porting.cli.overwriting import PortCommand
 
 if TYPE_CHECKING:
     from porting.tasks.options import CheckOptions
@@ -50,7 +51,7 @@ class PerChannel(click.ParamType):  # type: ignore[type-arg]
         return numbers
 
 
-@cloup.command(short_help="Export to SavedModel, LiteRT or ONNX, with proof.")
+@cloup.command(cls=PortCommand, short_help="Export to SavedModel, LiteRT or ONNX, with proof.")
 @model_options(required=False)
 @titled(
     "Files",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import cloup
 
 from porting.cli.groups import JSON, output_options
+from porting.cli.overwriting import PortCommand
 from porting.errors import PortingError
 from porting.families.registry import family_names, get_family
 
 
-@cloup.command(short_help="List the model families and their variants.")
+@cloup.command(cls=PortCommand, short_help="List the model families and their variants.")
 @output_options(JSON)
 def families(as_json: bool) -> None:
     """List the model families and their variants, including those from other installed packages."""

@@ -10,12 +10,13 @@ import click
 import cloup
 
 from porting.cli.groups import EMA, FILE, JSON, KEY, PREFIX, output_options, titled
+from porting.cli.overwriting import PortCommand
 from porting.wording import counted
 
 _LONGEST = 200  # characters of a text
 
 
-@cloup.command(short_help="Print the origin and the tensors of a file.")
+@cloup.command(cls=PortCommand, short_help="Print the origin and the tensors of a file.")
 @click.argument("file", type=FILE)
 @titled("Checkpoint", EMA, KEY, PREFIX)
 @output_options(JSON)

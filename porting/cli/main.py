@@ -21,6 +21,7 @@ from porting.cli.families import families
 from porting.cli.groups import Model
 from porting.cli.inspect import inspect
 from porting.cli.map import map_command
+from porting.cli.overwriting import refuse_overwriting
 from porting.cli.port import port_command, port_options, run_port
 from porting.cli.port_all import port_all
 from porting.cli.report import report
@@ -63,6 +64,7 @@ class PortGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
+            refuse_overwriting(ctx)
             return super().invoke(ctx)
         except PortingError as error:
             say(f"Error: {error.message}", err=True, colour="red")

@@ -9,9 +9,10 @@ import click
 import cloup
 
 from porting.cli.groups import FILE, JSON, SOURCE_ARGUMENTS, TARGET_ARGUMENTS, all_option, output_options, titled
+from porting.cli.overwriting import PortCommand
 
 
-@cloup.command("map", short_help="Find the key map between any two models.")
+@cloup.command("map", cls=PortCommand, short_help="Find the key map between any two models.")
 @click.argument("source")
 @click.argument("target")
 @titled(

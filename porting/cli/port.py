@@ -25,6 +25,7 @@ from porting.cli.groups import (
     thoroughness_options,
     titled,
 )
+from porting.cli.overwriting import PortCommand
 from porting.wording import counted
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def port_options(command: Command) -> Command:
     return command
 
 
-@cloup.command("port", short_help="Port a checkpoint to Keras, with proof.")
+@cloup.command("port", cls=PortCommand, short_help="Port a checkpoint to Keras, with proof.")
 @port_options
 def port_command(**arguments: Any) -> None:
     """Port a PyTorch checkpoint to Keras, prove parity, and write the file.

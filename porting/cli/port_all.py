@@ -20,6 +20,7 @@ from porting.cli.groups import (
     thoroughness_options,
     titled,
 )
+from porting.cli.overwriting import PortCommand
 
 if TYPE_CHECKING:
     from porting.families.base import Family
@@ -40,7 +41,7 @@ class VariantCheckpoint(click.ParamType):  # type: ignore[type-arg]
         return variant, location
 
 
-@cloup.command("port-all", short_help="Port several variants.")
+@cloup.command("port-all", cls=PortCommand, short_help="Port several variants.")
 @family_option
 @click.option("--out-dir", type=FILE, required=True, help="Folder for the files, which are named FAMILY_VARIANT.")
 @click.option(

@@ -12,12 +12,13 @@ import click
 import cloup
 
 from porting.cli.groups import FILE, all_option, output_options
+from porting.cli.overwriting import PortCommand
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-@cloup.command(short_help="Render a JSON report in another format.")
+@cloup.command(cls=PortCommand, short_help="Render a JSON report in another format.")
 @click.argument("file", type=FILE)
 @click.option(
     "--format",

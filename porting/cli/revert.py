@@ -23,13 +23,14 @@ from porting.cli.groups import (
     thoroughness_options,
     titled,
 )
+from porting.cli.overwriting import PortCommand
 from porting.wording import counted
 
 if TYPE_CHECKING:
     from porting.tasks.options import CheckOptions
 
 
-@cloup.command(short_help="Port Keras weights back to PyTorch, with proof.")
+@cloup.command(cls=PortCommand, short_help="Port Keras weights back to PyTorch, with proof.")
 @model_options(required=False)
 @titled(
     "Files",
