@@ -190,7 +190,7 @@ class Model:
         from porting.files.survey import survey_file
         from porting.files.weights_file import require_file
 
-        if not weights.exists() or (weights.is_dir() and not is_exported(weights)):
+        if not is_exported(weights):
             require_file(weights)
         if self.variant is not None:
             return self.family, self.variant
@@ -388,7 +388,7 @@ thoroughness_options = option_group(
     click.option(
         "--samples",
         type=click.IntRange(min=1),
-        help="Number of inputs.  [default: 2; of images, 1, or all of up to 64 pixels]",
+        help="Number of inputs.  [default: 2; one image in a port or a check, or all of up to 64 pixels]",
     ),
     click.option(
         "--locate/--no-locate", default=True, show_default=True, help="Find the layers where the two models diverge."

@@ -35,9 +35,10 @@ _BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
 
 EPILOG = """\b
 Exit codes: 0 done and at parity; 1 not at parity; 2 wrong usage; 3 bad checkpoint;
-4 the tensors are not those of the model, or a map stays open; 5 file not found, or a
-download fails; 6 cannot write; 7 bad weights file; 8 bad report; 9 cannot export;
-10 Ray is missing or fails; 11 the models cannot be compared; 130 interrupted.
+4 the tensors are not those of the model, or a map stays open; 5 an input is missing
+or cannot be read, or a download fails; 6 cannot write; 7 bad weights file; 8 bad
+report; 9 cannot export; 10 Ray is missing or fails; 11 the models cannot be
+compared; 130 interrupted.
 """
 
 

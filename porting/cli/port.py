@@ -26,7 +26,10 @@ from porting.cli.groups import (
     titled,
 )
 from porting.cli.overwriting import PortCommand
-from porting.wording import counted
+from porting.wording import counted, listed
+
+# Up to so many dropped tensors are named, unless all layers are shown.
+_NAMED = 3
 
 if TYPE_CHECKING:
     from porting.tasks.options import CheckOptions
@@ -108,7 +111,8 @@ def run_port(
     reporting.show(result.report, without="Not checked, as requested; the file's provenance records this.")
     if result.report is None:
         show_non_finite(result.provenance)
-    tensors, dropped = len(result.conversion.weights), len(result.conversion.dropped)
-    say(f"{counted(tensors, 'tensor')} ported, {dropped} dropped by name, none left over.")
+    tensors, dropped = len(result.conversion.weights), result.conversion.dropped
+    names = f" ({listed(dropped, len(dropped) if reporting.all_layers else _NAMED)})" if dropped else ""
+    say(f"{counted(tensors, 'tensor')} ported, {len(dropped)} dropped by name{names}, none left over.")
     show_written(result.path, result.report_path)
     say(f"Load it into {result.provenance['build']}")

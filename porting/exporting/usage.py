@@ -116,7 +116,7 @@ def usage_of(
 ) -> Usage:
     """The usage of an exported model, which takes one sample if `fixed`. `preprocessing` is None without images."""
     inputs = [Tensor(spec.name, _sides(spec.shape), spec.dtype.name) for spec in given.specs(fixed=fixed).values()]
-    leaves = leaves_by_key(given.model.output)
+    leaves = leaves_by_key(_fixed_output(given) if fixed else given.model.output)
     results = [
         Tensor(name, (1 if fixed else None, *_sides(leaves[key].shape)[1:]), "float32")
         for key, name in given.result_names().items()
@@ -126,6 +126,17 @@ def usage_of(
         mean, std = AS_THEY_ARE
     gives = (PROBABILITIES if given.ends.softmax else LOGITS) if classifies else ""
     return Usage(tuple(inputs), tuple(results), mean, std, facts, tuple(labels), gives)
+
+
+def _fixed_output(given: Exportable) -> Any:
+    """The results of the model for inputs of fixed shapes, as symbols; with open sides if they cannot be inferred."""
+    import keras
+
+    try:
+        fixed = [keras.KerasTensor(spec.shape, spec.dtype.name) for spec in given.specs(fixed=True).values()]
+        return given.model.compute_output_spec(given.inputs.structured(given.model, fixed))
+    except Exception:  # the code of a layer may need numbers
+        return given.model.output
 
 
 def _sides(shape: Iterable[int | None]) -> tuple[int | None, ...]:

@@ -43,7 +43,10 @@ def read_rows(path: str | os.PathLike[str]) -> list[KeyRule]:
             text = file.read(_MAX_BYTES + 1)
         if len(text) > _MAX_BYTES:
             raise ValueError(f"larger than {_MAX_BYTES >> 20} MiB")
-        rows = tomllib.loads(text.decode()).get("row", [])
+        tables = tomllib.loads(text.decode())
+        rows = tables.get("row", [])
+        if unknown := tables.keys() - {"row"}:
+            raise ValueError(f"rows are called [[row]], and it has {', '.join(sorted(unknown))}")
         if not isinstance(rows, list) or not rows:
             raise ValueError("it has no [[row]]")
         for row in rows:

@@ -306,7 +306,8 @@ def _other_order(
         return None
     cause = (
         f"the rows of {call} are in PyTorch's order (channels, height, width), and what comes in is in Keras's "
-        "(height, width, channels): permute the rows, or the tensor before it"
+        f"(height, width, channels): permute the rows, which is the kind dense:{_sides_before(tracer, node)} of a map, "
+        "or the tensor before it"
     )
     return Diagnosis.certain(call, cause)
 

@@ -178,7 +178,7 @@ def check_parity(
         except CannotRunError as error:
             return _without_result(str(error), limits, name)
         report = summarize(session, limits, name, key_map, strict_settings, waive)
-        if key_map is None and not report.divergences:
+        if key_map is None:
             report = with_inferred_weights(session, report, loud=loud)
         if loud:
             progress("loud inputs" if key_map is None else "loud weights")

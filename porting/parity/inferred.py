@@ -46,14 +46,19 @@ def with_inferred_weights(session: Session, report: ParityReport, *, loud: bool)
     bits = compare_bits(session.reference, variables, key_map)
     if bits.differing and loud:
         reordered = _with_orders(session, key_map, bits.differing.keys())
-        if reordered is not key_map and _computes_the_same(session, reordered):
+        # Where the models differ for another reason, equal numbers show that the pairs are right.
+        fails = bool(report.divergences)
+        if reordered is not key_map and (
+            _are_nearly_equal(session, reordered) if fails else _computes_the_same(session, reordered)
+        ):
             key_map = reordered
             bits = compare_bits(session.reference, variables, key_map)
-    differing = dict(bits.differing)
+    differing = {name: bits.differing[name] for name in variables if name in bits.differing}
     if differing:
-        if not loud or not _computes_the_same(session, key_map):
+        same = loud and _computes_the_same(session, key_map)
+        if not same and not (report.divergences and _are_nearly_equal(session, key_map)):
             return report
-        if not session.has_whole_results:  # on which hardly anything has an effect
+        if same and not session.has_whole_results:  # on which hardly anything has an effect
             tables = _tables(session)
             differing = {
                 name: how
@@ -103,6 +108,16 @@ def _with_orders(session: Session, key_map: KeyMap, differing: Set[str]) -> KeyM
         for entry in key_map.entries
     ]
     return replace(key_map, entries=tuple(entries)) if orders else key_map
+
+
+def _are_nearly_equal(session: Session, key_map: KeyMap) -> bool:
+    """Whether most numbers of each layer are equal."""
+    fits = _Fits(session)
+    entries: dict[str, list[TensorEntry]] = {}
+    for entry in key_map.entries:
+        for name in entry.targets[:1]:
+            entries.setdefault(name.rpartition("/")[0], []).append(entry)
+    return all(fits.equal_share(own) > _MOST for own in entries.values())
 
 
 def _computes_the_same(session: Session, key_map: KeyMap) -> bool:
@@ -244,7 +259,7 @@ class _Fits:
             for source in self.kind_names
             if source not in taken and (entries := self.entries(source, target))
         }
-        equal = {source: self._equal_share(entries) for source, entries in fitting.items()}
+        equal = {source: self.equal_share(entries) for source, entries in fitting.items()}
         best = max(equal, key=equal.__getitem__, default="")
         layer = self._session.layer(target)
         if best and equal[best] <= _MOST:
@@ -253,7 +268,7 @@ class _Fits:
             best = next(reordered, best if len(fitting) == 1 else "")
         return (best, fitting[best]) if best else None
 
-    def _equal_share(self, entries: Sequence[TensorEntry]) -> float:
+    def equal_share(self, entries: Sequence[TensorEntry]) -> float:
         """The share of the numbers of a layer's variables that are what the entries make of PyTorch's tensors."""
         same = count = 0
         for entry in entries:

@@ -428,4 +428,6 @@ def _difference(choice: Choice, options: Options) -> str:
                 said.append(f"{name} is {ours[name]} in Keras, {theirs[name]} in PyTorch")
     text = f"{choice.layer} does not give what {choice.option.source} gives" + (f": {'; '.join(said)}" if said else "")
     only_epsilon = len(said) == 1 and said[0].startswith("eps ") and choice.option.kind == "batch_norm"
-    return text + (" (absorbing the epsilon puts the difference into the variance)" if only_epsilon else "")
+    return text + (
+        " (--absorb-epsilon, or absorb_epsilon=True, puts the difference into the variance)" if only_epsilon else ""
+    )

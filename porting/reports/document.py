@@ -155,8 +155,11 @@ def from_json(text: str) -> ParityReport:
         report = msgspec.convert(document, ParityReport)
         _refuse_unsound(report)
         return report
+    except json.JSONDecodeError as error:
+        raise ReportError(f"not a parity report: it is no JSON: {error}", hint=hint) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ReportError(f"not a parity report: {type(error).__name__}: {error}", hint=hint) from None
+        what = f"it has no {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+        raise ReportError(f"not a parity report: {what}", hint=hint) from None
 
 
 def _mark_outputs(document: Mapping[str, Any]) -> None:

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 from porting.parity.report import EXACT, FLOAT32, REPRODUCED, Culprit, LayerComparison, ParityReport
 from porting.wording import counted, listed
 
+# Precisions whose rounding is judged in units of what they cost PyTorch.
+_LOWER = frozenset({"float16", "bfloat16", "int8"})
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -175,7 +178,8 @@ def verdict(report: ParityReport) -> str:
         said.append(f"outputs exact to {exact.relative_error:.1e} in float64")
     if FLOAT32 in worst.views:
         ratio = worst.views[FLOAT32].ratio
-        said.append(f"worst ratio in float32 {ratio:.2f} ({worst.source}), limit {report.limits.of(worst.source):g}")
+        unit = report.precision if report.precision in _LOWER else FLOAT32
+        said.append(f"worst ratio in {unit} {ratio:.2f} ({worst.source}), limit {report.limits.of(worst.source):g}")
     return f"AT PARITY: {', '.join(said)}{agreement}"
 
 

@@ -174,7 +174,7 @@ def export(
             exportable,
             fixed=form == "litert",
             preprocessing=preprocessing,
-            facts=_facts(case, precision, survey.provenance, check=check),
+            facts=_facts(case, precision, survey.provenance, classes=classes, check=check),
             labels=_labels(case, classes, labels, is_published=_is_published(_source(case, survey.provenance))),
             classifies=bool(classes and (case.num_classes or with_softmax)),
         )
@@ -236,12 +236,14 @@ def _stated(normalization: tuple[Sequence[float], Sequence[float]], samples: Inp
     return Preprocessing(height, height, mean, std)
 
 
-def _facts(case: Case, precision: str, provenance: Mapping[str, Any] | None, *, check: bool) -> dict[str, Any]:
+def _facts(
+    case: Case, precision: str, provenance: Mapping[str, Any] | None, *, classes: int, check: bool
+) -> dict[str, Any]:
     """Facts to store in the exported file. They may state parity, because a file that fails is never named."""
     known = _source(case, provenance)
     return {
         **case.family.facts(case.spec),
-        "num_classes": case.num_classes,
+        "num_classes": classes,
         "precision": precision,
         "checkpoint_sha256": str(known.get("sha256", "unknown")),
         "license": str(known.get("license", "unknown")),
@@ -319,7 +321,7 @@ def _compare(
             results, layers = runtime.run(dict(zip(given.names, sample.candidate, strict=True)))
         return {key: results[name] for key, name in given.result_names().items()}, layers
 
-    return compare_outputs(
+    report = compare_outputs(
         reference,
         run,
         given.inputs,
@@ -328,6 +330,7 @@ def _compare(
         name=f"{form}, {precision}",
         progress=progress,
     )
+    return replace(report, precision=precision)
 
 
 def _check_arguments(form: str, precision: str, out: Path) -> None:

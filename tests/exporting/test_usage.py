@@ -56,7 +56,10 @@ def test_tokens_have_no_preparation() -> None:
         "input token_ids NxL int32",
         "output features NxLx4 float32",
     ]
-    assert usage_of(given, fixed=True, preprocessing=None, facts={}).lines()[0] == "input token_ids 1x7 int32"
+    assert usage_of(given, fixed=True, preprocessing=None, facts={}).lines() == [
+        "input token_ids 1x7 int32",
+        "output features 1x7x4 float32",
+    ]
 
 
 def test_onnx_has_it_as_properties(tmp_path: Path) -> None:

@@ -195,3 +195,48 @@ def test_a_bare_weight_that_is_wrong_is_named(place: int, scales_all: bool) -> N
     assert report.verified is not None
     assert report.verified.differing == (f"{mixing.name}/{('mix', 'shift')[place]}",), str(report)
     assert "and should be" in report.verified.details[0]
+
+
+def dead_channel(epsilon: float = 1e-5, *, change: float = 0.0) -> porting.ParityReport:
+    """A port whose layer of other names has a wrong weight of a channel that the ReLU behind it always cuts off."""
+    torch.manual_seed(0)
+    reference = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)).eval()
+    linear = reference[0]
+    assert isinstance(linear, nn.Linear)
+    linear.bias.data[3] = -100.0
+    candidate = keras.Sequential(
+        [
+            keras.Input((4,)),
+            keras.layers.Dense(6, name="alpha"),
+            keras.layers.ReLU(),
+            keras.layers.Dense(6, name="beta"),
+            keras.layers.BatchNormalization(epsilon=epsilon, momentum=0.9, name="gamma"),
+            keras.layers.Dense(2, name="delta"),
+        ]
+    )
+    arrays = [each.numpy().T.copy() for each in reference.state_dict().values() if each.is_floating_point()]
+    arrays[0][1, 3] += change  # before the dead channel
+    arrays[2][3, 5] += change  # behind it
+    candidate.set_weights(arrays)
+    x = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    return porting.check_parity(reference, candidate, x)
+
+
+def test_a_layer_that_no_result_pairs_is_compared_bit_by_bit() -> None:
+    assert dead_channel().passed
+    report = dead_channel(change=1e-3)
+    assert not report.passed
+    assert report.verified is not None
+    assert [each.partition(" is ")[0] for each in report.verified.details] == [
+        "alpha/kernel[1, 3]",
+        "beta/kernel[3, 5]",
+    ]
+
+
+def test_weights_without_effect_are_named_beside_another_mistake() -> None:
+    report = dead_channel(1e-3, change=1e-3)
+    assert [culprit.layer for culprit in report.culprits] == ["3"]
+    assert "epsilon" in str(report)
+    assert report.verified is not None
+    assert len(report.verified.details) == 2
+    assert "Weights that differ from the checkpoint (2)" in str(report)
