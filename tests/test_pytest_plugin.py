@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PROJECT = """
 import keras
 import numpy as np
@@ -33,6 +35,7 @@ def test_wrong(assert_parity):
 """
 
 
+@pytest.mark.slow
 def test_the_fixture_gates_a_port(tmp_path: Path) -> None:
     (tmp_path / "test_port.py").write_text(PROJECT)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_port.py"]

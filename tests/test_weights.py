@@ -43,6 +43,7 @@ def test_the_images_are_four_of_each_class(images: list[Path]) -> None:
             assert image.size == (32, 32)
 
 
+@pytest.mark.slow
 def test_ported_and_right_about_most_images(family: VanFamily, images: list[Path], tmp_path: Path) -> None:
     result = port(family, "nano", tmp_path / "van_nano.h5")
     assert result.report is not None

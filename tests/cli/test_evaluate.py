@@ -64,6 +64,7 @@ def test_three_arms_and_reports_of_every_form(run_cli: RunCli, arguments: list[s
     assert run_cli("report", reports[0], "--format", "junit").exit_code == 2
 
 
+@pytest.mark.slow
 def test_gates_end_in_exit_code_1(run_cli: RunCli, arguments: list[str], tmp_path: Path) -> None:
     own = tmp_path / "own.py"
     own.write_text(

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import h5py
 import pytest
 from click.testing import Result
 
@@ -59,10 +60,17 @@ def test_another_variant_than_the_files_is_refused_at_once(run_cli: RunCli, port
 
 
 def test_a_file_that_says_nothing_needs_a_variant(run_cli: RunCli, tmp_path: Path) -> None:
-    (tmp_path / "plain.onnx").write_bytes(b"")
-    result = run_cli("check", "--weights", tmp_path / "plain.onnx")
+    h5py.File(tmp_path / "plain.h5", "w").close()
+    result = run_cli("check", "--weights", tmp_path / "plain.h5")
     assert result.exit_code == 2
     assert "Missing option '--variant'" in result.output
+
+
+def test_a_picture_is_no_file_of_weights(run_cli: RunCli, tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").write_bytes(b"")
+    for command in (["check"], ["evaluate", "--data", tmp_path], ["revert", "--out", tmp_path / "x.pth"]):
+        result = run_cli(*command, "--weights", tmp_path / "photo.jpg")
+        assert "photo.jpg: not a file of Keras weights" in result.output
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from porting.exporting.usage import usage_of
 from porting.models.inputs import Inputs, make_inputs
 from porting.parity.exported import compare_outputs
 
-FORMS = [("litert", "x.tflite"), ("onnx", "x.onnx"), ("saved_model", "x")]
+FORMS = [("litert", "x.tflite"), ("onnx", "x.onnx"), pytest.param("saved_model", "x", marks=pytest.mark.slow)]
 TOKENS = np.array([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]], np.int32)
 MASK = np.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]], np.int32)
 

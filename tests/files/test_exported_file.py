@@ -64,12 +64,14 @@ def test_facts_and_weights(folder: Path, form: str) -> None:
     assert {3 * 3 * 3 * 32, 32 * 4} <= set(sizes)
 
 
+@pytest.mark.slow
 def test_a_saved_model_without_facts(folder: Path) -> None:
     found = inspect_file(folder / "silent")
     assert found.provenance is None
     assert found.tensors
 
 
+@pytest.mark.slow
 def test_variables_of_a_saved_model_are_listed(tmp_path: Path) -> None:
     keras.Sequential([keras.Input((3,)), keras.layers.Dense(5)]).export(tmp_path / "x", verbose=False)
     assert (3, 5) in {shape for _, shape, _ in inspect_file(tmp_path / "x").tensors}
@@ -96,6 +98,7 @@ def test_damaged_files_end_in_one_message(folder: Path, tmp_path: Path, name: st
             inspect_file(tmp_path / name)
 
 
+@pytest.mark.slow
 def test_a_damaged_saved_model(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "saved_model.pb").write_bytes((folder / "x" / "saved_model.pb").read_bytes()[:2000])

@@ -309,7 +309,9 @@ def test_another_epsilon_goes_into_the_variance_where_that_is_wanted() -> None:
     for module in reference.modules():
         if isinstance(module, nn.BatchNorm2d) and module.running_var is not None:
             module.running_var.uniform_(0.5, 2.0)
-    with pytest.raises(KeyMapError, match="absorbing the epsilon puts the difference into the variance"):
+    with pytest.raises(
+        KeyMapError, match="--absorb-epsilon, or absorb_epsilon=True, puts the difference into the variance"
+    ):
         porting.port_weights(reference, model, inputs=IMAGES)
     ported = porting.port_weights(reference, model, inputs=IMAGES, absorb_epsilon=True)
     assert ported.require_parity()

@@ -158,9 +158,8 @@ def test_a_number_that_the_type_cannot_hold(family: VanFamily, tmp_path: Path) -
     assert names_in(tmp_path) == ["x.weights.h5"]
 
 
-@pytest.mark.parametrize(
-    "classes", [pytest.param(10, marks=pytest.mark.slow, id="with a head"), pytest.param(0, id="without")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("classes", [pytest.param(10, id="with a head"), pytest.param(0, id="without")])
 @pytest.mark.parametrize("naming", NAMINGS, ids=lambda naming: naming.name)
 def test_every_naming_is_written_with_and_without_a_head(
     family: VanFamily, tmp_path: Path, naming: Naming, classes: int
