@@ -538,6 +538,10 @@ def _culprits(session: Session, report: ParityReport) -> tuple[Culprit, ...]:
             return found
     first = report.divergences[0]
     layer = next(each for each in report.layers if each.source == first.layer)
+    earlier = next((each for each in report.layers if report.failed(each)), layer)
+    if first.view == EXACT and report.layers.index(earlier) < report.layers.index(layer):
+        relative = earlier.views[EXACT].relative_error
+        return (Culprit(earlier.source, earlier.target, f"differs by {relative:.2g} of its size in float64", relative),)
     view = layer.views.get(first.view)
     own = session.names.layers.get(without_number(layer.target))
     dtype = getattr(own, "compute_dtype", "float32") if own is not None else precision_of(session.candidate)

@@ -289,7 +289,8 @@ def _gives_anothers(
         if tracer.library.match(as_real(node.outputs[0]), outputs[0]) is not None:
             continue
         match, inside = tracer.match(node.outputs[0]), f"{call.partition('#')[0]}."
-        if match is not None and any(place[0].startswith(inside) for place in match.truth.places):
+        is_part = match is not None and any(place[0].startswith(inside) for place in match.truth.places)
+        if is_part and outputs[0] in _agreeing(tracer):
             continue  # Keras has a layer for each part of this module, such as its activation
         if not _is_right_inside(session, recording, node, call):
             return node, call

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import keras
 import numpy as np
 import pytest
@@ -250,3 +252,48 @@ def test_code_between_layers_is_blamed_only_for_its_own_mistakes(fault: str, sai
     assert report.passed == (not fault)
     assert len(report.culprits) == bool(fault)
     assert all(str(culprit).startswith(said) for culprit in report.culprits)
+
+
+class Shortcut(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.tanh(self.a(x))) + x
+
+
+class Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.i, self.attn, self.h = nn.Linear(6, 6), Shortcut(), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.i(x)
+        return self.h(x * 0.5 + self.attn(x) * 0.3)
+
+
+@pytest.mark.parametrize("shortcut", [True, False])
+def test_a_layer_that_returns_its_last_part_alone_is_named(shortcut: bool) -> None:
+    class Ours(keras.layers.Layer):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__(name="attn")
+            self.a, self.b = keras.layers.Dense(6, "tanh", name="a"), keras.layers.Dense(6, name="b")
+
+        def call(self, x: Any) -> Any:
+            y = self.b(self.a(x))
+            return y + x if shortcut else y
+
+    torch.manual_seed(0)
+    reference, inputs = Around().eval(), keras.Input((6,))
+    i, attn, h = keras.layers.Dense(6, name="i"), Ours(), keras.layers.Dense(3, name="h")
+    x = i(inputs)
+    candidate = keras.Model(inputs, h(x * 0.5 + attn(x) * 0.3))
+    candidate.set_weights([each.detach().numpy().T for each in reference.parameters()])
+    report = porting.check_parity(reference, candidate, np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32))
+    assert report.passed is shortcut, str(report)
+    if not shortcut:
+        (culprit,) = report.culprits
+        assert culprit.layer == "attn"
+        assert culprit.diagnosis is not None
+        assert "attn.b instead" in culprit.diagnosis.cause
