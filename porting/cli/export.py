@@ -46,8 +46,12 @@ class PerChannel(click.ParamType):  # type: ignore[type-arg]
         if not numbers or not all(map(math.isfinite, numbers)):
             self.fail(f"{value!r} is no list of numbers, such as 0.485,0.456,0.406", param, ctx)
         if max(map(abs, numbers)) > 1:
-            as_shares = ",".join(f"{each / 255:.4g}" for each in numbers)
-            self.fail(f"{value!r} is for values from 0 to 255: give {as_shares}, for values from 0 to 1", param, ctx)
+            self.fail(
+                f"{value!r} is for values from 0 to 255: divide by 255, as in --mean 0.485,0.456,0.406 and "
+                "--std 0.229,0.224,0.225",
+                param,
+                ctx,
+            )
         return numbers
 
 

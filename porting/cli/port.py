@@ -112,7 +112,9 @@ def run_port(
     if result.report is None:
         show_non_finite(result.provenance)
     tensors, dropped = len(result.conversion.weights), result.conversion.dropped
-    names = f" ({listed(dropped, len(dropped) if reporting.all_layers else _NAMED)})" if dropped else ""
+    # The counters of batch norms matter only to training in PyTorch.
+    others = [name for name in dropped if not name.endswith("num_batches_tracked")]
+    names = f" ({listed(others, len(others) if reporting.all_layers else _NAMED)})" if others else ""
     say(f"{counted(tensors, 'tensor')} ported, {len(dropped)} dropped by name{names}, none left over.")
     show_written(result.path, result.report_path)
     say(f"Load it into {result.provenance['build']}")

@@ -27,7 +27,7 @@ def test_a_port(run_cli: RunCli, checkpoint: Path, tmp_path: Path) -> None:
     result = run_cli("--variant", "nano", "--checkpoint", checkpoint, "--out", out, "--samples", 2)
     assert result.exit_code == 0, result.output
     assert "AT PARITY: 166 tensors, outputs exact to " in result.output
-    assert "216 tensors ported, 18 dropped by name (" in result.output
+    assert "216 tensors ported, 18 dropped by name, none left over." in result.output
     assert f"Wrote {out} and {out}.parity.json" in result.output
     assert "block3.1" in result.output
 
