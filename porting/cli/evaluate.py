@@ -153,9 +153,7 @@ def evaluate(
     for path in files:
         format_of(path)
     kept = [] if resume is None else [resume]
-    read = {"--weights": [weights], "--checkpoint": checkpoint.files, "--data": [Path(data)]}
-    read |= {"--labels": [] if labels is None else [labels], "--baseline": [] if baseline is None else [baseline]}
-    refuse_clashes({"--report": files, "--resume": kept}, {name: list(paths) for name, paths in read.items()})
+    refuse_clashes({"--report": files, "--resume": kept}, {})
     for path in (*files, *kept):
         require_writable(path)
     earlier = None if baseline is None else read_evaluation(baseline)

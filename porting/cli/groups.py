@@ -186,19 +186,18 @@ class Model:
         Raises SourceError if there is no such file, UsageError if it names no variant, and WeightsFileError if it
         cannot be read. Call this before a task is imported, which loads PyTorch.
         """
-        from porting.files.exported_file import form_of, is_exported, require_reader
+        from porting.files.exported_file import exported_form, require_reader
         from porting.files.survey import survey_file
         from porting.files.weights_file import require_file
 
-        if not is_exported(weights):
+        form = exported_form(weights)
+        if form is None or not weights.exists():
             require_file(weights)
         if self.variant is not None:
             return self.family, self.variant
-        facts: Mapping[str, Any] = {}
-        if is_exported(weights):
-            require_reader(str(form_of(weights)))
-        if is_exported(weights) or (weights.is_file() and weights.suffix in {".h5", ".keras"}):
-            facts = survey_file(weights).provenance or {}
+        if form is not None:
+            require_reader(form)
+        facts: Mapping[str, Any] = survey_file(weights).provenance or {}
         family, variant = facts.get("family"), facts.get("variant")
         with contextlib.suppress(PortingError):
             found = get_family(family) if isinstance(family, str) else None

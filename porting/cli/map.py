@@ -89,8 +89,7 @@ def map_command(
         outputs["--family"] = [family_file]
     if out is not None and out.suffix != ".toml":
         raise OutputError(f"{out}: rows are written as .toml", hint=f"Use {out.with_suffix('.toml')}.")
-    read = {"--inputs": inputs, "--map": known}
-    refuse_clashes(outputs, {label: [path] for label, path in read.items() if path is not None})
+    refuse_clashes(outputs, {})
     for path in (path for paths in outputs.values() for path in paths):
         require_writable(path)
     rows = [] if known is None else read_rows(known)

@@ -46,7 +46,7 @@ def refuse_overwriting(ctx: click.Context) -> None:
     inputs.setdefault(f"--{_CHECKPOINT}", []).extend(
         path for path in written for folder in folders if _is_inside(path, folder)
     )
-    for label, paths in outputs.items():  # one by one: an output may be two outputs' name in the tasks' own words
+    for label, paths in outputs.items():  # where two outputs are one file, the commands say so
         refuse_clashes({label: paths}, inputs)
 
 

@@ -36,7 +36,7 @@ def report(file: Path, form: str | None, out: Path | None, all_layers: bool) -> 
     from porting import reports
     from porting.cli.terminal import make_console, say
     from porting.errors import OutputError
-    from porting.files.atomic import refuse_clashes, require_writable
+    from porting.files.atomic import require_writable
     from porting.reports import evaluation
     from porting.reports.document import file_beside, read_report
     from porting.reports.terminal import print_report
@@ -67,7 +67,6 @@ def report(file: Path, form: str | None, out: Path | None, all_layers: bool) -> 
     if form not in forms:
         raise click.UsageError(f"an evaluation cannot be rendered as {form}; choose terminal, {', '.join(forms)}")
     if not streamed:
-        refuse_clashes({"--out": [out]}, {"FILE": [file]})
         require_writable(out)
     write(out, form)
     if not streamed:

@@ -43,6 +43,11 @@ class Dataset:
     notes: tuple[str, ...] = ()
 
 
+def is_local(spec: str) -> bool:
+    """Whether `spec` names files or folders of this machine."""
+    return "://" not in spec and spec.partition(":")[0] not in {"tfds", "hf"}
+
+
 def open_data(spec: str, labels: Labels, *, tokenizer: Tokenizer | None = None) -> Dataset:
     """Open the data set that `spec` names. Any error becomes a SourceError.
 
@@ -51,7 +56,7 @@ def open_data(spec: str, labels: Labels, *, tokenizer: Tokenizer | None = None) 
     `tfds:NAME[/CONFIG][:SPLIT]`; `hf:NAME[:SPLIT]`; or a folder that datasets saved. A local path is made absolute, so
     that it stays valid in other working folders.
     """
-    local = "://" not in spec and spec.partition(":")[0] not in {"tfds", "hf"}
+    local = is_local(spec)
     try:
         found = _open_data(str(Path(spec).absolute()) if local else spec, labels, tokenizer=tokenizer)
     except PortingError:

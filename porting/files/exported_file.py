@@ -34,9 +34,10 @@ def form_of(path: Path) -> str | None:
     return next((form for form, suffix in FORMATS.items() if suffix and path.suffix == suffix), None)
 
 
-def is_exported(path: Path) -> bool:
-    """Whether this is a SavedModel, or a file with the suffix of a format that is exported."""
-    return (path / "saved_model.pb").is_file() if path.is_dir() else form_of(path) is not None
+def exported_form(path: Path) -> str | None:
+    """The format of a file with its suffix, or of a folder that holds a SavedModel; None for all others."""
+    is_other_folder = path.is_dir() and not (path / "saved_model.pb").is_file()
+    return None if is_other_folder else form_of(path)
 
 
 def require_reader(form: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from porting.errors import OptionError, SourceError
 from porting.files.atomic import sha256_of
 from porting.files.checkpoint import read_checkpoint
-from porting.files.exported_file import TITLES, form_of, is_exported, require_reader
+from porting.files.exported_file import TITLES, exported_form, require_reader
 from porting.files.survey import survey_file
 from porting.files.weights_file import is_weights_file
 
@@ -39,14 +39,13 @@ def inspect_file(path: Path, *, ema: bool = False, key: str | None = None, prefi
     if not path.is_file() and not path.is_dir():
         what = "not a file" if path.exists() else "no such file"
         raise SourceError(f"{path}: {what}", hint="Give a checkpoint, a file of Keras weights or an exported file.")
-    is_weights = path.is_file() and is_weights_file(path)
-    if (is_weights or is_exported(path)) and (ema or key or prefix):
+    is_weights, form = path.is_file() and is_weights_file(path), exported_form(path)
+    if (is_weights or form is not None) and (ema or key or prefix):
         what = "a file of Keras weights" if is_weights else "an exported file"
         raise OptionError(f"{path}: {what} has no --ema, --key or --prefix", hint="These are for checkpoints.")
     if is_weights:
         survey = survey_file(path)
         return Inspection({"format": "Keras weights"}, survey.provenance, survey.tensors)
-    form = form_of(path) if is_exported(path) else None
     if form is not None:
         require_reader(form)
         survey = survey_file(path)

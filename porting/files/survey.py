@@ -18,7 +18,7 @@ from typing import Any
 
 from porting.errors import PortingError, WeightsFileError
 from porting.files.bounds import GREATEST_EXPANSION
-from porting.files.exported_file import TITLES, form_of, is_exported, read_exported
+from porting.files.exported_file import TITLES, exported_form, read_exported
 
 PROVENANCE = "provenance"
 WEIGHTS_MEMBER = "model.weights.h5"
@@ -88,7 +88,7 @@ def _size(path: Path) -> int:
 
 
 def _survey(path: Path) -> dict[str, Any]:
-    if is_exported(path):
+    if exported_form(path) is not None:
         facts, rows = read_exported(path)
         return {"provenance": facts, "tensors": rows}
     import h5py
@@ -157,7 +157,7 @@ def _read_all(file: Any, size: int) -> list[tuple[str, tuple[int, ...], str]]:
 
 
 def _unreadable(path: Path, why: str) -> WeightsFileError:
-    form = form_of(path) if is_exported(path) else None
+    form = exported_form(path)
     what = "HDF5 or .keras file" if form is None else TITLES[form] + (" file" if path.is_file() else "")
     again = "Port" if form is None else "Export"
     return WeightsFileError(

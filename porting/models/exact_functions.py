@@ -11,7 +11,7 @@ import numpy as np
 
 from porting.kinds.transforms import Array
 from porting.models.frameworks import convolving, eager_functions, replaced
-from porting.models.without_float64 import functions_without_float64, is_double
+from porting.models.without_float64 import double_of, functions_without_float64, in_double, is_double
 
 # Up to so many numbers in float32 are taken as written, with so many digits.
 _WRITTEN, _DIGITS = 4096, 7
@@ -109,7 +109,7 @@ def _cast(own: Callable[..., Any], staying: bool) -> Callable[..., Any]:
         # Code that casts around a norm or a softmax, to be safe in half precision, must not leave float64.
         computed = tf.is_tensor(x) or isinstance(x, keras.Variable)
         if staying and computed and tf.as_dtype(x.dtype) in (tf.float64, tf.complex128):
-            dtype = _double_of(tf.as_dtype(dtype))
+            dtype = double_of(tf.as_dtype(dtype))
             if tf.as_dtype(x.dtype) == dtype:
                 return tf.convert_to_tensor(x)
         return own(x, dtype, name)
@@ -184,14 +184,14 @@ def _computing(tf: Any, staying: bool) -> dict[str, Callable[..., Any]]:
         return {}
 
     def doubled(types: Any) -> Any:
-        return tf.nest.map_structure(lambda each: _double_of(each) if isinstance(each, tf.DType) else each, types)
+        return tf.nest.map_structure(lambda each: double_of(each) if isinstance(each, tf.DType) else each, types)
 
     def map_fn(fn: Any, elems: Any, dtype: Any = None, *args: Any, fn_output_signature: Any = None, **how: Any) -> Any:
         return own_map(fn, elems, doubled(dtype), *args, fn_output_signature=doubled(fn_output_signature), **how)
 
     def py_function(func: Any = None, inp: Any = None, Tout: Any = None, name: str | None = None) -> Any:  # noqa: N803
         def exact(*given: Any) -> Any:
-            return tf.nest.map_structure(lambda each: _in_double(tf.convert_to_tensor(each)), func(*given))
+            return tf.nest.map_structure(lambda each: in_double(tf.convert_to_tensor(each)), func(*given))
 
         return own_function(exact, inp, doubled(Tout), name)
 
@@ -206,30 +206,16 @@ def _collecting(owner: Any, staying: bool) -> dict[str, Callable[..., Any]]:
     import tensorflow as tf
 
     def create(self: Any, dtype: Any, *args: Any, **kwargs: Any) -> None:
-        own_create(self, _double_of(tf.as_dtype(dtype)), *args, **kwargs)
+        own_create(self, double_of(tf.as_dtype(dtype)), *args, **kwargs)
 
     def write(self: Any, index: Any, value: Any, name: str | None = None) -> Any:
-        return own_write(self, index, _in_double(value), name)
+        return own_write(self, index, in_double(value), name)
 
     def unstack(self: Any, value: Any, name: str | None = None) -> Any:
-        return own_unstack(self, _in_double(value), name)
+        return own_unstack(self, in_double(value), name)
 
     own_create, own_write, own_unstack = owner.__init__, owner.write, owner.unstack
     return {"__init__": create, "write": write, "unstack": unstack}
-
-
-def _in_double(value: Any) -> Any:
-    import tensorflow as tf
-
-    is_single = tf.is_tensor(value) and _double_of(value.dtype) != value.dtype
-    return tf.raw_ops.Cast(x=value, DstT=_double_of(value.dtype)) if is_single else value
-
-
-def _double_of(dtype: Any) -> Any:
-    """The type of double precision in the place of one of single precision; any other as it is."""
-    import tensorflow as tf
-
-    return {tf.float32: tf.float64, tf.complex64: tf.complex128}.get(dtype, dtype)
 
 
 def _promoting(own: Callable[..., Any]) -> Callable[..., Any]:
@@ -240,7 +226,7 @@ def _promoting(own: Callable[..., Any]) -> Callable[..., Any]:
         types = {each.dtype for each in tensors if tf.is_tensor(each)}
         if types.isdisjoint((tf.float64, tf.complex128)):
             return own(*tensors, **how)
-        return own(*(_in_double(as_written(each)) for each in tensors), **how)
+        return own(*(in_double(as_written(each)) for each in tensors), **how)
 
     return promote
 
@@ -264,8 +250,8 @@ def _mixing(own: Callable[..., Any]) -> Callable[..., Any]:
 
     def mixed(*args: Any, **kwargs: Any) -> Any:
         types = {each.dtype for each in tf.nest.flatten((args, kwargs)) if tf.is_tensor(each)}
-        if any(_double_of(each) != each and _double_of(each) in types for each in types):
-            args, kwargs = tf.nest.map_structure(_in_double, (args, kwargs))
+        if any(double_of(each) != each and double_of(each) in types for each in types):
+            args, kwargs = tf.nest.map_structure(in_double, (args, kwargs))
         return own(*args, **kwargs)
 
     return mixed

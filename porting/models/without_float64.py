@@ -53,22 +53,36 @@ def is_double(value: Any) -> bool:
     return bool(tf.is_tensor(value) and value.dtype == tf.float64)
 
 
+def in_double(value: Any) -> Any:
+    """A tensor in double precision, or any other value as it is.
+
+    A user's casts may be left out, so this one is a raw operation.
+    """
+    import tensorflow as tf
+
+    is_single = tf.is_tensor(value) and double_of(value.dtype) != value.dtype
+    return tf.raw_ops.Cast(x=value, DstT=double_of(value.dtype)) if is_single else value
+
+
+def double_of(dtype: Any) -> Any:
+    """The type of double precision in the place of one of single precision; any other as it is."""
+    import tensorflow as tf
+
+    return {tf.float32: tf.float64, tf.complex64: tf.complex128}.get(dtype, dtype)
+
+
 def _in_single(own: Callable[..., Any]) -> Callable[..., Any]:
-    """Compute in float32 and return float64. A user's casts may be left out, so these are made by raw operations."""
+    """Compute in float32 and return float64."""
     import tensorflow as tf
 
     def to_single(value: Any) -> Any:
         return tf.raw_ops.Cast(x=value, DstT=tf.float32) if is_double(value) else value
 
-    def to_double(value: Any) -> Any:
-        single = tf.is_tensor(value) and value.dtype == tf.float32
-        return tf.raw_ops.Cast(x=value, DstT=tf.float64) if single else value
-
     def compute(*args: Any, **kwargs: Any) -> Any:
         if not any(map(is_double, tf.nest.flatten((args, kwargs)))):
             return own(*args, **kwargs)
         args, kwargs = tf.nest.map_structure(to_single, (args, kwargs))
-        return tf.nest.map_structure(to_double, own(*args, **kwargs))
+        return tf.nest.map_structure(in_double, own(*args, **kwargs))
 
     return compute
 

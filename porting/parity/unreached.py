@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from porting.models.clamps import Bound, Clamps, watching_clamps
-from porting.models.inputs import Inputs, leaves_by_key
+from porting.models.inputs import Inputs, inverse, leaves_by_key
 from porting.models.observe import to_torch
 from porting.parity.content import Truth, as_real
 from porting.parity.loud import LOUD_INPUTS, LOUD_LIMIT, louder
@@ -146,7 +146,7 @@ def _run_keras(session: Session, inputs: Inputs, theirs: Results) -> Results:
     own = {key: as_real(to_torch(leaf)).double() for key, leaf in leaves.items()}
     partners, _ = pair_results({key: Truth(tensor) for key, tensor in theirs.items()}, own)
     return {
-        key: own[partner].permute(_inverse(session.axes_of_result(key, theirs[key].ndim)))
+        key: own[partner].permute(inverse(session.axes_of_result(key, theirs[key].ndim)))
         for key, partner in partners.items()
     }
 
@@ -176,10 +176,6 @@ def _culprits(session: Session, inputs: Inputs, wrong: _Wrong) -> Iterator[Culpr
         cause = f"PyTorch clamps numbers there to {' and '.join(map(str, several))}, and Keras {how}"
         label, text = modules.get(call) or "the model", f"differs by {wrong.relative:.2g}"
         yield Culprit(label, "", text, wrong.relative, diagnosis=Diagnosis.certain(label, cause))
-
-
-def _inverse(axes: tuple[int, ...]) -> list[int]:
-    return sorted(range(len(axes)), key=axes.__getitem__)
 
 
 def _is_finite(tensors: Iterable[Tensor]) -> bool:

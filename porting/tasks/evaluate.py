@@ -16,13 +16,13 @@ from porting.evaluation.engines import ENGINES, require_ray, run_local, run_on_r
 from porting.evaluation.items import Block, blocks_of
 from porting.evaluation.labels import Labels, read_labels, usual_labels
 from porting.evaluation.progress_file import ProgressFile
-from porting.evaluation.readers import Dataset, hugging_face_tokenizer, open_data
+from porting.evaluation.readers import Dataset, hugging_face_tokenizer, is_local, open_data
 from porting.evaluation.result import Evaluation, duplicates, evaluation_of
 from porting.exporting.usage import AS_THEY_ARE, PROBABILITIES
 from porting.families.base import Family
 from porting.files import weights_file
 from porting.files.atomic import sha256_of
-from porting.files.exported_file import form_of, is_exported, require_reader
+from porting.files.exported_file import exported_form, require_reader
 from porting.files.survey import survey_file
 from porting.models.frameworks import start_tensorflow
 from porting.progress import SILENT, Progress
@@ -112,7 +112,7 @@ def _evaluate(
         raise FamilyError(f"unknown engine {options.engine!r}", hint=f"Choose from {', '.join(ENGINES)}.")
     if options.engine == "ray":
         require_ray()
-    form = form_of(weights) if is_exported(weights) else None
+    form = exported_form(weights)
     if form is None or not weights.exists():
         weights_file.require_file(weights)
     else:
@@ -126,8 +126,8 @@ def _evaluate(
     if options.labels is not None:
         read_labels(options.labels)
     # What is wrong in local files shows before the frameworks load, which takes long.
-    is_local = "://" not in data and data.partition(":")[0] not in {"tfds", "hf"} and not options.tokenizer
-    unlabelled = open_data(data, Labels(0, ignored=True)) if is_local else None
+    early = is_local(data) and not options.tokenizer
+    unlabelled = open_data(data, Labels(0, ignored=True)) if early else None
     # Both models run at the same time, so each gets half the cores.
     threads = options.threads or max(1, (os.cpu_count() or 1) // 2)
     plan = Plan(

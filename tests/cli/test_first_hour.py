@@ -66,6 +66,13 @@ def test_a_file_that_says_nothing_needs_a_variant(run_cli: RunCli, tmp_path: Pat
     assert "Missing option '--variant'" in result.output
 
 
+@pytest.mark.parametrize("name", ["none.onnx", "none.tflite", "none.h5"])
+def test_a_missing_file_of_weights_is_named(name: str, run_cli: RunCli, tmp_path: Path) -> None:
+    result = run_cli("evaluate", "--data", tmp_path, "--weights", tmp_path / name)
+    assert result.exit_code == 5
+    assert f"{name}: no such file" in result.output
+
+
 def test_a_picture_is_no_file_of_weights(run_cli: RunCli, tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").write_bytes(b"")
     for command in (["check"], ["evaluate", "--data", tmp_path], ["revert", "--out", tmp_path / "x.pth"]):

@@ -18,7 +18,7 @@ from porting.errors import OptionError, WeightsFileError
 from porting.exporting import write
 from porting.exporting.base import Exportable
 from porting.exporting.usage import usage_of
-from porting.files.exported_file import FORMATS, TITLES, form_of, is_exported
+from porting.files.exported_file import FORMATS, TITLES, exported_form, form_of
 from porting.files.inspection import inspect_file
 from porting.models.images import Preprocessing
 from porting.models.inputs import image_inputs
@@ -129,7 +129,7 @@ def test_a_missing_package_is_named(
 def test_forms_by_name(tmp_path: Path) -> None:
     assert form_of(Path("x.tflite")) == "litert"
     assert form_of(Path("x.h5")) is None
-    assert not is_exported(tmp_path), "a folder is a SavedModel by what is in it"
+    assert exported_form(tmp_path) is None, "a folder is a SavedModel by what is in it"
 
 
 def test_the_command_shortens_what_is_long(folder: Path, tmp_path: Path, run_cli: Callable[..., Result]) -> None:
