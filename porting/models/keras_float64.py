@@ -121,9 +121,7 @@ class Float64Model:
         """Give all weights the values of the model that the caller gave, and the substitutes."""
         self._is_overwritten = False
         with float64_defaults():
-            self._doubles = [
-                (variable, _double(np.asarray(variable).astype(np.float64))) for variable, _ in self._doubles
-            ]
+            self._doubles = [(variable, _doubled(variable)) for variable, _ in self._doubles]
             if not self._turned:
                 _filled(self.model, self._origin)
         substitutes = dict(self._substitutes)
@@ -194,7 +192,7 @@ def _turned(model: keras.Model, doubles: list[tuple[Any, Any]], casts: bool) -> 
     if not doubles and not casts:
         for variable in _all_variables(layers):
             if keras.backend.is_float_dtype(variable.dtype) and variable.dtype != "float64":
-                doubles.append((variable, _double(np.asarray(variable).astype(np.float64))))
+                doubles.append((variable, _doubled(variable)))
     held = [(variable, variable._value, variable._dtype) for variable, _ in doubles]
     # A functional model casts its inputs to the types that it was built for, and so does a nested one.
     inputs: list[Any] = [
@@ -230,7 +228,18 @@ def _turned(model: keras.Model, doubles: list[tuple[Any, Any]], casts: bool) -> 
             variable._value, variable._dtype = value, dtype
 
 
-def _double(values: Array) -> Any:
+def _doubled(variable: Any) -> Any:
+    """What a Keras variable with the numbers of another one holds on this backend, in float64."""
+    import keras
+
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return _double(tf.cast(variable._value, tf.float64))
+    return _double(np.asarray(variable).astype(np.float64))
+
+
+def _double(values: Any) -> Any:
     """What a Keras variable holds on this backend, in float64."""
     import keras
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from porting.kinds.transforms import Array, Shifted
 from porting.mapping.key_map import KeyMap
+from porting.models.observe import to_torch
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,14 +42,30 @@ def compare_bits(reference: nn.Module, variables: Mapping[str, Any], key_map: Ke
             differing |= {name: f"{name}: {error}" for name in entry.targets}
             continue
         for name, expected in made.items():
-            actual = np.asarray(variables[name])
-            if expected.shape != actual.shape:
-                differing[name] = f"{name} has the shape {actual.shape} and should have {expected.shape}"
-            elif not np.array_equal(expected, actual) and not np.array_equal(expected, actual, equal_nan=True):
-                differing[name] = _first_difference(name, expected, actual)
+            held = tuple(variables[name].shape)
+            if expected.shape != held:
+                differing[name] = f"{name} has the shape {held} and should have {expected.shape}"
+            elif not _are_equal(expected, variables[name]):
+                differing[name] = _first_difference(name, expected, np.asarray(variables[name]))
             elif len(arrays) == 1 and not isinstance(entry.transform, Shifted):
                 copies.add(name)
     return Bits(frozenset(compared), differing, frozenset(copies))
+
+
+def _are_equal(expected: Array, variable: Any) -> bool:
+    """Whether a Keras variable holds these numbers; NaN is the same as NaN."""
+    import keras
+    import torch
+
+    if keras.backend.backend() == "tensorflow" and min(expected.strides, default=0) >= 0 and expected.flags.writeable:
+        import tensorflow as tf
+
+        # PyTorch compares on all cores, and TensorFlow's numbers need no copy. To PyTorch, NaN is never the same.
+        held = to_torch(tf.convert_to_tensor(variable.value))
+        if held.dtype == torch.float32 and torch.equal(torch.from_numpy(expected), held):
+            return True
+    actual = np.asarray(variable)
+    return np.array_equal(expected, actual) or np.array_equal(expected, actual, equal_nan=True)
 
 
 def _first_difference(name: str, expected: Array, actual: Array) -> str:

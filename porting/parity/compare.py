@@ -34,6 +34,7 @@ from porting.models.precision import HALVES, in_precision
 from porting.models.rows import key_map_of_rows
 from porting.models.stacks import last_layer
 from porting.models.traverse import named_layers, named_variables, owned_names
+from porting.parity.background import in_background
 from porting.parity.bits import compare_bits
 from porting.parity.content import ROUNDED, SAME_IN_FLOAT32, as_real
 from porting.parity.derived import (
@@ -249,8 +250,8 @@ def _run_all(
         with torch.no_grad(), observe_modules(session.rounded, noise, stacks=True):
             noise.results(batch.call_reference(session.rounded, torch.float32))
         step(3, "Keras, float32")
-        rounding = RoundingObserver(session, recording, limits, start)
-        with torch_on_one_thread():
+        with torch_on_one_thread(), in_background() as background:
+            rounding = RoundingObserver(session, recording, limits, start, background)
             compiled: Any = compiled_calls() if _on_tensorflow() else contextlib.nullcontext([])
             with session.as_precise_as_reference(), observe_layers(session.candidate, rounding), compiled as called:
                 result = session.candidate(batch.for_candidate(session.candidate), training=False)
@@ -417,10 +418,11 @@ def _run_exact(session: Session, recording: Recording, batch: Inputs, start: int
     attempt, is_computed = next(attempts), False
     while True:
         before = session.found()
-        observer = ExactObserver(session, recording, start, batch)
         try:
-            with torch_on_one_thread(), session.float64.active() as model, observe_layers(model, observer):
-                observer.results(model(batch.for_candidate(model, exact=True), training=False))
+            with torch_on_one_thread(), in_background() as background, session.float64.active() as model:
+                observer = ExactObserver(session, recording, start, batch, background if session.is_plain else None)
+                with observe_layers(model, observer):
+                    observer.results(model(batch.for_candidate(model, exact=True), training=False))
         except Exception as error:
             session.forget(before)
             attempt = next(attempts, "")
@@ -433,6 +435,12 @@ def _run_exact(session: Session, recording: Recording, batch: Inputs, start: int
                     continue
             where = "in float64" if _runs(session, batch) else "on these inputs"
             raise CannotRunError(f"the Keras model cannot run {where}: {typed_reason_of(error)}") from None
+        if observer.is_late:
+            session.replaces_results = True
+            if start > 0:
+                raise _BeginAgainError
+            session.forget(before)
+            continue
         if not _may_round_in_float32(session):
             if start == 0 and not session.float64.trace:
                 session.float64.trace = None  # nothing was computed in float32

@@ -84,6 +84,11 @@ class Truth:
     def in_float32(self) -> bool:
         return is_in_float32(self.tensor)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether no number has a fraction."""
+        return self.size.max.is_integer() and is_whole(self.tensor)
+
 
 @dataclass(frozen=True)
 class Match:

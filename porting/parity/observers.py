@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
+from collections import deque
 from collections.abc import Mapping
-from dataclasses import replace
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from porting.kinds.activation import KIND as ACTIVATION
 from porting.models.inputs import Axes, Inputs, leaves_by_key
 from porting.models.observe import Replacement, applied, to_torch
+from porting.parity.background import Background
 from porting.parity.content import (
     ROUNDED,
     SAME,
@@ -36,13 +40,41 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class ExactObserver:
-    """Compares every Keras layer in float64 as it runs, and pairs its results by content."""
+@dataclass
+class _Waiting:
+    """A tensor that a layer has returned, and the comparison with its likely partner, which is being made.
 
-    def __init__(self, session: Session, recording: Recording, samples_before: int, batch: Inputs) -> None:
+    There is no comparison yet where the same tensor waits already, such as a block's result that is its last layer's.
+    """
+
+    name: str
+    inputs: list[Tensor]
+    index: int
+    output: Tensor
+    comparison: Future[Match | None] | None
+
+
+class ExactObserver:
+    """Compares every Keras layer in float64 as it runs, and pairs its results by content.
+
+    With a `background`, comparisons with likely partners are made there, and the model goes on meanwhile. All else is
+    done in the order of the calls. `is_late` says that a result should have been replaced, and the model has gone on
+    with its own: then this pass is void, and has to be made again without a background.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        recording: Recording,
+        samples_before: int,
+        batch: Inputs,
+        background: Background | None = None,
+    ) -> None:
         import torch
 
-        self.session, self.recording = session, recording
+        self.session, self.recording, self._background = session, recording, background
+        self.is_late = False
+        self._waiting: deque[_Waiting] = deque()
         self.samples_before = samples_before
         self.watches_inputs = bool(session.computed)
         self._inputs: list[list[Tensor]] = []  # of the calls that have begun
@@ -65,21 +97,79 @@ class ExactObserver:
     def after(self, name: str, outputs: list[Tensor]) -> Replacement:
         self.session.called[name] = None
         inputs = self._inputs.pop()
+        if self.is_late:
+            return None
+        if self._wait_for(name, inputs, outputs):
+            self._take_up(all_of_them=False)
+            return None
+        self._take_up(all_of_them=True)
+        if self.is_late:
+            return None
         replacements: list[Tensor | None] = [self._compare(name, inputs, *pair) for pair in enumerate(outputs)]
         return replacements if any(each is not None for each in replacements) else None
 
-    def _compare(self, name: str, inputs: list[Tensor], index: int, output: Tensor) -> Tensor | None:
+    def _wait_for(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
+        """Begin to compare results with their likely partners in the background, if all of them have one."""
+        if self._background is None:
+            return False
+        partners: list[tuple[int, Truth]] = []
+        for index, output in enumerate(outputs):
+            actual = as_real(output)
+            if actual.numel() < 2:
+                continue
+            truth = self._likely(name, index)
+            if truth is None or truth.tensor.numel() != actual.numel():
+                return False
+            partners.append((index, truth))
+        for index, truth in partners:
+            output, comparison = outputs[index], None
+            if not any(each.output is output for each in self._waiting):
+                match = functools.partial(self.library.match, as_real(output), truth, likely=True)
+                comparison = self._background.submit(output, match)
+            self._waiting.append(_Waiting(name, inputs, index, output, comparison))
+        return True
+
+    def _likely(self, name: str, index: int) -> Truth | None:
+        """The partner in an earlier batch, or else the one by name; None where a result may have to be replaced."""
+        pair = self.session.pairs.get((name, index))
+        if pair is None or pair.named:
+            return self._named_truth(name, index)
+        return None if pair.in_float32 or pair.reordered else pair.truth(self.recording)
+
+    def _take_up(self, *, all_of_them: bool) -> None:
+        """Go on with what was waiting for comparisons, in the order of the calls, or with what need not wait longer."""
+        while self._waiting:
+            first = self._waiting[0]
+            comparison = first.comparison
+            if not all_of_them and comparison is not None and not comparison.done():
+                return
+            self._waiting.popleft()
+            is_answered = id(first.output) in self._known if comparison is None else comparison.result() is not None
+            if self._background is not None and not is_answered:
+                self._background.wait()  # so that no other thread uses the library
+            if self._compare(first.name, first.inputs, first.index, first.output, comparison) is not None:
+                self.is_late = True
+                self._waiting.clear()
+
+    def _compare(
+        self,
+        name: str,
+        inputs: list[Tensor],
+        index: int,
+        output: Tensor,
+        comparison: Future[Match | None] | None = None,
+    ) -> Tensor | None:
         session, actual = self.session, as_real(output)
         if actual.numel() < 2:
             return None
         pair = session.pairs.get((name, index))
         if pair is not None and not pair.named:
             truth = pair.truth(self.recording)
-            found = None if truth is None else self._match(actual, truth, pair)
+            found = None if truth is None else self._match(actual, truth, pair, comparison)
             if found is not None:
                 self._include(pair, found, actual)
                 return _steered(found, output) if pair.in_float32 else None
-        matches = self._matches(name, inputs, index, output)
+        matches = self._matches(name, inputs, index, output, comparison)
         if not matches:
             self._without_partner(name, index, actual)
             return None
@@ -97,21 +187,34 @@ class ExactObserver:
         self._include(pair, match, actual)
         return _steered(match, output) if match.in_float32 else None
 
-    def _match(self, actual: Tensor, truth: Truth, pair: Pair) -> Match | None:
+    def _match(self, actual: Tensor, truth: Truth, pair: Pair, comparison: Future[Match | None] | None) -> Match | None:
         tolerance = SAME_IN_FLOAT32 if pair.in_float32 and not self._is_doubtful else SAME
-        found = self.library.match(actual, truth, tolerance, likely=True)
+        if comparison is not None:
+            found = comparison.result()
+        else:
+            found = self.library.match(actual, truth, tolerance, likely=True)
         if found is None and pair.reordered:
             found = next((each for each in self.library.find(actual) if each.truth is truth), None)
         return found if found is None or not pair.in_float32 else replace(found, in_float32=True)
 
-    def _matches(self, name: str, inputs: list[Tensor], index: int, output: Tensor) -> list[Match]:
+    def _matches(
+        self,
+        name: str,
+        inputs: list[Tensor],
+        index: int,
+        output: Tensor,
+        comparison: Future[Match | None] | None,
+    ) -> list[Match]:
         """Find all partners by content. If the partner by name has the same content, it alone is returned."""
         known = self._known.get(id(output))
         # What a layer inside could not explain, the layer around it may, if the port computed its weights.
         if known is not None and known[0]() is output and (known[1] or name not in self.session.computed):
             return known[1]
         named, actual = self._named_truth(name, index), as_real(output)
-        match = None if named is None else self.library.match(actual, named, likely=True)
+        if comparison is not None:
+            match = comparison.result()
+        else:
+            match = None if named is None else self.library.match(actual, named, likely=True)
         matches = [match] if match is not None else self.library.find(actual)
         if not matches:
             # Some layers always compute in float32.
@@ -146,7 +249,7 @@ class ExactObserver:
         source = label if number == 0 else f"{label}[{number}]"
         order = self.recording.order.get(call, len(self.recording.order)) - (0.0 if is_output else 0.5)
         pair = Pair(name, index, source, place, order, in_float32=match.in_float32, reordered=match.reordered)
-        pair.is_whole = is_whole(match.truth.tensor)
+        pair.is_whole = match.truth.is_whole
         pair.axes = None if match.reordered else match.axes
         session.pairs[name, index] = pair
         session.used.add(place)
@@ -198,6 +301,7 @@ class ExactObserver:
     def results(self, result: Any) -> dict[str, Any]:
         """Compare the results of the model. Their axes follow the convention and are never chosen to fit."""
         session = self.session
+        self._take_up(all_of_them=True)
         found = {key: to_torch(leaf) for key, leaf in leaves_by_key(result).items()}
         session.has_whole_results &= all(is_whole(as_real(leaf)) for leaf in found.values())
         partners, notes = pair_results(self.recording.outputs, found)
@@ -252,9 +356,17 @@ class RoundingObserver:
 
     watches_inputs = False
 
-    def __init__(self, session: Session, recording: Recording, limits: Limits, samples_before: int) -> None:
+    def __init__(
+        self,
+        session: Session,
+        recording: Recording,
+        limits: Limits,
+        samples_before: int,
+        background: Background | None = None,
+    ) -> None:
         self.session, self.recording, self.limits = session, recording, limits
-        self.samples_before = samples_before
+        self.samples_before, self._background = samples_before, background
+        self._waiting: deque[Future[None]] = deque()
         self._known: dict[tuple[int, int], tuple[weakref.ref[Any], DifferenceSum, DistanceSum]] = {}
 
     def before(self, name: str, inputs: list[Tensor]) -> Replacement:
@@ -264,10 +376,18 @@ class RoundingObserver:
         for index, output in enumerate(outputs):
             pair = self.session.pairs.get((name, index))
             if pair is not None and not pair.named and not pair.reordered:
-                self._compare(pair, output, None)
+                if self._background is None:
+                    self._compare(pair, output, None)
+                else:
+                    compare = functools.partial(self._compare, pair, output, None)
+                    self._waiting.append(self._background.submit(output, compare))
+        while self._waiting and self._waiting[0].done():
+            self._waiting.popleft().result()
         return None
 
     def results(self, found: Mapping[str, Any], partners: Mapping[str, str]) -> None:
+        while self._waiting:
+            self._waiting.popleft().result()
         for theirs, ours in partners.items():
             pair, output = self.session.results.get(theirs), found.get(ours)
             if pair is not None and output is not None:

@@ -50,16 +50,20 @@ class Names:
             self._source_of[_dotted(target)] = next(source for source, own in given.items() if own == target)
         # `block1_0` may mean `block1.0`, since some Keras backends reject dots. Used only if no name matches exactly.
         self._loosely = {_loose(name): source for name, source in self._source_of.items()}
+        self._sources: dict[str, str | None] = {}  # of the calls that were asked for
 
     def source(self, call: str, calls: Iterable[str]) -> str | None:
         """The PyTorch call that a Keras call stands for by its name; None if there was none."""
+        if call not in self._sources:
+            self._sources[call] = self._named(call)
+        name = self._sources[call]
+        return name if name is not None and name in calls else None
+
+    def _named(self, call: str) -> str | None:
         base, _, number = call.partition("#")
         exact = self._source_of.get(_dotted(call)) or self._source_of.get(_dotted(base))
         source = exact or self._loosely.get(_loose(base))
-        if source is None:
-            return None
-        name = f"{source}#{number}" if number and "#" not in source else source
-        return name if name in calls else None
+        return f"{source}#{number}" if source is not None and number and "#" not in source else source
 
 
 def _layer_name(target: Any, layers: Mapping[str, Any]) -> str:

@@ -165,6 +165,8 @@ class Session:
         # Where PyTorch's code clamps numbers, and which of these bounds were reached.
         self.bounds: dict[Bound, None] = {}
         self.reached: set[Bound] = set()
+        # Whether results of Keras's layers, which are computed in float32, are replaced by exact ones.
+        self.replaces_results = False
         # Whether float32 was followed in one of the passes, as far as the backend allows.
         self.was_followed = False
         # Whether no result has fractions, so that most mistakes do not show.
@@ -193,6 +195,11 @@ class Session:
         self.used, self.written, self.notes = set(used), dict(written), dict(notes)
         self.has_whole_results = True
         self.has_rounded_weights = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all results of Keras's layers stay as they are, so that the model need not wait for comparisons."""
+        return not (self.replaces_results or self.computed) and self.float64.trace is None
 
     @property
     def double_model(self) -> nn.Module:

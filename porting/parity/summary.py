@@ -76,7 +76,8 @@ def summarize(
     if agreed and not session.has_whole_results:
         unproven = unproven_layers(session, called)
     if agreed:
-        report = replace(report, layers=tuple(_written(layer, session) for layer in report.layers))
+        named = {(pair.source, pair.target) for pair in session.pairs.values() if pair.named}
+        report = replace(report, layers=tuple(_written(layer, session, named) for layer in report.layers))
     targets = session.layer_of_module
     if key_map is not None:
         targets = {**targets, **{pair.source: pair.target for pair in key_map.layers}}
@@ -85,11 +86,13 @@ def summarize(
     return replace(report, audit=audit, verified=_verified(session, called, unproven, agreed))
 
 
-def _written(layer: LayerComparison, session: Session) -> LayerComparison:
-    """Mark a layer as written in another way if its own result differs and the outputs agree."""
+def _written(layer: LayerComparison, session: Session, named: Collection[tuple[str, str]]) -> LayerComparison:
+    """Mark a layer as written in another way if its own result differs and the outputs agree.
+
+    `named` are the pairs by name only, whose results differ.
+    """
     how = session.written.get(layer.source, "")
-    pair = next((each for each in session.pairs.values() if each.source == layer.source and each.named), None)
-    if pair is not None and not layer.is_output and pair.target == layer.target:
+    if (layer.source, layer.target) in named and not layer.is_output:
         how = how or "its result differs, and what follows agrees again"
     return replace(layer, rewritten=how)
 
