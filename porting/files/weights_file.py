@@ -25,6 +25,7 @@ from porting.files.atomic import interrupt_later, reserve
 from porting.files.bounds import bounded_building
 from porting.files.survey import HDF5_SIGNATURE, PROVENANCE, WEIGHTS_MEMBER
 from porting.kinds.transforms import Array, Shape
+from porting.models.frameworks import without_random_weights
 from porting.models.traverse import named_variables, variable_names
 
 if TYPE_CHECKING:
@@ -130,7 +131,8 @@ def _load_model(path: Path, build: Callable[[], keras.Model], what: str) -> kera
     import keras
 
     suffix = suffix_of(path)
-    model = build()  # this registers the classes that a .keras file names
+    with without_random_weights():
+        model = build()  # this registers the classes that a .keras file names
     if suffix == ".keras":
         loaded = keras.models.load_model(path, compile=False)
         if not isinstance(loaded, keras.Model):

@@ -197,6 +197,29 @@ def without_filling() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def without_random_weights() -> Iterator[None]:
+    """Build Keras models in this context with zeros in place of random weights, for weights that are loaded next.
+
+    To draw random numbers takes a third of the time in which a model is built.
+    """
+    from keras import initializers
+    from keras.src.initializers import random_initializers
+
+    def zeros(self: Any, shape: Any, dtype: Any = None) -> Any:
+        return initializers.Zeros()(shape, dtype=dtype)
+
+    drawing = [
+        each
+        for each in vars(random_initializers).values()
+        if isinstance(each, type) and issubclass(each, initializers.Initializer) and "__call__" in vars(each)
+    ]
+    with contextlib.ExitStack() as stack:
+        for each in drawing:
+            stack.enter_context(replaced(each, __call__=zeros))
+        yield
+
+
 def return_free_memory() -> None:
     """Collect garbage, and return to the system the memory that is free.
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # The size of the tensors that may wait, which would otherwise be freed.
-MOST_BYTES = 2**26
+MOST_BYTES = 2**25
 
 T = TypeVar("T")
 

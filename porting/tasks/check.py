@@ -16,7 +16,7 @@ from porting.files.atomic import sha256_of
 from porting.files.survey import Survey, survey_file
 from porting.kinds.transforms import Array
 from porting.mapping.convert import refuse_non_finite
-from porting.models.frameworks import start_tensorflow
+from porting.models.frameworks import start_tensorflow, without_random_weights
 from porting.models.inputs import moved
 from porting.models.traverse import named_variables
 from porting.parity.compare import check_parity
@@ -205,7 +205,8 @@ def _values_of(model: keras.Model) -> dict[str, Array]:
 
 def _with_weights(case: Case, values: Mapping[str, Array]) -> keras.Model:
     """Build the case's model and assign these weights, which must cover the whole model."""
-    model = case.build_candidate()
+    with without_random_weights():
+        model = case.build_candidate()
     weights_file.assign_weights(model, values)
     return model
 

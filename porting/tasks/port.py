@@ -18,7 +18,7 @@ from porting.files.atomic import move_into_place, output_errors
 from porting.files.result import PendingResult, pending_result, refuse_result_clashes
 from porting.kinds.transforms import Array
 from porting.mapping.convert import Conversion, convert
-from porting.models.frameworks import return_free_memory, start_tensorflow
+from porting.models.frameworks import return_free_memory, start_tensorflow, without_random_weights
 from porting.models.traverse import named_variables
 from porting.parity.report import FLOAT32, ParityReport, refusal
 from porting.progress import SILENT, Progress
@@ -140,7 +140,7 @@ def _write(temporary: Path, out: Path, case: Case, conversion: Conversion, progr
     progress("starting TensorFlow")
     start_tensorflow()
     progress("writing")
-    with output_errors(out):
+    with output_errors(out), without_random_weights():
         weights_file.write_weights(temporary, case.build_candidate(), conversion.weights)
     return_free_memory()  # a model's layers form reference cycles, and a large model takes much memory
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -75,3 +76,27 @@ def test_without_filling_ends_and_fills_what_is_no_parameter() -> None:
     assert bool((parameter.abs() <= 1.0).all())
     assert bool((buffer == 2.0).all())
     assert torch.nn.init.trunc_normal_ is own
+
+
+def test_without_random_weights_has_zeros_and_ends() -> None:
+    keras = pytest.importorskip("keras")
+
+    class Own(keras.initializers.RandomNormal):  # type: ignore[misc,name-defined]
+        def __call__(self, shape: Any, dtype: Any = None) -> Any:
+            return super().__call__(shape, dtype) + 1.0
+
+    def weights(initializer: Any) -> Any:
+        layer = keras.layers.Dense(3, kernel_initializer=initializer, bias_initializer="ones")
+        layer.build((None, 4))
+        return layer.get_weights()
+
+    for name in ("glorot_uniform", "he_normal", "random_normal", "random_uniform", "truncated_normal", "orthogonal"):
+        with frameworks.without_random_weights():
+            kernel, bias = weights(name)
+        assert kernel.shape == (4, 3)
+        assert kernel.dtype == "float32"
+        assert not kernel.any(), name
+        assert bias.all(), "what is not random stays"
+        assert weights(name)[0].all(), f"{name} draws again"
+    with frameworks.without_random_weights():
+        assert weights(Own())[0].all(), "a function of one's own runs"
