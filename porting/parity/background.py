@@ -28,8 +28,8 @@ class Background:
         self._waiting: deque[tuple[Future[Any], int]] = deque()
         self._bytes = 0
 
-    def submit(self, tensor: Tensor, call: Callable[[], T]) -> Future[T]:
-        """Have a call made that keeps a tensor until then. Waits first if too many others are kept already."""
+    def submit(self, call: Callable[[], T], tensor: Tensor) -> Future[T]:
+        """Have a call made, which keeps a tensor until then. Waits first if too many others are kept already."""
         while self._waiting and (self._bytes + tensor.nbytes > MOST_BYTES or self._waiting[0][0].done()):
             self._wait_for_first()
         future = self._executor.submit(call)

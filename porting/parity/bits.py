@@ -57,7 +57,9 @@ def _are_equal(expected: Array, variable: Any) -> bool:
     import keras
     import torch
 
-    if keras.backend.backend() == "tensorflow" and min(expected.strides, default=0) >= 0 and expected.flags.writeable:
+    # What PyTorch takes without a copy.
+    is_plain = expected.dtype == np.float32 and expected.flags.writeable and min(expected.strides, default=0) >= 0
+    if is_plain and keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
         # PyTorch compares on all cores, and TensorFlow's numbers need no copy. To PyTorch, NaN is never the same.

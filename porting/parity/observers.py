@@ -99,7 +99,7 @@ class ExactObserver:
         inputs = self._inputs.pop()
         if self.is_late:
             return None
-        if self._wait_for(name, inputs, outputs):
+        if self._compare_later(name, inputs, outputs):
             self._take_up(all_of_them=False)
             return None
         self._take_up(all_of_them=True)
@@ -108,7 +108,7 @@ class ExactObserver:
         replacements: list[Tensor | None] = [self._compare(name, inputs, *pair) for pair in enumerate(outputs)]
         return replacements if any(each is not None for each in replacements) else None
 
-    def _wait_for(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
+    def _compare_later(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
         """Begin to compare results with their likely partners in the background, if all of them have one."""
         if self._background is None:
             return False
@@ -125,7 +125,7 @@ class ExactObserver:
             output, comparison = outputs[index], None
             if not any(each.output is output for each in self._waiting):
                 match = functools.partial(self.library.match, as_real(output), truth, likely=True)
-                comparison = self._background.submit(output, match)
+                comparison = self._background.submit(match, output)
             self._waiting.append(_Waiting(name, inputs, index, output, comparison))
         return True
 
@@ -144,8 +144,8 @@ class ExactObserver:
             if not all_of_them and comparison is not None and not comparison.done():
                 return
             self._waiting.popleft()
-            is_answered = id(first.output) in self._known if comparison is None else comparison.result() is not None
-            if self._background is not None and not is_answered:
+            found = self._known_matches(first.output) if comparison is None else comparison.result()
+            if found is None and self._background is not None:
                 self._background.wait()  # so that no other thread uses the library
             if self._compare(first.name, first.inputs, first.index, first.output, comparison) is not None:
                 self.is_late = True
@@ -169,6 +169,7 @@ class ExactObserver:
             if found is not None:
                 self._include(pair, found, actual)
                 return _steered(found, output) if pair.in_float32 else None
+            comparison = None  # which was with this partner
         matches = self._matches(name, inputs, index, output, comparison)
         if not matches:
             self._without_partner(name, index, actual)
@@ -206,10 +207,10 @@ class ExactObserver:
         comparison: Future[Match | None] | None,
     ) -> list[Match]:
         """Find all partners by content. If the partner by name has the same content, it alone is returned."""
-        known = self._known.get(id(output))
+        known = self._known_matches(output)
         # What a layer inside could not explain, the layer around it may, if the port computed its weights.
-        if known is not None and known[0]() is output and (known[1] or name not in self.session.computed):
-            return known[1]
+        if known is not None and (known or name not in self.session.computed):
+            return known
         named, actual = self._named_truth(name, index), as_real(output)
         if comparison is not None:
             match = comparison.result()
@@ -223,6 +224,11 @@ class ExactObserver:
             matches += [] if self._is_doubtful else inside
         self._known[id(output)] = weakref.ref(output), matches
         return matches
+
+    def _known_matches(self, output: Tensor) -> list[Match] | None:
+        """The partners of a tensor that was compared before; None if it was not."""
+        known = self._known.get(id(output))
+        return known[1] if known is not None and known[0]() is output else None
 
     def _named_truth(self, name: str, index: int) -> Truth | None:
         source = self.session.names.source(name, self.recording.calls)
@@ -380,7 +386,7 @@ class RoundingObserver:
                     self._compare(pair, output, None)
                 else:
                     compare = functools.partial(self._compare, pair, output, None)
-                    self._waiting.append(self._background.submit(output, compare))
+                    self._waiting.append(self._background.submit(compare, output))
         while self._waiting and self._waiting[0].done():
             self._waiting.popleft().result()
         return None

@@ -114,7 +114,7 @@ def test_calls_are_made_in_order_and_raise_where_they_are_asked_for() -> None:
 
     with in_background() as calls:
         assert calls is not None
-        found = [calls.submit(torch.zeros(1), partial(call, number)) for number in range(6)]
+        found = [calls.submit(partial(call, number), torch.zeros(1)) for number in range(6)]
         calls.wait()
         assert made == list(range(6))
         assert [each.result() for number, each in enumerate(found) if number != 3] == [0, 2, 4, 8, 10]
@@ -135,7 +135,7 @@ def test_no_more_tensors_wait_than_memory_is_meant_for(monkeypatch: pytest.Monke
     with in_background() as calls:
         assert calls is not None
         for _ in range(50):
-            calls.submit(tensor, call)
+            calls.submit(call, tensor)
             with lock:
                 waiting += 1
                 most = max(most, waiting)
@@ -155,8 +155,8 @@ def test_an_error_ends_the_thread_without_the_calls_that_wait() -> None:
     def use() -> None:
         with in_background() as calls:
             assert calls is not None
-            calls.submit(torch.zeros(1), first)
-            calls.submit(torch.zeros(1), partial(made.append, 1))
+            calls.submit(first, torch.zeros(1))
+            calls.submit(partial(made.append, 1), torch.zeros(1))
             begun.wait(10)
             threading.Timer(0.1, may_end.set).start()
             raise ArithmeticError
