@@ -295,7 +295,7 @@ class _Bridge:
         """Pass the Keras tensors of a structure to `ask`, and put its replacements in their place and types."""
         import keras
 
-        leaves = [value] if keras.ops.is_tensor(value) else keras.tree.flatten(value)
+        leaves = keras.tree.flatten(value)
         positions = [index for index, leaf in enumerate(leaves) if keras.ops.is_tensor(leaf)]
         replaced = ask([self.to_torch(leaves[index]) for index in positions])
         if replaced is None or all(replacement is None for replacement in replaced):

@@ -187,14 +187,14 @@ class DifferenceSum:
                     each.masked_fill(same, 0.0) for each in (mine, theirs, difference, error)
                 )
                 power = _power(error)
-            if rest:
-                self.distance.add_chunk(difference)
             size = error.abs()
             greatest = float(size.amax())
-            self.sum_of_absolutes += float((difference.abs() if rest else size).sum())
             distance._take(greatest, power, error.numel())
-            if not rest:
+            if rest:
+                self.distance.add_chunk(difference)
+            else:
                 self.distance._take(greatest, power, error.numel())
+            self.sum_of_absolutes += float((difference.abs() if rest else size).sum())
             if expected_power is None:
                 self.expected_power += _power(theirs)
             self.actual_power += _power(mine)

@@ -190,10 +190,7 @@ class ExactObserver:
 
     def _match(self, actual: Tensor, truth: Truth, pair: Pair, comparison: Future[Match | None] | None) -> Match | None:
         tolerance = SAME_IN_FLOAT32 if pair.in_float32 and not self._is_doubtful else SAME
-        if comparison is not None:
-            found = comparison.result()
-        else:
-            found = self.library.match(actual, truth, tolerance, likely=True)
+        found = self._compared(actual, truth, comparison, tolerance)
         if found is None and pair.reordered:
             found = next((each for each in self.library.find(actual) if each.truth is truth), None)
         return found if found is None or not pair.in_float32 else replace(found, in_float32=True)
@@ -212,10 +209,7 @@ class ExactObserver:
         if known is not None and (known or name not in self.session.computed):
             return known
         named, actual = self._named_truth(name, index), as_real(output)
-        if comparison is not None:
-            match = comparison.result()
-        else:
-            match = None if named is None else self.library.match(actual, named, likely=True)
+        match = None if named is None else self._compared(actual, named, comparison)
         matches = [match] if match is not None else self.library.find(actual)
         if not matches:
             # Some layers always compute in float32.
@@ -224,6 +218,14 @@ class ExactObserver:
             matches += [] if self._is_doubtful else inside
         self._known[id(output)] = weakref.ref(output), matches
         return matches
+
+    def _compared(
+        self, actual: Tensor, truth: Truth, comparison: Future[Match | None] | None, tolerance: float = SAME
+    ) -> Match | None:
+        """Compare a tensor with its likely partner, or take what was found in the background."""
+        if comparison is not None:
+            return comparison.result()
+        return self.library.match(actual, truth, tolerance, likely=True)
 
     def _known_matches(self, output: Tensor) -> list[Match] | None:
         """The partners of a tensor that was compared before; None if it was not."""
